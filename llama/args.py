@@ -1,0 +1,93 @@
+"""The shape of a LLaMA model: the keys of Meta's `params.json`."""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Sizes of the frozen base. Field names are the keys of `params.json`; an unknown key is an error.
+
+    The four `rope_*` numbers of LLaMA-3.1's frequency scaling count only where `use_scaled_rope` is true; their
+    defaults are LLaMA-3.1's.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None = None  # None: one key/value head per query head
+    vocab_size: int = -1  # -1: as many as the tokenizer has
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float = 8.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_seq_len: int = 8192
+
+    def __post_init__(self):
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "rope_original_max_seq_len"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int) or self.vocab_size == 0:
+            raise ValueError(f"vocab_size must be a positive whole number (or -1), not {self.vocab_size!r}")
+        positive = ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+        for name in positive + (("ffn_dim_multiplier",) if self.ffn_dim_multiplier is not None else ()):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if not isinstance(self.use_scaled_rope, bool):
+            raise ValueError(f"use_scaled_rope must be true or false, not {self.use_scaled_rope!r}")
+        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+            raise ValueError(f"dim {self.dim} must split into n_heads {self.n_heads} heads of even width")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.use_scaled_rope and self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ValueError(
+                f"rope_low_freq_factor {self.rope_low_freq_factor} must be below "
+                f"rope_high_freq_factor {self.rope_high_freq_factor}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the feed-forward block, by Meta's rule (14336 for LLaMA-3.1-8B)."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * -(-hidden // self.multiple_of)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ModelArgs":
+        """Read a `params.json`. Raises ValueError naming the file and the key that is unknown, missing or wrong."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file (a Meta checkpoint folder holds a params.json)")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(raw) - known)
+        if unknown:
+            raise ValueError(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
+        missing = [name for name in ("dim", "n_layers", "n_heads") if name not in raw]
+        if missing:
+            raise ValueError(f"{path}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        try:
+            return cls(**raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

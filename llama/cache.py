@@ -1,0 +1,67 @@
+"""The KV cache of a set of rows being generated.
+
+Rows occupy the first places, without gaps: when one finishes, the last row moves into its place (`Cache.drop`), so that
+a decode step always works on one contiguous piece.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """Keys and values of up to `max_rows` rows of up to `max_len` tokens each, for every layer.
+
+    k, v: one (max_rows, max_len, K, h) tensor per layer. lengths: tokens held of each row.
+    """
+
+    def __init__(
+        self, n_layers: int, max_rows: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device
+    ):
+        shape = (max_rows, max_len, n_kv_heads, head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.max_rows, self.max_len, self.device = max_rows, max_len, device
+        self.lengths: list[int] = []
+
+    def admit(self, lengths: list[int]) -> list[int]:
+        """Places for new rows of these many tokens, whose prefill follows."""
+        first = len(self.lengths)
+        assert first + len(lengths) <= self.max_rows and max(lengths) <= self.max_len
+        self.lengths += lengths
+        return list(range(first, len(self.lengths)))
+
+    def fill(self, layer: int, places: list[int], spans: list[tuple[int, int]], k: Tensor, v: Tensor) -> None:
+        """Prefill: put the packed keys and values (N, K, h) of newly admitted rows into their places."""
+        for place, (begin, end) in zip(places, spans, strict=True):
+            self.k[layer][place, : end - begin] = k[begin:end]
+            self.v[layer][place, : end - begin] = v[begin:end]
+
+    def advance(self) -> None:
+        """Room for one more token of every row; `append` and `filled` then refer to it."""
+        self.lengths = [n + 1 for n in self.lengths]
+        assert max(self.lengths) <= self.max_len
+        ends = torch.tensor(self.lengths, device=self.device)
+        self._where = (torch.arange(len(self.lengths), device=self.device), ends - 1)
+        self.longest = max(self.lengths)
+        inside = torch.arange(self.longest, device=self.device) < ends[:, None]
+        self.visible = None if min(self.lengths) == self.longest else inside[:, None, None]  # (R, 1, 1, T)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Decode: one key and value (R, K, h) per row, at the position that `advance` made."""
+        self.k[layer][self._where] = k
+        self.v[layer][self._where] = v
+
+    def filled(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(R, T, K, h) keys and values up to the longest row; `visible` masks what lies beyond a shorter one."""
+        rows = len(self.lengths)
+        return self.k[layer][:rows, : self.longest], self.v[layer][:rows, : self.longest]
+
+    def drop(self, place: int) -> None:
+        """A row is finished: the last row moves to its place."""
+        last = len(self.lengths) - 1
+        if place != last:
+            n = self.lengths[last]
+            for tensor in (*self.k, *self.v):
+                tensor[place, :n] = tensor[last, :n]
+            self.lengths[place] = n
+        self.lengths.pop()

@@ -1,0 +1,178 @@
+"""Building a model with its adapter, and generating from it: token ids in, token ids out."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from llama.checkpoint import load_base, read_base
+from llama.model import Transformer
+from llama.parallel import pick_device, start_processes
+from llama.sampling import choose, row_uniforms
+from llama.tokenizer import Tokenizer
+from moa import state
+from moa.adapter_file import load_adapter
+from moa.config import AdapterConfig
+from moa.rows import Rows
+
+
+class Llama:
+    """A model, its tokenizer, and the sizes up to which it generates."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_seq_len: int, max_batch_size: int):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
+
+    @classmethod
+    def build(
+        cls,
+        ckpt_dir: str | Path,
+        adapter_path: str | Path | None = None,
+        *,
+        config: AdapterConfig | None = None,
+        method: str | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 32,
+        bf16: bool = False,
+        device: str = "auto",
+        seed: int = 0,
+        model_parallel_size: int = 1,
+        flash_attention2: bool = False,
+    ) -> "Llama":
+        """Load a base, and beside it an adapter from a file, or fresh ones by a configuration (`config`; started from
+        `seed`), or none. The base does not train; adapters are float32 whatever the base's type.
+
+        method: which method an adapter in the authors' format is, where its flags do not tell. Raises ValueError
+        naming the file, tensor or setting that is wrong.
+        """
+        if flash_attention2:
+            require_flash(device, bf16)
+        torch_device = pick_device(device)
+        args, tokenizer = read_base(ckpt_dir)
+        adapter = None
+        if adapter_path is not None:
+            assert config is None, "an adapter file brings its own configuration"
+            config, adapter = load_adapter(adapter_path, asdict(args), method)
+        start_processes(torch_device, model_parallel_size)
+        model = Transformer(args, config, flash_attention2)
+        load_base(model, ckpt_dir, torch.bfloat16 if bf16 else torch.float32, torch_device)
+        if adapter is not None:
+            state.load_adapter_state(model, adapter, str(adapter_path))
+        else:
+            state.initialise(model, seed)
+        state.freeze_base(model)
+        return cls(model, tokenizer, max_seq_len, max_batch_size)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_gen_len: int,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        samples: list[int] | None = None,
+        on_finish: Callable[[int, list[int]], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt (token ids, BOS included) by up to `max_gen_len` tokens, to the model's end token,
+        which is left out. Results are in the prompts' order.
+
+        A row also ends where prompt and answer fill `max_seq_len`. Up to `max_batch_size` rows run at once; a row that
+        ends makes room for the next at once. A row's result depends on its prompt, `seed` and its sample number alone.
+
+        min_new_tokens: the end token is not chosen before this many. temperature 0: greedy. samples: number of each
+        row's sample (default 0), for several draws from one prompt. on_finish(index, tokens): called as rows finish.
+        Raises ValueError for an empty prompt, one without room for an answer, or settings out of range.
+        """
+        self._check(prompts, max_gen_len, min_new_tokens, temperature, top_p)
+        samples = samples or [0] * len(prompts)
+        limits = [min(max_gen_len, self.max_seq_len - len(prompt)) for prompt in prompts]
+        outputs: list[list[int]] = [[] for _ in prompts]
+        # Longest first: memory is known from the first prefill on, and rows that share a prefill are alike.
+        waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i), reverse=True)
+        if not waiting:
+            return outputs
+        device = self.model.output.weight.device
+        longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
+        cache = self.model.make_cache(min(self.max_batch_size, len(prompts)), longest)
+        uniforms = None if temperature == 0 else torch.zeros(cache.max_rows, max_gen_len, dtype=torch.float64)
+        stops = torch.tensor(self.tokenizer.stop_ids, device=device)
+        running: list[int] = []  # prompt index of each cached row
+
+        with torch.inference_mode():
+            while waiting or running:
+                new = [waiting.pop() for _ in range(min(cache.max_rows - len(running), len(waiting)))]
+                # Rows that run take a decode step while new ones are prefilled: nobody waits for long.
+                logits = []
+                if running:
+                    last = torch.tensor([outputs[i][-1] for i in running], device=device)
+                    cache.advance()
+                    rows = Rows([1] * len(running), device, starts=[n - 1 for n in cache.lengths])
+                    logits.append(self.model.output(self.model.hidden(last, rows, cache)))
+                if new:
+                    for place, i in enumerate(new, len(running)):
+                        if uniforms is not None:
+                            uniforms[place] = row_uniforms(prompts[i], seed, samples[i], max_gen_len)
+                    rows = Rows([len(prompts[i]) for i in new], device)
+                    places = cache.admit(rows.lengths)
+                    tokens = torch.tensor([t for i in new for t in prompts[i]], device=device)
+                    ends = torch.tensor([end - 1 for _, end in rows.spans], device=device)
+                    logits.append(self.model.output(self.model.hidden(tokens, rows, cache, places)[ends]))
+                    running += new
+                scores = torch.cat(logits).float()
+                too_early = [len(outputs[i]) < min_new_tokens for i in running]
+                if any(too_early):
+                    early = torch.tensor(too_early, device=device)
+                    scores[
+                        early[:, None] & torch.zeros_like(scores, dtype=torch.bool).index_fill_(1, stops, True)
+                    ] = -torch.inf
+                drawn = None
+                if uniforms is not None:
+                    drawn = torch.stack([uniforms[p, len(outputs[i])] for p, i in enumerate(running)]).to(device)
+                chosen = choose(scores, temperature, top_p, drawn).tolist()
+                for place in reversed(range(len(running))):
+                    i = running[place]
+                    ended = chosen[place] in self.tokenizer.stop_ids
+                    if not ended:
+                        outputs[i].append(chosen[place])
+                    if ended or len(outputs[i]) == limits[i]:
+                        if on_finish is not None:
+                            on_finish(i, outputs[i])
+                        cache.drop(place)
+                        running[place] = running[-1]
+                        running.pop()
+                        if uniforms is not None:
+                            uniforms[place] = uniforms[len(running)]
+        return outputs
+
+    def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:
+        if max_gen_len < 1:
+            raise ValueError(f"max_gen_len must be at least 1, not {max_gen_len}")
+        if not 0 <= min_new_tokens <= max_gen_len:
+            raise ValueError(f"min_new_tokens must be 0 to max_gen_len ({max_gen_len}), not {min_new_tokens}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty")
+            if len(prompt) >= self.max_seq_len:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens: no room for an answer within {self.max_seq_len}"
+                )
+            if min(prompt) < 0 or max(prompt) >= self.tokenizer.n_words:
+                raise ValueError(f"prompt {i} has a token that is none of the tokenizer's {self.tokenizer.n_words}")
+
+
+def require_flash(device: str, bf16: bool) -> None:
+    """ValueError unless flash-attn 2 can be used as asked."""
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        raise ValueError("flash_attention2: the package flash-attn is not installed (it needs a GPU)") from None
+    if device == "cpu" or not torch.cuda.is_available():
+        raise ValueError("flash_attention2 needs a GPU")
+    if not bf16:
+        raise ValueError("flash_attention2 needs bf16")

@@ -1,0 +1,226 @@
+"""LLaMA-3 with adapters beside its layers, after the paper's figure:
+
+    g   = gates of the block's adapters, from its router
+    y   = x + Attention(norm(x); g)
+    out = y + FeedForward(norm(y); g) + g_parallel * ParallelAdapter(norm(y))
+
+Layer names are Meta's. Inside, a batch is packed (`moa.rows`): N tokens of all rows, laid end to end without padding.
+Shapes: B rows of T tokens at the interface, N tokens inside, D model width, H query heads, K key/value heads, h head
+width, F hidden width of the feed-forward block, V vocabulary. Under model parallelism H, K, F and V are cut.
+"""
+
+import torch
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from llama.args import ModelArgs
+from llama.attention import cached_attention, causal_attention
+from llama.cache import Cache
+from llama.loss import label_loss
+from llama.rope import Rope, frequencies
+from moa.adapter import Site
+from moa.block import Adapters, build_router
+from moa.config import AdapterConfig, Slot
+from moa.parallel import share
+from moa.routers import Gates
+from moa.rows import Rows
+
+IGNORE = -100  # label of a position that is not learned
+
+
+def _unfilled(layer: nn.Module) -> nn.Module:
+    """Give up the memory of a base layer's weights: the checkpoint brings them (`load_state_dict(assign=True)`)."""
+    return layer.to("meta").requires_grad_(False)
+
+
+def _column(in_features: int, out_features: int, gather: bool = False) -> nn.Module:
+    return _unfilled(
+        ColumnParallelLinear(in_features, out_features, bias=False, gather_output=gather, init_method=lambda w: w)
+    )
+
+
+def _row(in_features: int, out_features: int) -> nn.Module:
+    return _unfilled(
+        RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=lambda w: w)
+    )
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, config: AdapterConfig | None, slots: list[Slot]):
+        super().__init__()
+        heads, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+        share(args.n_heads, "n_heads"), share(args.n_kv_heads, "n_kv_heads")
+        self.head_dim = args.head_dim
+        self.wq = _column(args.dim, heads)
+        self.wk = _column(args.dim, kv)
+        self.wv = _column(args.dim, kv)
+        self.wo = _row(heads, args.dim)
+        self.adapters = Adapters(
+            config,
+            slots,
+            {
+                "Q": Site("Q", args.dim, heads, "out", args.n_heads),
+                "K": Site("K", args.dim, kv, "out", args.n_heads),
+                "V": Site("V", args.dim, kv, "out", args.n_heads),
+                "attention": Site("attention", args.dim, heads, "out", args.n_heads),
+                "O": Site("O", heads, args.dim, "in", args.n_heads),
+            },
+        )
+
+    def forward(self, x: Tensor, gates: Gates, step: "Step", layer: int) -> Tensor:
+        """x (N, D), normed -> (N, D)."""
+        q = self.adapters.add("Q", self.wq(x), gates, x)
+        k = self.adapters.add("K", self.wk(x), gates, x)
+        v = self.adapters.add("V", self.wv(x), gates, x)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (N, H or K, h)
+        q, k = step.rope(q), step.rope(k)
+        heads = step.attend(q, k, v, layer)
+        heads = self.adapters.add("attention", heads, gates, q, self.wk, self.wv)
+        heads = heads.flatten(1)
+        return self.adapters.add("O", self.wo(heads), gates, heads)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs, config: AdapterConfig | None, slots: list[Slot]):
+        super().__init__()
+        dim, hidden = args.dim, args.ffn_dim
+        share(hidden, "the feed-forward width")
+        self.w1 = _column(dim, hidden)
+        self.w2 = _row(hidden, dim)
+        self.w3 = _column(dim, hidden)
+        self.adapters = Adapters(
+            config,
+            slots,
+            {
+                "FFN_UP": Site("FFN_UP", dim, hidden, "out", args.n_heads),
+                "FFN_GATE": Site("FFN_GATE", dim, hidden, "out", args.n_heads),
+                "FFN_DOWN": Site("FFN_DOWN", hidden, dim, "in", args.n_heads),
+            },
+        )
+
+    def forward(self, x: Tensor, gates: Gates) -> Tensor:
+        """x (N, D), normed -> (N, D)."""
+        up = self.adapters.add("FFN_UP", self.w3(x), gates, x)
+        gate = self.adapters.add("FFN_GATE", self.w1(x), gates, x)
+        hidden = F.silu(gate) * up
+        return self.adapters.add("FFN_DOWN", self.w2(hidden), gates, hidden)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, layer: int, args: ModelArgs, config: AdapterConfig | None):
+        super().__init__()
+        slots = config.slots(layer) if config else []
+        self.layer = layer
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args, config, slots)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward = FeedForward(args, config, slots)
+        self.adapters = Adapters(config, slots, {"block": Site("block", args.dim, args.dim, None, args.n_heads)})
+        self.router = build_router(config, slots, args.dim)
+
+    def forward(self, x: Tensor, step: "Step") -> Tensor:
+        """x (N, D) -> (N, D)."""
+        gates = self.router(x) if self.router is not None else {}
+        y = x + self.attention(self.attention_norm(x), gates, step, self.layer)
+        z = self.ffn_norm(y)
+        return self.adapters.add("block", y + self.feed_forward(z, gates), gates, z)
+
+
+class Step:
+    """What all blocks of one forward pass share: the rows, the rotary angles, the cache if there is one."""
+
+    def __init__(self, rows: Rows, rope: Rope, flash: bool, cache: Cache | None, places: list[int] | None):
+        self.rows, self.rope, self.flash, self.cache, self.places = rows, rope, flash, cache, places
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q (N, H, h), k and v (N, K, h) -> (N, H, h). With a cache: a prefill of the rows at `places`, or (None) one
+        more token of every cached row."""
+        if self.cache is not None and self.places is None:
+            self.cache.append(layer, k, v)
+            return cached_attention(q, self.cache, layer)
+        if self.cache is not None:
+            self.cache.fill(layer, self.places, self.rows.spans, k, v)
+        return causal_attention(q, k, v, self.rows, self.flash)
+
+
+class Transformer(nn.Module):
+    """The model. Base weights are unfilled until a checkpoint is loaded, adapters until `moa.state.initialise`."""
+
+    def __init__(self, args: ModelArgs, config: AdapterConfig | None = None, flash_attention2: bool = False):
+        super().__init__()
+        assert args.vocab_size > 0, "vocab_size must be known here"
+        assert config is None or config.n_layers == args.n_layers
+        self.args, self.config, self.flash = args, config, flash_attention2
+        self.activation_checkpointing = False
+        share(args.vocab_size, "vocab_size")
+        self.tok_embeddings = _unfilled(VocabParallelEmbedding(args.vocab_size, args.dim, init_method=lambda w: w))
+        self.layers = nn.ModuleList(TransformerBlock(i, args, config) for i in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = _column(args.dim, args.vocab_size, gather=True)
+        self.freqs = frequencies(args)
+
+    def forward(self, tokens: Tensor, prompt_lens: list[int] | None = None) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V) float32; the whole sequence, causal, differentiable.
+
+        prompt_lens: prompt tokens of each row (default: the whole row), for methods that look at the prompt alone.
+        """
+        rows = Rows([tokens.shape[1]] * len(tokens), tokens.device, prompt_lens)
+        return self.output(self.hidden(tokens.flatten(), rows)).float().unflatten(0, tokens.shape)
+
+    def loss(self, tokens: Tensor, labels: Tensor, prompt_lens: list[int] | None = None) -> Tensor:
+        """Mean cross-entropy over the label tokens, a float32 scalar.
+
+        tokens, labels (B, T) int64, labels aligned with tokens (the shift by one happens here), IGNORE where nothing is
+        learned. ValueError where no label is left.
+        """
+        if tokens.shape != labels.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} must have the shape of tokens {tuple(tokens.shape)}")
+        rows = Rows([tokens.shape[1]] * len(tokens), tokens.device, prompt_lens)
+        n_labels = int((labels[:, 1:] != IGNORE).sum())
+        if not n_labels:
+            raise ValueError("no label token: nothing to learn from")
+        return self.summed_loss(tokens.flatten(), labels.flatten(), rows) / n_labels
+
+    def summed_loss(self, tokens: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        """Sum of the label tokens' cross-entropies over a packed batch: tokens, labels (N,). The final layer's logits
+        are worked out at positions that predict a label and nowhere else."""
+        first = torch.tensor([begin for begin, _ in rows.spans], device=labels.device)
+        wanted = labels != IGNORE
+        wanted[first] = False  # nothing before a row's first token predicts it
+        positions = wanted.nonzero().squeeze(1)
+        hidden = self.hidden(tokens, rows)
+        return label_loss(hidden[positions - 1], self.output.weight, labels[positions])
+
+    def hidden(self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Tensor:
+        """tokens (N,), packed -> (N, D) final hidden states, normed.
+
+        cache with places: the rows are new and go there; cache alone: one more token of every cached row.
+        """
+        if self.freqs.device != tokens.device:
+            self.freqs = self.freqs.to(tokens.device)
+        step = Step(rows, Rope(self.freqs, rows.positions), self.flash, cache, places)
+        x = self.tok_embeddings(tokens)
+        for block in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, step, use_reentrant=False)
+            else:
+                x = block(x, step)
+        return self.norm(x)
+
+    def make_cache(self, max_rows: int, max_len: int) -> Cache:
+        """An empty KV cache in the base's dtype, on its device, for this rank's heads."""
+        weight = self.output.weight
+        kv_heads = share(self.args.n_kv_heads, "n_kv_heads")
+        return Cache(self.args.n_layers, max_rows, max_len, kv_heads, self.args.head_dim, weight.dtype, weight.device)

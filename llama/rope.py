@@ -1,0 +1,40 @@
+"""Rotary position embedding (arXiv 2104.09864), with LLaMA-3.1's frequency scaling."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+
+
+def frequencies(args: ModelArgs) -> Tensor:
+    """(h/2,) float32: radians per position of each pair of a head's components.
+
+    With `use_scaled_rope`, pairs whose wavelength exceeds the original context / low_freq_factor turn
+    `rope_scaling_factor` times slower, those below context / high_freq_factor stay, those between are interpolated.
+    """
+    exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32) / args.head_dim
+    freqs = 1.0 / args.rope_theta**exponents
+    if not args.use_scaled_rope:
+        return freqs
+    turns = args.rope_original_max_seq_len * freqs / (2 * math.pi)  # full turns within the original context
+    low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return freqs * (kept + (1 - kept) / args.rope_scaling_factor)
+
+
+class Rope:
+    """cos and sin of the batch's positions, worked out once per forward pass and shared by all layers.
+
+    positions: (N,). The result turns (N, heads, h) tensors; in Meta's layout components 2i and 2i + 1 form a pair.
+    """
+
+    def __init__(self, freqs: Tensor, positions: Tensor):
+        angles = positions.float()[:, None] * freqs
+        self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, h/2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1)
+        return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,30 @@
+"""Choosing the next token. A row's choices depend on its prompt, the seed and its logits alone."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def row_uniforms(prompt: list[int], seed: int, sample: int, n: int) -> Tensor:
+    """(n,) numbers in [0, 1) for the n tokens of one row: drawn from its prompt, the seed and the sample's number, so
+    that neither neighbours nor the row's place in a batch matter."""
+    digest = hashlib.sha256(f"{seed}/{sample}/{prompt}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | None) -> Tensor:
+    """logits (R, V) float32 -> (R,) token ids.
+
+    temperature 0: the largest logit, the lowest id of equals. Otherwise one draw per row, by its number in `uniforms`
+    (R,), from the fewest most likely tokens whose probabilities sum to at least top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    mass = ordered.masked_fill(before > top_p, 0).double().cumsum(-1)
+    place = (mass <= uniforms[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    return ids.gather(-1, place.clamp(max=ids.shape[-1] - 1)).squeeze(-1)

@@ -1,0 +1,64 @@
+"""The adapter on disk: `adapter.pth`, its tensors and nothing else, and `adapter_params.json`, all that rebuilds it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moa import authors
+from moa.config import AdapterConfig
+from moa.files import read_json, read_torch, write_json, write_torch
+
+PARAMS = "adapter_params.json"
+
+
+def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str, Any]) -> Path:
+    """Write both files into `folder`; `params` is `adapter_params` of the adapter. Returns the path of adapter.pth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_torch(folder / "adapter.pth", dict(state))
+    write_json(folder / PARAMS, dict(params))
+    return folder / "adapter.pth"
+
+
+def adapter_params(config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of adapter_params.json: every setting by flag name, and the shape of the base it was trained on."""
+    return config.flat() | {"base": dict(base)}
+
+
+def load_adapter(
+    path: str | Path, base: Mapping[str, Any], method: str | None = None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Configuration and whole tensors of an adapter, ours or the authors', for a base of shape `base`.
+
+    method: overrides what the authors' flags tell. Raises ValueError naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "adapter.pth"
+    params_file = path.with_name(PARAMS)
+    params, state = read_json(params_file), read_torch(path)
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: expected a dictionary of tensors (a checkpoint? run extract_adapter.py on it)")
+    try:
+        if authors.is_authors(params):
+            flat, state = authors.settings(params, list(state)), authors.our_state(state)
+            if method is not None:
+                flat["method"] = method
+        else:
+            flat = {key: value for key, value in params.items() if key != "base"}
+            _require_base(params.get("base", {}), base)
+        config = AdapterConfig.from_flat(flat, base["n_layers"])
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"missing setting {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{params_file}: {problem}") from None
+    return config, state
+
+
+def _require_base(trained_on: Any, base: Mapping[str, Any]) -> None:
+    if not isinstance(trained_on, dict):
+        raise ValueError(f"base must be an object, not {trained_on!r}")
+    for name, value in trained_on.items():
+        if name in base and base[name] != value:
+            raise ValueError(f"the adapter was trained on a base with {name} {value}, this one has {base[name]}")

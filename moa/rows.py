@@ -1,0 +1,55 @@
+"""A batch without padding: the tokens of all rows laid end to end, and which token belongs to which row.
+
+Shapes used throughout: N tokens of the batch, R rows, D model width.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """The rows of one forward pass.
+
+    lengths: tokens of each row in this pass. starts: how many tokens of each row came before, in a cache (default 0).
+    prompt_lens: how many of a row's tokens, counted from its first, are prompt (default: all of them).
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str,
+        prompt_lens: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
+    ):
+        assert lengths and min(lengths) > 0, f"every row needs a token: {lengths}"
+        self.lengths = list(lengths)
+        self.device = torch.device(device)
+        self.starts = list(starts) if starts is not None else [0] * len(lengths)
+        self.prompt_lens = list(prompt_lens) if prompt_lens is not None else self.lengths
+        assert len(self.starts) == len(self.prompt_lens) == len(self.lengths)
+        assert all(1 <= p <= n for p, n in zip(self.prompt_lens, self.lengths, strict=True)), (prompt_lens, lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """All rows are of one length, so (N, ...) can be viewed as (R, T, ...)."""
+        return min(self.lengths) == max(self.lengths)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """(begin, end) of each row within the batch."""
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        return [(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(N,) position of each token within its row."""
+        parts = [torch.arange(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
+        return torch.cat(parts).to(self.device)
+
+    @cached_property
+    def boundaries(self) -> Tensor:
+        """(R + 1,) int32: where rows begin, and N; what variable-length attention kernels call cu_seqlens."""
+        return torch.tensor([0] + [end for _, end in self.spans], dtype=torch.int32, device=self.device)

@@ -1,0 +1,121 @@
+"""Which parameters are adapters: the one answer, read off the modules that declare them.
+
+Freezing, counting, optimizer groups, initialising, saving and loading all go through `adapter_parameters`. Saved
+tensors are always whole, whatever the model-parallel layout that wrote or reads them.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moa.adapter import AdapterModule, Declared
+from moa.parallel import gather, shard
+
+
+class AdapterParameter(NamedTuple):
+    parameter: nn.Parameter
+    declared: Declared
+    slot: str  # adapter's name in its block ("lora_Q", "prompt", ...), or "router"
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, AdapterParameter]:
+    """Key in the state dict -> parameter, for all parameters of all adapters and routers of `model`."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterModule):
+            parts = path.split(".")
+            slot = parts[parts.index("adapters") + 1] if "adapters" in parts else "router"
+            for name, declared in module.declared.items():
+                found[f"{path}.{name}"] = AdapterParameter(getattr(module, name), declared, slot)
+    return found
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Train the adapters and nothing else."""
+    model.requires_grad_(False)
+    for entry in adapter_parameters(model).values():
+        entry.parameter.requires_grad_(True)
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Start values of all adapters. Each tensor is drawn whole from (seed, its key), so that they do not depend on
+    the other adapters nor on the model-parallel layout."""
+    with torch.no_grad():
+        for key, (parameter, declared, _) in adapter_parameters(model).items():
+            digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            whole = declared.init(declared.shape, generator)
+            parameter.copy_(whole if declared.cut is None else shard(whole, declared.cut))
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters of the whole (uncut) model: per slot, summed over the layers, and "total"."""
+    counts: dict[str, int] = {}
+    for _, declared, slot in adapter_parameters(model).values():
+        counts[slot] = counts.get(slot, 0) + torch.Size(declared.shape).numel()
+    return counts | {"total": sum(counts.values())}
+
+
+def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for AdamW: weight decay on matrices, none on biases and 1-D parameters."""
+    entries = adapter_parameters(model).values()
+    return [
+        {"params": [e.parameter for e in entries if e.declared.decay], "weight_decay": weight_decay},
+        {"params": [e.parameter for e in entries if not e.declared.decay], "weight_decay": 0.0},
+    ]
+
+
+def whole(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Whole CPU tensors, keyed like `adapter_parameters(model)`, from this rank's parts (the parameters themselves, or
+    anything of their shapes, such as optimizer moments). Every rank of a model-parallel group must call it."""
+    result = {}
+    for key, (_, declared, _) in adapter_parameters(model).items():
+        tensor = tensors[key].detach()
+        tensor = tensor if tensor.shape == declared.shape else gather(tensor, declared.cut)
+        result[key] = tensor.cpu().clone()
+    return result
+
+
+def parts(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Inverse of `whole`: this rank's parts of whole tensors."""
+    cuts = {key: entry.declared.cut for key, entry in adapter_parameters(model).items()}
+    return {k: t if cuts[k] is None else shard(t, cuts[k]) for k, t in tensors.items()}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole adapter, float32 on the CPU: the content of `adapter.pth`."""
+    return whole({key: entry.parameter for key, entry in adapter_parameters(model).items()}, model)
+
+
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Put a whole adapter into `model`. Raises ValueError naming `origin` and the tensors that do not fit; then the
+    model is unchanged."""
+    entries = adapter_parameters(model)
+    require_same_keys(entries, state, origin, "adapter tensor")
+    for key, (_, declared, _) in entries.items():
+        tensor = state[key]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{origin}: {key} is not a tensor of floating-point numbers")
+        if tuple(tensor.shape) != declared.shape:
+            raise ValueError(f"{origin}: {key} has shape {tuple(tensor.shape)}, the model's is {declared.shape}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{origin}: {key} has values that are not finite")
+    with torch.no_grad():
+        for key, part in parts({key: state[key] for key in entries}, model).items():
+            entries[key].parameter.copy_(part)
+
+
+def require_same_keys(expected: Iterable[str], found: Iterable[str], origin: str, what: str) -> None:
+    """ValueError listing what is missing and what is left over, unless both hold the same keys."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    problems = [f"{label} {what}{'s' * (len(keys) > 1)} {_some(keys)}" for label, keys in
+                (("missing", missing), ("unexpected", extra)) if keys]  # fmt: skip
+    if problems:
+        raise ValueError(f"{origin}: {'; '.join(problems)}")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
