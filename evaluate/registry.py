@@ -1,0 +1,32 @@
+"""Every suite by its name, in the order of the paper's tables."""
+
+import difflib
+from pathlib import Path
+
+from evaluate import addsub, aqua, gsm8k, multiarith, singleeq, svamp
+from evaluate.suite import Suite
+
+_MODULES = (addsub, aqua, gsm8k, multiarith, singleeq, svamp)
+SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.casefold() if character.isalnum())
+
+
+def suite_named(name: str) -> Suite:
+    """The suite of that name, in any case ("addsub" is AddSub). ValueError names the nearest where there is none."""
+    by_plain_name = {_plain(suite.name): suite for suite in SUITES.values()}
+    if _plain(name) in by_plain_name:
+        return by_plain_name[_plain(name)]
+    near = difflib.get_close_matches(_plain(name), by_plain_name, n=1)
+    hint = f" (nearest: {by_plain_name[near[0]].name})" if near else ""
+    raise ValueError(f"no suite is named {name[:80]!r}{hint}; there are {', '.join(SUITES)}")
+
+
+def suite_of_file(path: str | Path) -> Suite:
+    """The suite that a file's name begins with, up to the first dot: OUT/AddSub.jsonl, gsm8k.seed1.jsonl."""
+    try:
+        return suite_named(Path(path).name.split(".")[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot tell the suite from the file's name: {error}") from None

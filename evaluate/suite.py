@@ -1,0 +1,39 @@
+"""What a suite is: its name, its size, how its answers are read, and its two rules of scoring."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a rule took from a text as its answer.
+
+    text: as written, for people to look at. readings: the values it can mean, each compared with the row's answer
+    ("2 dozen" is 2 or 24). tolerance: how far a reading may lie from a number.
+    """
+
+    text: str
+    readings: tuple[Any, ...]
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """extract(text, row) finds the answer in a generated text, None where there is none; `row` is the prediction row.
+    right(found, answer) compares it with what the suite's `read_answer` returned."""
+
+    extract: Callable[[str, dict[str, Any]], Found | None]
+    right: Callable[[Found, Any], bool]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """name: the paper's spelling. problems: rows in the published test file. read_answer: a row's "answer" as the
+    rules compare it, ValueError saying what was expected. published, robust: the two scores, always both."""
+
+    name: str
+    problems: int
+    read_answer: Callable[[Any], Any]
+    published: Rule
+    robust: Rule

@@ -1,0 +1,283 @@
+"""What the math suites' two rules make of a text: tables of nasty answers, and published rows as predictions."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluate import SUITES
+
+SAMPLE = Path(__file__).resolve().parent / "data" / "math_suites"
+NUMERIC = ("AddSub", "GSM8K", "MultiArith", "SingleEq", "SVAMP")
+CHOICES = "How far? Answer Choices: (A) 60 m (B) 61 m (C) 62 m (D) $1,000 (E) None of these"
+
+
+def verdict(suite: str, rule: str, text: str, answer: object, instruction: str = "") -> bool:
+    chosen = SUITES[suite]
+    gold = chosen.read_answer(answer)
+    found = getattr(chosen, rule).extract(text, {"instruction": instruction})
+    return found is not None and getattr(chosen, rule).right(found, gold)
+
+
+def letter(rule: str, text: str) -> str | None:
+    found = getattr(SUITES["AQuA"], rule).extract(text, {"instruction": CHOICES})
+    return found.readings[0] if found else None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("The answer is 4.", "4", True),
+        ("4 of 5", "4", False),  # the last number, whatever it is
+        ("The answer is 1,234.50.", "1234.5", True),
+        ("It is 3,4", "34", True),  # commas go first
+        ("The answer is 4. It took 2 steps", "4", False),
+        ("7 - 3 = 4\n\n### Instruction:\nAdd 8 and 9.", "9", True),  # a run-on counts
+        ("5-3", "-3", True),
+        ("\u22125", "5", True),  # only the ASCII minus is one
+        ("1/2", "0.5", False),
+        ("0.5005", "0.5", True),
+        ("0.502", "0.5", False),
+        ("four", "4", False),
+        ("", "0", False),
+    ],
+)
+@pytest.mark.parametrize("suite", NUMERIC)
+def test_numbers_published(suite: str, text: str, answer: str, right: bool) -> None:
+    assert verdict(suite, "published", text, answer) is right
+
+
+RIGHT_NUMBERS = [
+    ("The answer is 4.", "4"),
+    ("THE ANSWER IS 4", "4.0"),
+    ("The answer is 4. It took 2 steps.", "4"),
+    ("The answer is $1,234.50.", "1234.5"),
+    ("The answer is -$7.", "-7"),
+    ("He pays $ 1,000,000 in all.", "1000000"),
+    ("So Rs. 1,00,000", "100000"),
+    ("The answer is $118 000.", "118000"),
+    ("The answer is 1000$.", "1000"),
+    ("The answer is Rs. 500.", "500"),
+    ("The answer is 240g.", "240"),
+    ("The answer is 6th.", "6"),
+    ("18 eggs on the 3rd day.", "18"),
+    ("The area is 25 cm^2", "25"),
+    ("The area is 25 cm2", "25"),
+    ("The answer is 50%.", "50"),
+    ("The answer is 50%.", "0.5"),
+    ("The answer is 184 dozen pencils.", "2208"),
+    ("The answer is 2 dozen eggs.", "2"),
+    ("The answer is 2.4 million metric tons.", "2400000"),
+    ("The answer is 1/2.", "0.5"),
+    ("The answer is 1 1/2 cups.", "1.5"),
+    ("The answer is 1½ cups.", "1.5"),
+    ("The answer is ¾.", "0.75"),
+    ("The answer is 29/3.", "9.666666666666666"),
+    ("The answer is .5", "0.5"),
+    ("The answer is 0.33.", "0.3333333333333333"),  # rounded to two decimals
+    ("The answer is 5.67 feet.", "5.666666666666667"),
+    ("The answer is \u22125.", "-5"),
+    ("It fell to -5 degrees", "-5"),
+    ("5-3", "3"),
+    ("5 -3", "3"),
+    ("Between 5\u201310", "10"),
+    ("1.5e3", "1500"),
+    ("3 x 10^5 people", "300000"),
+    ("x = 5", "5"),
+    ("The answer is x = 5.", "5"),
+    ("The answer is 4 + 16 + 20 = 40.", "40"),
+    ("The answer is 100/3 ≈ 33.33", "33.333333333333336"),
+    ("The answer is 49 - 34 = 15 customers. 3 stayed.", "15"),
+    ("The answer is not 19. We try again: 21", "21"),
+    ("**18**", "18"),
+    ("**Answer:** 18", "18"),
+    ("Final Answer:\n\n18 eggs in 3 boxes", "18"),
+    ("The __answer__ is `18`, not 3.", "18"),
+    ("#### 18\n2 more", "18"),
+    ("#### Step 1\nAdd 3 and 4. That makes 7.", "7"),
+    (r"\[ \boxed{18} \] as 3 + 15", "18"),
+    (r"$\boxed{\frac{3}{4}}$", "0.75"),
+    (r"$\boxed{-1\dfrac{1}{2}\text{ cups}}$", "-1.5"),
+    (r"The final answer is: $\boxed{1{,}234}$. I hope it is correct, for 2 reasons.", "1234"),
+    ("The answer to part 1 is 3. The final answer is 18.", "18"),
+    ("Answer: Tom has 3 apples. He buys 4.\nSo he has 7.", "7"),  # a heading, not a statement
+    ("Each correct answer is worth 5 points, so she gets 3 * 5 = 15", "15"),
+    ("To answer this, note that 12 is the sum of 7 and 5", "5"),
+    ("The answer is 4.\n\n### Instruction:\nThe answer is 9.", "4"),
+    ("7 - 3 = 4 ### Input: 9", "4"),
+    ("7 - 3 = 4\nBelow is an instruction that describes 1 task", "4"),
+    ("### Response:\nThe answer is 4.", "4"),  # nothing stands before it: not a new heading
+    ("The answer is 4.\nA: Next, 2 + 7. The answer is 9.", "4"),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), RIGHT_NUMBERS)
+def test_numbers_robust_right(text: str, answer: str) -> None:
+    assert verdict("GSM8K", "robust", text, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("", "0"),
+        ("four", "4"),  # number words are not read
+        ("H2O", "2"),
+        ("7 - 3 = 4\n### Next\n9", "9"),
+        ("5-3", "-3"),
+        ("The answer is 5.", "-5"),
+        ("The answer is 0.502.", "0.5"),
+        ("The answer is 0.01.", "0.014"),  # too short for a rounding
+        ("The answer is 9.6.", "9.666666666666666"),
+        ("The answer is 1/2.", "2"),
+        ("The answer is 1e999.", "5"),
+        ("The answer is 5/0.", "0"),
+    ],
+)
+def test_numbers_robust_wrong(text: str, answer: str) -> None:
+    assert not verdict("GSM8K", "robust", text, answer)
+
+
+@pytest.mark.parametrize("suite", NUMERIC)
+def test_the_numeric_suites_share_their_rules(suite: str) -> None:
+    assert verdict(suite, "robust", "The answer is $1,234.50. It took 2 steps.", "1234.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("Answer: B", "A"), ("the answer is (D).", "D"), ("10C2 is 45, so B", "C"), ("(b)", None), ("", None)],
+)
+def test_letters_published(text: str, found: str | None) -> None:
+    assert letter("published", text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("The answer is (D).", "D"),
+        ("Answer: B", "B"),
+        ("ANSWER: (b)", "B"),
+        ("the answer is d.", "D"),
+        ("**Answer:** C", "C"),
+        (r"$\boxed{\text{(D)}}$", "D"),
+        ("#### E", "E"),
+        ("The correct option is (C), not A.", "C"),
+        ("Option C is the correct answer. A is too small.", "C"),
+        ("The answer is 62 m, option C, as A is 60 m.", "C"),
+        ("The answer is A because B is too large.", "A"),
+        ("B - A = 3.The answer is (E). Then D.", "E"),
+        ("10C2 = 45, at 25 °C: choose B", "B"),
+        ("So it is (B)", "B"),
+        ("d", "D"),
+        ("b) 61 m", "B"),
+        ("A train travels far.", None),
+        ("Answer: A train travels far.", None),
+        ("I am Mr. D's brother", None),
+        ("The answer is (F)", None),
+        ("", None),
+        # by value, where just one choice has it
+        ("The answer is 62 m.", "C"),
+        ("The answer is 62.", "C"),
+        ("The answer is $1000.", "D"),
+        ("The answer is 60 + 1 = 61 meters.", "B"),
+        ("The answer is none of these.", "E"),
+        ("62 m", "C"),
+        ("The answer is 63.", None),
+        ("He walks 62 m in the end,\nas was asked.", None),  # not stated
+        # the next problem
+        ("The answer is B.\n\n### Instruction:\nThe answer is (A).", "B"),
+        ("Answer Choices: (A) 5 (B) 6\nThe answer is B", "B"),
+    ],
+)
+def test_letters_robust(text: str, found: str | None) -> None:
+    assert letter("robust", text) == found
+
+
+def test_a_value_that_two_choices_have_names_none() -> None:
+    row = {"instruction": "Which? Answer Choices: (A) 5 m (B) 5 km (C) 6 m"}
+    assert SUITES["AQuA"].robust.extract("The answer is 5.", row) is None
+    assert SUITES["AQuA"].robust.extract("The answer is 5 km.", row).readings == ("B",)
+
+
+# rows, and the numbers right under (published, robust), of the stored worked answers
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("AddSub", (6, 6, 6)),
+        ("AQuA", (12, 4, 6)),
+        ("GSM8K", (11, 4, 5)),
+        ("MultiArith", (4, 3, 3)),
+        ("SingleEq", (6, 4, 5)),
+    ],
+)
+def test_published_rows(name: str, counts: tuple[int, int, int]) -> None:
+    rows = [json.loads(line) for line in (SAMPLE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    right = [
+        sum(verdict(name, rule, row["output"], row["answer"], row["instruction"]) for row in rows)
+        for rule in ("published", "robust")
+    ]
+    assert (len(rows), *right) == counts
+
+
+def test_the_suites_are_the_papers() -> None:
+    sizes = {"AddSub": 395, "AQuA": 254, "GSM8K": 1319, "MultiArith": 600, "SingleEq": 508, "SVAMP": 1000}
+    assert {name: suite.problems for name, suite in SUITES.items()} == sizes
+    assert all(suite.name == name for name, suite in SUITES.items())
+
+
+@pytest.mark.parametrize("value", ["4", "-4.0", "1,450", 4, 4.5, " 4 ", "0.16666666666666666", "1e3", "4."])
+def test_numeric_answers_are_read(value: object) -> None:
+    assert SUITES["AddSub"].read_answer(value) == float(str(value).replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    "value", ["", "four", "1,45", "1 4", "inf", "nan", "1e999", "9" * 5000, True, None, [4], 1e999]
+)
+def test_other_answers_are_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="a finite number, got "):
+        SUITES["AddSub"].read_answer(value)
+
+
+@pytest.mark.parametrize("value", ["a", "F", "AB", "", "(A)", 1, None])
+def test_other_letters_are_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="one letter A to E, got "):
+        SUITES["AQuA"].read_answer(value)
+
+
+PIECES = st.sampled_from(
+    [
+        "answer is ",
+        "Answer:",
+        "####",
+        "### ",
+        "\\boxed{",
+        "}",
+        "\\frac{1}{2}",
+        "1",
+        "12,345",
+        ".",
+        "-",
+        "/",
+        "^",
+        "e9",
+        "x10^",
+    ]
+    + ["=", " ", "\n", "$", "%", "(A)", "A", "b", "½", "٣", "²", "\ud800", "_", "**", "dozen", "0"]
+)
+
+
+@settings(deadline=None)
+@given(st.one_of(st.text(), st.lists(PIECES).map("".join)))
+def test_every_text_gets_a_verdict(text: str) -> None:
+    for name, answer in (("AddSub", 5), ("AQuA", "A")):
+        for rule in ("published", "robust"):
+            assert verdict(name, rule, text, answer, CHOICES) in (True, False)
+
+
+# int() refuses the first, float() makes it infinite; the others invite a regular expression to start over and over.
+@pytest.mark.parametrize("piece", ["1", "1,", "123,456,", "-", "(", "\\boxed{", "the answer is ", "#### ", "A "])
+def test_long_texts_get_a_verdict(piece: str) -> None:
+    for name, answer in (("AddSub", 5), ("AQuA", "B")):
+        for rule in ("published", "robust"):
+            assert not verdict(name, rule, piece * ((1_000_000 if piece == "1" else 50_000) // len(piece)), answer)
