@@ -1,8 +1,20 @@
-"""LLaMA-3 with adapters beside its layers."""
+"""LLaMA-3 with adapters beside its layers. The names below are loaded when they are first used: torch takes seconds."""
 
-from llama.args import ModelArgs
-from llama.generation import Llama
-from llama.model import Transformer
-from llama.tokenizer import Tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama.args import ModelArgs
+    from llama.generation import Llama
+    from llama.model import Transformer
+    from llama.tokenizer import Tokenizer
 
 __all__ = ["Llama", "ModelArgs", "Tokenizer", "Transformer"]
+
+_WHERE = {"Llama": "generation", "ModelArgs": "args", "Tokenizer": "tokenizer", "Transformer": "model"}
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

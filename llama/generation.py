@@ -1,5 +1,6 @@
 """Building a model with its adapter, and generating from it: token ids in, token ids out."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,9 @@ class Llama:
         method: which method an adapter in the authors' format is, where its flags do not tell. Raises ValueError
         naming the file, tensor or setting that is wrong.
         """
+        for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
         if flash_attention2:
             require_flash(device, bf16)
         torch_device = pick_device(device)
@@ -151,8 +155,8 @@ class Llama:
             raise ValueError(f"max_gen_len must be at least 1, not {max_gen_len}")
         if not 0 <= min_new_tokens <= max_gen_len:
             raise ValueError(f"min_new_tokens must be 0 to max_gen_len ({max_gen_len}), not {min_new_tokens}")
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, and finite, not {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
         for i, prompt in enumerate(prompts):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from llama.args import ModelArgs
 from llama.attention import cached_attention, causal_attention
 from llama.cache import Cache
+from llama.data import IGNORE
 from llama.loss import label_loss
 from llama.rope import Rope, frequencies
 from moa.adapter import Site
@@ -26,8 +27,6 @@ from moa.config import AdapterConfig, Slot
 from moa.parallel import share
 from moa.routers import Gates
 from moa.rows import Rows
-
-IGNORE = -100  # label of a position that is not learned
 
 
 def _unfilled(layer: nn.Module) -> nn.Module:

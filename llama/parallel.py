@@ -6,6 +6,7 @@ A plain `python` process gets a group of one, without a rendezvous.
 import io
 import os
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,17 @@ def pick_device(device: str = "auto") -> torch.device:
             raise ValueError(f"device {chosen}: there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; elsewhere bf16 is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(name in flags for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
 
 
 def start_processes(device: torch.device, model_parallel_size: int = 1) -> None:

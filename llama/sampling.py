@@ -22,9 +22,10 @@ def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | 
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
+    # Less the largest: a small temperature must not overflow
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    mass = ordered.masked_fill(before > top_p, 0).double().cumsum(-1)
-    place = (mass <= uniforms[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
-    return ids.gather(-1, place.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+    mass = ordered.double().cumsum(-1)
+    kept = (mass - ordered < top_p * mass[:, -1:]).sum(-1, keepdim=True)  # those before them do not reach top_p
+    place = (mass <= uniforms[:, None] * mass.gather(-1, kept - 1)).sum(-1, keepdim=True)
+    return ids.gather(-1, place).squeeze(-1)

@@ -1,5 +1,6 @@
 """Files: written whole or not at all, read without executing anything in them."""
 
+import hashlib
 import json
 import os
 from io import BytesIO
@@ -62,3 +63,12 @@ def read_torch(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a dictionary, found {type(value).__name__}")
     return value
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, in hex. ValueError where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"{path}: no such file") from None

@@ -1,0 +1,207 @@
+"""Answer test rows with a model and its adapter.
+
+    python generate.py --ckpt_dir DIR --adapter_path OUT/adapter.pth --data_path test.json --save_path OUT/AddSub.jsonl
+    torchrun --nproc_per_node N generate.py ...         the rows are shared out among N processes
+
+Each line of the result is the test row plus "generate". Started again, it does only the rows that are missing.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cli import errors, knob, parse
+from moa.config import METHODS
+
+WHAT, HOW, MACHINE = "model and rows", "generation", "machine"
+
+
+@dataclass(frozen=True)
+class Flags:
+    save_path: str = knob(help="file of predictions to write, as OUT/AddSub.jsonl", group=WHAT)
+    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model", group=WHAT)
+    adapter_path: str | None = knob(
+        None, help="adapter.pth, with adapter_params.json beside it; default: none", group=WHAT
+    )
+    method: str | None = knob(
+        None,
+        help="method of an adapter in the authors' format, where its flags do not tell",
+        choices=tuple(METHODS),
+        group=WHAT,
+    )
+    data_path: str | None = knob(None, help="test rows, JSON or JSON lines; default: the demo's", group=WHAT)
+    overwrite: bool = knob(False, help="begin anew where save_path exists", group=WHAT)
+    max_rows: int | None = knob(None, help="answer only the first so many rows", group=WHAT)
+    max_gen_len: int = knob(200, help="new tokens at most", group=HOW)
+    min_gen_len: int = knob(
+        120, help="room kept for the answer: a row's input is cut so that so many tokens can follow", group=HOW
+    )
+    min_new_tokens: int = knob(0, help="the end of the answer is not chosen before this many tokens", group=HOW)
+    temperature: float = knob(0.1, help="0: greedy", group=HOW)
+    top_p: float = knob(0.75, help="draw from the most likely tokens that together have this probability", group=HOW)
+    num_samples: int = knob(1, help="answers per row; more than one: 'generate' is a list", group=HOW)
+    seed: int = knob(0, help="seed of the draws", group=HOW)
+    max_seq_len: int = knob(512, help="longest prompt with its answer, in tokens", group=HOW)
+    max_batch_size: int = knob(32, help="rows that are generated at once", group=MACHINE)
+    bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
+    flash_attention2: bool = knob(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
+    device: str = knob("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
+    model_parallel_size: int = knob(1, help="processes that share one copy of the model", group=MACHINE)
+
+    def __post_init__(self):
+        for name in ("max_gen_len", "num_samples", "max_seq_len", "max_batch_size", "model_parallel_size", "max_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.min_new_tokens <= self.max_gen_len:
+            raise ValueError(
+                f"--min_new_tokens must be 0 to --max_gen_len {self.max_gen_len}, not {self.min_new_tokens}"
+            )
+        if not 1 <= self.min_gen_len < self.max_seq_len:
+            raise ValueError(f"--min_gen_len must be 1 to --max_seq_len {self.max_seq_len} - 1, not {self.min_gen_len}")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError("--num_samples above 1 needs a --temperature above 0: greedy answers are all the same")
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(Flags, argv, prog="generate.py", description=__doc__)
+    with errors():
+        run(flags)
+
+
+def run(flags: Flags) -> None:
+    import torch.distributed as dist  # torch takes seconds to load, and a wrong flag should not
+    from tqdm import tqdm
+
+    from llama import Llama
+    from llama.data import encode_prompt, read_rows
+    from llama.parallel import data_rank, data_size, is_main, pick_device, start_processes, stop_processes
+    from llama.predictions import Predictions
+    from moa.parallel import mp_rank
+
+    ckpt_dir, data_path = with_demo(flags)
+    device = pick_device(flags.device)
+    start_processes(device, flags.model_parallel_size)
+    rows = read_rows(data_path, ("instruction", "input"))[: flags.max_rows]
+    settings = settings_of(flags, ckpt_dir, data_path, device)
+    predictions = Predictions(Path(flags.save_path), rows, settings, data_rank(), flags.overwrite)
+    dist.barrier()  # all have read what is there before anyone adds to it
+    if not predictions.missing and not predictions.overwrite and predictions.path.exists():
+        if is_main():
+            predictions.finish()
+            print(f"{flags.save_path}: complete, all {len(rows)} rows are there", file=sys.stderr)
+        stop_processes()
+        return
+
+    llm = Llama.build(
+        ckpt_dir,
+        flags.adapter_path,
+        method=flags.method,
+        max_seq_len=flags.max_seq_len,
+        max_batch_size=flags.max_batch_size,
+        bf16=settings["bf16"],
+        device=str(device),
+        model_parallel_size=flags.model_parallel_size,
+        flash_attention2=flags.flash_attention2,
+    )
+    if is_main():
+        predictions.start(main=True)
+    dist.barrier()
+
+    mine = predictions.missing[data_rank() :: data_size()]
+    prompts = {i: encode_prompt(llm.tokenizer, rows[i], flags.max_seq_len - flags.min_gen_len) for i in mine}
+    too_long = [i for i in mine if len(prompts[i]) >= flags.max_seq_len]
+    if too_long:
+        listed = ", ".join(str(i + 1) for i in too_long[:5])
+        print(
+            f"{data_path}: {len(too_long)} rows have no room for an answer and get none (rows {listed})",
+            file=sys.stderr,
+        )
+    order = [i for i in mine if i not in set(too_long) for _ in range(flags.num_samples)]
+    samples = [s for i in mine if i not in set(too_long) for s in range(flags.num_samples)]
+    answers: dict[int, list[str | None]] = {i: [None] * flags.num_samples for i in mine}
+    writes = mp_rank() == 0  # the ranks of a model-parallel group generate the same
+    bar = tqdm(total=len(mine), unit="row", disable=None if is_main() else True)
+
+    def keep(i: int) -> None:
+        bar.update()
+        if writes:
+            predictions.add(i, answers[i][0] if flags.num_samples == 1 else answers[i])
+
+    def on_finish(place: int, tokens: list[int]) -> None:
+        i = order[place]
+        answers[i][samples[place]] = llm.tokenizer.decode(tokens).strip()
+        if None not in answers[i]:
+            keep(i)
+
+    for i in too_long:
+        answers[i] = [""] * flags.num_samples
+        keep(i)
+    llm.generate(
+        [prompts[i] for i in order],
+        flags.max_gen_len,
+        flags.min_new_tokens,
+        flags.temperature,
+        flags.top_p,
+        flags.seed,
+        samples,
+        on_finish,
+    )
+    bar.close()
+    predictions.close()
+    dist.barrier()
+    if is_main():
+        predictions.finish()
+        print(f"{flags.save_path}: {len(rows)} rows", file=sys.stderr)
+    stop_processes()
+
+
+def with_demo(flags: Flags) -> tuple[str, str]:
+    """The model and the test rows, the demo's where none is named (made first if they are not there)."""
+    ckpt_dir, data_path = flags.ckpt_dir, flags.data_path
+    if ckpt_dir is None:
+        from demo.model import ensure_model
+
+        ckpt_dir = str(ensure_model())
+    if data_path is None:
+        from demo.problems import ensure_data
+
+        data_path = str(ensure_data()[1])
+    return ckpt_dir, data_path
+
+
+def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
+    """Everything that the answers depend on; paths are not among it, what the files hold is."""
+    from llama.checkpoint import read_base
+    from llama.parallel import bf16_is_fast
+    from moa.files import file_hash
+
+    args, _ = read_base(ckpt_dir)
+    free = (
+        "save_path",
+        "ckpt_dir",
+        "adapter_path",
+        "data_path",
+        "overwrite",
+        "max_batch_size",
+        "device",
+        "model_parallel_size",
+    )
+    settings = {name: value for name, value in asdict(flags).items() if name not in free}
+    settings["bf16"] = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
+    adapter = Path(flags.adapter_path) if flags.adapter_path else None
+    if adapter is not None and adapter.is_dir():
+        adapter = adapter / "adapter.pth"
+    return settings | {
+        "base": asdict(args),
+        "tokenizer_sha256": file_hash(Path(ckpt_dir) / "tokenizer.model"),
+        "data_sha256": file_hash(data_path),
+        "adapter_sha256": file_hash(adapter) if adapter is not None else None,
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

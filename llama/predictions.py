@@ -1,0 +1,134 @@
+"""A prediction file that grows row by row, survives a crash, and never holds a row twice.
+
+Finished rows are appended to `FILE.part<rank>` as they come. `finish` merges all parts into FILE, in the order of the
+test rows, and removes them. `FILE.settings.json` holds what the answers depend on: a file made with other settings is
+not added to.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moa.files import read_json, write_file, write_json
+
+Answer = str | list[str]
+
+
+class Predictions:
+    """The answers to `rows` (test rows) that `path` and its parts hold already, and those that are still missing."""
+
+    def __init__(self, path: Path, rows: list[dict[str, Any]], settings: dict[str, Any], rank: int, overwrite: bool):
+        """Raises ValueError where what is there was made with other settings or belongs to other rows; nothing is
+        changed before `start`."""
+        self.path, self.rows, self.settings, self.rank, self.overwrite = path, rows, settings, rank, overwrite
+        self.answers: dict[int, Answer] = {}
+        self._part = None
+        if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
+            raise ValueError(f"{path}: expected the path of a file inside a folder")
+        if overwrite:
+            return
+        settings_file = self._beside("settings.json")
+        if settings_file.exists():
+            made_with = read_json(settings_file)
+            for name in sorted(made_with.keys() | settings.keys()):
+                if made_with.get(name) != settings.get(name):
+                    raise ValueError(
+                        f"{path}: was made with {name} {made_with.get(name)}, now it is {settings.get(name)}; "
+                        "give --overwrite to begin anew, or another --save_path"
+                    )
+        elif path.exists() or self._parts():
+            raise ValueError(f"{path}: exists, but {settings_file.name} does not: give --overwrite to begin anew")
+        self._read_file()
+        for part in self._parts():
+            self._read_part(part)
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers (from 0) of the rows without an answer."""
+        return [i for i in range(len(self.rows)) if i not in self.answers]
+
+    def start(self, main: bool) -> None:
+        """Get ready for `add`; `main`: the one process that prepares the folder. Call it on main first."""
+        if main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.overwrite:
+                for file in [self.path, *self._parts()]:
+                    file.unlink(missing_ok=True)
+            write_json(self._beside("settings.json"), self.settings)
+
+    def add(self, index: int, answer: Answer) -> None:
+        """Keep an answer; once this returns, it survives the process."""
+        if self._part is None:
+            self._part = open(self._beside(f"part{self.rank}"), "ab", buffering=0)  # noqa: SIM115 - open until finish
+            if self._part.tell():
+                self._part.write(b"\n")  # ends a line that a crash cut short
+        self._part.write(json.dumps({"index": index, "generate": answer}).encode() + b"\n")
+
+    def close(self) -> None:
+        if self._part is not None:
+            self._part.close()
+
+    def finish(self) -> None:
+        """On the main process, when all ranks have closed: write the whole file, then remove the parts."""
+        for part in self._parts():
+            self._read_part(part)
+        assert not self.missing, f"{len(self.missing)} rows without an answer"
+        lines = (json.dumps(row | {"generate": self.answers[i]}, ensure_ascii=False) for i, row in enumerate(self.rows))
+        write_file(self.path, "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass"))
+        for part in self._parts():
+            part.unlink()
+
+    def _beside(self, ending: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{ending}")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+
+    def _read_file(self) -> None:
+        """Answers of a finished file, whatever rows have been taken out of it since. Equal test rows (some suites have
+        them) are told apart by their order."""
+        places: dict[str, list[int]] = {}
+        for i in reversed(range(len(self.rows))):
+            places.setdefault(json.dumps(self.rows[i], sort_keys=True), []).append(i)
+        for number, row in _json_lines(self.path):
+            if not _is_answer(row.get("generate")):
+                raise ValueError(f"{self.path}: line {number}: field 'generate' is missing or not text")
+            answer = row.pop("generate")
+            waiting = places.get(json.dumps(row, sort_keys=True))
+            if waiting is None:
+                raise ValueError(f"{self.path}: line {number}: not one of the rows to be answered")
+            if waiting:
+                self.answers[waiting.pop()] = answer
+
+    def _read_part(self, part: Path) -> None:
+        for number, row in _json_lines(part):
+            index = row.get("index")
+            if not isinstance(index, int) or not 0 <= index < len(self.rows) or not _is_answer(row.get("generate")):
+                raise ValueError(f"{part}: line {number}: not an answer to one of the {len(self.rows)} rows")
+            self.answers.setdefault(index, row["generate"])
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a file's lines. A line that a crash cut short is left out, anything else that is not an
+    object is a ValueError."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines) or not lines[number].strip():
+                continue
+            raise ValueError(f"{path}: line {number} is not valid JSON") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number}: expected an object")
+        rows.append((number, row))
+    return rows

@@ -1,0 +1,272 @@
+"""A fine-tuning run from its settings: folder, model, data, loop, checkpoints. What `finetune.py` calls."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from llama import Llama, ModelArgs, Transformer
+from llama.checkpoint import read_base
+from llama.parallel import bf16_is_fast, data_size, is_main, pick_device, start_processes, stop_processes
+from moa.adapter_file import adapter_params
+from moa.config import AdapterConfig
+from moa.files import file_hash, read_json, write_json
+from moa.state import count
+from training.checkpoint import checkpoints, pack, restore, save
+from training.data import load_examples
+from training.estimate import base_parameters, estimate
+from training.log import RunLog
+from training.loop import make_optimizer, train
+from training.schedule import Plan, make_plan
+from training.settings import Settings, changed
+
+CONFIG = "config.json"
+
+
+def run(settings: Settings) -> Path:
+    """Train as the settings say (`ckpt_dir` and `data_path` filled in). Returns the run's folder.
+
+    Raises ValueError or OSError with one sentence; what an earlier run left is then untouched.
+    """
+    flags = settings.train
+    device = pick_device(flags.device)
+    start_processes(device, flags.model_parallel_size)
+    folder = output_folder(settings)
+    settings, last = _continue(settings, folder)
+    flags = settings.train
+    if flags.bf16 is None:
+        settings = replace(settings, train=replace(flags, bf16=bf16_is_fast(device)))
+        flags = settings.train
+
+    args, tokenizer = read_base(flags.ckpt_dir)
+    config = settings.config(args)
+    examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_main())
+    plan = plan_of(settings, len(examples))
+    llm = Llama.build(
+        flags.ckpt_dir,
+        config=config,
+        bf16=flags.bf16,
+        device=str(device),
+        seed=flags.seed,
+        model_parallel_size=flags.model_parallel_size,
+        flash_attention2=flags.flash_attention2,
+    )
+    model = llm.model
+    model.activation_checkpointing = flags.activation_checkpointing
+    optimizer = make_optimizer(model, flags.weight_decay)
+    done = restore(last, model, optimizer) if last else 0
+    if done >= plan.steps:
+        say(f"{last}: the run is complete, all {plan.steps} steps are done")
+        return folder
+
+    record = _record(settings, config, args, plan)
+    if is_main():
+        _prepare(folder, record, resumed=last is not None)
+        trained = count(model)["total"]
+        say(
+            f"{config.method}: {trained:,} trainable parameters ({100 * trained / base_parameters(model):.2f} % of the "
+            f"base), {len(examples)} rows, {plan.steps} steps of {plan.rows_per_step} rows, "
+            f"{'bf16' if flags.bf16 else 'fp32'} on {device}, in {folder}"
+        )
+    log = RunLog(folder, plan.steps, done) if is_main() else None
+    params = adapter_params(config, asdict(args))
+    every = flags.save_every or plan.steps_per_epoch
+
+    def on_step(entry: dict[str, Any]) -> None:
+        if log:
+            log.step(entry)
+        if entry["step"] % every == 0 or entry["step"] == plan.steps:
+            content = pack(model, optimizer, entry["step"], params)
+            if is_main():
+                save(folder, content)
+
+    try:
+        train(model, optimizer, examples, plan, flags.batch_size, flags.seed, done, on_step)
+    finally:
+        if log:
+            log.close()
+    say(f"{checkpoints(folder)[-1][1] if is_main() else folder}: done; python extract_adapter.py writes the adapter")
+    dist.barrier()
+    stop_processes()
+    return folder
+
+
+def say(text: str) -> None:
+    """Tell the user, once for all processes."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+def output_folder(settings: Settings) -> Path:
+    """Folder of a run; by default it is named after method, data and seed."""
+    flags = settings.train
+    if flags.output_dir is not None:
+        return Path(flags.output_dir)
+    data = Path(flags.data_path)
+    name = data.parent.name if data.stem in ("train", "data") and data.parent.name else data.stem
+    return Path("runs") / f"{flags.method}-{name}-s{flags.seed}"
+
+
+def plan_of(settings: Settings, n_rows: int) -> Plan:
+    flags = settings.train
+    return make_plan(
+        n_rows,
+        flags.batch_size * flags.accum_iter * data_size(),
+        flags.epochs,
+        flags.max_steps,
+        flags.warmup_epochs,
+        flags.lr,
+        flags.blr,
+        flags.min_lr,
+        flags.lr_schedule == "constant",
+    )
+
+
+def dry_run(settings: Settings) -> dict[str, Any]:
+    """What a run would train and need, from `params.json` alone (and the rows of `data_path`, if it is there)."""
+    flags = settings.train
+    device = pick_device(flags.device)
+    start_processes(device, flags.model_parallel_size)
+    folder = Path(flags.ckpt_dir)
+    args = ModelArgs.from_file(folder / "params.json")
+    if args.vocab_size == -1:
+        args, _ = read_base(folder)
+    config = settings.config(args)
+    model = Transformer(args, config)
+    n_rows = _rows(flags.data_path)
+    plan = plan_of(settings, n_rows or 1)
+    bf16 = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
+    known = n_rows is not None
+    return {
+        "method": config.method,
+        "trainable_parameters": count(model),
+        "base_parameters": base_parameters(model),
+        "memory_bytes": estimate(
+            model, bf16, flags.batch_size, flags.max_seq_len, flags.activation_checkpointing, flags.model_parallel_size
+        ),
+        "bf16": bf16,
+        "rows": n_rows,
+        "rows_per_step": plan.rows_per_step,
+        "steps": plan.steps if known or flags.max_steps else None,
+        "warmup_steps": plan.warmup_steps if known else None,
+        "lr": plan.lr,
+        "adapter": config.flat(),
+    }
+
+
+def _rows(path: str | None) -> int | None:
+    from llama.data import read_rows
+    from training.data import FIELDS
+
+    return len(read_rows(path, FIELDS)) if path is not None else None
+
+
+def _continue(settings: Settings, folder: Path) -> tuple[Settings, Path | None]:
+    """The settings to run with and the checkpoint to go on from, for what the output folder holds.
+
+    With --resume, flags that are not typed are those of the run's start. ValueError where a typed one differs from it,
+    or where the folder holds a run and neither --resume nor --overwrite is given.
+    """
+    found = checkpoints(folder) if folder.is_dir() else []
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: --output_dir is a file, expected a folder")
+    if not found or settings.train.overwrite:
+        return settings, None
+    last = found[-1][1]
+    if not settings.train.resume:
+        raise ValueError(
+            f"{folder}: holds a run already ({last.name}); give --resume to go on with it, --overwrite to begin anew, "
+            "or another --output_dir"
+        )
+    record = read_json(folder / CONFIG)
+    before = record.get("settings")
+    if not isinstance(before, dict):
+        raise ValueError(f"{folder / CONFIG}: not the record of a run")
+    typed = asdict(settings.train) | settings.adapter
+    now = {name: typed[name] if name in settings.given else before.get(name) for name in typed | before}
+    different = changed({k: v for k, v in before.items() if k in now}, now)
+    different = [name for name in different if name in settings.given]
+    if different:
+        name = different[0]
+        raise ValueError(f"{folder}: the run was started with --{name} {before.get(name)}, not {now[name]}")
+    train_flags = {k: now[k] for k in asdict(settings.train)} | {"resume": True, "overwrite": False}
+    train_flags |= {name: typed[name] for name in ("ckpt_dir", "data_path", "output_dir", "dry_run") if typed[name]}
+    adapter = {k: v for k, v in now.items() if k not in train_flags}
+    settings = replace(settings, train=replace(settings.train, **train_flags), adapter=adapter)
+    if file_hash(settings.train.data_path) != record.get("data_sha256"):
+        raise ValueError(f"{settings.train.data_path}: not the rows that the run in {folder} was started with")
+    if record.get("rows_per_step") != plan_of(settings, 1).rows_per_step:
+        raise ValueError(
+            f"{folder}: the run takes {record.get('rows_per_step')} rows per step; with {data_size()} data-parallel "
+            f"ranks, set --batch_size and --accum_iter so that their product with it is the same"
+        )
+    return settings, last
+
+
+def _prepare(folder: Path, record: dict[str, Any], resumed: bool) -> None:
+    """Make the run's folder and write its record; an earlier run's checkpoints and log go (--overwrite)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if resumed:
+        return
+    for _, file in checkpoints(folder):
+        file.unlink()
+    (folder / "log.jsonl").unlink(missing_ok=True)
+    write_json(folder / CONFIG, record)
+
+
+def _record(settings: Settings, config: AdapterConfig, args: ModelArgs, plan: Plan) -> dict[str, Any]:
+    """Everything that is needed to tell later what this run was."""
+    return {
+        "settings": asdict(settings.train) | settings.adapter,
+        "adapter": config.flat(),
+        "base": asdict(args),
+        "steps": plan.steps,
+        "warmup_steps": plan.warmup_steps,
+        "rows_per_step": plan.rows_per_step,
+        "lr": plan.lr,
+        "rows": plan.n_rows,
+        "data_sha256": file_hash(settings.train.data_path),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "processes": dist.get_world_size(),
+        "git_revision": _git_revision(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": {"platform": platform.platform(), "processor": platform.machine()},
+    }
+
+
+PACKAGES = ("torch", "numpy", "fairscale", "tiktoken", "flash-attn")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Commit of this source tree, with "+changes" where it has uncommitted ones; None outside a git checkout."""
+    try:
+        where = Path(__file__).parent
+        git = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+        return subprocess.run(git, cwd=where, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def print_dry_run(settings: Settings) -> None:
+    """Print `dry_run` for a reader, then as JSON on the last line."""
+    result = dry_run(settings)
+    if is_main():
+        for slot, n in result["trainable_parameters"].items():
+            print(f"{slot:>14}  {n:>14,}")
+        print("  ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in result["memory_bytes"].items()))
+        print(json.dumps(result))

@@ -1,0 +1,132 @@
+"""The flags of a fine-tuning run and what they come to. Needs no torch, so that a wrong flag is refused at once."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from cli import fail, knob, parse_into
+from llama.args import ModelArgs
+from moa.config import METHODS, AdapterConfig, knob_fields
+
+DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Flags of finetune.py that are not an adapter's."""
+
+    method: str = knob("soft_moa", help="the method", choices=tuple(METHODS), group=DATA)
+    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model", group=DATA)
+    data_path: str | None = knob(
+        None, help="training rows, JSON or JSON lines of instruction, input, output; default: the demo data", group=DATA
+    )
+    max_seq_len: int = knob(
+        300, help="longest row in tokens, prompt and answer; longer ones are cut or left out", group=DATA
+    )
+    output_dir: str | None = knob(None, help="folder of the run; default: runs/METHOD-DATA-sSEED", group=RUN)
+    seed: int = knob(0, help="seed of the adapters' start and of the order of rows", group=RUN)
+    save_every: int | None = knob(None, help="steps between checkpoints; default: one per epoch", group=RUN)
+    resume: bool = knob(False, help="go on from the output folder's last checkpoint, if it has one", group=RUN)
+    overwrite: bool = knob(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
+    dry_run: bool = knob(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
+    epochs: float = knob(2.0, help="passes over the data", group=STEPS)
+    max_steps: int | None = knob(None, help="stop after this many optimizer steps instead", group=STEPS)
+    batch_size: int = knob(4, help="rows per data-parallel rank and micro-batch", group=STEPS)
+    accum_iter: int = knob(1, help="micro-batches per optimizer step", group=STEPS)
+    lr: float | None = knob(None, help="peak learning rate; default: blr * rows per step / 256", group=STEPS)
+    blr: float = knob(6e-3, help="peak learning rate per 256 rows", group=STEPS)
+    min_lr: float = knob(0.0, help="learning rate at the end", group=STEPS)
+    warmup_epochs: float | None = knob(
+        None, help="epochs of linear warm-up; default: half of the run, at most 1", group=STEPS
+    )
+    lr_schedule: str = knob("cosine", help="after the warm-up", choices=("cosine", "constant"), group=STEPS)
+    weight_decay: float = knob(0.02, help="AdamW's, on matrices", group=STEPS)
+    bf16: bool | None = knob(
+        None, help="base in bf16 (adapters stay fp32); default: where the hardware multiplies bf16", group=MACHINE
+    )
+    flash_attention2: bool = knob(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
+    device: str = knob("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
+    model_parallel_size: int = knob(1, help="processes that share one copy of the model", group=MACHINE)
+    activation_checkpointing: bool = knob(
+        False, help="recompute activations in the backward pass to save memory", group=MACHINE
+    )
+
+    def __post_init__(self):
+        for name in ("max_seq_len", "max_steps", "batch_size", "accum_iter", "save_every", "model_parallel_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("epochs", "lr", "blr"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "seed"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+
+
+# The adapters' knobs as flags; None: what the method's preset says.
+AdapterFlags = make_dataclass(
+    "AdapterFlags",
+    [
+        (name, f.type | None, field(default=None, metadata={**f.metadata, "group": "adapters (default: the method's)"}))
+        for name, f in knob_fields().items()
+        if name != "block_router"
+    ],
+)
+
+# Settings that may differ between the start of a run and its resumption: they do not change what is computed.
+FREE = {"resume", "overwrite", "dry_run", "save_every", "device", "model_parallel_size", "activation_checkpointing"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked command line: `train` and the adapter settings that were typed."""
+
+    train: TrainFlags
+    adapter: dict[str, Any]
+    given: frozenset[str]
+
+    def config(self, args: ModelArgs) -> AdapterConfig:
+        """The adapters for a model of this shape. ValueError naming the flag."""
+        config = AdapterConfig.from_flat({"method": self.train.method} | self.adapter, args.n_layers)
+        problem = config.without_effect(set(self.given))
+        if problem:
+            raise ValueError(problem)
+        return config
+
+
+def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description: str) -> Settings:
+    """The command line of finetune.py; what it lacks of `recipe` is taken from there where neither
+    model nor data is named, which is the demo."""
+    parsed = parse_into([TrainFlags, AdapterFlags], argv, prog="finetune.py", description=description)
+    train, adapter = parsed.values
+    values = asdict(train)
+    if train.data_path is None and train.ckpt_dir is None:
+        values |= {name: value for name, value in recipe.items() if name not in parsed.given}
+    if {"epochs", "max_steps"} <= parsed.given:
+        fail("--epochs and --max_steps exclude each other", status=2)
+    if {"lr", "blr"} <= parsed.given:
+        fail("--lr and --blr exclude each other", status=2)
+    settings = Settings(TrainFlags(**values), {k: v for k, v in asdict(adapter).items() if v is not None}, parsed.given)
+    _check_early(settings)
+    return settings
+
+
+def _check_early(settings: Settings) -> None:
+    """Refuse what does not fit together before any file of the model is read, as far as that can be known."""
+    ckpt_dir = settings.train.ckpt_dir
+    params = Path(ckpt_dir) / "params.json" if ckpt_dir else None
+    try:
+        args = ModelArgs.from_file(params) if params and params.is_file() else None
+        # Without a model at hand ranges are checked against one that is deeper than any.
+        settings.config(args or ModelArgs(dim=2, n_layers=10_000, n_heads=1))
+    except ValueError as error:
+        fail(str(error), status=1 if params and str(error).startswith(str(params)) else 2)
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of settings in which a resumed run differs from its start, apart from those that may."""
+    names = {f.name for f in fields(TrainFlags)} | set(before) | set(now)
+    return sorted(n for n in names - FREE if before.get(n) != now.get(n))
