@@ -20,22 +20,18 @@ WHAT, HOW, MACHINE = "model and rows", "generation", "machine"
 class Flags:
     save_path: str = knob(help="file of predictions to write, as OUT/AddSub.jsonl", group=WHAT)
     ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model", group=WHAT)
-    adapter_path: str | None = knob(
-        None, help="adapter.pth, with adapter_params.json beside it; default: none", group=WHAT
-    )
+    adapter_path: str | None = knob(None, help="adapter.pth, beside its adapter_params.json; default: none", group=WHAT)
     method: str | None = knob(
         None,
-        help="method of an adapter in the authors' format, where its flags do not tell",
+        help="method of an authors' adapter whose flags do not tell",
         choices=tuple(METHODS),
         group=WHAT,
     )
     data_path: str | None = knob(None, help="test rows, JSON or JSON lines; default: the demo's", group=WHAT)
     overwrite: bool = knob(False, help="begin anew where save_path exists", group=WHAT)
-    max_rows: int | None = knob(None, help="answer only the first so many rows", group=WHAT)
+    max_rows: int | None = knob(None, help="answer only the first so many rows (more may follow later)", group=WHAT)
     max_gen_len: int = knob(200, help="new tokens at most", group=HOW)
-    min_gen_len: int = knob(
-        120, help="room kept for the answer: a row's input is cut so that so many tokens can follow", group=HOW
-    )
+    min_gen_len: int = knob(120, help="a row's input is cut so that so many tokens can follow", group=HOW)
     min_new_tokens: int = knob(0, help="the end of the answer is not chosen before this many tokens", group=HOW)
     temperature: float = knob(0.1, help="0: greedy", group=HOW)
     top_p: float = knob(0.75, help="draw from the most likely tokens that together have this probability", group=HOW)
@@ -57,11 +53,11 @@ class Flags:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_new_tokens <= self.max_gen_len:
-            raise ValueError(
-                f"--min_new_tokens must be 0 to --max_gen_len {self.max_gen_len}, not {self.min_new_tokens}"
-            )
+            raise ValueError(f"--min_new_tokens {self.min_new_tokens} must be 0 to --max_gen_len {self.max_gen_len}")
         if not 1 <= self.min_gen_len < self.max_seq_len:
-            raise ValueError(f"--min_gen_len must be 1 to --max_seq_len {self.max_seq_len} - 1, not {self.min_gen_len}")
+            raise ValueError(
+                f"--min_gen_len {self.min_gen_len} must be above 0 and below --max_seq_len {self.max_seq_len}"
+            )
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError("--num_samples above 1 needs a --temperature above 0: greedy answers are all the same")
 
@@ -113,15 +109,15 @@ def run(flags: Flags) -> None:
 
     mine = predictions.missing[data_rank() :: data_size()]
     prompts = {i: encode_prompt(llm.tokenizer, rows[i], flags.max_seq_len - flags.min_gen_len) for i in mine}
-    too_long = [i for i in mine if len(prompts[i]) >= flags.max_seq_len]
+    too_long = {i for i in mine if len(prompts[i]) >= flags.max_seq_len}
     if too_long:
-        listed = ", ".join(str(i + 1) for i in too_long[:5])
+        listed = ", ".join(str(i + 1) for i in sorted(too_long)[:5])
         print(
-            f"{data_path}: {len(too_long)} rows have no room for an answer and get none (rows {listed})",
+            f"{data_path}: {len(too_long)} rows leave no room for an answer (rows {listed})",
             file=sys.stderr,
         )
-    order = [i for i in mine if i not in set(too_long) for _ in range(flags.num_samples)]
-    samples = [s for i in mine if i not in set(too_long) for s in range(flags.num_samples)]
+    order = [i for i in mine if i not in too_long for _ in range(flags.num_samples)]
+    samples = [s for i in mine if i not in too_long for s in range(flags.num_samples)]
     answers: dict[int, list[str | None]] = {i: [None] * flags.num_samples for i in mine}
     writes = mp_rank() == 0  # the ranks of a model-parallel group generate the same
     bar = tqdm(total=len(mine), unit="row", disable=None if is_main() else True)
@@ -180,16 +176,8 @@ def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
     from moa.files import file_hash
 
     args, _ = read_base(ckpt_dir)
-    free = (
-        "save_path",
-        "ckpt_dir",
-        "adapter_path",
-        "data_path",
-        "overwrite",
-        "max_batch_size",
-        "device",
-        "model_parallel_size",
-    )
+    named = {"save_path", "ckpt_dir", "adapter_path", "data_path"}
+    free = named | {"overwrite", "max_rows", "max_batch_size", "device", "model_parallel_size"}
     settings = {name: value for name, value in asdict(flags).items() if name not in free}
     settings["bf16"] = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
     adapter = Path(flags.adapter_path) if flags.adapter_path else None
