@@ -1,12 +1,12 @@
-"""Every suite by its name, in the order of the paper's tables."""
+"""Every suite by its name: the paper's, in the order of its tables, then the demo's."""
 
 import difflib
 from pathlib import Path
 
-from evaluate import addsub, aqua, gsm8k, multiarith, singleeq, svamp
+from evaluate import addsub, aqua, demo, gsm8k, multiarith, singleeq, svamp
 from evaluate.suite import Suite
 
-_MODULES = (addsub, aqua, gsm8k, multiarith, singleeq, svamp)
+_MODULES = (addsub, aqua, gsm8k, multiarith, singleeq, svamp, demo)
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
 
 

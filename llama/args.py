@@ -36,8 +36,9 @@ class ModelArgs:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
-        if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int) or self.vocab_size == 0:
-            raise ValueError(f"vocab_size must be a positive whole number (or -1), not {self.vocab_size!r}")
+        vocab = self.vocab_size
+        if isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < -1 or vocab == 0:
+            raise ValueError(f"vocab_size must be a positive whole number (or -1), not {vocab!r}")
         positive = ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
         for name in positive + (("ffn_dim_multiplier",) if self.ffn_dim_multiplier is not None else ()):
             value = getattr(self, name)

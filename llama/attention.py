@@ -42,5 +42,9 @@ def cached_attention(q: Tensor, cache: Cache, layer: int) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     """(R, T, heads, h) in and out."""
+    dtype = q.dtype
+    if q.device.type == "cpu":  # its bf16 kernel's backward pass takes three to five times as long as float32's
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+    return out.transpose(1, 2).to(dtype)

@@ -101,7 +101,7 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _open(file: Path) -> dict[str, Tensor]:
     shard = read_torch(file, mmap=True)
-    if not all(isinstance(tensor, Tensor) for tensor in shard.values()):
+    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in shard.items()):
         raise ValueError(f"{file}: expected a dictionary of tensors")
     return shard
 
@@ -117,8 +117,9 @@ def _assemble(key: str, place: Placement, files: list[Path], shards: list[dict[s
                 f"{file}: {key} has shape {tuple(piece.shape)}, in {files[0].name} {tuple(pieces[0].shape)}"
             )
     if place.cut is None or len(pieces) == 1:
-        _require_shape(key, pieces[0], place.shape, files)
         whole = pieces[0]
+        if whole.shape != place.shape:
+            raise _wrong_shape(key, whole, place, files)
         if place.cut is None:
             return whole
         part = place.shape[place.cut] // mp_size()
@@ -126,10 +127,10 @@ def _assemble(key: str, place: Placement, files: list[Path], shards: list[dict[s
     held = tuple(pieces[0].shape)
     # LLaMA-2's writers cut the embedding along its width, LLaMA-3's along the vocabulary: the shapes tell.
     for dim in (place.cut, 1 - place.cut):
-        if held == tuple(n // len(pieces) if d == dim else n for d, n in enumerate(place.shape)):
+        if held == tuple(n / len(pieces) if d == dim else n for d, n in enumerate(place.shape)):
             break
     else:
-        _require_shape(key, pieces[0], place.shape, files)
+        raise _wrong_shape(key, pieces[0], place, files)
     if dim != place.cut:
         part = place.shape[place.cut] // mp_size()
         return torch.cat([p.narrow(place.cut, mp_rank() * part, part) for p in pieces], dim)
@@ -143,9 +144,8 @@ def _assemble(key: str, place: Placement, files: list[Path], shards: list[dict[s
     return mine[0].contiguous() if len(mine) == 1 else torch.cat(mine, dim)
 
 
-def _require_shape(key: str, tensor: Tensor, shape: tuple[int, ...], files: list[Path]) -> None:
-    if tuple(tensor.shape) != shape:
-        shards = "" if len(files) == 1 else f" of {len(files)} shards"
-        raise ValueError(
-            f"{files[0]}{shards}: {key} has shape {tuple(tensor.shape)}, params.json asks for {shape} in all"
-        )
+def _wrong_shape(key: str, tensor: Tensor, place: Placement, files: list[Path]) -> ValueError:
+    shards = "" if len(files) == 1 else f" of {len(files)} shards"
+    return ValueError(
+        f"{files[0]}{shards}: {key} has shape {tuple(tensor.shape)}, params.json asks for {place.shape} in all"
+    )

@@ -31,7 +31,6 @@ class LoRAKnobs:
     targets: str = knob("Q,K,V,O,FFN_DOWN", f"linear layers with LoRA, of {','.join(LINEAR_SITES)}")
     rank: int = knob(8, "rank of each LoRA")
     alpha: float = knob(8.0, "LoRA's scale is alpha / rank")
-    hydra: bool = knob(False, "experts of one target share their A")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class ParallelAdapterKnobs:
 
     layers: str = knob("", "layers with a parallel adapter, as for --lora_layers")
     size: int = knob(16, "hidden width of each parallel adapter")
-    hydra: bool = knob(False, "experts of one layer share their down projection")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class PromptKnobs:
     """Trained vectors that each layer's queries attend to."""
 
     layers: str = knob("", "layers with a prompt, as for --lora_layers")
-    len: int = knob(10, "prompt vectors per layer (and expert)")
+    len: int = knob(10, "prompt vectors per layer")
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class AdapterConfig:
         """Configuration of `flat["method"]` with the flat dictionary's other entries on top of its preset."""
         flat = dict(flat)
         method = flat.pop("method", None)
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
         known = knob_fields()
         for name in flat:

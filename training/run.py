@@ -66,10 +66,10 @@ def run(settings: Settings) -> Path:
         say(f"{last}: the run is complete, all {plan.steps} steps are done")
         return folder
 
-    record = _record(settings, config, args, plan)
+    trained = count(model)["total"]
+    record = _record(settings, config, args, plan) | {"trainable_parameters": trained}
     if is_main():
         _prepare(folder, record, resumed=last is not None)
-        trained = count(model)["total"]
         say(
             f"{config.method}: {trained:,} trainable parameters ({100 * trained / base_parameters(model):.2f} % of the "
             f"base), {len(examples)} rows, {plan.steps} steps of {plan.rows_per_step} rows, "

@@ -1,0 +1,253 @@
+"""Hugging Face folder -> Meta's layout, for LLaMA-3.x and other plain LlamaForCausalLM models such as SmolLM2."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert import layout
+from convert.layout import Converted
+from convert.vocabulary import Vocabulary, from_tiktoken, from_tokenizer_json
+from llama.args import ModelArgs
+from llama.tokenizer import N_SPECIAL, read_ranks
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+# Meta's key -> Hugging Face's name; inside a block, behind `layers.{i}.` and `model.layers.{i}.`.
+WHOLE = {
+    layout.EMBEDDING: "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    layout.OUTPUT: "lm_head.weight",
+}
+BLOCK = {
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+# Constants that old versions saved along with the weights.
+IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def convert(input: str | Path, output: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
+    """Convert a folder with config.json, safetensors and a tokenizer; `dtype` is bf16, fp32 or fp16.
+
+    Raises ValueError or OSError naming the file and the tensor or key at fault; then nothing was written.
+    """
+    folder = Path(input)
+    output = layout.check_output(output, overwrite)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: holds no config.json, so it is not a Hugging Face model folder")
+    config = _read_json(folder / "config.json")
+    source = Safetensors(folder)
+    rows = source.rows(WHOLE[layout.EMBEDDING])
+    if config.get("vocab_size") != rows:
+        raise ValueError(
+            f"{source.where(WHOLE[layout.EMBEDDING])}: tensor {WHOLE[layout.EMBEDDING]} has {rows} rows, "
+            f"but {folder / 'config.json'} has vocab_size {config.get('vocab_size')}"
+        )
+    vocabulary, tokenizer = _read_tokenizer(folder, rows)
+    args = read_config(config, folder / "config.json", vocab_size=len(vocabulary.row_map))
+    tied = _find_output(config, source, folder)
+
+    def name(key: str) -> str:
+        if key == layout.OUTPUT and tied:
+            return WHOLE[layout.EMBEDDING]
+        _, number, rest = key.split(".", 2) if key.startswith("layers.") else ("", "", "")
+        return f"model.layers.{number}.{BLOCK[rest]}" if rest else WHOLE[key]
+
+    def change(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        return interleave(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
+
+    def ignored(other: str) -> bool:
+        return bool(IGNORED.fullmatch(other)) or (tied and other == WHOLE[layout.OUTPUT])
+
+    state = layout.assemble(args, vocabulary, source, name, dtype, ignored, change)
+    layout.write_folder(output, args, state, tokenizer, overwrite)
+    return Converted(output, args, vocabulary.row_map, vocabulary.output_row_map, vocabulary.notes)
+
+
+def interleave(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows (heads * head_dim, D) of wq or wk: per head from [first half, second half] to Meta's interleaved pairs."""
+    halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def read_config(config: dict[str, Any], path: Path, vocab_size: int) -> ModelArgs:
+    """The model's shape from config.json. Raises ValueError for whatever Meta's layout cannot express."""
+
+    def refuse(what: str) -> None:
+        raise ValueError(f"{path}: {what}")
+
+    def number(key: str, kind: type = int, default: Any = None) -> Any:
+        value = config.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+            refuse(f"{key} must be a positive {'whole number' if kind is int else 'number'}, not {value!r}")
+        return value
+
+    architectures = config.get("architectures") or ["LlamaForCausalLM"]
+    if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+        refuse(
+            f"only LlamaForCausalLM can be converted, not {architectures} of model_type {config.get('model_type')!r}"
+        )
+    for key in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"):
+        if config.get(key):
+            refuse(f"{key} = {config[key]!r} has no counterpart in Meta's layout")
+    if config.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act must be 'silu', not {config['hidden_act']!r}")
+    dim, heads = number("hidden_size"), number("num_attention_heads")
+    if dim % heads or number("head_dim", default=dim // heads) != dim // heads:
+        refuse(f"head_dim {config.get('head_dim')} must be hidden_size / num_attention_heads = {dim} / {heads}")
+    try:
+        return ModelArgs(
+            dim=dim,
+            n_layers=number("num_hidden_layers"),
+            n_heads=heads,
+            n_kv_heads=number("num_key_value_heads", default=heads),
+            vocab_size=vocab_size,
+            norm_eps=number("rms_norm_eps", float, 1e-6),
+            **layout.ffn_rule(dim, number("intermediate_size")),
+            **_read_rope(config, refuse),
+        )
+    except ValueError as error:
+        raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from None
+
+
+def _read_rope(config: dict[str, Any], refuse) -> dict[str, Any]:
+    # Written as rope_theta + rope_scaling until transformers 4, as rope_parameters since 5.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        refuse(f"rope_scaling must be an object, not {rope!r}")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        refuse("partial_rotary_factor has no counterpart in Meta's layout")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        refuse(f"rope_type must be 'default' or 'llama3', not {kind!r}")
+    scaling = {
+        "rope_scaling_factor": "factor",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_max_seq_len": "original_max_position_embeddings",
+    }
+    for key in scaling.values():
+        if key not in rope:
+            refuse(f"the llama3 rope scaling lacks {key}")
+    return {"rope_theta": theta, "use_scaled_rope": True, **{ours: rope[theirs] for ours, theirs in scaling.items()}}
+
+
+class Safetensors:
+    """The tensors of a folder's `model.safetensors`, or of the shards its index names. Read one by one."""
+
+    def __init__(self, folder: Path):
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._expected_in = folder / SINGLE
+        if (folder / SINGLE).is_file():
+            files, listed = [folder / SINGLE], None
+        elif (folder / INDEX).is_file():
+            self._expected_in = folder / INDEX
+            listed = _read_json(folder / INDEX).get("weight_map")
+            if not isinstance(listed, dict) or not all(
+                isinstance(n, str) and Path(n).name == n for n in listed.values()
+            ):
+                raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names of this folder")
+            files = [folder / name for name in sorted(set(listed.values()))]
+        else:
+            pickled = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
+            why = f"; pickled weights ({pickled[0]}) are not read, save them as safetensors" if pickled else ""
+            raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}{why}")
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file}: no such file, but {INDEX} names it")
+            with _open(file) as opened:
+                for name in opened.keys():
+                    self._file_of[name] = file
+                    self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+        for name in listed or ():
+            if self._file_of.get(name) != folder / listed[name]:
+                raise ValueError(f"{folder / listed[name]}: tensor {name} is missing, but {INDEX} names it")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def rows(self, name: str) -> int:
+        """The length of a tensor's first dimension. Raises ValueError where the tensor is missing."""
+        if name not in self._shapes:
+            raise ValueError(f"{self.where(name)}: tensor {name} is missing")
+        return self._shapes[name][0]
+
+    def where(self, name: str) -> str:
+        return str(self._file_of.get(name, self._expected_in))
+
+    def read(self, name: str) -> torch.Tensor:
+        with _open(self._file_of[name]) as opened:
+            tensor = opened.get_tensor(name)
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{self.where(name)}: tensor {name} is {tensor.dtype}, expected float32, bfloat16 or float16"
+            )
+        return tensor
+
+
+def _open(file: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def _find_output(config: dict[str, Any], source: Safetensors, folder: Path) -> bool:
+    """Whether the output matrix is the embedding. Raises ValueError where a tied model holds another output matrix."""
+    tied = config.get("tie_word_embeddings", False)
+    output, embedding = WHOLE[layout.OUTPUT], WHOLE[layout.EMBEDDING]
+    if tied and output in source.shapes() and embedding in source.shapes():
+        if not torch.equal(source.read(output), source.read(embedding)):
+            raise ValueError(
+                f"{source.where(output)}: tensor {output} differs from {embedding}, "
+                f"but {folder / 'config.json'} says tie_word_embeddings"
+            )
+    return bool(tied)
+
+
+def _read_tokenizer(folder: Path, rows: int) -> tuple[Vocabulary, bytes]:
+    """The vocabulary, and the text of tokenizer.model: the folder's own where it is a tiktoken file that fits."""
+    reason = f"{folder}: holds no tokenizer.json and no tokenizer.model"
+    for path in (folder / "original" / "tokenizer.model", folder / "tokenizer.model"):
+        if path.is_file():
+            try:
+                needed = len(read_ranks(path)) + N_SPECIAL
+            except ValueError as error:
+                reason = str(error)
+                continue
+            if needed == rows:
+                return from_tiktoken(path), path.read_bytes()
+            reason = (
+                f"{path}: has {needed} tokens with Meta's {N_SPECIAL} special ones, but the embedding has {rows} rows"
+            )
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(reason)
+    vocabulary = from_tokenizer_json(folder / "tokenizer.json")
+    return vocabulary, vocabulary.tiktoken()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,174 @@
+"""Meta's layout: shapes of its tensors, assembly from another format's tensors, and writing of the folder."""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from convert.vocabulary import Vocabulary, gather_rows
+from llama.args import ModelArgs
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+
+
+class Source(Protocol):
+    """Tensors of another format, by their own names."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor there is."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in a floating-point dtype."""
+
+    def where(self, name: str) -> str:
+        """The file that a tensor is in, or should be in."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made. `row_map`, `output_row_map`: for each new id the source's row, -1 for the mean row."""
+
+    folder: Path
+    args: ModelArgs
+    row_map: list[int]
+    output_row_map: list[int]
+    notes: list[str]
+
+
+def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Key and shape of each tensor of a checkpoint in Meta's layout, one shard."""
+    d, kv, ffn = args.dim, args.n_kv_heads * args.head_dim, args.ffn_dim
+    block = {
+        "attention.wq.weight": (d, d),
+        "attention.wk.weight": (kv, d),
+        "attention.wv.weight": (kv, d),
+        "attention.wo.weight": (d, d),
+        "feed_forward.w1.weight": (ffn, d),
+        "feed_forward.w2.weight": (d, ffn),
+        "feed_forward.w3.weight": (ffn, d),
+        "attention_norm.weight": (d,),
+        "ffn_norm.weight": (d,),
+    }
+    layers = {f"layers.{i}.{key}": shape for i in range(args.n_layers) for key, shape in block.items()}
+    return {EMBEDDING: (args.vocab_size, d), **layers, "norm.weight": (d,), OUTPUT: (args.vocab_size, d)}
+
+
+def ffn_rule(dim: int, hidden: int) -> dict[str, float]:
+    """`multiple_of` and `ffn_dim_multiplier` that give exactly this feed-forward width, round numbers preferred."""
+    factors = [1.0, 1.3, 1.5] + [i / 10 for i in range(1, 81)] + [i / 100 for i in range(1, 801)]
+    factors.append((hidden + 0.5) / int(8 * dim / 3))  # with multiple_of 1 this always fits
+    for factor in factors:
+        for multiple in (1024, 256, 512, 128, 64, 32, 16, 8, 4, 2, 1):
+            if ModelArgs(dim, 1, 1, multiple_of=multiple, ffn_dim_multiplier=factor).ffn_dim == hidden:
+                return {"multiple_of": multiple, "ffn_dim_multiplier": factor}
+    raise AssertionError(f"no rule gives width {hidden} at dim {dim}")
+
+
+def params_json(args: ModelArgs) -> str:
+    """The text of params.json; the numbers of the rotary scaling only where there is one."""
+    params = {f.name: getattr(args, f.name) for f in fields(args)}
+    if not args.use_scaled_rope:
+        params = {k: v for k, v in params.items() if k == "rope_theta" or not k.startswith("rope_")}
+    return json.dumps(params, indent=2) + "\n"
+
+
+def assemble(
+    args: ModelArgs,
+    vocabulary: Vocabulary,
+    source: Source,
+    names: Callable[[str], str],
+    dtype: str,
+    ignored: Callable[[str], bool] = lambda name: False,
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda key, tensor: tensor,
+) -> dict[str, torch.Tensor]:
+    """The state in Meta's layout. Every shape is checked before the first tensor is read.
+
+    `names` gives the source's name of Meta's key; `ignored` says which other tensors need not be used; `change` is
+    applied to each tensor read. Raises ValueError naming file and tensor that is missing, too many or of a wrong shape.
+    """
+    there, shapes = source.shapes(), tensor_shapes(args)
+    wanted = {key: names(key) for key in shapes}
+    for name in there:
+        if name not in wanted.values() and not ignored(name):
+            raise ValueError(f"{source.where(name)}: tensor {name} has no place in a LLaMA model in Meta's layout")
+    rows = there.get(wanted[EMBEDDING], (0,))[0]
+    for key, name in wanted.items():
+        if name not in there:
+            raise ValueError(f"{source.where(name)}: tensor {name} is missing")
+        expected = (rows, args.dim) if key in (EMBEDDING, OUTPUT) else shapes[key]
+        if there[name] != expected:
+            raise ValueError(f"{source.where(name)}: tensor {name} has shape {there[name]}, expected {expected}")
+    if rows < vocabulary.rows_needed():
+        raise ValueError(
+            f"{source.where(wanted[EMBEDDING])}: tensor {wanted[EMBEDDING]} has {rows} rows, "
+            f"but the tokenizer needs {vocabulary.rows_needed()}"
+        )
+    state = {}
+    for key, name in wanted.items():
+        tensor = change(key, source.read(name))
+        if key in (EMBEDDING, OUTPUT):
+            row_map = vocabulary.row_map if key == EMBEDDING else vocabulary.output_row_map
+            tensor = gather_rows(tensor, row_map, vocabulary.special_rows)
+        state[key] = tensor.to(DTYPES[dtype])
+        if not torch.stack(state[key].aminmax()).isfinite().all():  # min and max are NaN where any value is
+            raise ValueError(f"{source.where(name)}: tensor {name} has values that are not finite numbers in {dtype}")
+    return state
+
+
+def check_output(folder: str | Path, overwrite: bool) -> Path:
+    """Refuse (ValueError) an output folder that is there already; with `overwrite`, one that holds anything else."""
+    folder = Path(folder)
+    if not os.path.lexists(folder):
+        return folder
+    if not overwrite:
+        raise ValueError(f"{folder}: exists already (--overwrite replaces it)")
+    if not folder.is_dir() or folder.is_symlink():
+        raise ValueError(f"{folder}: is not a folder")
+    for entry in folder.iterdir():
+        ours = entry.name in ("params.json", "tokenizer.model", "README.md") or entry.match(
+            "consolidated.[0-9][0-9].pth"
+        )
+        if not ours:
+            raise ValueError(f"{folder}: holds {entry.name}, which is no part of a checkpoint; it is not overwritten")
+    return folder
+
+
+def write_folder(folder: Path, args: ModelArgs, state: dict[str, torch.Tensor], tokenizer: bytes, overwrite: bool):
+    """Write the three files into a folder beside and rename it, so that `folder` is never there by half."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir()
+        (new / "params.json").write_text(params_json(args), encoding="utf-8")
+        (new / "tokenizer.model").write_bytes(tokenizer)
+        with open(new / "consolidated.00.pth", "wb") as file:
+            _save(state, file)
+        check_output(folder, overwrite)
+        if folder.exists():
+            os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if old.exists():
+                os.rename(old, folder)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save(state: dict[str, torch.Tensor], file: io.BufferedWriter) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"{file.name}: could not be written ({str(error).splitlines()[0]})") from None

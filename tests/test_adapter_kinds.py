@@ -1,0 +1,78 @@
+"""A kind of adapter that the project does not know needs a module and one registration, nothing else."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ARGS, BASE, METHODS, save, tokens
+from torch import Tensor
+
+from llama import Llama
+from moa.adapter import AdapterModule, Site, normal
+from moa.config import ADAPTERS, AdapterConfig, knob, register_adapter
+from moa.state import adapter_state, count, optimizer_groups
+
+
+@dataclass(frozen=True)
+class ScaleKnobs:
+    """A trained factor per component, at linear layers as wide as their input."""
+
+    layers: str = knob("", "layers with a scale")
+    targets: str = knob("Q,O", "linear layers with a scale")
+    factor: float = knob(1.0, "weight of all scales")
+
+
+class Scale(AdapterModule):
+    """y + g * factor * s * u"""
+
+    def __init__(self, site: Site, config: AdapterConfig):
+        super().__init__()
+        assert site.in_features == site.out_features
+        self.factor = config.adapters["scale"].factor
+        self.declare("s", (site.in_features,), normal)
+
+    def forward(self, u: Tensor, gate: Tensor | None) -> Tensor:
+        y = self.factor * self.s.to(u.dtype) * u
+        return y if gate is None else y * gate
+
+
+@pytest.fixture
+def scale(monkeypatch) -> Iterator[None]:
+    monkeypatch.setitem(ADAPTERS, "scale", None)  # taken out again at the end of the test
+    register_adapter("scale", ScaleKnobs, f"{__name__}:Scale", ("Q", "O"))
+    yield
+
+
+@pytest.mark.parametrize("flat", [{"method": "lora", "lora_layers": ""}, METHODS["soft_moa"], METHODS["sparse_moa"]])
+def test_a_new_kind_of_adapter_needs_one_registration(flat: dict, scale: None, tmp_path: Path) -> None:
+    config = AdapterConfig.from_flat(flat | {"scale_layers": "1-3", "scale_factor": 0.5}, ARGS.n_layers)
+    llm, batch = Llama.build(BASE, config=config, device="cpu"), tokens(2, 6)
+    model = llm.model
+    assert count(model)["scale_Q"] == count(model)["scale_O"] == 2 * 64
+    slots = [slot.name for slot in config.slots(1)]
+    assert {"scale_Q", "scale_O"} <= set(slots)
+    if model.layers[1].router is not None:
+        assert set(model.layers[1].router(torch.zeros(1, 64))) == set(slots)
+    key = "layers.1.attention.adapters.scale_Q.s"
+    before = adapter_state(model)[key]
+    assert before.any()
+    optimizer = torch.optim.SGD(optimizer_groups(model, 0.0), lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss = model.loss(batch, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0] and not torch.equal(adapter_state(model)[key], before)
+    other = Llama.build(BASE, save(llm, tmp_path / "out"), device="cpu", seed=8)
+    assert torch.equal(other.model(batch), model(batch))
+    assert llm.generate([[256, 3, 4]], 4) == other.generate([[256, 3, 4]], 4)
+
+
+def test_the_new_kind_was_taken_out_again() -> None:
+    assert set(ADAPTERS) == {"lora", "prompt", "p_adapter"}
+    with pytest.raises(ValueError, match="unknown adapter setting scale_layers"):
+        AdapterConfig.from_flat({"method": "lora", "scale_layers": "all"}, 3)

@@ -1,0 +1,169 @@
+"""Adapters as parameters: which they are, what they cost, how they start and how they train."""
+
+import resource
+
+import pytest
+import torch
+from tiny import ARGS, BASE, METHODS, build, gradients, random_state, relative, shared, tokens, unfilled
+from torch import Tensor
+
+from llama import ModelArgs
+from llama.checkpoint import placements
+from moa.state import (
+    adapter_parameters,
+    adapter_state,
+    count,
+    freeze_base,
+    initialise,
+    load_adapter_state,
+    optimizer_groups,
+)
+
+# Which parameters
+
+
+@pytest.mark.parametrize("name", [None, *METHODS])
+def test_base_and_adapter_share_nothing_and_are_everything(name: str | None) -> None:
+    model = shared(name).model
+    everything, base, adapters = dict(model.named_parameters()), set(placements(model)), set(adapter_parameters(model))
+    assert base | adapters == set(everything) == set(model.state_dict())
+    assert not base & adapters
+    assert base == set(torch.load(BASE / "consolidated.00.pth", weights_only=True))  # Meta's names
+    assert {key for key, parameter in everything.items() if parameter.requires_grad} == adapters
+    assert bool(adapters) == (name is not None)
+    assert all(everything[key].dtype == torch.float32 for key in adapters)
+
+
+def test_freezing_leaves_the_adapters_and_nothing_else() -> None:
+    model = unfilled(ARGS, METHODS["soft_moa"])
+    for before in (True, False):
+        model.requires_grad_(before)
+        freeze_base(model)
+        trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == set(adapter_parameters(model))
+
+
+def test_adapters_stay_float32_beside_a_bf16_base() -> None:
+    llm = build("soft_moa", bf16=True)
+    batch = tokens(2, 6)
+    for key, parameter in llm.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), key
+    llm.model.loss(batch, batch).backward()
+    in_float = build("soft_moa")
+    in_float.model.loss(batch, batch).backward()
+    expected = gradients(in_float.model)
+    for key, grad in gradients(llm.model).items():
+        assert grad.dtype == torch.float32 and torch.isfinite(grad).all()
+        assert relative(grad, expected[key]) < 0.3, key
+    assert len(llm.generate([[256, 5, 6]], max_gen_len=4)[0]) == 4
+
+
+LLAMA_8B = ModelArgs(
+    dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, multiple_of=1024, ffn_dim_multiplier=1.3
+)
+
+
+@pytest.mark.parametrize(
+    "flat, total",
+    [
+        ({"method": "soft_moa"}, 24_520_288),
+        ({"method": "soft_moa", "swi_x": 0}, 18_089_696),
+        ({"method": "sparse_moa"}, 22_289_120),
+        ({"method": "lora"}, 23_068_672),
+        ({"method": "prompt"}, 1_311_744),
+        ({"method": "parallel_adapter"}, 4_325_888),
+    ],
+)
+def test_published_counts_at_8b(flat: dict, total: int) -> None:
+    """Without weights: the base takes no memory, so a model of 32 GB can be described on any machine."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = unfilled(LLAMA_8B, flat)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    counts = count(model)
+    assert counts["total"] == total == sum(n for slot, n in counts.items() if slot != "total")
+    base = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    assert all(parameter.is_meta for parameter in base)
+    assert sum(parameter.numel() for parameter in base) == 8_030_261_248
+    assert grown < 1_000_000
+
+
+def test_counts_by_slot() -> None:
+    counts = count(unfilled(LLAMA_8B, {"method": "soft_moa", "lora_targets": "O,Q", "lora_layers": "0-4"}))
+    assert counts["lora_Q"] == counts["lora_O"] == 4 * 8 * (4096 + 4096)
+    assert counts["prompt"] == 1_311_744 and counts["p_adapter"] == 4_325_888
+    router = {n: 2 * (4096 + 1) * 4 * n + (4 * n + 1) * n for n in (2, 4)}  # n slots, 4 n hidden units
+    assert counts["router"] == 4 * router[4] + 28 * router[2]
+
+
+def test_optimizer_groups() -> None:
+    model = shared("soft_moa").model
+    decayed, others = optimizer_groups(model, weight_decay=0.02)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.02, 0.0)
+    names = {id(parameter): key for key, (parameter, *_) in adapter_parameters(model).items()}
+    found = [names[id(p)] for p in decayed["params"] + others["params"]]
+    assert sorted(found) == sorted(names.values())  # each once
+    last = {key.split(".")[-1] for key in (names[id(p)] for p in others["params"])}
+    assert last == {"z", "bias", "down_bias", "up_bias"}
+    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"A", "B", "P", "down", "up", "weight"}
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_steps_move_every_adapter_tensor_and_no_base_tensor(name: str) -> None:
+    model, batch = build(name, seed=None).model, tokens(3, 8)
+    with torch.no_grad():  # the start of the parallel adapter is too near to zero for SGD; move it
+        for key, (parameter, *_) in adapter_parameters(model).items():
+            if "p_adapter" in key:
+                parameter.copy_(random_state(model)[key])
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(optimizer_groups(model, weight_decay=0.0), lr=0.5)
+    losses, still = [], []
+    for _ in range(3):
+        loss = model.loss(batch, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        still.append({key for key, (p, *_) in adapter_parameters(model).items() if not p.grad.any()})
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    # In the first step B = 0 keeps A where it is, z = 0 keeps P, and both keep the gates; after it nothing stays
+    assert all(key.endswith((".A", ".P")) or ".router." in key for key in still[0])
+    assert bool(still[0]) == (name != "parallel_adapter")
+    assert not still[1] and not still[2]
+    adapters = adapter_parameters(model)
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]) == (key not in adapters), key
+
+
+# Starting
+
+
+def test_starts_follow_the_seed_and_the_key_alone() -> None:
+    def start(flat: dict, seed: int) -> dict[str, Tensor]:
+        model = unfilled(ARGS, flat)
+        initialise(model, seed)
+        return adapter_state(model)
+
+    moa, again, other = start(METHODS["soft_moa"], 3), start(METHODS["soft_moa"], 3), start(METHODS["soft_moa"], 4)
+    alone = start(METHODS["lora"], 3)
+    shared_keys = moa.keys() & alone.keys()
+    assert shared_keys
+    for key, tensor in moa.items():
+        assert torch.equal(tensor, again[key])
+        assert torch.equal(tensor, other[key]) == (not tensor.any()), key  # zeros are zeros
+        assert key not in shared_keys or torch.equal(tensor, alone[key])
+    drawn = [tuple(tensor.flatten()[:4].tolist()) for tensor in moa.values() if tensor.any()]
+    assert len(set(drawn)) == len(drawn)  # no two tensors start alike
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    model = unfilled(ARGS, METHODS["soft_moa"])
+    initialise(model, 0)
+    before = adapter_state(model)
+    key = list(before)[-1]
+    state = random_state(model) | {key: torch.zeros(1)}
+    with pytest.raises(ValueError, match=f"origin: {key}"):
+        load_adapter_state(model, state, "origin")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_state(model).items())

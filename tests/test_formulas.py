@@ -1,0 +1,281 @@
+"""Every fast path beside the plain formula, in value and in gradient."""
+
+import math
+
+import pytest
+import torch
+from plain_model import PlainModel, rms_norm, rotate
+from tiny import METHODS, PARAMS, build, gradients, relative, shared, tokens
+from torch import Tensor
+from torch.nn import functional as F
+
+import llama.loss
+from llama import ModelArgs
+from llama.model import RMSNorm
+from llama.rope import Rope, frequencies
+from moa.config import AdapterConfig
+from moa.routers import SparseRouter
+from moa.rows import Rows
+from moa.state import adapter_parameters, initialise
+
+
+def plain(name: str | None) -> PlainModel:
+    """The same model, written out: float64 copies of the tensors, the adapters' with a gradient."""
+    model = shared(name).model
+    adapters = adapter_parameters(model)
+    w = {k: t.detach().double().requires_grad_(k in adapters) for k, t in model.named_parameters()}
+    return PlainModel(PARAMS, METHODS.get(name, {}), w)
+
+
+@pytest.mark.parametrize("name", [None, *METHODS])
+def test_model_equals_the_formulas(name: str | None) -> None:
+    model, by_hand = shared(name).model, plain(name)
+    batch = tokens(2, 6)
+    logits, expected = model(batch), torch.stack([by_hand.logits(row) for row in batch.tolist()])
+    torch.testing.assert_close(logits.double(), expected, rtol=5e-5, atol=5e-5)
+    if name is None:
+        return
+    labels = batch.roll(-1, 1)  # any targets will do
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    F.cross_entropy(expected.flatten(0, 1), labels.flatten()).backward()
+    for key, found in gradients(model).items():
+        grad = by_hand.w[key].grad
+        assert grad is not None and grad.norm() > 0, key
+        assert relative(found.double(), grad) < 5e-4, key  # float32 against float64
+
+
+def test_adapters_matter() -> None:
+    """The comparison above would also hold for adapters that do nothing."""
+    base, batch = shared(None).model(tokens(1, 6)), tokens(1, 6)
+    for name in METHODS:
+        assert (shared(name).model(batch) - base).abs().max() > 0.1, name
+
+
+def test_sparse_router_switches_some_adapters_off() -> None:
+    for name in ("sparse_moa", "sparse_moa_const_threshold"):
+        model = shared(name).model
+        gates = torch.cat(list(model.layers[0].router(model.tok_embeddings(tokens(40))).values()), 1)
+        off = (gates == 0).float().mean().item()
+        assert 0.1 < off < 0.9, (name, off)
+
+
+# Loss
+
+
+def by_cross_entropy(model: torch.nn.Module, batch: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(batch)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("labels_at_once", [1, 3, 1000])
+def test_loss_in_chunks_equals_cross_entropy_of_all_logits(labels_at_once: int, monkeypatch) -> None:
+    monkeypatch.setattr(llama.loss, "CHUNK_ELEMENTS", labels_at_once * PARAMS["vocab_size"])
+    model, batch = shared("soft_moa").model, tokens(3, 9)
+    labels = batch.clone()
+    labels[0, :4] = labels[1, 5:] = -100  # the first column's labels, which nothing predicts, must not count
+    expected = by_cross_entropy(model, batch, labels)
+    (2.5 * expected).backward()
+    grads = gradients(model)
+    loss = model.loss(batch, labels)
+    (2.5 * loss).backward()
+    torch.testing.assert_close(loss, expected)
+    for key, found in gradients(model).items():
+        assert relative(found, grads[key]) < 1e-5, key
+
+
+def test_loss_without_gradient_and_in_float32_range() -> None:
+    hidden, weight = torch.randn(5, 8) * 1e3, torch.randn(20, 8) * 1e3  # exp of such logits overflows
+    labels = torch.tensor([0, 19, 7, 7, 3])
+    with torch.no_grad():
+        loss = llama.loss.label_loss(hidden, weight, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels, reduction="sum"))
+
+
+def test_loss_needs_a_label_and_equal_shapes() -> None:
+    model, batch = shared(None).model, tokens(2, 4)
+    labels = torch.full_like(batch, -100)
+    labels[:, 0] = 5
+    with pytest.raises(ValueError, match="no label"):
+        model.loss(batch, labels)
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        model.loss(batch, labels[:, 1:])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_packed_rows_equal_each_row_alone_and_padded_rows(name: str) -> None:
+    model = shared(name).model
+    rows = [tokens(n, seed=n) for n in (5, 11, 1, 8)]
+    labels = [row.clone() for row in rows]
+    labels[1][:6] = -100
+
+    packed = Rows([len(row) for row in rows], "cpu")
+    hidden = model.hidden(torch.cat(rows), packed)
+    loss = model.summed_loss(torch.cat(rows), torch.cat(labels), packed)
+    loss.backward()
+    grads = gradients(model)
+
+    alone_loss = torch.zeros(())
+    for row, label, (begin, end) in zip(rows, labels, packed.spans, strict=True):
+        alone = model.hidden(row, Rows([len(row)], "cpu"))
+        torch.testing.assert_close(hidden[begin:end], alone, rtol=1e-5, atol=1e-5)
+        if len(row) > 1:
+            alone_loss = alone_loss + by_cross_entropy(model, row[None], label[None]) * (label[1:] != -100).sum()
+    torch.testing.assert_close(loss, alone_loss)
+    alone_loss.backward()
+    for key, found in gradients(model).items():
+        assert relative(grads[key], found) < 1e-4, key
+
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
+    padded_labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    n = int((padded_labels[:, 1:] != -100).sum())
+    padded_loss = model.loss(padded, padded_labels) * n
+    torch.testing.assert_close(padded_loss, loss)
+    padded_loss.backward()
+    for key, found in gradients(model).items():
+        assert relative(found, grads[key]) < 1e-4, key
+
+
+def test_activation_checkpointing_changes_nothing(monkeypatch) -> None:
+    model, batch = shared("soft_moa").model, tokens(2, 7)
+    model.loss(batch, batch).backward()
+    expected = gradients(model)
+    monkeypatch.setattr(model, "activation_checkpointing", True)
+    runs = []
+    hook = model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    model.loss(batch, batch).backward()
+    hook.remove()
+    assert len(runs) == 2  # once more in the backward pass
+    for key, found in gradients(model).items():
+        assert relative(found, expected[key]) < 1e-6, key
+
+
+# The sparse threshold
+
+
+def sparse_router(threshold_gradient: str) -> SparseRouter:
+    flat = {"method": "sparse_moa", "max_threshold": 0.9, "swi_x": 0, "threshold_gradient": threshold_gradient}
+    router = SparseRouter(["a", "b", "c"], 6, AdapterConfig.from_flat(flat, 1))
+    initialise(router, seed=3)
+    return router
+
+
+def test_straight_through_leaves_the_forward_as_it_is_and_teaches_the_threshold() -> None:
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * 3
+    upstream = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    routers = {kind: sparse_router(kind) for kind in ("straight_through", "none")}
+    out = {kind: torch.cat(list(router(x).values()), 1) for kind, router in routers.items()}
+    assert torch.equal(out["straight_through"], out["none"])
+    for values in out.values():
+        (values * upstream).sum().backward()
+    st, none = routers["straight_through"], routers["none"]
+    assert none.threshold.weight.grad is None and none.threshold.bias.grad is None
+
+    # weight = g m with dm = dg - dG: d/dg = m + g, d/dG = -g
+    g = torch.sigmoid(st.router(x)).detach()
+    level = torch.sigmoid(st.threshold(x)).detach()
+    mask = (g >= 0.9 * level).float()
+    assert 0 < mask.mean() < 1
+    d_level = (upstream * -g).sum(1, keepdim=True) * 0.9 * level * (1 - level)  # (N, 1), at the threshold's logit
+    torch.testing.assert_close(st.threshold.weight.grad, d_level.T @ x)
+    torch.testing.assert_close(st.threshold.bias.grad, d_level.sum(0))
+    for router, slope in ((st, mask + g), (none, mask)):
+        d_gate = upstream * slope * g * (1 - g)
+        torch.testing.assert_close(router.router.weight.grad, d_gate.T @ x)
+        torch.testing.assert_close(router.router.bias.grad, d_gate.sum(0))
+
+
+# RoPE and norm
+
+
+def rope_args(**kwargs) -> ModelArgs:
+    return ModelArgs(dim=256, n_layers=1, n_heads=2, vocab_size=1, **kwargs)
+
+
+def test_rope_plain() -> None:
+    args = rope_args(rope_theta=10000.0)
+    torch.testing.assert_close(frequencies(args).tolist(), [10000.0 ** (-i / 128) for i in range(0, 128, 2)])
+    x = torch.randn(4, 2, 128, generator=torch.Generator().manual_seed(0))
+    positions = [0, 1, 7, 300]
+    turned = Rope(frequencies(args), torch.tensor(positions))(x)
+    for n, position in enumerate(positions):
+        for head in range(2):
+            expected = rotate(x[n, head].double(), position, 10000.0)
+            torch.testing.assert_close(turned[n, head].double(), expected, rtol=1e-4, atol=1e-4)
+    assert Rope(frequencies(args), torch.tensor(positions))(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("theta, factor, low, high, context", [(5e5, 8, 1, 4, 8192), (1e4, 32, 2, 5, 1000)])
+def test_rope_scaled(theta: float, factor: float, low: float, high: float, context: int) -> None:
+    """The published rule: by wavelength, three pieces."""
+    expected, pieces = [], set()
+    for i in range(0, 128, 2):
+        freq = theta ** (-i / 128)
+        wavelength = 2 * math.pi / freq
+        if wavelength < context / high:
+            expected.append(freq)
+            pieces.add("kept")
+        elif wavelength > context / low:
+            expected.append(freq / factor)
+            pieces.add("slowed")
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            expected.append((1 - smooth) * freq / factor + smooth * freq)
+            pieces.add("between")
+    assert len(pieces) == 3
+    numbers = {"rope_theta": theta, "rope_scaling_factor": factor, "rope_original_max_seq_len": context}
+    args = rope_args(use_scaled_rope=True, rope_low_freq_factor=low, rope_high_freq_factor=high, **numbers)
+    torch.testing.assert_close(
+        frequencies(args).double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0
+    )
+
+
+def test_rope_scaling_defaults_are_llama_3_1s() -> None:
+    numbers = {"rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+    explicit = rope_args(use_scaled_rope=True, rope_theta=500000.0, rope_original_max_seq_len=8192, **numbers)
+    assert rope_args(use_scaled_rope=True) == explicit
+    assert not torch.equal(frequencies(explicit), frequencies(rope_args()))  # off by default
+
+
+def test_rms_norm() -> None:
+    norm = RMSNorm(16, eps=0.1)
+    weight, x = torch.randn(16), torch.randn(3, 16)
+    norm.load_state_dict({"weight": weight}, assign=True)
+    expected = torch.stack([rms_norm(row, weight, 0.1) for row in x])
+    torch.testing.assert_close(norm(x), expected)
+
+
+# Initial state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fresh_adapter_leaves_the_base_as_it_is(name: str) -> None:
+    batch = tokens(2, 8)
+    with torch.no_grad():
+        base, fresh = shared(None).model(batch), build(name, seed=None).model(batch)
+    if name in ("lora", "prompt"):
+        assert torch.equal(fresh, base)  # B and z are zero
+    else:
+        assert 0 < (fresh - base).abs().max() < 1e-5  # the parallel adapter starts at 1e-4 of Xavier's
+
+
+def test_initial_values() -> None:
+    """The distributions of SPEC's table: nn.Linear's, Xavier's times 1e-4, the standard normal, zero."""
+    model = build("soft_moa", seed=None).model
+    block, dim, size = model.layers[2], PARAMS["dim"], 8
+    assert not any(block.attention.adapters[name].z.any() for name in ("prompt",))
+    p = block.attention.adapters["prompt"].P
+    assert abs(p.mean()) < 0.2 and abs(p.std() - 1) < 0.2
+    lora = model.layers[0].feed_forward.adapters["lora_FFN_DOWN"]
+    assert not lora.B.any() and uniform_within(lora.A, 1 / math.sqrt(224))
+    adapter = block.adapters["p_adapter"]
+    xavier = 1e-4 * math.sqrt(6 / (dim + size))
+    assert uniform_within(adapter.down, xavier) and uniform_within(adapter.up, xavier)
+    assert not adapter.down_bias.any() and not adapter.up_bias.any()
+    for linear in (block.router.router.w1, block.router.router.w2, block.router.router.w3):
+        assert uniform_within(linear.weight, 1 / math.sqrt(linear.weight.shape[1])) and not linear.bias.any()
+
+
+def uniform_within(tensor: Tensor, bound: float) -> bool:
+    """Whether a tensor fills (-bound, bound) evenly, as far as its size tells."""
+    rough = 4 / math.sqrt(tensor.numel())
+    even = abs(tensor.mean()) < bound * rough and abs(tensor.std() - bound / math.sqrt(3)) < bound * rough
+    return bool(even and 0.8 * bound < tensor.abs().max() <= bound)

@@ -1,0 +1,240 @@
+"""Generation: the cache changes nothing, a row depends on itself alone, and it ends where it should."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import METHODS, build, shared, tokens
+
+from llama import Llama
+from llama.sampling import choose, row_uniforms
+
+EOS, EOT = 257, 265
+ALL = [None, *METHODS]
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """BOS and random bytes, one prompt of each length."""
+    return [[256, *tokens(n - 1, seed=seed + i).tolist()] for i, n in enumerate(lengths)]
+
+
+@contextmanager
+def sizes(llm: Llama, **changes: int) -> Iterator[None]:
+    """A shared model with another max_batch_size or max_seq_len for a while."""
+    before = {name: getattr(llm, name) for name in changes}
+    for name, value in changes.items():
+        setattr(llm, name, value)
+    yield
+    for name, value in before.items():
+        setattr(llm, name, value)
+
+
+def by_recomputation(
+    llm: Llama, prompt: list[int], max_gen_len: int, min_new_tokens: int = 0, temperature: float = 0.0, uniforms=None
+) -> list[int]:
+    """The whole sequence through the model for every token: no cache, no batch, no packing."""
+    row: list[int] = []
+    while len(row) < max_gen_len and len(prompt) + len(row) < llm.max_seq_len:
+        with torch.no_grad():
+            logits = llm.model(torch.tensor([prompt + row]))[0, -1]
+        if len(row) < min_new_tokens:
+            logits[[EOS, EOT]] = -math.inf
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:  # inverse of the distribution function over tokens in order of probability
+            p = (logits.double() / temperature).softmax(0)
+            order = p.argsort(descending=True, stable=True)
+            token = int(order[(p[order].cumsum(0) > uniforms[len(row)]).nonzero()[0]])
+        if token in (EOS, EOT):
+            break
+        row.append(token)
+    return row
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_cached_equals_uncached(name: str | None) -> None:
+    llm, rows = shared(name), prompts(3, 9, 1, 6)
+    expected = [by_recomputation(llm, row, 10) for row in rows]
+    assert llm.generate(rows, max_gen_len=10) == expected
+    assert any(len(row) == 10 for row in expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sampled_equals_uncached(name: str | None) -> None:
+    llm, rows = shared(name), prompts(5, 2)
+    uniforms = [row_uniforms(row, seed=3, sample=0, n=8) for row in rows]
+    expected = [by_recomputation(llm, r, 8, temperature=0.8, uniforms=u) for r, u in zip(rows, uniforms, strict=True)]
+    assert llm.generate(rows, max_gen_len=8, temperature=0.8, seed=3) == expected
+    assert expected != llm.generate(rows, max_gen_len=8)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_depends_on_itself_alone(name: str | None, temperature: float) -> None:
+    llm, rows = shared(name), prompts(7, 1, 12, 3, 3, 9)
+    settings = {"max_gen_len": 8, "temperature": temperature, "top_p": 0.9, "seed": 11}
+    with sizes(llm, max_seq_len=16):  # so that rows end at different times
+        alone = [llm.generate([row], **settings)[0] for row in rows]
+    assert len({len(row) for row in alone}) > 2
+    for size in (1, 2, 4, 32):
+        with sizes(llm, max_batch_size=size, max_seq_len=16):
+            assert llm.generate(rows, **settings) == alone, size
+            assert llm.generate(rows[::-1], **settings) == alone[::-1], size
+
+
+def test_seeds_and_samples_differ_and_repeat() -> None:
+    llm, (row,) = shared("soft_moa"), prompts(5)
+    settings = {"max_gen_len": 10, "temperature": 1.0}
+    draws = llm.generate([row] * 4, samples=[0, 1, 2, 0], **settings)
+    assert draws[0] == draws[3] and len({tuple(draw) for draw in draws}) == 3
+    assert llm.generate([row], samples=[2], **settings) == [draws[2]]
+    assert llm.generate([row], seed=1, **settings) != [draws[0]]
+    assert llm.generate([row], seed=0, **settings) == [draws[0]]
+    assert llm.generate([row] * 3, **settings) == [draws[0]] * 3  # duplicates of a prompt
+    greedy = llm.generate([row] * 2, max_gen_len=10, samples=[0, 1], seed=4)
+    assert greedy == llm.generate([row] * 2, max_gen_len=10, seed=5)
+
+
+@pytest.fixture(scope="module", params=[EOS, EOT])
+def ending(request) -> tuple[Llama, list[list[int]]]:
+    """A model that says `request.param` where the untouched one says a certain ordinary token, and what comes out
+    before it: the output rows of the two tokens are swapped."""
+    llm, rows = build("lora"), prompts(4, 7, 5)
+    free = llm.generate(rows, max_gen_len=12)
+    stop = free[0][4]
+    assert all(len(row) == 12 for row in free) and stop not in free[0][:4]
+    weight = llm.model.output.weight
+    weight[[stop, request.param]] = weight[[request.param, stop]]
+    return llm, rows
+
+
+def test_stops_at_the_end_tokens(ending) -> None:
+    llm, rows = ending
+    outputs = llm.generate(rows, max_gen_len=12)
+    assert len(outputs[0]) == 4
+    assert outputs == [by_recomputation(llm, row, 12) for row in rows]
+    assert not {EOS, EOT} & {token for row in outputs for token in row}
+
+
+def test_min_new_tokens_puts_the_end_off(ending) -> None:
+    llm, rows = ending
+    for n in (3, 4, 5, 9, 12):
+        outputs = llm.generate(rows, max_gen_len=12, min_new_tokens=n)
+        assert all(len(row) >= n for row in outputs)
+        assert outputs == [by_recomputation(llm, row, 12, min_new_tokens=n) for row in rows]
+    assert len(llm.generate(rows, max_gen_len=12, min_new_tokens=4)[0]) == 4
+    sampled = llm.generate(rows, max_gen_len=12, min_new_tokens=12, temperature=1.5)
+    assert [len(row) for row in sampled] == [12] * 3
+    assert not {EOS, EOT} & {token for row in sampled for token in row}
+
+
+def test_a_row_ends_where_max_seq_len_is_full() -> None:
+    llm = shared("soft_moa")
+    free = llm.generate(prompts(10, 14, 15), max_gen_len=6)
+    with sizes(llm, max_seq_len=16):
+        assert llm.generate(prompts(10, 14, 15), max_gen_len=6) == [free[0], free[1][:2], free[2][:1]]
+
+
+def test_on_finish_as_rows_finish() -> None:
+    llm, rows, calls = shared("lora"), prompts(10, 14, 12, 3), []
+    with sizes(llm, max_seq_len=16, max_batch_size=3):
+        outputs = llm.generate(rows, max_gen_len=5, on_finish=lambda i, row: calls.append((i, list(row))))
+    assert [len(row) for row in outputs] == [5, 2, 4, 5]
+    # 14, 12 and 10 tokens run first; 3 tokens wait for a place
+    assert calls == [(i, outputs[i]) for i in (1, 2, 0, 3)]
+
+
+def test_generation_leaves_the_model_trainable() -> None:
+    llm, batch = build("prompt"), tokens(1, 5)
+    llm.generate(prompts(4), max_gen_len=3)
+    llm.model.loss(batch, batch).backward()
+    assert llm.model.layers[0].attention.adapters["prompt"].P.grad.norm() > 0
+
+
+def test_no_prompts_no_outputs() -> None:
+    assert shared(None).generate([], max_gen_len=4) == []
+
+
+BAD = [
+    ({"prompts": [[256, 1], []]}, "prompt 1 is empty"),
+    ({"prompts": [[256] * 64]}, "prompt 0 has 64 tokens.* 64"),
+    ({"prompts": [[256, 512]]}, "prompt 0 .* 512"),
+    ({"prompts": [[-1]]}, "prompt 0 "),
+    ({"max_gen_len": 0}, "max_gen_len .* 0"),
+    ({"min_new_tokens": -1}, "min_new_tokens .* -1"),
+    ({"min_new_tokens": 5}, "min_new_tokens .*4.* 5"),
+    ({"temperature": -0.5}, "temperature .* -0.5"),
+    ({"temperature": math.nan}, "temperature .* nan"),
+    ({"temperature": math.inf}, "temperature .* inf"),
+    ({"top_p": 0.0}, "top_p .* 0.0"),
+    ({"top_p": 1.1}, "top_p .* 1.1"),
+    ({"top_p": math.nan}, "top_p .* nan"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD)
+def test_bad_requests_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shared(None).generate(**({"prompts": [[256, 1]], "max_gen_len": 4} | change))
+
+
+@pytest.mark.parametrize("name", ["max_batch_size", "max_seq_len"])
+def test_sizes_must_be_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} .* 0"):
+        build(None, **{name: 0})
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    "probabilities, top_p, kept",
+    [
+        ([0.5, 0.25, 0.125, 0.125], 0.5, {0}),  # reached exactly: the next one is not needed
+        ([0.5, 0.25, 0.125, 0.125], 0.51, {0, 1}),
+        ([0.5, 0.25, 0.125, 0.125], 0.75, {0, 1}),
+        ([0.125, 0.25, 0.125, 0.5], 0.8, {3, 1, 0}),  # of equals, the lower id
+        ([0.5, 0.25, 0.125, 0.125], 1.0, {0, 1, 2, 3}),
+        ([0.5, 0.25, 0.125, 0.125], 0.01, {0}),
+        ([1.0, 0.0, 0.0, 0.0], 1.0, {0}),
+    ],
+)
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(probabilities: list, top_p: float, kept: set) -> None:
+    draws = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
+    logits = torch.tensor(probabilities).log().expand(len(draws), -1)
+    chosen = choose(logits, 1.0, top_p, draws)
+    assert set(chosen.tolist()) == kept
+    total = sum(probabilities[i] for i in kept)
+    for i in kept:  # in proportion to their probabilities
+        assert abs((chosen == i).float().mean().item() - probabilities[i] / total) < 0.002
+
+
+def test_temperature_sharpens() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    draws = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
+    for temperature in (0.5, 1.0, 2.0):
+        share = (choose(logits.expand(2000, -1), temperature, 1.0, draws) == 0).float().mean().item()
+        assert abs(share - (logits[0] / temperature).softmax(0)[0].item()) < 0.001
+
+
+def test_choose_at_the_limits() -> None:
+    logits = torch.tensor([[1.0, 5.0, 5.0, -math.inf], [-math.inf, 300.0, 2.0, 1.0]])
+    assert choose(logits, 0.0, 1.0, None).tolist() == [1, 1]  # the lowest id of equals
+    largest = torch.full((2,), 1 - 2**-53, dtype=torch.float64)
+    assert choose(logits, 2e-38, 1.0, largest).tolist() == [2, 1]  # no overflow
+    assert choose(logits, 1.0, 1.0, largest)[0] == 0  # the last that is possible, never an excluded one
+
+
+def test_equal_tokens_stand_in_the_order_of_their_ids() -> None:
+    draws = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    assert torch.equal(choose(torch.zeros(4096, 4096), 1.0, 1.0, draws), torch.arange(4096))
+
+
+def test_the_numbers_of_a_row() -> None:
+    numbers = row_uniforms([1, 2], seed=0, sample=0, n=2000)
+    assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.03
+    assert torch.equal(row_uniforms([1, 2], 0, 0, 5), numbers[:5])  # max_gen_len does not matter
+    others = [row_uniforms(*key, n=5) for key in (([1, 3], 0, 0), ([1, 2], 1, 0), ([1, 2], 0, 1), ([12], 0, 0))]
+    assert len({tuple(t.tolist()) for t in (numbers[:5], *others)}) == 5

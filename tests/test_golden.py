@@ -1,0 +1,86 @@
+"""Numbers of the authors' implementation (tests/golden/README.md): logits, loss, every gradient, greedy tokens."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import BASE, GOLDEN, PARAMS, gradients, relative
+
+from llama import Llama
+from moa import authors
+from moa.adapter_file import load_adapter
+from moa.state import adapter_parameters, load_adapter_state
+
+METHODS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected.npz").is_file())
+EOT = 265  # ours ends there too; theirs at 257 alone
+
+
+def expected(name: str) -> dict[str, Any]:
+    with np.load(GOLDEN / name / "expected.npz") as file:
+        found = {key: torch.from_numpy(file[key]) for key in file.files}
+    found["labels"][found["labels"] == 0] = -100  # their label to ignore
+    return found
+
+
+def load(name: str) -> Llama:
+    """The method as users load it; the sparse threshold without a gradient, as theirs is."""
+    if name == "no_adapter":
+        return Llama.build(BASE, device="cpu", max_seq_len=64)
+    path = GOLDEN / name / "adapter.pth"
+    config, state = load_adapter(path, PARAMS)
+    config = replace(config, router=replace(config.router, threshold_gradient="none"))
+    llm = Llama.build(BASE, config=config, device="cpu", max_seq_len=64, seed=5)
+    load_adapter_state(llm.model, state, str(path))
+    return llm
+
+
+def test_all_golden_methods_are_here() -> None:
+    assert len(METHODS) == 8, METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_logits_and_loss(name: str) -> None:
+    llm, want = load(name), expected(name)
+    with torch.no_grad():
+        logits = llm.model(want["tokens"])
+        loss = llm.model.loss(want["tokens"], want["labels"])
+    assert logits.shape == want["logits"].shape and logits.dtype == torch.float32
+    assert (logits - want["logits"]).abs().max() < 1e-5
+    assert abs(loss - want["loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "no_adapter"])
+def test_every_gradient(name: str) -> None:
+    llm, want = load(name), expected(name)
+    llm.model.loss(want["tokens"], want["labels"]).backward()
+    wanted = {key.removeprefix("grad/"): grad for key, grad in want.items() if key.startswith("grad/")}
+    assert wanted
+    for key, (parameter, *_) in adapter_parameters(llm.model).items():
+        if key.split(".")[-2] == "threshold":
+            assert parameter.grad is None and authors.their_key(key) not in wanted
+    for key, found in gradients(llm.model).items():
+        if key.split(".")[-2] != "threshold":
+            grad = wanted.pop(authors.their_key(key))
+            assert relative(found.flatten(), grad.flatten()) < 1e-4, key
+    assert not wanted, f"without a counterpart: {sorted(wanted)}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_adapter_path_gives_the_same_model(name: str) -> None:
+    want = expected(name)
+    llm = Llama.build(BASE, None if name == "no_adapter" else GOLDEN / name / "adapter.pth", device="cpu")
+    with torch.no_grad():
+        assert (llm.model(want["tokens"]) - want["logits"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_greedy_tokens(name: str) -> None:
+    llm, want = load(name), expected(name)
+    n = sum(key.startswith("gen/prompt") for key in want)
+    prompts = [want[f"gen/prompt{i}"].tolist() for i in range(n)]
+    outputs = [want[f"gen/output{i}"].tolist() for i in range(n)]
+    outputs = [out[: out.index(EOT)] if EOT in out else out for out in outputs]
+    assert n == 3 and all(outputs)
+    assert llm.generate(prompts, max_gen_len=12) == outputs

@@ -1,0 +1,73 @@
+"""The rules of the house that a machine can check, over every file of the repository that git does not ignore."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("cli", "convert", "demo", "evaluate", "llama", "moa", "training")
+ENTRY_SCRIPTS = ("finetune.py", "generate.py", "extract_adapter.py")
+MOST_LINES = 400
+PROSE = {".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}  # not data, whose texts are not ours
+
+# Each pattern has a letter in brackets, so that this file does not find itself.
+PATHS = [r"(?<![\w.])/([w]ork|[r]oot|[h]ome/\w+)/", r"/tmp/[w]\b", r"\.\./[s]hared\b"]
+HOSTS = [r"[p]ypi\.org", r"[p]ythonhosted", r"[n]pmjs\.", r"[d]ownload\.pytorch", r"[d]eb\.debian"]
+# The project speaks of the project alone, not of how or where its text came to be.
+WORDS = [r"\b[i]ssues? #?\d", r"\(#\d+\)", r"\b[w]orkplace\b", r"\b[a]gents?\b", r"\b[h]elpers?\b"]
+WORDS += [r"(?<!scope=\")\b[s]essions?\b"]
+
+
+def repository_files() -> list[Path]:
+    """Tracked files, and new ones that git does not ignore. Fails outside a clone: there is nothing to go by."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = [ROOT / name for name in sorted(set(listed.split("\0"))) if name and (ROOT / name).is_file()]
+    assert Path(__file__).resolve() in files
+    return files
+
+
+def own_python_files() -> list[Path]:
+    """The packages' files and the entry scripts, without the tests."""
+    tops = {*PACKAGES, *ENTRY_SCRIPTS}
+    files = [path for path in repository_files() if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in tops]
+    assert {path.relative_to(ROOT).parts[0] for path in files} == tops, "a package or an entry script is missing"
+    return files
+
+
+def findings(path: Path) -> list[str]:
+    """`file:line: text found` for each forbidden string in a text file; binary files (with a zero byte) have none."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        return []
+    words = WORDS if path.suffix in PROSE and path.name != "LICENSE" else []
+    pattern = re.compile("|".join([*PATHS, *HOSTS, *words]), re.IGNORECASE)
+    lines = enumerate(data.decode("utf-8", errors="replace").splitlines(), start=1)
+    return [f"{path}:{number}: {found.group()}" for number, line in lines for found in pattern.finditer(line)]
+
+
+def test_no_machine_paths_hosts_or_words_from_elsewhere() -> None:
+    found = [finding for path in repository_files() for finding in findings(path)]
+    assert not found, "\n".join(found)
+
+
+def test_the_search_finds_what_it_is_for(tmp_path: Path) -> None:
+    note, rows = tmp_path / "note.md", tmp_path / "rows.json"
+    for text in ("see /_work/main", "in /_root/x", "from py_pi.org", "Issue_ 12", "fix (_#7)", "two a_gents"):
+        note.write_text(f"fine\n{text.replace('_', '')}\n", encoding="utf-8")
+        assert len(findings(note)) == 1, text
+    note.write_text('@pytest.fixture(scope="session")\nwork/root, /workshop/, reagents', encoding="utf-8")
+    rows.write_text("two a_gents".replace("_", ""), encoding="utf-8")
+    assert findings(note) == findings(rows) == []
+
+
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in own_python_files()}
+    long = [f"{path}: {lines} lines" for path, lines in lengths.items() if lines > MOST_LINES]
+    assert not long, "\n".join(long)
+
+
+def test_modules_say_what_they_are() -> None:
+    silent = [path for path in own_python_files() if not ast.get_docstring(ast.parse(path.read_bytes()))]
+    assert not silent, f"no module docstring: {silent}"

@@ -1,0 +1,124 @@
+"""The tiny model of the tests: the golden base (3 layers, width 64, 4 heads, 2 key/value heads, vocabulary 512) with
+every method beside it, adapters filled at random so that each of them matters."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama import Llama, ModelArgs, Transformer
+from llama.parallel import start_processes
+from moa.adapter_file import adapter_params, save_adapter
+from moa.config import LINEAR_SITES, AdapterConfig
+from moa.state import adapter_parameters, adapter_state, load_adapter_state
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+BASE = GOLDEN / "base"
+PARAMS: dict[str, Any] = json.loads((BASE / "params.json").read_text())
+ARGS = ModelArgs(**PARAMS)
+
+_LORA = {"lora_rank": 4, "lora_alpha": 6.0, "lora_targets": ",".join(LINEAR_SITES)}
+_PROMPT = {"prompt_len": 5}
+_P_ADAPTER = {"p_adapter_size": 8}
+# Layer ranges differ, so that blocks have different slots; every linear layer has a LoRA.
+_RANGES = {"lora_layers": "0-2", "p_adapter_layers": "0-1,2-3"}
+_SOFT = {"method": "soft_moa", **_LORA, **_PROMPT, **_P_ADAPTER, **_RANGES, "prompt_layers": "1-3"}
+_SPARSE = {"method": "sparse_moa", **_LORA, **_P_ADAPTER, **_RANGES}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", **_LORA},
+    "prompt": {"method": "prompt", **_PROMPT},
+    "parallel_adapter": {"method": "parallel_adapter", **_P_ADAPTER},
+    "soft_moa": {**_SOFT, "swi_x": 2},
+    "soft_moa_linear_router": {**_SOFT, "swi_x": 0},
+    # Thresholds about 0.4 and 0.5, so that a good part of the adapters are off
+    "sparse_moa": {**_SPARSE, "swi_x": 2, "max_threshold": 0.8},
+    "sparse_moa_const_threshold": {**_SPARSE, "swi_x": 0, "const_threshold": True},
+}
+
+
+def config(name: str | None) -> AdapterConfig | None:
+    """Configuration of one of METHODS; None (no adapters) for None."""
+    return None if name is None else AdapterConfig.from_flat(METHODS[name], ARGS.n_layers)
+
+
+def random_state(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
+    """Whole adapter tensors of `model`, all random, the same whatever the model-parallel size."""
+    state = {}
+    for key, (_, declared, _) in adapter_parameters(model).items():
+        digest = hashlib.sha256(f"test/{seed}/{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        scale = 1.0 if "prompt" in key else 0.2
+        state[key] = torch.randn(declared.shape, generator=generator) * scale
+    return state
+
+
+def build(name: str | None, *, seed: int | None = 1, ckpt_dir: Path = BASE, **kwargs: Any) -> Llama:
+    """A fresh model on the golden base with a method's adapters, random from `seed` (None: as they start)."""
+    llm = Llama.build(ckpt_dir, config=config(name), device="cpu", **({"max_seq_len": 64} | kwargs))
+    if seed is not None:
+        load_adapter_state(llm.model, random_state(llm.model, seed), "random")
+    return llm
+
+
+@cache
+def shared(name: str | None) -> Llama:
+    """`build(name)`, once for all tests that change nothing in it."""
+    return build(name)
+
+
+def unfilled(args: ModelArgs, flat: Mapping[str, Any]) -> Transformer:
+    """A model without weights."""
+    start_processes(torch.device("cpu"))
+    return Transformer(args, AdapterConfig.from_flat(flat, args.n_layers))
+
+
+def save(llm: Llama, folder: Path) -> Path:
+    """The adapter of `llm` as the project writes it; path of adapter.pth."""
+    return save_adapter(folder, adapter_state(llm.model), adapter_params(llm.model.config, asdict(llm.model.args)))
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    """Random token ids of the golden base's 256 bytes."""
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradient of every adapter tensor (zeros where there is none); then they are cleared."""
+    found = {}
+    for key, (parameter, *_) in adapter_parameters(model).items():
+        found[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        parameter.grad = None
+    return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, and |found| where nothing is expected."""
+    size = expected.norm().item()
+    return ((found - expected).norm() / (size or 1)).item()
+
+
+def write_base(folder: Path, params: Mapping[str, Any], state: Mapping[str, Tensor], shards: int = 1) -> Path:
+    """A checkpoint folder in Meta's layout with the golden tokenizer; `state` is cut as LLaMA-3's writers do."""
+    folder.mkdir(parents=True)
+    (folder / "params.json").write_text(json.dumps(dict(params)))
+    (folder / "tokenizer.model").write_bytes((BASE / "tokenizer.model").read_bytes())
+    for i in range(shards):
+        torch.save({key: cut(key, t, shards)[i] for key, t in state.items()}, folder / f"consolidated.{i:02d}.pth")
+    return folder
+
+
+def cut(key: str, whole: Tensor, shards: int) -> list[Tensor]:
+    """A base tensor as LLaMA-3's shards hold it: outputs cut, or inputs (wo, w2), or (norms) everywhere whole."""
+    if "norm" in key:
+        return [whole] * shards
+    return [t.clone() for t in whole.chunk(shards, 1 if key.split(".")[-2] in ("wo", "w2") else 0)]
+
+
+def golden_state() -> dict[str, Tensor]:
+    return torch.load(BASE / "consolidated.00.pth", weights_only=True)
