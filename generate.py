@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cli import errors, knob, parse
+from llama.cpu import prepare_cpu
 from moa.config import METHODS
 
 WHAT, HOW, MACHINE = "model and rows", "generation", "machine"
@@ -65,6 +66,7 @@ class Flags:
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="generate.py", description=__doc__)
     with errors():
+        prepare_cpu()
         run(flags)
 
 

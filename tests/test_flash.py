@@ -65,14 +65,15 @@ def test_same_results_by_the_kernel(name: str | None, flash: list[int], monkeypa
     prompts = [[256, 1, 2, 3], [256, 9], [256, 4, 4, 7, 8, 1]]
 
     def results() -> tuple[Tensor, Tensor, list, dict]:
-        model.summed_loss(ragged, ragged, rows).backward() if name else None
+        if name is not None:
+            model.summed_loss(ragged, ragged, rows).backward()
         return model(batch), model.hidden(ragged, rows), llm.generate(prompts, max_gen_len=5), gradients(model)
 
     expected = results()
     assert not flash
     monkeypatch.setattr(model, "flash", True)
     found = results()
-    assert len(flash) == (4 if name else 3) * 3  # per layer: backward's forward, logits, hidden, one prefill
+    assert len(flash) == (4 if name else 3) * 3  # each layer: the loss, logits, hidden, one prefill
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
     assert found[2] == expected[2]

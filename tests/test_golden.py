@@ -37,7 +37,7 @@ def load(name: str) -> Llama:
 
 
 def test_all_golden_methods_are_here() -> None:
-    assert len(METHODS) == 8, METHODS
+    assert len(METHODS) >= 8, METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)

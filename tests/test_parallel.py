@@ -12,6 +12,9 @@ import torch
 from observe import IMPOSSIBLE
 from tiny import BASE, METHODS, PARAMS, golden_state, relative, write_base
 
+from llama import Llama
+from llama.parallel import pick_device
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -145,3 +148,23 @@ def test_impossible_sizes_are_refused_with_the_numbers(ranks, what: str, words: 
     assert {*IMPOSSIBLE, "processes"} == set(ranks[0]["errors"])
     for rank in ranks:
         assert all(word in rank["errors"][what] for word in words), rank["errors"][what]
+
+
+def test_one_process_cannot_be_two_ranks() -> None:
+    with pytest.raises(ValueError, match="model_parallel_size 2 does not divide the 1 processes"):
+        Llama.build(BASE, device="cpu", model_parallel_size=2)
+    with pytest.raises(ValueError, match="model_parallel_size 0 "):
+        Llama.build(BASE, device="cpu", model_parallel_size=0)
+
+
+@pytest.mark.parametrize("device", ["tpu", "gpu", "meta", "cuda:x"])
+def test_unknown_devices_are_named(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' is not one of auto, cpu, cuda, cuda:N"):
+        Llama.build(BASE, device=device)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device 'cuda:0': this machine has no GPU"):
+        pick_device("cuda:0")

@@ -149,7 +149,12 @@ def dry_run(settings: Settings) -> dict[str, Any]:
         "trainable_parameters": count(model),
         "base_parameters": base_parameters(model),
         "memory_bytes": estimate(
-            model, bf16, flags.batch_size, flags.max_seq_len, flags.activation_checkpointing, flags.model_parallel_size
+            model,
+            bf16,
+            device,
+            flags.batch_size * flags.max_seq_len,
+            flags.activation_checkpointing,
+            flags.model_parallel_size,
         ),
         "bf16": bf16,
         "rows": n_rows,
