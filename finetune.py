@@ -13,14 +13,14 @@ from dataclasses import replace
 from cli import errors
 from demo.recipe import RECIPE
 from llama.cpu import prepare_cpu
-from training.settings import Settings, read_settings
+from training.settings import Settings, continued, read_settings
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings(argv, RECIPE, __doc__)
     with errors():
         prepare_cpu()
-        settings = with_demo(settings)
+        settings = with_demo(continued(settings))
         # torch takes seconds to load, and a wrong flag should not
         from training.run import print_dry_run, run
 

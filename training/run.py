@@ -25,9 +25,7 @@ from training.estimate import base_parameters, estimate
 from training.log import RunLog
 from training.loop import make_optimizer, train
 from training.schedule import Plan, make_plan
-from training.settings import Settings, changed
-
-CONFIG = "config.json"
+from training.settings import CONFIG, Settings, output_folder
 
 
 def run(settings: Settings) -> Path:
@@ -39,8 +37,7 @@ def run(settings: Settings) -> Path:
     device = pick_device(flags.device)
     start_processes(device, flags.model_parallel_size)
     folder = output_folder(settings)
-    settings, last = _continue(settings, folder)
-    flags = settings.train
+    last = _last_checkpoint(settings, folder)
     if flags.bf16 is None:
         settings = replace(settings, train=replace(flags, bf16=bf16_is_fast(device)))
         flags = settings.train
@@ -104,16 +101,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def output_folder(settings: Settings) -> Path:
-    """Folder of a run; by default it is named after method, data and seed."""
-    flags = settings.train
-    if flags.output_dir is not None:
-        return Path(flags.output_dir)
-    data = Path(flags.data_path)
-    name = data.parent.name if data.stem in ("train", "data") and data.parent.name else data.stem
-    return Path("runs") / f"{flags.method}-{name}-s{flags.seed}"
-
-
 def plan_of(settings: Settings, n_rows: int) -> Plan:
     flags = settings.train
     return make_plan(
@@ -173,17 +160,14 @@ def _rows(path: str | None) -> int | None:
     return len(read_rows(path, FIELDS)) if path is not None else None
 
 
-def _continue(settings: Settings, folder: Path) -> tuple[Settings, Path | None]:
-    """The settings to run with and the checkpoint to go on from, for what the output folder holds.
-
-    With --resume, flags that are not typed are those of the run's start. ValueError where a typed one differs from it,
-    or where the folder holds a run and neither --resume nor --overwrite is given.
-    """
-    found = checkpoints(folder) if folder.is_dir() else []
+def _last_checkpoint(settings: Settings, folder: Path) -> Path | None:
+    """The checkpoint to go on from. ValueError where the folder holds a run and neither --resume nor --overwrite is
+    given, or where its run had other rows or another number of rows per step."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: --output_dir is a file, expected a folder")
+    found = checkpoints(folder)
     if not found or settings.train.overwrite:
-        return settings, None
+        return None
     last = found[-1][1]
     if not settings.train.resume:
         raise ValueError(
@@ -191,20 +175,6 @@ def _continue(settings: Settings, folder: Path) -> tuple[Settings, Path | None]:
             "or another --output_dir"
         )
     record = read_json(folder / CONFIG)
-    before = record.get("settings")
-    if not isinstance(before, dict):
-        raise ValueError(f"{folder / CONFIG}: not the record of a run")
-    typed = asdict(settings.train) | settings.adapter
-    now = {name: typed[name] if name in settings.given else before.get(name) for name in typed | before}
-    different = changed({k: v for k, v in before.items() if k in now}, now)
-    different = [name for name in different if name in settings.given]
-    if different:
-        name = different[0]
-        raise ValueError(f"{folder}: the run was started with --{name} {before.get(name)}, not {now[name]}")
-    train_flags = {k: now[k] for k in asdict(settings.train)} | {"resume": True, "overwrite": False}
-    train_flags |= {name: typed[name] for name in ("ckpt_dir", "data_path", "output_dir", "dry_run") if typed[name]}
-    adapter = {k: v for k, v in now.items() if k not in train_flags}
-    settings = replace(settings, train=replace(settings.train, **train_flags), adapter=adapter)
     if file_hash(settings.train.data_path) != record.get("data_sha256"):
         raise ValueError(f"{settings.train.data_path}: not the rows that the run in {folder} was started with")
     if record.get("rows_per_step") != plan_of(settings, 1).rows_per_step:
@@ -212,7 +182,7 @@ def _continue(settings: Settings, folder: Path) -> tuple[Settings, Path | None]:
             f"{folder}: the run takes {record.get('rows_per_step')} rows per step; with {data_size()} data-parallel "
             f"ranks, set --batch_size and --accum_iter so that their product with it is the same"
         )
-    return settings, last
+    return last
 
 
 def _prepare(folder: Path, record: dict[str, Any], resumed: bool) -> None:

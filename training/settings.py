@@ -1,7 +1,8 @@
 """The flags of a fine-tuning run and what they come to. Needs no torch, so that a wrong flag is refused at once."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,13 @@ AdapterFlags = make_dataclass(
     ],
 )
 
-# Settings that may differ between the start of a run and its resumption: they do not change what is computed.
-FREE = {"resume", "overwrite", "dry_run", "save_every", "device", "model_parallel_size", "activation_checkpointing"}
+CONFIG = "config.json"  # a run's record, in its folder
+# Settings in which a resumed run may differ from its start: they do not change what is computed. Where rows and model
+# lie may change too; that they are the same is told by their contents.
+FREE = {
+    *("resume", "overwrite", "dry_run", "save_every", "device", "ckpt_dir", "data_path", "output_dir"),
+    *("model_parallel_size", "batch_size", "accum_iter", "activation_checkpointing"),
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,39 @@ def _check_early(settings: Settings) -> None:
         fail(str(error), status=1 if params and str(error).startswith(str(params)) else 2)
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of settings in which a resumed run differs from its start, apart from those that may."""
-    names = {f.name for f in fields(TrainFlags)} | set(before) | set(now)
-    return sorted(n for n in names - FREE if before.get(n) != now.get(n))
+def output_folder(settings: Settings) -> Path:
+    """Folder of a run; by default it is named after method, data and seed."""
+    flags = settings.train
+    if flags.output_dir is not None:
+        return Path(flags.output_dir)
+    data = Path(flags.data_path or "demo")
+    name = data.parent.name if data.stem in ("train", "data") and data.parent.name else data.stem
+    return Path("runs") / f"{flags.method}-{name}-s{flags.seed}"
+
+
+def continued(settings: Settings) -> Settings:
+    """With --resume and a checkpoint in the output folder: flags that are not typed are those of the run's start.
+
+    ValueError naming the flag that is typed and differs.
+    """
+    folder = output_folder(settings)
+    if not settings.train.resume or not any(folder.glob("checkpoint-*.pth")):
+        return settings
+    record = folder / CONFIG
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        before = {**before}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{record}: the record of the run to resume is missing or damaged") from None
+    typed = {k: v for k, v in (asdict(settings.train) | settings.adapter).items() if k in settings.given}
+    for name, value in typed.items():
+        if name not in FREE and before.get(name) != value:
+            raise ValueError(f"{folder}: the run was started with --{name} {before.get(name)}, not {value}")
+    now = before | {"overwrite": False, "dry_run": False} | typed
+    own = {f.name for f in fields(TrainFlags)}
+    train = {name: value for name, value in now.items() if name in own}
+    try:
+        train_flags = TrainFlags(**train)
+    except TypeError:
+        raise ValueError(f"{record}: the record of the run to resume is damaged") from None
+    return replace(settings, train=train_flags, adapter={k: v for k, v in now.items() if k not in own})

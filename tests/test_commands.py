@@ -1,0 +1,304 @@
+"""The scripts as a user runs them: the whole path, resuming, several processes, and everything that goes wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from commands import refused, run, torchrun, train_flags, write_rows
+from tiny import BASE
+
+from llama import Llama
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "train.json")
+    write_rows(folder / "AddSub.json", 7, answer=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A finished run in one process, with a checkpoint in the middle."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    result = run("finetune.py", *train_flags(data / "train.json", out, save_every=2))
+    assert result.returncode == 0, result.stderr
+    result = run("extract_adapter.py", out / "checkpoint-LAST.pth")
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def adapter(folder):
+    return torch.load(folder / "adapter.pth", weights_only=True)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def generate_flags(data, trained, save_path, **flags):
+    values = {
+        "ckpt_dir": BASE,
+        "adapter_path": trained / "adapter.pth",
+        "data_path": data / "AddSub.json",
+        "save_path": save_path,
+        "max_gen_len": 8,
+        "min_gen_len": 8,
+        "temperature": 0.8,
+        "max_batch_size": 3,
+        "bf16": False,
+        "device": "cpu",
+    } | flags
+    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def test_a_run_leaves_its_record_log_and_checkpoints(trained, data):
+    assert {f.name for f in trained.iterdir()} == {
+        *("config.json", "log.jsonl", "tensorboard", "adapter.pth", "adapter_params.json"),
+        *("checkpoint-2.pth", "checkpoint-4.pth", "checkpoint-6.pth"),
+    }
+    config = json.loads((trained / "config.json").read_text())
+    assert config["settings"]["lr"] == 0.01 and config["adapter"]["lora_rank"] == 2
+    assert config["versions"]["torch"] == torch.__version__ and len(config["data_sha256"]) == 64
+    assert config["git_revision"] and config["trainable_parameters"] == sum(
+        t.numel() for t in adapter(trained).values()
+    )
+    assert len(losses(trained)) == 6 and losses(trained)[-1] < losses(trained)[0]
+    assert list((trained / "tensorboard").glob("events*"))
+    size = sum(t.numel() * 4 for t in adapter(trained).values())
+    assert size < (trained / "adapter.pth").stat().st_size < size + 500 * len(adapter(trained))
+
+
+def test_resuming_gives_the_unbroken_runs_adapter_bit_for_bit(trained, data, tmp_path):
+    out = tmp_path / "resumed"
+    shutil.copytree(trained, out)
+    for name in ("checkpoint-4.pth", "checkpoint-6.pth", "adapter.pth"):
+        (out / name).unlink()
+    result = run("finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert run("extract_adapter.py", out).returncode == 0
+    assert losses(out) == losses(trained)
+    for key, tensor in adapter(trained).items():
+        assert torch.equal(tensor, adapter(out)[key]), key
+    again = run("finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume")
+    assert again.returncode == 0 and "the run is complete" in again.stderr
+
+
+@pytest.mark.parametrize(("mp", "batch", "accum"), [(1, 2, 1), (2, 2, 2)])
+def test_two_processes_train_as_one(trained, data, tmp_path, mp, batch, accum):
+    """Two data-parallel replicas, then one model cut in two: the same rows per step, the same adapter."""
+    out = tmp_path / "two"
+    flags = train_flags(data / "train.json", out, batch_size=batch, accum_iter=accum, model_parallel_size=mp)
+    result = torchrun(2, "finetune.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert run("extract_adapter.py", out / "checkpoint-LAST.pth").returncode == 0
+    assert losses(out) == pytest.approx(losses(trained), rel=1e-4)
+    for key, tensor in adapter(trained).items():
+        assert torch.allclose(tensor, adapter(out)[key], atol=2e-3), key
+
+
+@pytest.mark.parametrize("method", ["sparse_moa", "lora", "prompt", "parallel_adapter"])
+def test_other_methods_train_and_are_extracted(data, tmp_path, method):
+    shape = {"lora_rank": None, "p_adapter_size": None, "prompt_len": None}  # each method's own
+    result = run("finetune.py", *train_flags(data / "train.json", tmp_path, method=method, max_steps=2, **shape))
+    assert result.returncode == 0, result.stderr
+    assert run("extract_adapter.py", tmp_path).returncode == 0
+    params = json.loads((tmp_path / "adapter_params.json").read_text())
+    assert params["method"] == method
+    llm = Llama.build(BASE, tmp_path / "adapter.pth", device="cpu", seed=5)
+    assert llm.model.config.flat() == {k: v for k, v in params.items() if k != "base"}
+
+
+def test_generation_is_resumed_and_shared_out_without_a_difference(trained, data, tmp_path):
+    one, two = tmp_path / "one" / "AddSub.jsonl", tmp_path / "two" / "AddSub.jsonl"
+    assert run("generate.py", *generate_flags(data, trained, one)).returncode == 0
+    rows = json.loads((data / "AddSub.json").read_text())
+    found = [json.loads(line) for line in one.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "generate"} for row in found] == rows
+    result = torchrun(2, "generate.py", *generate_flags(data, trained, two, max_batch_size=2))
+    assert result.returncode == 0, result.stderr
+    assert two.read_text() == one.read_text()
+    two.write_text("".join(two.read_text().splitlines(keepends=True)[2:5]))
+    assert run("generate.py", *generate_flags(data, trained, two)).returncode == 0
+    assert two.read_text() == one.read_text()
+    complete = run("generate.py", *generate_flags(data, trained, two))
+    assert complete.returncode == 0 and "complete, all 7 rows" in complete.stderr
+    refused(run("generate.py", *generate_flags(data, trained, two, seed=1)), "seed 0, now it is 1", "--overwrite")
+    score = run("-m", "evaluate", "--predict_files", one, "--json", tmp_path / "scores.json")
+    assert score.returncode == 0 and "7 of 395" in score.stdout
+
+
+def test_model_parallel_generation_and_samples(trained, data, tmp_path):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    flags = {"num_samples": 2, "max_rows": 3}
+    assert run("generate.py", *generate_flags(data, trained, one, **flags)).returncode == 0
+    result = torchrun(2, "generate.py", *generate_flags(data, trained, two, model_parallel_size=2, **flags))
+    assert result.returncode == 0, result.stderr
+    assert one.read_text() == two.read_text()
+    answers = [json.loads(line)["generate"] for line in one.read_text().splitlines()]
+    assert [len(answer) for answer in answers] == [2, 2, 2] and answers[0][0] != answers[0][1]
+
+
+def test_dry_run_needs_params_json_alone(tmp_path):
+    (tmp_path / "params.json").write_text(
+        '{"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024, '
+        '"ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": true}'
+    )
+    result = run("finetune.py", "--dry_run", "--ckpt_dir", tmp_path, "--max_steps", 7, "--batch_size", 8)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["trainable_parameters"]["total"] == 24_520_288 and found["base_parameters"] == 8_030_261_248
+    assert found["steps"] == 7 and found["lr"] == 6e-3 * 8 / 256
+    assert found["memory_bytes"]["total"] == sum(v for k, v in found["memory_bytes"].items() if k != "total")
+    assert [f.name for f in tmp_path.iterdir()] == ["params.json"]
+
+
+FLAGS = {
+    "unknown flag": (["--lora_rnk", 4], ["--lora_rnk", "--lora_rank"]),
+    "unknown method": (["--method", "sofd_moa"], ["sofd_moa", "soft_moa"]),
+    "not a number": (["--lr", "fast"], ["--lr", "fast"]),
+    "below one": (["--batch_size", 0], ["--batch_size", "0"]),
+    "unknown target": (["--lora_targets", "Q,X"], ["lora_targets", "'X'"]),
+    "bad range": (["--lora_layers", "3"], ["lora_layers", "'3'"]),
+    "no effect": (["--method", "lora", "--swi_x", 2], ["--swi_x", "lora"]),
+    "no adapter": (["--method", "lora", "--lora_layers", "0-0"], ["no adapter"]),
+    "prompt under sparse": (["--method", "sparse_moa", "--prompt_layers", "0-2"], ["prompt_layers"]),
+    "both": (["--epochs", 1, "--max_steps", 1], ["--epochs", "--max_steps"]),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_a_wrong_flag_is_refused_before_torch_is_loaded_or_a_file_made(case, tmp_path):
+    words, expected = FLAGS[case]
+    watch = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    watch += "finally: print('torch' in sys.modules)"
+    result = run("-c", watch, "finetune.py", "--output_dir", tmp_path / "out", *words)
+    refused(result, *expected, status=2)
+    assert result.stdout.strip() == "False" and not list(tmp_path.iterdir())
+
+
+def test_a_range_beyond_the_model_is_refused(data, tmp_path):
+    result = run("finetune.py", *train_flags(data / "train.json", tmp_path / "out", lora_layers="0-4"))
+    refused(result, "lora_layers", "0-4", "3 layers", status=2)
+
+
+def broken_bases():
+    """Name -> what to do to a copy of the base, words of the error."""
+
+    def truncate(folder):
+        shard = folder / "consolidated.00.pth"
+        shard.write_bytes(shard.read_bytes()[:-5000])
+
+    def more_shards(folder):
+        shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
+
+    def gap(folder):
+        (folder / "consolidated.00.pth").rename(folder / "consolidated.01.pth")
+
+    def tokenizer(folder):
+        lines = (folder / "tokenizer.model").read_text().splitlines()
+        (folder / "tokenizer.model").write_text("\n".join([*lines, "YWI= 256"]))
+
+    def params(folder):
+        (folder / "params.json").write_text((folder / "params.json").read_text().replace("norm_eps", "norm_epsilon"))
+
+    return {
+        "no folder": (shutil.rmtree, ["no such folder"]),
+        "no shard": (lambda f: (f / "consolidated.00.pth").unlink(), ["consolidated"]),
+        "missing shard": (gap, ["consolidated.00.pth", "missing"]),
+        "truncated shard": (truncate, ["consolidated.00.pth", "cannot be read"]),
+        "shards that do not match": (more_shards, ["2 shards", "shape"]),
+        "wrong tokenizer": (tokenizer, ["tokenizer.model", "513", "512"]),
+        "unknown key": (params, ["params.json", "norm_epsilon"]),
+    }
+
+
+@pytest.mark.parametrize("case", broken_bases())
+def test_a_base_that_is_not_right_is_refused(case, data, tmp_path):
+    breaks, words = broken_bases()[case]
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    breaks(base)
+    result = run("finetune.py", *train_flags(data / "train.json", tmp_path / "out", ckpt_dir=base))
+    refused(result, str(base), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["empty"]),
+        ('[{"instruction": "a", "input": "", "output": "b"},]', ["not valid JSON"]),
+        ('[{"instruction": "a", "input": ""}]', ["row 1", "'output'"]),
+        (json.dumps([{"instruction": "a", "input": "", "output": "b" * 400}]), ["none of the 1 rows fits", "300"]),
+    ],
+)
+def test_rows_that_are_not_right_are_refused(content, words, tmp_path):
+    (tmp_path / "rows.json").write_text(content)
+    result = run("finetune.py", *train_flags(tmp_path / "rows.json", tmp_path / "out"))
+    refused(result, "rows.json", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_run_is_left_alone(trained, data, tmp_path):
+    before = {f.name: f.stat().st_mtime_ns for f in trained.iterdir()}
+    flags = train_flags(data / "train.json", trained)
+    refused(run("finetune.py", *flags), "holds a run already", "--resume", "--overwrite")
+    refused(run("finetune.py", *[f if f != "0.01" else "0.02" for f in flags], "--resume"), "--lr 0.01, not 0.02")
+    other = write_rows(tmp_path / "other.json", 5)
+    refused(run("finetune.py", "--data_path", other, "--output_dir", trained, "--resume"), "not the rows")
+    assert {f.name: f.stat().st_mtime_ns for f in trained.iterdir()} == before
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)  # as a full disk: writing beyond it fails
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trained, data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    (out / "checkpoint-6.pth").unlink()
+    before = (out / "checkpoint-4.pth").read_bytes()
+    result = run(
+        "-c", LIMITED, 40_000, "finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume"
+    )
+    refused(result, "File too large")
+    assert (out / "checkpoint-4.pth").read_bytes() == before
+    assert not [f for f in out.iterdir() if "tmp" in f.name or f.name == "checkpoint-6.pth"]
+    refused(run("-c", LIMITED, 1000, "extract_adapter.py", out), "File too large")
+    assert (out / "adapter.pth").read_bytes() == (trained / "adapter.pth").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    result = run(
+        "finetune.py", *train_flags(data / "train.json", tmp_path / "out", lr=1e30, save_every=1, warmup_epochs=0)
+    )
+    refused(result, "is not finite", "step", "rows", "--lr")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["extract_adapter.py", "none.pth"], ["none.pth", "no such file"]),
+        (["extract_adapter.py", "docs"], ["docs", "checkpoint-STEP.pth"]),
+        (["extract_adapter.py", BASE / "consolidated.00.pth"], ["not a checkpoint"]),
+        (["generate.py", "--save_path", "x.jsonl", "--ckpt_dir", BASE, "--data_path", "none.json"], ["none.json"]),
+    ],
+)
+def test_what_is_not_there_is_named(words, expected):
+    refused(run(*words), *expected)
+
+
+def test_an_adapter_for_another_base_is_refused(trained, data, tmp_path):
+    shutil.copy(trained / "adapter.pth", tmp_path)
+    params = json.loads((trained / "adapter_params.json").read_text())
+    params["base"]["dim"] = 128
+    (tmp_path / "adapter_params.json").write_text(json.dumps(params))
+    result = run("generate.py", *generate_flags(data, tmp_path, tmp_path / "x.jsonl"))
+    refused(result, "adapter_params.json", "dim 128", "64")

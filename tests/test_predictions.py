@@ -1,0 +1,106 @@
+"""Prediction files that grow row by row and never hold a row twice."""
+
+import json
+
+import pytest
+
+from llama.predictions import Predictions
+
+ROWS = [{"instruction": f"row {i}", "input": "", "answer": str(i)} for i in range(5)]
+ROWS.append(ROWS[1])  # some suites hold a question twice
+SETTINGS = {"seed": 0, "temperature": 0.1}
+
+
+def start(path, settings=SETTINGS, rows=ROWS, rank=0, overwrite=False):
+    predictions = Predictions(path, rows, settings, rank, overwrite)
+    predictions.start(main=rank == 0)
+    return predictions
+
+
+def finish(predictions, indices):
+    for i in indices:
+        predictions.add(i, f"answer {i}")
+    predictions.close()
+    predictions.finish()
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "out" / "AddSub.jsonl"
+
+
+def test_rows_come_out_in_the_tests_order(path):
+    finish(start(path), [3, 0, 5, 2, 1, 4])
+    assert read(path) == [row | {"generate": f"answer {i}"} for i, row in enumerate(ROWS)]
+    assert sorted(f.name for f in path.parent.iterdir()) == ["AddSub.jsonl", "AddSub.jsonl.settings.json"]
+
+
+def test_what_a_crash_left_is_kept_and_only_the_rest_is_missing(path):
+    first = start(path)
+    first.add(4, "answer 4")
+    first.add(1, "answer 1")
+    with open(f"{path}.part0", "a") as part:
+        part.write('{"index": 2, "gene')  # cut short
+    again = start(path)
+    assert again.missing == [0, 2, 3, 5]
+    finish(again, again.missing)
+    assert [row["generate"] for row in read(path)] == [f"answer {i}" for i in range(6)]
+
+
+def test_rows_taken_out_of_a_finished_file_are_missing_again(path):
+    finish(start(path), range(6))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[5] + lines[3] + lines[2][:20])
+    again = start(path)
+    assert again.missing == [2, 4, 5]  # of the two equal rows the first counts as answered
+    finish(again, again.missing)
+    assert len(read(path)) == 6
+
+
+def test_parts_of_any_number_of_ranks_are_merged(path):
+    main, other = start(path), Predictions(path, ROWS, SETTINGS, 1, False)
+    main.add(0, "answer 0")
+    other.add(1, "answer 1")
+    assert start(path, rank=0).missing == [2, 3, 4, 5]
+
+
+def test_more_rows_may_follow_later(path):
+    finish(start(path, rows=ROWS[:2]), [0, 1])
+    again = start(path)
+    assert again.missing == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match="line 1: not one of the rows"):
+        Predictions(path, ROWS[3:4], SETTINGS, 0, False)
+
+
+def test_other_settings_are_refused_and_overwrite_begins_anew(path):
+    finish(start(path), range(6))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="made with seed 0, now it is 1; give --overwrite"):
+        Predictions(path, ROWS, SETTINGS | {"seed": 1}, 0, False)
+    assert path.read_bytes() == before
+    again = start(path, SETTINGS | {"seed": 1}, overwrite=True)
+    assert again.missing == list(range(6)) and not path.exists()
+
+
+def test_a_file_of_unknown_origin_is_not_added_to(path):
+    path.parent.mkdir()
+    path.write_text(json.dumps(ROWS[0] | {"generate": "x"}))
+    with pytest.raises(ValueError, match="give --overwrite"):
+        Predictions(path, ROWS, SETTINGS, 0, False)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="expected the path of a file"):
+        Predictions(path, ROWS, SETTINGS, 0, False)
+
+
+@pytest.mark.parametrize("line", ['{"instruction": "other", "generate": "x"}', "[]", "{]", '{"instruction": "row 0"}'])
+def test_bad_lines_are_named(path, line):
+    finish(start(path), range(6))
+    good = path.read_text()
+    path.write_text(line + "\n" + good)
+    with pytest.raises(ValueError, match=r"AddSub.jsonl: line 1"):
+        Predictions(path, ROWS, SETTINGS, 0, False)

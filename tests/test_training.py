@@ -1,0 +1,209 @@
+"""The fine-tuning loop in one process: schedule, steps, checkpoints, resuming, estimates."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from llama.data import IGNORE, Example
+from moa.files import read_torch
+from moa.state import adapter_parameters, adapter_state
+from training.checkpoint import pack, restore, save
+from training.data import load_examples
+from training.estimate import activation_bytes
+from training.log import RunLog
+from training.loop import make_optimizer, train
+from training.schedule import make_plan
+
+
+def plan(n_rows=10, rows_per_step=4, epochs=2.0, max_steps=None, warmup_epochs=None, lr=None, constant=False):
+    return make_plan(n_rows, rows_per_step, epochs, max_steps, warmup_epochs, lr, 6e-3, 1e-5, constant)
+
+
+def test_learning_rate_follows_the_published_schedule():
+    p = plan(n_rows=320, rows_per_step=32)  # 10 steps an epoch, 2 epochs, 1 of warm-up
+    assert (p.steps, p.warmup_steps, p.lr) == (20, 10, 6e-3 * 32 / 256)
+    rates = [p.learning_rate(step) for step in range(20)]
+    assert rates[:10] == pytest.approx([p.lr * (i + 1) / 10 for i in range(10)])
+    assert rates[10:] == pytest.approx(
+        [1e-5 + (p.lr - 1e-5) * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
+    )
+    flat = plan(n_rows=320, rows_per_step=32, warmup_epochs=0.4, constant=True)
+    assert flat.warmup_steps == 4 and {flat.learning_rate(step) for step in range(4, 20)} == {flat.lr}
+
+
+def test_every_epoch_is_a_new_order_of_all_rows():
+    p = plan()
+    epochs = [[row for step in range(e * 3, e * 3 + 3) for row in p.rows(step, seed=1)] for e in range(2)]
+    assert [sorted(rows) for rows in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1] and p.rows(0, seed=2) != p.rows(0, seed=1)
+    assert [len(p.rows(step, 1)) for step in range(3)] == [4, 4, 2]
+
+
+def examples(n=8, seed=0):
+    """Rows of unequal lengths and label counts."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(n):
+        tokens = torch.randint(0, 256, (6 + 3 * (i % 4),), generator=generator).tolist()
+        prompt = 2 + i % 3
+        made.append(Example(tokens, [IGNORE] * prompt + tokens[prompt:], prompt))
+    return made
+
+
+def trained(method="soft_moa", batch_size=2, done=0, steps=3, state=None, rows=None, lr=0.01, on_step=None):
+    llm = tiny.build(method, seed=3)
+    optimizer = make_optimizer(llm.model, 0.02)
+    if state is not None:
+        assert restore(state, llm.model, optimizer) == done
+    log = []
+    p = plan(n_rows=8, max_steps=6, lr=lr, warmup_epochs=0)
+    rows = rows or examples()
+
+    def each(entry):
+        log.append(entry)
+        if on_step:
+            on_step(entry, llm.model, optimizer)
+        if entry["step"] == steps:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        train(llm.model, optimizer, rows, p, batch_size, 7, done, each)
+    return llm, optimizer, log
+
+
+def test_a_step_is_one_mean_over_all_its_labels_whatever_the_micro_batches():
+    whole, _, log_whole = trained(batch_size=4)
+    for size in (1, 2, 3):
+        parts, _, log_parts = trained(batch_size=size)
+        assert [e["loss"] for e in log_parts] == pytest.approx([e["loss"] for e in log_whole], rel=1e-5)
+        for key, tensor in adapter_state(parts.model).items():
+            assert tiny.relative(tensor, adapter_state(whole.model)[key]) < 1e-3, key
+
+
+def test_first_loss_is_the_mean_over_the_steps_rows():
+    _, _, log = trained(steps=1)
+    llm = tiny.build("soft_moa", seed=3)
+    rows = [examples()[i] for i in plan(n_rows=8, max_steps=6).rows(0, 7)]
+    total = sum(
+        llm.model.loss(torch.tensor([r.tokens]), torch.tensor([r.labels])).item() * (len(r.tokens) - r.prompt_len)
+        for r in rows
+    )
+    labels = sum(len(r.tokens) - r.prompt_len for r in rows)
+    assert log[0]["loss"] == pytest.approx(total / labels, rel=1e-5)
+    assert log[0]["label_tokens"] == labels and log[0]["tokens"] == sum(len(r.tokens) for r in rows)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "parallel_adapter", "soft_moa", "sparse_moa"])
+def test_only_adapters_move_and_all_of_them_do(method):
+    before = tiny.build(method, seed=3)
+    after, _, _ = trained(method)
+    adapters = adapter_parameters(after.model)
+    old = dict(before.model.named_parameters())
+    for key, tensor in after.model.named_parameters():
+        assert torch.equal(tensor, old[key]) != (key in adapters), key
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "parallel_adapter", "soft_moa", "sparse_moa"])
+def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method):
+    def keep(entry, model, optimizer):
+        if entry["step"] == 2:
+            save(tmp_path, pack(model, optimizer, 2, {}))
+
+    unbroken, _, log = trained(method, steps=6, on_step=keep)
+    resumed, _, rest = trained(method, done=2, steps=6, state=tmp_path / "checkpoint-2.pth")
+    assert [e["loss"] for e in rest] == [e["loss"] for e in log[2:]]
+    for key, tensor in adapter_state(unbroken.model).items():
+        assert torch.equal(tensor, adapter_state(resumed.model)[key]), key
+
+
+def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
+    llm, optimizer, _ = trained(steps=2)
+    path = save(tmp_path, pack(llm.model, optimizer, 2, {"method": "soft_moa"}))
+    adapter_bytes = sum(t.numel() * 4 for t in adapter_state(llm.model).values())
+    entries = 3 * len(adapter_state(llm.model))
+    assert 3 * adapter_bytes < path.stat().st_size < 3 * adapter_bytes + 600 * entries
+    assert set(read_torch(path)) == {"adapter", "adapter_params", "optimizer", "step"}
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-2.pth"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
+    states = []
+
+    def keep(entry, model, optimizer):
+        states.append(adapter_state(model))
+        with torch.no_grad():
+            model.layers[1].router.router.w1.weight[0, 0] = math.nan
+
+    llm = tiny.build("soft_moa", seed=3)
+    optimizer = make_optimizer(llm.model, 0.02)
+    p = plan(n_rows=8, max_steps=6)
+    with pytest.raises(ValueError, match=r"step 2: the loss is not finite .*rows \d+, \d+"):
+        train(llm.model, optimizer, examples(), p, 2, 7, 0, lambda entry: keep(entry, llm.model, optimizer))
+    assert len(states) == 1
+    for key, tensor in adapter_state(llm.model).items():
+        assert torch.equal(tensor.nan_to_num(9.0), states[0][key]) or "w1" in key
+
+
+@pytest.mark.parametrize("damage", ["adapter", "optimizer", "shape", "cut"])
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, damage):
+    llm, optimizer, _ = trained(steps=1)
+    content = pack(llm.model, optimizer, 1, {})
+    key = next(iter(content["adapter"]))
+    if damage == "adapter":
+        del content["adapter"][key]
+    elif damage == "optimizer":
+        del content["optimizer"]["exp_avg"][key]
+    elif damage == "shape":
+        content["optimizer"]["exp_avg_sq"][key] = torch.zeros(3)
+    path = save(tmp_path, content)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="checkpoint-1.pth"):
+        restore(path, llm.model, make_optimizer(llm.model, 0.02))
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path):
+    entry = {"loss": 1.0, "lr": 0.1, "tokens_per_s": 5.0, "seconds": 1.0}
+    log = RunLog(tmp_path, 5, 0)
+    for step in (1, 2, 3):
+        log.step(entry | {"step": step})
+    log.close()
+    (tmp_path / "log.jsonl").write_text((tmp_path / "log.jsonl").read_text() + '{"step": 4, "lo')
+    log = RunLog(tmp_path, 5, 2)
+    for step in (3, 4, 5):
+        log.step(entry | {"step": step})
+    log.close()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_rows_that_do_not_fit_are_left_out_aloud(tmp_path, capsys):
+    rows = [{"instruction": "a" * n, "input": "", "output": "b"} for n in (10, 400, 20, 500)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    tokenizer = tiny.shared(None).tokenizer
+    assert len(load_examples(path, tokenizer, 300)) == 2
+    assert "2 of 4 rows are longer than --max_seq_len 300 and left out (rows 2, 4)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="none of the 4 rows fits --max_seq_len 100"):
+        load_examples(path, tokenizer, 100)
+
+
+@pytest.mark.parametrize("method", ["soft_moa", "sparse_moa", "lora"])
+def test_the_activation_estimate_is_near_what_autograd_keeps(method):
+    llm = tiny.build(method)
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in llm.model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = tiny.tokens(4, 60)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = llm.model.loss(tokens, tokens.clone())
+    estimated = activation_bytes(llm.model, tokens.numel(), False, torch.device("cpu"), False)
+    assert loss.requires_grad and 0.7 < estimated / sum(kept.values()) < 1.4
