@@ -159,6 +159,7 @@ def normalised(question: str) -> str:
 def make_problems(train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, seed: int = SEED) -> tuple[list, list]:
     """The training rows and the test rows. Equal arguments give equal rows."""
     draw, templates = Draw(seed), read_templates()
+    templates += [template for template in templates if len(template.steps) == 1]  # one-step problems come twice
     asked: set[str] = set()
     reserved: set[tuple] = set()  # numbers of test rows, which no training row of that template has
 
