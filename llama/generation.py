@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint import load_base, read_base
+from llama.engine import Answer, Rules, run
 from llama.model import Transformer
 from llama.parallel import pick_device, start_processes
-from llama.sampling import choose, row_uniforms
+from llama.sampling import row_uniforms
 from llama.tokenizer import Tokenizer
 from moa import state
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
-from moa.rows import Rows
 
 
 class Llama:
@@ -90,65 +90,20 @@ class Llama:
         Raises ValueError for an empty prompt, one without room for an answer, or settings out of range.
         """
         self._check(prompts, max_gen_len, min_new_tokens, temperature, top_p)
+        if not prompts:
+            return []
         samples = samples or [0] * len(prompts)
         limits = [min(max_gen_len, self.max_seq_len - len(prompt)) for prompt in prompts]
-        outputs: list[list[int]] = [[] for _ in prompts]
-        # Longest first: memory is known from the first prefill on, and rows that share a prefill are alike.
-        waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i), reverse=True)
-        if not waiting:
-            return outputs
-        device = self.model.output.weight.device
-        longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-        cache = self.model.make_cache(min(self.max_batch_size, len(prompts)), longest)
-        uniforms = None if temperature == 0 else torch.zeros(cache.max_rows, max_gen_len, dtype=torch.float64)
-        stops = torch.tensor(self.tokenizer.stop_ids, device=device)
-        running: list[int] = []  # prompt index of each cached row
-
-        with torch.inference_mode():
-            while waiting or running:
-                new = [waiting.pop() for _ in range(min(cache.max_rows - len(running), len(waiting)))]
-                # Rows that run take a decode step while new ones are prefilled: nobody waits for long.
-                logits = []
-                if running:
-                    last = torch.tensor([outputs[i][-1] for i in running], device=device)
-                    cache.advance()
-                    rows = Rows([1] * len(running), device, starts=[n - 1 for n in cache.lengths])
-                    logits.append(self.model.output(self.model.hidden(last, rows, cache)))
-                if new:
-                    for place, i in enumerate(new, len(running)):
-                        if uniforms is not None:
-                            uniforms[place] = row_uniforms(prompts[i], seed, samples[i], max_gen_len)
-                    rows = Rows([len(prompts[i]) for i in new], device)
-                    places = cache.admit(rows.lengths)
-                    tokens = torch.tensor([t for i in new for t in prompts[i]], device=device)
-                    ends = torch.tensor([end - 1 for _, end in rows.spans], device=device)
-                    logits.append(self.model.output(self.model.hidden(tokens, rows, cache, places)[ends]))
-                    running += new
-                scores = torch.cat(logits).float()
-                too_early = [len(outputs[i]) < min_new_tokens for i in running]
-                if any(too_early):
-                    early = torch.tensor(too_early, device=device)
-                    scores[
-                        early[:, None] & torch.zeros_like(scores, dtype=torch.bool).index_fill_(1, stops, True)
-                    ] = -torch.inf
-                drawn = None
-                if uniforms is not None:
-                    drawn = torch.stack([uniforms[p, len(outputs[i])] for p, i in enumerate(running)]).to(device)
-                chosen = choose(scores, temperature, top_p, drawn).tolist()
-                for place in reversed(range(len(running))):
-                    i = running[place]
-                    ended = chosen[place] in self.tokenizer.stop_ids
-                    if not ended:
-                        outputs[i].append(chosen[place])
-                    if ended or len(outputs[i]) == limits[i]:
-                        if on_finish is not None:
-                            on_finish(i, outputs[i])
-                        cache.drop(place)
-                        running[place] = running[-1]
-                        running.pop()
-                        if uniforms is not None:
-                            uniforms[place] = uniforms[len(running)]
-        return outputs
+        draws = [
+            row_uniforms(prompt, seed, sample, limit).tolist() if temperature > 0 else []
+            for prompt, sample, limit in zip(prompts, samples, limits, strict=True)
+        ]
+        answers = [Answer(i, *row) for i, row in enumerate(zip(prompts, limits, draws, strict=True))]
+        rules = Rules(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
+        for answer in run(self.model, answers, self.max_batch_size, rules):
+            if on_finish is not None:
+                on_finish(answer.index, answer.tokens)
+        return [answer.tokens for answer in answers]
 
     def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:
         if max_gen_len < 1:

@@ -182,14 +182,17 @@ class Transformer(nn.Module):
         """Mean cross-entropy over the label tokens, a float32 scalar.
 
         tokens, labels (B, T) int64, labels aligned with tokens (the shift by one happens here), IGNORE where nothing is
-        learned. ValueError where no label is left.
+        learned. ValueError where no label is left or one is no token.
         """
         if tokens.shape != labels.shape:
             raise ValueError(f"labels {tuple(labels.shape)} must have the shape of tokens {tuple(tokens.shape)}")
         rows = Rows([tokens.shape[1]] * len(tokens), tokens.device, prompt_lens)
-        n_labels = int((labels[:, 1:] != IGNORE).sum())
+        wanted = labels[:, 1:][labels[:, 1:] != IGNORE]
+        n_labels = len(wanted)
         if not n_labels:
             raise ValueError("no label token: nothing to learn from")
+        if wanted.min() < 0 or wanted.max() >= self.args.vocab_size:
+            raise ValueError(f"a label is neither {IGNORE} nor one of the {self.args.vocab_size} tokens")
         return self.summed_loss(tokens.flatten(), labels.flatten(), rows) / n_labels
 
     def summed_loss(self, tokens: Tensor, labels: Tensor, rows: Rows) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny import ARGS, METHODS, build, config, gradients, random_state, tokens
 
 from llama import Llama, Transformer
 from llama.args import ModelArgs
@@ -19,6 +18,7 @@ from llama.checkpoint import placements
 from llama.parallel import start_processes, stop_processes
 from moa.parallel import copy_to_ranks, gather, sum_over_ranks
 from moa.state import adapter_parameters, adapter_state, whole
+from tiny import ARGS, METHODS, build, config, gradients, random_state, tokens
 
 PROMPTS = [[256, *tokens(n, seed=n).tolist()] for n in (4, 9, 1)]
 # Sizes that two ranks cannot share

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARGS, BASE, GOLDEN, METHODS, PARAMS, save, shared, tokens, unfilled
 
 import moa.files
 from llama import Llama
@@ -15,6 +14,7 @@ from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 from moa.files import read_json, write_file
 from moa.state import adapter_parameters, count
+from tiny import ARGS, BASE, GOLDEN, METHODS, PARAMS, save, shared, tokens, unfilled
 
 
 @pytest.mark.parametrize("name", METHODS)

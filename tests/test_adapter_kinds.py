@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARGS, BASE, METHODS, save, tokens
 from torch import Tensor
 
 from llama import Llama
 from moa.adapter import AdapterModule, Site, normal
 from moa.config import ADAPTERS, AdapterConfig, knob, register_adapter
 from moa.state import adapter_state, count, optimizer_groups
+from tiny import ARGS, BASE, METHODS, save, tokens
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import resource
 
 import pytest
 import torch
-from tiny import ARGS, BASE, METHODS, build, gradients, random_state, relative, shared, tokens, unfilled
 from torch import Tensor
 
 from llama import ModelArgs
@@ -18,6 +17,7 @@ from moa.state import (
     load_adapter_state,
     optimizer_groups,
 )
+from tiny import ARGS, BASE, METHODS, build, gradients, random_state, relative, shared, tokens, unfilled
 
 # Which parameters
 

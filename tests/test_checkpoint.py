@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BASE, PARAMS, golden_state, tokens, write_base
 from torch import Tensor
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import placements, read_base
+from tiny import BASE, PARAMS, golden_state, tokens, write_base
 
 State = dict[str, Tensor]
 

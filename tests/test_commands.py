@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from commands import refused, run, torchrun, train_flags, write_rows
-from tiny import BASE
 
+from commands import refused, run, torchrun, train_flags, write_rows
 from llama import Llama
+from tiny import BASE
 
 
 @pytest.fixture(scope="module")

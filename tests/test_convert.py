@@ -7,6 +7,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file, save_file
+
+from convert import gguf as from_gguf
+from convert import hf as from_hf
+from convert.__main__ import main
+from convert.layout import ffn_rule, tensor_shapes
+from convert.vocabulary import MEAN, plan
 from convert_samples import (
     MERGES,
     SMOL_LACKS,
@@ -17,14 +25,6 @@ from convert_samples import (
     write_hf,
     write_tokenizer_json,
 )
-from gguf.quants import dequantize, quantize
-from safetensors.torch import load_file, save_file
-
-from convert import gguf as from_gguf
-from convert import hf as from_hf
-from convert.__main__ import main
-from convert.layout import ffn_rule, tensor_shapes
-from convert.vocabulary import MEAN, plan
 from llama.args import ModelArgs
 from llama.tokenizer import Tokenizer, special_tokens
 

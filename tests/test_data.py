@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tiny import BASE
 
 from llama.data import IGNORE, encode_example, encode_prompt, prompt_text, read_rows
 from llama.tokenizer import Tokenizer
+from tiny import BASE
 
 FIELDS = ("instruction", "input", "output")
 ROW = {"instruction": "Add 1 and 2", "input": "", "output": "3"}

@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 import torch
-from convert_samples import gguf_tensors, write_gguf
 
+from convert_samples import gguf_tensors, write_gguf
 from demo import model, problems
 from demo.__main__ import main
 from llama.args import ModelArgs

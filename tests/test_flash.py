@@ -6,12 +6,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from tiny import BASE, METHODS, gradients, relative, shared, tokens
 from torch import Tensor
 
 import llama.generation
 from llama import Llama
 from moa.rows import Rows
+from tiny import BASE, METHODS, gradients, relative, shared, tokens
 
 
 def flash_attn_varlen_func(

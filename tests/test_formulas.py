@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from plain_model import PlainModel, rms_norm, rotate
-from tiny import METHODS, PARAMS, build, gradients, relative, shared, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +15,8 @@ from moa.config import AdapterConfig
 from moa.routers import SparseRouter
 from moa.rows import Rows
 from moa.state import adapter_parameters, initialise
+from plain_model import PlainModel, rms_norm, rotate
+from tiny import METHODS, PARAMS, build, gradients, relative, shared, tokens
 
 
 def plain(name: str | None) -> PlainModel:

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import METHODS, build, shared, tokens
 
 from llama import Llama
 from llama.sampling import choose, row_uniforms
+from tiny import METHODS, build, shared, tokens
 
 EOS, EOT = 257, 265
 ALL = [None, *METHODS]

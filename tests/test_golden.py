@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import BASE, GOLDEN, PARAMS, gradients, relative
 
 from llama import Llama
 from moa import authors
 from moa.adapter_file import load_adapter
 from moa.state import adapter_parameters, load_adapter_state
+from tiny import BASE, GOLDEN, PARAMS, gradients, relative
 
 METHODS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected.npz").is_file())
 EOT = 265  # ours ends there too; theirs at 257 alone

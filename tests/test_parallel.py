@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import observe
 import pytest
 import torch
-from observe import IMPOSSIBLE
-from tiny import BASE, METHODS, PARAMS, golden_state, relative, write_base
 
+import observe
 from llama import Llama
 from llama.parallel import pick_device
+from observe import IMPOSSIBLE
+from tiny import BASE, METHODS, PARAMS, golden_state, relative, write_base
 
 ROOT = Path(__file__).resolve().parent.parent
 

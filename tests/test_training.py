@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from llama.data import IGNORE, Example
 from moa.files import read_torch
 from moa.state import adapter_parameters, adapter_state

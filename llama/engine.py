@@ -1,0 +1,92 @@
+"""Generating many rows at once: one prefill per row, then one decode step at a time over all that run.
+
+The engine knows token ids, not text. A row that ends leaves at once and a waiting one takes its place.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llama.cache import Cache
+from llama.model import Transformer
+from llama.sampling import choose
+from moa.rows import Rows
+
+
+@dataclass
+class Answer:
+    """An answer in the making. `draws`: one number in [0, 1) per token, empty for greedy generation."""
+
+    index: int
+    prompt: list[int]
+    limit: int  # tokens at most
+    draws: list[float]
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How tokens are chosen: `stop_ids` end an answer, but not before `min_new_tokens`."""
+
+    stop_ids: tuple[int, ...]
+    min_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], device: torch.device) -> Tensor:
+    """Admit new rows to the cache -> logits (R, V) of each row's first new token."""
+    rows = Rows([len(prompt) for prompt in prompts], device)
+    places = cache.admit(rows.lengths)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    last = torch.tensor([end - 1 for _, end in rows.spans], device=device)
+    return model.output(model.hidden(tokens, rows, cache, places)[last])
+
+
+def decode(model: Transformer, cache: Cache, tokens: list[int], device: torch.device) -> Tensor:
+    """Feed the newest token of every cached row -> logits (R, V) of the next."""
+    cache.advance()
+    rows = Rows([1] * len(tokens), device, starts=[n - 1 for n in cache.lengths])
+    return model.output(model.hidden(torch.tensor(tokens, device=device), rows, cache))
+
+
+def run(model: Transformer, answers: list[Answer], max_rows: int, rules: Rules) -> Iterator[Answer]:
+    """Complete all `answers`, up to `max_rows` at a time; yields each as it ends, without its stop token."""
+    device = model.output.weight.device
+    # Longest prompts first: the peak of memory comes at the start, and rows that share a prefill are alike.
+    waiting = sorted(answers, key=lambda answer: (-len(answer.prompt), answer.index), reverse=True)
+    cache = model.make_cache(min(max_rows, len(answers)), max(len(a.prompt) + a.limit for a in answers))
+    running: list[Answer] = []  # in the order of the cache's places
+    while waiting or running:
+        new = [waiting.pop() for _ in range(min(cache.max_rows - len(running), len(waiting)))]
+        with torch.inference_mode():
+            logits = []
+            if running:
+                logits.append(decode(model, cache, [answer.tokens[-1] for answer in running], device))
+            if new:
+                logits.append(prefill(model, cache, [answer.prompt for answer in new], device))
+            running += new
+            chosen = _next_tokens(torch.cat(logits).float(), running, rules)
+        for place in reversed(range(len(running))):
+            answer, token = running[place], chosen[place]
+            if token not in rules.stop_ids:
+                answer.tokens.append(token)
+            if token in rules.stop_ids or len(answer.tokens) == answer.limit:
+                cache.drop(place)
+                running[place] = running[-1]  # as the cache does
+                running.pop()
+                yield answer
+
+
+def _next_tokens(logits: Tensor, running: list[Answer], rules: Rules) -> list[int]:
+    early = [place for place, answer in enumerate(running) if len(answer.tokens) < rules.min_new_tokens]
+    if early:
+        rows, stops = torch.tensor(early, device=logits.device), torch.tensor(rules.stop_ids, device=logits.device)
+        logits[rows[:, None], stops] = -torch.inf
+    draws = None
+    if rules.temperature > 0:
+        now = [answer.draws[len(answer.tokens)] for answer in running]
+        draws = torch.tensor(now, dtype=torch.float64, device=logits.device)
+    return choose(logits, rules.temperature, rules.top_p, draws).tolist()
