@@ -59,6 +59,8 @@ class Flags:
             raise ValueError(
                 f"--min_gen_len {self.min_gen_len} must be above 0 and below --max_seq_len {self.max_seq_len}"
             )
+        if self.method is not None and self.adapter_path is None:
+            raise ValueError("--method has no effect without --adapter_path")
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError("--num_samples above 1 needs a --temperature above 0: greedy answers are all the same")
 

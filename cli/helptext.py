@@ -33,13 +33,14 @@ def _paragraph(text: str) -> str:
 
 def _entry(knob: Knob) -> str:
     kind = "True|False" if knob.type is bool else knob.type.__name__
-    kind += "|None" if knob.optional else ""
     kind = f"[{kind}]" if knob.type is bool else kind  # in brackets, for `--x` alone means True
     left = f"  {knob.name.upper() if knob.positional else '--' + knob.name} {kind}"
-    notes = ["required"] if knob.required else [f"default: {_shown(knob.default)}"]
+    # What leaving out an optional flag means, its own text says
+    unset = knob.optional and knob.default is None
+    notes = ["required"] if knob.required else [] if unset else [f"default: {_shown(knob.default)}"]
     if knob.choices:
         notes.insert(0, f"one of {', '.join(str(choice) for choice in knob.choices)}")
-    text = f"{knob.help} ({'; '.join(notes)})".strip()
+    text = (knob.help + (f" ({'; '.join(notes)})" if notes else "")).strip()
     lines = textwrap.wrap(text, WIDTH - COLUMN, break_on_hyphens=False)
     if len(left) < COLUMN - 1:
         lines[0] = left.ljust(COLUMN) + lines[0]

@@ -49,7 +49,7 @@ class Knob:
 
     def convert(self, text: str) -> Any:
         """The value that `text` stands for; ValueError names the flag, the value and what was expected."""
-        if self.optional and text in ("None", "none"):
+        if self.optional and text in ("None", "none") and text not in self.choices:
             return None
         try:
             value = _convert(self.type, text)

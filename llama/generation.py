@@ -36,7 +36,7 @@ class Llama:
         max_seq_len: int = 512,
         max_batch_size: int = 32,
         bf16: bool = False,
-        device: str = "auto",
+        device: str = "cpu",
         seed: int = 0,
         model_parallel_size: int = 1,
         flash_attention2: bool = False,

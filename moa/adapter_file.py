@@ -48,6 +48,8 @@ def load_adapter(
                 flat["method"] = method
         else:
             flat = {key: value for key, value in params.items() if key != "base"}
+            if method not in (None, flat["method"]):
+                raise ValueError(f"this is an adapter of method {flat['method']}, not {method}")
             _require_base(params.get("base", {}), base)
         config = AdapterConfig.from_flat(flat, base["n_layers"])
     except (ValueError, KeyError, TypeError) as error:

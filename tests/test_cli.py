@@ -34,6 +34,7 @@ class Train:
     data: str = knob(help="training rows")
     max_steps: int | None = knob(None, help="stop early")
     save: bool | None = knob(None, help="write checkpoints")
+    gradient: str | None = knob(None, help="how it learns", choices=("on", "none"))
 
 
 @dataclass
@@ -86,6 +87,8 @@ def refused(capsys: pytest.CaptureFixture, classes: type | list[type], argv: lis
         (["--max_steps", "7"], "max_steps", 7),
         (["--save"], "save", True),
         (["--save", "none"], "save", None),
+        (["--gradient", "none"], "gradient", "none"),
+        (["--gradient", "None"], "gradient", None),
         (["--plain", "1"], "plain", 1.0),
         (["--described", "x y"], "described", "x y"),
     ],
@@ -187,9 +190,9 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture, argv: list[str]) -
     for said in (
         "--method str                  the adapter method (one of lora, soft_moa; default: lora)",
         "--bf16 [True|False]           bf16 weights (default: True)",
-        "--lr float|None               learning rate (default: None)",
+        "--lr float                    learning rate",
         "--data str                    training rows (required)",
-        "--save [True|False|None]      write checkpoints (default: None)",
+        "--save [True|False]           write checkpoints",
     ):
         assert f"\n  {said}\n" in out + "\n"
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -193,6 +194,7 @@ def _prepare(folder: Path, record: dict[str, Any], resumed: bool) -> None:
     for _, file in checkpoints(folder):
         file.unlink()
     (folder / "log.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     write_json(folder / CONFIG, record)
 
 

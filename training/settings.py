@@ -108,13 +108,15 @@ def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description
     model nor data is named, which is the demo."""
     parsed = parse_into([TrainFlags, AdapterFlags], argv, prog="finetune.py", description=description)
     train, adapter = parsed.values
+    given = set(parsed.given)
+    for pair in ({"epochs", "max_steps"}, {"lr", "blr"}):
+        if pair <= given:
+            fail(" and ".join(f"--{name}" for name in sorted(pair)) + " exclude each other", status=2)
+        if pair & given:
+            given |= pair  # the recipe has no say in either
     values = asdict(train)
     if train.data_path is None and train.ckpt_dir is None:
-        values |= {name: value for name, value in recipe.items() if name not in parsed.given}
-    if {"epochs", "max_steps"} <= parsed.given:
-        fail("--epochs and --max_steps exclude each other", status=2)
-    if {"lr", "blr"} <= parsed.given:
-        fail("--lr and --blr exclude each other", status=2)
+        values |= {name: value for name, value in recipe.items() if name not in given}
     settings = Settings(TrainFlags(**values), {k: v for k, v in asdict(adapter).items() if v is not None}, parsed.given)
     _check_early(settings)
     return settings
