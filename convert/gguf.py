@@ -112,7 +112,10 @@ class Gguf:
 
 
 def _open(path: Path):
-    from gguf import GGUFReader
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ValueError(f"{path}: to read it, the package gguf is needed (pip install gguf)") from None
 
     class WholeReader(GGUFReader):
         """A reader whose reads past the end of the file are errors, not short arrays."""

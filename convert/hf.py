@@ -201,8 +201,10 @@ class Safetensors:
 
 
 def _open(file: Path):
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError(f"{file}: to read it, the package safetensors is needed (pip install safetensors)") from None
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:

@@ -28,7 +28,7 @@ class Rows:
         self.lengths = list(lengths)
         self.device = torch.device(device)
         self.starts = list(starts) if starts is not None else [0] * len(lengths)
-        self.prompt_lens = list(prompt_lens) if prompt_lens is not None else self.lengths
+        self.prompt_lens = [int(n) for n in prompt_lens] if prompt_lens is not None else self.lengths
         assert len(self.starts) == len(self.prompt_lens) == len(self.lengths)
         assert all(1 <= p <= n for p, n in zip(self.prompt_lens, self.lengths, strict=True)), (prompt_lens, lengths)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import gguf
 import numpy as np
@@ -624,3 +625,13 @@ def test_samples_spell_what_they_should(tmp_path):
     reference = Reference.from_str(json.dumps(content))
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert [tokens[i] for i in reference.encode("in the").ids] == ["in", "Ġthe"]
+
+
+@pytest.mark.parametrize(("package", "source"), [("gguf", "model.gguf"), ("safetensors", "")])
+def test_a_missing_package_is_named(package, source, folder, tmp_path, monkeypatch):
+    if source:
+        (folder / source).write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, package, None)
+    convert = from_gguf.convert if source else from_hf.convert
+    with pytest.raises(ValueError, match=f"the package {package} is needed"):
+        convert(folder / source if source else folder, tmp_path / "out")
