@@ -110,12 +110,12 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], origin: st
 
 def require_same_keys(expected: Iterable[str], found: Iterable[str], origin: str, what: str) -> None:
     """ValueError listing what is missing and what is left over, unless both hold the same keys."""
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    problems = [f"{label} {what}{'s' * (len(keys) > 1)} {_some(keys)}" for label, keys in
-                (("missing", missing), ("unexpected", extra)) if keys]  # fmt: skip
+    missing, extra = sorted(set(expected) - set(found), key=str), sorted(set(found) - set(expected), key=str)
+    named = {"missing": missing, "unexpected": extra}
+    problems = [f"{label} {what}{'s' * (len(keys) > 1)} {_some(keys)}" for label, keys in named.items() if keys]
     if problems:
         raise ValueError(f"{origin}: {'; '.join(problems)}")
 
 
 def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return ", ".join(map(str, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

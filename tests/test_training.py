@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from llama.data import IGNORE, Example
-from moa.files import read_torch
+from moa.files import read_torch, write_torch
 from moa.state import adapter_parameters, adapter_state
 from training.checkpoint import pack, restore, save
 from training.data import load_examples
@@ -147,7 +147,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
         assert torch.equal(tensor.nan_to_num(9.0), states[0][key]) or "w1" in key
 
 
-@pytest.mark.parametrize("damage", ["adapter", "optimizer", "shape", "cut"])
+@pytest.mark.parametrize(
+    "damage", ["adapter", "optimizer", "moments", "shape", "nan", "step", "list", "entry", "number key", "cut"]
+)
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, damage):
     llm, optimizer, _ = trained(steps=1)
     content = pack(llm.model, optimizer, 1, {})
@@ -158,7 +160,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, damage):
         del content["optimizer"]["exp_avg"][key]
     elif damage == "shape":
         content["optimizer"]["exp_avg_sq"][key] = torch.zeros(3)
-    path = save(tmp_path, content)
+    elif damage == "nan":
+        content["optimizer"]["exp_avg_sq"][key][0] = math.nan
+    elif damage == "moments":
+        del content["optimizer"]["exp_avg"]
+    elif damage == "step":
+        content["step"] = "1"
+    elif damage == "list":
+        content["optimizer"]["exp_avg"] = [1]
+    elif damage == "entry":
+        del content["step"]
+    elif damage == "number key":
+        content["adapter"][7] = torch.zeros(1)
+    path = tmp_path / "checkpoint-1.pth"
+    write_torch(path, content)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ValueError, match="checkpoint-1.pth"):

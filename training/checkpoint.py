@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moa.files import read_torch, write_torch
 from moa.state import adapter_parameters, adapter_state, load_adapter_state, parts, require_same_keys, whole
@@ -42,16 +42,27 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
     """Put a checkpoint back; returns the number of steps done. ValueError naming the file and what does not fit."""
     content = read_torch(path)
     require_same_keys(("adapter", "adapter_params", "optimizer", "step"), content, str(path), "entry")
+    step, optimizer_state = content["step"], content["optimizer"]
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        raise ValueError(f"{path}: step must be a positive whole number, not {step!r}")
+    for name in ("adapter", "optimizer"):
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{path}: {name} must be a dictionary, not {type(content[name]).__name__}")
     entries = adapter_parameters(model)
     load_adapter_state(model, content["adapter"], str(path))
+    require_same_keys(MOMENTS, optimizer_state, str(path), "optimizer entry")
     for name in MOMENTS:
-        moments = content["optimizer"].get(name, {})
+        moments = optimizer_state[name]
+        if not isinstance(moments, dict):
+            raise ValueError(f"{path}: optimizer {name} must be a dictionary, not {type(moments).__name__}")
         require_same_keys(entries, moments, f"{path}: optimizer {name}", "tensor")
+        for key, tensor in moments.items():
+            shape = entries[key].declared.shape
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
+                raise ValueError(f"{path}: optimizer {name} of {key} is not a tensor of {shape} finite numbers")
         for key, part in parts(moments, model).items():
             parameter = entries[key].parameter
-            if part.shape != parameter.shape:
-                raise ValueError(f"{path}: optimizer {name} of {key} has shape {tuple(part.shape)}")
             state = optimizer.state[parameter]
             state[name] = part.to(parameter.device, torch.float32).clone()
-            state["step"] = torch.tensor(float(content["step"]))
-    return content["step"]
+            state["step"] = torch.tensor(float(step))
+    return step
