@@ -70,11 +70,11 @@ class Attention(nn.Module):
             config,
             slots,
             {
-                "Q": Site("Q", args.dim, heads, "out", args.n_heads),
-                "K": Site("K", args.dim, kv, "out", args.n_heads),
-                "V": Site("V", args.dim, kv, "out", args.n_heads),
-                "attention": Site("attention", args.dim, heads, "out", args.n_heads),
-                "O": Site("O", heads, args.dim, "in", args.n_heads),
+                "Q": Site(args.dim, heads, "out", args.n_heads),
+                "K": Site(args.dim, kv, "out", args.n_heads),
+                "V": Site(args.dim, kv, "out", args.n_heads),
+                "attention": Site(args.dim, heads, "out", args.n_heads),
+                "O": Site(heads, args.dim, "in", args.n_heads),
             },
         )
 
@@ -103,9 +103,9 @@ class FeedForward(nn.Module):
             config,
             slots,
             {
-                "FFN_UP": Site("FFN_UP", dim, hidden, "out", args.n_heads),
-                "FFN_GATE": Site("FFN_GATE", dim, hidden, "out", args.n_heads),
-                "FFN_DOWN": Site("FFN_DOWN", hidden, dim, "in", args.n_heads),
+                "FFN_UP": Site(dim, hidden, "out", args.n_heads),
+                "FFN_GATE": Site(dim, hidden, "out", args.n_heads),
+                "FFN_DOWN": Site(hidden, dim, "in", args.n_heads),
             },
         )
 
@@ -126,7 +126,7 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(args, config, slots)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args, config, slots)
-        self.adapters = Adapters(config, slots, {"block": Site("block", args.dim, args.dim, None, args.n_heads)})
+        self.adapters = Adapters(config, slots, {"block": Site(args.dim, args.dim, None, args.n_heads)})
         self.router = build_router(config, slots, args.dim)
 
     def forward(self, x: Tensor, step: "Step") -> Tensor:

@@ -74,7 +74,6 @@ class Site:
     """A place where an adapter stands: whole widths of what goes in and comes out there, and how the layer beside it
     is cut: "out" (column-parallel), "in" (row-parallel) or None (replicated)."""
 
-    name: str
     in_features: int
     out_features: int
     cut: str | None
