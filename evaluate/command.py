@@ -14,10 +14,13 @@ from evaluate.suite import Suite
 
 _EPILOG = """\
 Two scores, always both: `published` follows the rule behind the paper's tables, `robust` reads the stated final
-answer ("The answer is ...", "#### ...", a box), else the last number or letter that stands alone; see docs/scoring.md.
+answer ("The answer is ...", "#### ...", a box), else the last number, letter or keyword (true, answer2, option1) that
+stands alone; see docs/scoring.md. Suites are averaged within their family: math, commonsense.
 Behind each score stands half the width of its 95 % Wilson interval over the rows, in percentage points; the mean's
 takes the suites as independent. "no answer" counts the texts in which the published / the robust rule found none.
 Exit status: 0; 1 for bad input; 2 for bad flags."""
+
+_ALIASES = "".join(f", or {alias} for {one.name}" for one in SUITES.values() for alias in one.aliases)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +48,7 @@ def _count(text: str) -> int:
 def _parser(suite: Suite | None) -> _Parser:
     what = f"Score the predictions of {suite.name}." if suite else "Score predictions of one suite or of several."
     parser = _Parser(
-        prog=f"python -m evaluate.{suite.name.lower()}" if suite else "python -m evaluate",
+        prog=f"python -m evaluate.{suite.module}" if suite else "python -m evaluate",
         description=what,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,7 +58,7 @@ def _parser(suite: Suite | None) -> _Parser:
     parser.add_argument("--predict_file", metavar="FILE", help=file_help)
     if suite is None:
         parser.add_argument(
-            "suite", nargs="?", help=f"{', '.join(SUITES)}, in any case; left out: from the file's name"
+            "suite", nargs="?", help=f"{', '.join(SUITES)}, in any case{_ALIASES}; left out: from the file's name"
         )
         parser.add_argument(
             "--predict_files",

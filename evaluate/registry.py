@@ -3,11 +3,28 @@
 import difflib
 from pathlib import Path
 
-from evaluate import addsub, aqua, demo, gsm8k, multiarith, singleeq, svamp
+from evaluate import (
+    addsub,
+    aqua,
+    arc_c,
+    arc_e,
+    boolq,
+    demo,
+    gsm8k,
+    hellaswag,
+    multiarith,
+    obqa,
+    piqa,
+    singleeq,
+    siqa,
+    svamp,
+    winogrande,
+)
 from evaluate.suite import Suite
 
-_MODULES = (addsub, aqua, gsm8k, multiarith, singleeq, svamp, demo)
-SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
+_MATH = (addsub, aqua, gsm8k, multiarith, singleeq, svamp)
+_COMMONSENSE = (boolq, piqa, siqa, hellaswag, winogrande, arc_c, arc_e, obqa)
+SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in (*_MATH, *_COMMONSENSE, demo)}
 
 
 def _plain(name: str) -> str:
@@ -15,8 +32,9 @@ def _plain(name: str) -> str:
 
 
 def suite_named(name: str) -> Suite:
-    """The suite of that name, in any case ("addsub" is AddSub). ValueError names the nearest where there is none."""
-    by_plain_name = {_plain(suite.name): suite for suite in SUITES.values()}
+    """The suite of that name, in any case ("addsub" is AddSub, "ARC-Easy" ARC-e). ValueError names the nearest where
+    there is none."""
+    by_plain_name = {_plain(one): suite for suite in SUITES.values() for one in (suite.name, *suite.aliases)}
     if _plain(name) in by_plain_name:
         return by_plain_name[_plain(name)]
     near = difflib.get_close_matches(_plain(name), by_plain_name, n=1)

@@ -12,6 +12,7 @@ from typing import Any
 from evaluate.scoring import JudgedRow, RuleScore, Score, Verdict
 
 _SHOWN_CHARACTERS = 1500
+_RULES = ("published", "robust")
 _HEADER = ("suite", "rows", "published %", "robust %", "no answer")
 
 
@@ -24,14 +25,18 @@ def mean(scores: list[Score], rule: str) -> tuple[float, float]:
 
 
 def table(scores: list[Score]) -> str:
-    """A line per suite, the unweighted mean last where there are several, then what is to be said about the files."""
+    """A line per suite, the unweighted mean last where there are several, then what is to be said about the files.
+    Suites of different families are not averaged together: each family of several has a mean of its own."""
     lines = [_HEADER]
     for score in scores:
         rows = f"{len(score.rows)} of {score.suite.problems}"
         shown = [_plus_minus(rule.percent, rule.half_width) for rule in (score.published, score.robust)]
         lines.append((score.suite.name, rows, *shown, f"{score.published.missing} / {score.robust.missing}"))
-    if len(scores) > 1:
-        lines.append(("mean", "", *(_plus_minus(*mean(scores, rule)) for rule in ("published", "robust")), ""))
+    families = _families(scores)
+    for family, members in families.items():
+        if len(members) > 1:
+            name = f"mean, {family}" if len(families) > 1 else "mean"
+            lines.append((name, "", *(_plus_minus(*mean(members, rule)) for rule in _RULES), ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
         "  ".join(
@@ -40,6 +45,14 @@ def table(scores: list[Score]) -> str:
         for line in lines
     ]
     return "\n".join([line.rstrip() for line in aligned] + _notes(scores))
+
+
+def _families(scores: list[Score]) -> dict[str, list[Score]]:
+    """The scores by the family of their suite, in the order in which the families come."""
+    families: dict[str, list[Score]] = {}
+    for score in scores:
+        families.setdefault(score.suite.family, []).append(score)
+    return families
 
 
 def _plus_minus(percent: float, half_width: float) -> str:
@@ -96,7 +109,8 @@ def _indented(text: str) -> str:
 
 
 def scores_json(scores: list[Score]) -> str:
-    """All numbers of the table, unrounded."""
+    """All numbers of the table, unrounded. "mean" is over all the suites, of whatever family; "families" holds the mean
+    of each family and the suites that it is over."""
     suites = {
         score.suite.name: {
             "file": score.path,
@@ -108,11 +122,16 @@ def scores_json(scores: list[Score]) -> str:
         }
         for score in scores
     }
-    means = {}
-    for rule in ("published", "robust"):
-        percent, half_width = mean(scores, rule)
-        means[rule] = {"percent": percent, "half_width": half_width}
-    return json.dumps({"suites": suites, "mean": means}, indent=2, ensure_ascii=False) + "\n"
+    families = {
+        family: {"suites": [one.suite.name for one in members], "mean": _means(members)}
+        for family, members in _families(scores).items()
+    }
+    content = {"suites": suites, "mean": _means(scores), "families": families}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _means(scores: list[Score]) -> dict[str, dict[str, float]]:
+    return {rule: dict(zip(("percent", "half_width"), mean(scores, rule), strict=True)) for rule in _RULES}
 
 
 def verdict_lines(scores: list[Score]) -> Iterable[str]:

@@ -30,10 +30,18 @@ class Rule:
 @dataclass(frozen=True)
 class Suite:
     """name: the paper's spelling. problems: rows in the published test file. read_answer: a row's "answer" as the
-    rules compare it, ValueError saying what was expected. published, robust: the two scores, always both."""
+    rules compare it, ValueError saying what was expected. published, robust: the two scores, always both. family: the
+    suites that the paper averages together. aliases: other names that choose it, in any case."""
 
     name: str
     problems: int
     read_answer: Callable[[Any], Any]
     published: Rule
     robust: Rule
+    family: str = "math"
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """The name of its module in `evaluate`."""
+        return self.name.lower().replace("-", "_")

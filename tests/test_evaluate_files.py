@@ -182,8 +182,9 @@ def test_one_suite_as_a_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_each_suite_has_its_module(name: str) -> None:
-    done = run(f"evaluate.{name.lower()}", "--help")
+    done = run(f"evaluate.{SUITES[name].module}", "--help")
     assert done.returncode == 0 and name in done.stdout and "Wilson" in done.stdout
+    assert f"python -m evaluate.{SUITES[name].module} " in done.stdout
 
 
 def test_several_files_in_one_table(tmp_path: Path) -> None:

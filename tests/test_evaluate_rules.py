@@ -222,7 +222,7 @@ def test_published_rows(name: str, counts: tuple[int, int, int]) -> None:
 
 def test_the_suites_are_the_papers() -> None:
     sizes = {"AddSub": 395, "AQuA": 254, "GSM8K": 1319, "MultiArith": 600, "SingleEq": 508, "SVAMP": 1000}
-    assert {name: suite.problems for name, suite in SUITES.items()} == sizes
+    assert {name: suite.problems for name, suite in SUITES.items() if suite.family == "math"} == sizes
     assert all(suite.name == name for name, suite in SUITES.items())
 
 

@@ -1,0 +1,293 @@
+"""The commonsense suites: their rules on tables of nasty answers, published rows, their names, and their mean."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluate import SUITES, score_file
+from evaluate.command import main
+from evaluate.registry import suite_named, suite_of_file
+from evaluate.report import mean
+
+SAMPLE = Path(__file__).resolve().parent / "data" / "commonsense_suites"
+SIZES = {
+    "BoolQ": 3270,
+    "PIQA": 1838,
+    "SIQA": 1954,
+    "HellaSwag": 10042,
+    "WinoGrande": 1267,
+    "ARC-c": 1172,
+    "ARC-e": 2376,
+    "OBQA": 500,
+}
+INSTRUCTIONS = {
+    "BoolQ": "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false",
+    "PIQA": "Please choose the correct solution to the question: How?\n\nSolution1: Use a saw.\n\nSolution2: Use soup."
+    "\n\nAnswer format: solution1/solution2",
+    "SIQA": "Please choose the correct answer to the question: Why?\n\nAnswer1: make a new plan Answer2: Go home"
+    " Answer3: 2\n\nAnswer format: answer1/answer2/answer3",
+    "HellaSwag": "Please choose the correct ending to complete the given sentence: He\n\nEnding1: sits. Ending2: runs."
+    " Ending3: is seen. Ending4: flies.\n\nAnswer format: ending1/ending2/ending3/ending4",
+    "WinoGrande": "Please choose the correct answer to fill in the blank to complete the given sentence: _ won.\n\n"
+    "Option1: Sarah Option2: Maria Answer format: option1/option2",
+    "ARC-e": "Please choose the correct answer to the question: What?\n\nAnswer1: 3 grams Answer2: the Moon\n\n"
+    "Answer format: answer1/answer2",
+}
+
+
+def found(suite: str, rule: str, text: str, instruction: str | None = None) -> str | None:
+    instruction = INSTRUCTIONS.get(suite, "") if instruction is None else instruction
+    one = getattr(SUITES[suite], rule).extract(text, {"instruction": instruction})
+    return one.readings[0] if one else None
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suite", "text", "keyword"),
+    [
+        ("BoolQ", "the correct answer is true", "true"),
+        ("BoolQ", "it is untrue, so false", "true"),  # inside a word
+        ("BoolQ", "not true, so false", "true"),
+        ("BoolQ", "True", None),
+        ("PIQA", "solution12", "solution1"),
+        ("PIQA", "answer1", None),
+        ("SIQA", "not answer5 but answer2", "answer5"),  # the pattern of all suites with this word, whatever they list
+        ("OBQA", "answer5", "answer5"),
+        ("ARC-c", "answer6, answer5", "answer5"),
+        ("HellaSwag", "ending5 ending4", "ending4"),
+        ("WinoGrande", "Option1 or option2", "option2"),
+        ("WinoGrande", "x\n\n### Instruction:\noption1", "option1"),  # a run-on counts
+        ("WinoGrande", "option 1", None),
+        ("WinoGrande", "", None),
+    ],
+)
+def test_published(suite: str, text: str, keyword: str | None) -> None:
+    assert found(suite, "published", text) == keyword
+
+
+ROBUST = [
+    ("BoolQ", "the correct answer is false", "false"),
+    ("BoolQ", "True.", "true"),
+    ("BoolQ", "**FALSE**", "false"),
+    ("BoolQ", "The answer is yes.", "true"),
+    ("BoolQ", "No, it is not.", "false"),
+    ("BoolQ", "Yes it is", "true"),
+    ("BoolQ", "No one knows, but true", "true"),
+    ("BoolQ", "It is not true that dogs fly.", "false"),
+    ("BoolQ", "The answer is not true.", "false"),
+    ("BoolQ", "true, not false", "true"),
+    ("BoolQ", "false rather than true", "false"),
+    ("BoolQ", "neither true nor false", None),
+    ("BoolQ", "True. The claim that it is false is old.", "true"),
+    ("BoolQ", "Answer: True, because false is wrong", "true"),
+    ("BoolQ", "Answer format: true/false", None),
+    ("BoolQ", "I must say true or false. The answer is false.", "false"),
+    ("BoolQ", "untrue", None),
+    ("BoolQ", "1", None),
+    ("PIQA", "The correct solution is Solution 2.", "solution2"),
+    ("PIQA", "The best solution is 2", "solution2"),
+    ("PIQA", "Option (1)", "solution1"),
+    ("PIQA", "solution1 is wrong", "solution2"),
+    ("PIQA", "solution1 is wrong. solution2 is wrong.", None),
+    ("PIQA", "Use soup.", "solution2"),
+    ("PIQA", "Solution2. Because solution1 is slow", "solution2"),
+    ("SIQA", "the correct answer is answer2", "answer2"),
+    ("SIQA", "Answer: Answer 2", "answer2"),
+    ("SIQA", "ANSWER (2).", "answer2"),
+    ("SIQA", "**Answer #3**", "answer3"),
+    ("SIQA", r"$\boxed{\text{answer}3}$", "answer3"),
+    ("SIQA", "#### answer1\nanswer2", "answer1"),
+    ("SIQA", "the answer is 1", "answer1"),
+    ("SIQA", "Answer: 3.", "answer3"),
+    ("SIQA", "the answer is 2.", None),  # the second answer, or the third, which reads 2
+    ("SIQA", "the answer is 1.5", None),
+    ("SIQA", "answer1 is wrong, so answer2", "answer2"),
+    ("SIQA", "answer2, because answer1 is wrong", "answer2"),
+    ("SIQA", "So answer2, as answer1 isn't likely", "answer2"),
+    ("SIQA", "The answer isn't answer1, it's answer3", "answer3"),
+    ("SIQA", "The answer is definitely not answer1 but answer2.", "answer2"),
+    ("SIQA", "The answer is answer2 and answer1 is wrong.", "answer2"),
+    ("SIQA", "The wrong answer is answer1, the right one answer2", "answer2"),
+    ("SIQA", "The answer is either answer1 or answer2.", None),
+    ("SIQA", "It is not answer1, and answer3 is wrong", "answer2"),  # the one left
+    ("SIQA", "It is not answer1", None),
+    ("SIQA", "Option 3 is the correct answer. answer1 is close", "answer3"),
+    ("SIQA", "I choose answer1 over answer2", "answer1"),
+    ("SIQA", "answer2 is better than answer1", "answer2"),
+    ("SIQA", "Answer1: make a new plan Answer2: Go home Answer3: 2", None),  # the options, copied
+    ("SIQA", "Answer2: Go home", "answer2"),
+    ("SIQA", "The answer is go home.", "answer2"),
+    ("SIQA", "The correct answer is answer4.", None),  # beyond the options
+    ("SIQA", "answer1 is near. The correct answer is answer4.", None),
+    ("SIQA", "answer12", None),
+    ("SIQA", "Answer: B", None),  # the options have numbers
+    ("SIQA", "the correct answer is answer2the correct answer is answer1", "answer2"),
+    ("SIQA", "answer2\n\n### Instruction:\nthe correct answer is answer1", "answer2"),
+    ("SIQA", "answer2\nBelow is an instruction: answer1", "answer2"),
+    ("SIQA", "answer2\n\nPlease choose the correct answer to the question: Why? The answer is answer1", "answer2"),
+    ("SIQA", "### Response:\nanswer2", "answer2"),
+    ("HellaSwag", "The most likely ending is ending 3, not ending1.", "ending3"),
+    ("HellaSwag", "the correct ending is 4", "ending4"),
+    ("HellaSwag", "Is seen.", "ending3"),
+    ("HellaSwag", "ending5", None),
+    ("WinoGrande", "Option #1", "option1"),
+    ("WinoGrande", "The answer is Maria.", "option2"),
+    ("WinoGrande", "option1 is less likely; Option_2", "option2"),
+    ("ARC-e", "The answer is 3 grams.", "answer1"),
+    ("ARC-e", "moon", "answer2"),
+    ("ARC-e", "answer3", None),
+    ("ARC-c", "the correct answer is answer5", "answer5"),  # without an instruction: all that the suite can have
+    ("OBQA", "the correct answer is answer5", None),
+]
+
+
+@pytest.mark.parametrize(("suite", "text", "keyword"), ROBUST)
+def test_robust(suite: str, text: str, keyword: str | None) -> None:
+    assert found(suite, "robust", text) == keyword
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLE.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_published_rows(path: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    score = score_file(write_rows(tmp_path / path.name, *(one | {"generate": one["output"]} for one in rows)))
+    assert len(rows) >= 2 and score.suite.name == path.stem
+    assert score.published.percent == score.robust.percent == 100.0
+    shouted = write_rows(tmp_path / path.name, *(one | {"generate": one["output"].upper()} for one in rows))
+    assert (score_file(shouted).published.percent, score_file(shouted).robust.percent) == (0.0, 100.0)
+
+
+def test_an_option_of_a_published_row_can_be_stated_in_its_words() -> None:
+    row = json.loads((SAMPLE / "WinoGrande.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    options = row["instruction"].split("Option1: ")[1].split(" Answer format")[0].split(" Option2: ")
+    for number, words in enumerate(options, 1):
+        assert found("WinoGrande", "robust", f"The answer is {words}.", row["instruction"]) == f"option{number}"
+
+
+def test_the_commonsense_suites_are_the_papers() -> None:
+    assert {name: suite.problems for name, suite in SUITES.items() if suite.family == "commonsense"} == SIZES
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("boolq", "BoolQ"),
+        ("piqa", "PIQA"),
+        ("siqa", "SIQA"),
+        ("social_i_qa", "SIQA"),
+        ("SocialIQA", "SIQA"),
+        ("hellaswag", "HellaSwag"),
+        ("winogrande", "WinoGrande"),
+        ("arc_c", "ARC-c"),
+        ("ARC-Challenge", "ARC-c"),
+        ("arc_e", "ARC-e"),
+        ("ARC-Easy", "ARC-e"),
+        ("arc_easy", "ARC-e"),
+        ("obqa", "OBQA"),
+        ("openbookqa", "OBQA"),
+    ],
+)
+def test_spellings(spelling: str, name: str) -> None:
+    assert suite_named(spelling).name == suite_of_file(f"OUT/{spelling}.seed1.jsonl").name == name
+
+
+@pytest.mark.parametrize(
+    ("suite", "answer", "expected"),
+    [
+        ("BoolQ", True, "one of true, false, got True"),
+        ("BoolQ", "True", "one of true, false, got 'True'"),
+        ("PIQA", "solution3", "one of solution1, solution2, got 'solution3'"),
+        ("SIQA", "answer4", "one of answer1, answer2, answer3, got 'answer4'"),
+        ("HellaSwag", 1, "one of ending1, ending2, ending3, ending4, got 1"),
+        ("WinoGrande", "option1 ", "one of option1, option2, got 'option1 '"),
+        ("ARC-c", "answer6", "answer5, got 'answer6'"),
+        ("OBQA", ["answer1"], "answer4, got ['answer1']"),
+    ],
+)
+def test_other_answers_are_refused(tmp_path: Path, suite: str, answer: object, expected: str) -> None:
+    path = write_rows(tmp_path / "x.jsonl", {"answer": answer, "generate": "answer1"})
+    with pytest.raises(ValueError) as refused:
+        score_file(path, suite)
+    assert str(refused.value).startswith(f"{path}: line 1: field 'answer': {suite} expects one of ")
+    assert str(refused.value).endswith(expected)
+
+
+def test_families_have_means_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"AddSub": ("4", "4"), "BoolQ": ("true", "True"), "SVAMP": ("4", "5"), "PIQA": ("solution1", "solution1")}
+    files = [
+        str(write_rows(tmp_path / f"{name}.jsonl", {"answer": answer, "generate": text}))
+        for name, (answer, text) in said.items()
+    ]
+    saved = tmp_path / "scores.json"
+    main(None, ["--predict_files", *files, "--json", str(saved)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:7]] == [*said, "mean, math", "mean, commonsense"]
+    assert lines[5].split()[2] == lines[5].split()[5] == "50.00"  # published, robust
+    assert (lines[6].split()[2], lines[6].split()[5]) == ("50.00", "100.00")
+    scores = json.loads(saved.read_text(encoding="utf-8"))
+    assert scores["mean"]["robust"]["percent"] == 75.0  # of all four, as its key has always been
+    assert scores["families"]["math"]["suites"] == ["AddSub", "SVAMP"]
+    assert scores["families"]["commonsense"]["suites"] == ["BoolQ", "PIQA"]
+    assert scores["families"]["commonsense"]["mean"]["robust"]["percent"] == 100.0
+    half_width = mean([score_file(files[0]), score_file(files[2])], "robust")[1]
+    assert scores["families"]["math"]["mean"]["robust"] == {"percent": 50.0, "half_width": half_width}
+
+
+def test_one_suite_of_a_family_has_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    addsub = write_rows(tmp_path / "AddSub.jsonl", {"answer": "4", "generate": "4"})
+    boolq = write_rows(tmp_path / "boolq.jsonl", {"answer": "true", "generate": "true"})
+    main(None, ["--predict_files", str(addsub), str(boolq)])
+    assert "mean" not in capsys.readouterr().out
+
+
+PIECES = st.sampled_from(
+    [
+        "answer is ",
+        "Answer:",
+        "### ",
+        "\\boxed{",
+        "}",
+        "true",
+        "False",
+        "yes",
+        "answer2",
+        "Answer 1",
+        "solution1",
+        "(2)",
+    ]
+    + ["not ", " is wrong", " or ", ", ", "/", ".", ":", " ", "\n", "3", "٣", "\ud800", "**", "I choose ", " than "]
+)
+
+
+@settings(deadline=None)
+@given(st.one_of(st.text(), st.lists(PIECES).map("".join)))
+def test_what_is_found_is_an_option(text: str) -> None:
+    for name, options in (("BoolQ", ("true", "false")), ("SIQA", ("answer1", "answer2", "answer3"))):
+        assert found(name, "robust", text) in (None, *options)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "answer1 or ",
+        "answer9",
+        "not ",
+        "the ",
+        "answer is ",
+        "Answer: ",
+        "the answer is the ",
+        "true/",
+        "(",
+        "I choose ",
+    ],
+)
+def test_long_texts_get_a_verdict(piece: str) -> None:
+    for name in ("BoolQ", "SIQA"):
+        assert found(name, "robust", piece * (50_000 // len(piece))) in (None, "true", "answer1")
