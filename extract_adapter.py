@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import errors, knob, parse
+from training.folder import resolve
 
 
 @dataclass(frozen=True)
@@ -25,29 +26,17 @@ def main(argv: list[str] | None = None) -> None:
         from moa.adapter_file import save_adapter
         from moa.files import read_torch
 
-        checkpoint = newest(Path(flags.checkpoint))
+        checkpoint = resolve(Path(flags.checkpoint))
         content = read_torch(checkpoint)
-        if not isinstance(content.get("adapter"), dict) or not isinstance(content.get("adapter_params"), dict):
+        if not {"adapter", "adapter_params", "step"} <= content.keys():
             raise ValueError(f"{checkpoint}: not a checkpoint of finetune.py (no adapter in it)")
-        path = save_adapter(
-            Path(flags.output_dir) if flags.output_dir else checkpoint.parent,
-            content["adapter"],
-            content["adapter_params"],
-        )
+        try:
+            folder = Path(flags.output_dir) if flags.output_dir else checkpoint.parent
+            path = save_adapter(folder, content["adapter"], content["adapter_params"])
+        except ValueError as error:
+            raise ValueError(f"{checkpoint}: {error}") from None
         size = sum(tensor.numel() for tensor in content["adapter"].values())
         print(f"{path}: {size:,} parameters after {content['step']} steps")
-
-
-def newest(path: Path) -> Path:
-    """The file meant: itself, or the newest checkpoint where a folder or .../checkpoint-LAST.pth is named."""
-    if path.is_file() or not (path.is_dir() or path.name == "checkpoint-LAST.pth"):
-        return path
-    folder = path if path.is_dir() else path.parent
-    found = {f.stem.removeprefix("checkpoint-"): f for f in folder.glob("checkpoint-*.pth")}
-    steps = [int(step) for step in found if step.isdecimal()]
-    if not steps:
-        raise ValueError(f"{folder}: no checkpoint-STEP.pth in it")
-    return found[str(max(steps))]
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ class Flags:
         for name in ("max_gen_len", "num_samples", "max_seq_len", "max_batch_size", "model_parallel_size", "max_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature must be 0 or more, not {self.temperature}")
+        if self.temperature < 0 or 0 < self.temperature < 1e-6:
+            raise ValueError(f"--temperature must be 0 (greedy) or at least 1e-6, not {self.temperature}")
+        if self.flash_attention2 and (self.device == "cpu" or self.bf16 is False):
+            raise ValueError("--flash_attention2 needs a GPU and bf16")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_new_tokens <= self.max_gen_len:
@@ -175,11 +177,11 @@ def with_demo(flags: Flags) -> tuple[str, str]:
 
 def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
     """Everything that the answers depend on; paths are not among it, what the files hold is."""
-    from llama.checkpoint import read_base
+    from llama.checkpoint import fingerprint
     from llama.parallel import bf16_is_fast
+    from moa.adapter_file import PARAMS
     from moa.files import file_hash
 
-    args, _ = read_base(ckpt_dir)
     named = {"save_path", "ckpt_dir", "adapter_path", "data_path"}
     free = named | {"overwrite", "max_rows", "max_batch_size", "device", "model_parallel_size"}
     settings = {name: value for name, value in asdict(flags).items() if name not in free}
@@ -188,10 +190,10 @@ def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
     if adapter is not None and adapter.is_dir():
         adapter = adapter / "adapter.pth"
     return settings | {
-        "base": asdict(args),
-        "tokenizer_sha256": file_hash(Path(ckpt_dir) / "tokenizer.model"),
+        "base_fingerprint": fingerprint(ckpt_dir),
         "data_sha256": file_hash(data_path),
-        "adapter_sha256": file_hash(adapter) if adapter is not None else None,
+        "adapter_sha256": file_hash(adapter) if adapter else None,
+        "adapter_params_sha256": file_hash(adapter.with_name(PARAMS)) if adapter else None,
     }
 
 

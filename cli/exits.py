@@ -14,7 +14,7 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 @contextmanager
 def errors(status: int = 1) -> Iterator[None]:
-    """Turn ValueError and OSError into `error: ...` with exit `status`, and Ctrl-C into exit status 130.
+    """Turn ValueError, OSError and lack of memory into `error: ...` with exit `status`, Ctrl-C into exit status 130.
 
     Other exceptions are faults of the program and keep their traceback.
     """
@@ -27,6 +27,16 @@ def errors(status: int = 1) -> Iterator[None]:
         fail(f"{error.filename}: {error.strerror}" if named else _sentence(error), status)
     except ValueError as error:
         fail(_sentence(error), status)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        fail(f"out of memory: {_sentence(error).splitlines()[0]}", status)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, or torch's for a GPU or the CPU (told by name and text: torch is not loaded here)."""
+    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or torchs
 
 
 def _sentence(error: Exception) -> str:

@@ -24,18 +24,23 @@ def read(run: Path) -> dict[str, str]:
     scores = json.loads((run / "scores.json").read_text())
     for name, suite in scores["suites"].items():
         row[f"{name} ({suite['rows']})"] = f"{suite['published']['percent']:.1f} / {suite['robust']['percent']:.1f}"
-    if len(scores["suites"]) > 1:
-        row["mean"] = f"{scores['mean']['published']['percent']:.1f} / {scores['mean']['robust']['percent']:.1f}"
+    for family, part in scores["families"].items():
+        if len(part["suites"]) > 1:
+            mean = part["mean"]
+            row[f"mean, {family}"] = f"{mean['published']['percent']:.1f} / {mean['robust']['percent']:.1f}"
     return row
 
 
 def main(runs: list[str]) -> None:
     if not runs or runs[0].startswith("-"):
-        sys.exit(__doc__)
-    try:
-        rows = [read(Path(run)) for run in runs]
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"error: {error}")
+        print(__doc__)
+        sys.exit(0 if runs[:1] in (["-h"], ["--help"]) else 2)
+    rows = []
+    for run in runs:
+        try:
+            rows.append(read(Path(run)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            sys.exit(f"error: {run}: not a scored run ({error})")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = [columns, ["-"] * len(columns), *([row.get(c, "-") for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]

@@ -1,9 +1,11 @@
 """The shape of a LLaMA model: the keys of Meta's `params.json`."""
 
 import json
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+# Far beyond every model there is; a larger number is a damaged file, and would only fail later and less clearly.
+MAX_SIZE, MAX_NUMBER = 2**24, 1e12
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,25 @@ class ModelArgs:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "rope_original_max_seq_len"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+                raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE}, not {value!r}")
         vocab = self.vocab_size
-        if isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < -1 or vocab == 0:
+        if isinstance(vocab, bool) or not isinstance(vocab, int) or not -1 <= vocab <= MAX_SIZE or vocab == 0:
             raise ValueError(f"vocab_size must be a positive whole number (or -1), not {vocab!r}")
         positive = ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
         for name in positive + (("ffn_dim_multiplier",) if self.ffn_dim_multiplier is not None else ()):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value <= 0:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+            if not number or not 0 < value <= MAX_NUMBER:
+                raise ValueError(f"{name} must be a positive number up to {MAX_NUMBER:g}, not {value!r}")
         if not isinstance(self.use_scaled_rope, bool):
             raise ValueError(f"use_scaled_rope must be true or false, not {self.use_scaled_rope!r}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must split into n_heads {self.n_heads} heads of even width")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier > 1000:
+            raise ValueError(f"ffn_dim_multiplier must be at most 1000, not {self.ffn_dim_multiplier}")
         if self.use_scaled_rope and self.rope_low_freq_factor >= self.rope_high_freq_factor:
             raise ValueError(
                 f"rope_low_freq_factor {self.rope_low_freq_factor} must be below "

@@ -3,6 +3,7 @@
 Where a tensor is cut follows from the layer that holds it (`placements`), never from its name.
 """
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from llama.args import ModelArgs
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from moa.adapter import AdapterModule
-from moa.files import read_torch
+from moa.files import file_hash, read_torch
 from moa.parallel import mp_rank, mp_size
 from moa.state import require_same_keys
 
@@ -149,3 +150,20 @@ def _wrong_shape(key: str, tensor: Tensor, place: Placement, files: list[Path]) 
     return ValueError(
         f"{files[0]}{shards}: {key} has shape {tuple(tensor.shape)}, params.json asks for {place.shape} in all"
     )
+
+
+def fingerprint(ckpt_dir: str | Path) -> str:
+    """Tells one base from another without reading all of it: a hash of params.json, tokenizer.model, and of each
+    shard's size and 64 samples of its bytes."""
+    folder = Path(ckpt_dir)
+    digest = hashlib.sha256()
+    for file in (folder / "params.json", folder / "tokenizer.model"):
+        digest.update(file_hash(file).encode())
+    for shard in _shard_files(folder):
+        size = shard.stat().st_size
+        digest.update(str(size).encode())
+        with open(shard, "rb") as file:
+            for i in range(64):
+                file.seek(size * i // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()

@@ -81,6 +81,8 @@ def run(model: Transformer, answers: list[Answer], max_rows: int, rules: Rules) 
 
 
 def _next_tokens(logits: Tensor, running: list[Answer], rules: Rules) -> list[int]:
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise ValueError("the model's logits are not finite: its weights or its adapter are damaged")
     early = [place for place, answer in enumerate(running) if len(answer.tokens) < rules.min_new_tokens]
     if early:
         rows, stops = torch.tensor(early, device=logits.device), torch.tensor(rules.stop_ids, device=logits.device)

@@ -17,6 +17,8 @@ from moa import state
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 
+MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
+
 
 class Llama:
     """A model, its tokenizer, and the sizes up to which it generates."""
@@ -112,6 +114,8 @@ class Llama:
             raise ValueError(f"min_new_tokens must be 0 to max_gen_len ({max_gen_len}), not {min_new_tokens}")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, and finite, not {temperature}")
+        if 0 < temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
         for i, prompt in enumerate(prompts):

@@ -6,6 +6,8 @@ not added to.
 """
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,12 @@ class Predictions:
     def add(self, index: int, answer: Answer) -> None:
         """Keep an answer; once this returns, it survives the process."""
         if self._part is None:
-            self._part = open(self._beside(f"part{self.rank}"), "ab", buffering=0)  # noqa: SIM115 - open until finish
-            if self._part.tell():
-                self._part.write(b"\n")  # ends a line that a crash cut short
+            path = self._beside(f"part{self.rank}")
+            if path.exists():  # a line that a crash cut short goes
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            self._part = open(path, "ab")  # noqa: SIM115 - open until finish
         self._part.write(json.dumps({"index": index, "generate": answer}).encode() + b"\n")
+        self._part.flush()
 
     def close(self) -> None:
         if self._part is not None:
@@ -82,21 +86,27 @@ class Predictions:
         return self.path.with_name(f"{self.path.name}.{ending}")
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+        if not self.path.parent.is_dir():
+            return []
+        name = re.compile(re.escape(self.path.name) + r"\.part\d+")
+        return sorted(file for file in self.path.parent.iterdir() if name.fullmatch(file.name))
 
     def _read_file(self) -> None:
         """Answers of a finished file, whatever rows have been taken out of it since. Equal test rows (some suites have
         them) are told apart by their order."""
         places: dict[str, list[int]] = {}
         for i in reversed(range(len(self.rows))):
-            places.setdefault(json.dumps(self.rows[i], sort_keys=True), []).append(i)
+            asked = {name: value for name, value in self.rows[i].items() if name != "generate"}
+            places.setdefault(json.dumps(asked, sort_keys=True), []).append(i)
         for number, row in _json_lines(self.path):
             if not _is_answer(row.get("generate")):
                 raise ValueError(f"{self.path}: line {number}: field 'generate' is missing or not text")
             answer = row.pop("generate")
             waiting = places.get(json.dumps(row, sort_keys=True))
             if waiting is None:
-                raise ValueError(f"{self.path}: line {number}: not one of the rows to be answered")
+                raise ValueError(
+                    f"{self.path}: line {number}: not one of the rows that --data_path and --max_rows ask for"
+                )
             if waiting:
                 self.answers[waiting.pop()] = answer
 
@@ -125,7 +135,7 @@ def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            if number == len(lines) or not lines[number].strip():
+            if number == len(lines):
                 continue
             raise ValueError(f"{path}: line {number} is not valid JSON") from None
         if not isinstance(row, dict):

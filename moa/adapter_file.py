@@ -1,5 +1,6 @@
 """The adapter on disk: `adapter.pth`, its tensors and nothing else, and `adapter_params.json`, all that rebuilds it."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,26 @@ from torch import Tensor
 
 from moa import authors
 from moa.config import AdapterConfig
-from moa.files import read_json, read_torch, write_json, write_torch
+from moa.files import read_json, read_torch, write_file, write_torch
+from moa.state import require_tensors
 
 PARAMS = "adapter_params.json"
 
 
 def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str, Any]) -> Path:
-    """Write both files into `folder`; `params` is `adapter_params` of the adapter. Returns the path of adapter.pth."""
+    """Write both files into `folder`; `params` is `adapter_params` of the adapter. Returns the path of adapter.pth.
+
+    ValueError, before anything is written, where they are not the tensors and settings of an adapter.
+    """
+    require_tensors(state, "the adapter")
+    try:
+        text = json.dumps(dict(params), indent=1) + "\n"
+        AdapterConfig.from_flat({k: v for k, v in params.items() if k != "base"}, params["base"]["n_layers"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"the adapter's settings are damaged ({error})") from None
     folder.mkdir(parents=True, exist_ok=True)
     write_torch(folder / "adapter.pth", dict(state))
-    write_json(folder / PARAMS, dict(params))
+    write_file(folder / PARAMS, text.encode())
     return folder / "adapter.pth"
 
 
@@ -38,9 +49,9 @@ def load_adapter(
         path = path / "adapter.pth"
     params_file = path.with_name(PARAMS)
     params, state = read_json(params_file), read_torch(path)
-    for key, tensor in state.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: expected a dictionary of tensors (a checkpoint? run extract_adapter.py on it)")
+    if "adapter" in state and "optimizer" in state:
+        raise ValueError(f"{path}: is a training checkpoint; extract_adapter.py takes the adapter out of it")
+    require_tensors(state, str(path))
     try:
         if authors.is_authors(params):
             flat, state = authors.settings(params, list(state)), authors.our_state(state)

@@ -15,6 +15,8 @@ from typing import Any
 # The places of a block where an adapter can stand, in the order of the router's outputs. Those named like a linear
 # layer are beside it; "attention" adds to the heads' output before W_o, "block" to the block's output.
 SITES = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "block")
+MAX_SIZE = 2**16  # of a rank, width or length: more is a slip of the hand
+
 LINEAR_SITES = tuple(s for s in SITES if s not in ("attention", "block"))
 
 
@@ -175,9 +177,11 @@ class AdapterConfig:
                 value = getattr(knobs, f.name)
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
                     raise ValueError(f"{name}_{f.name} must be above 0, not {value}")
+                if isinstance(value, int) and value > MAX_SIZE:
+                    raise ValueError(f"{name}_{f.name} must be at most {MAX_SIZE}, not {value}")
             self._sites(name)
-        if self.router.swi_x < 0:
-            raise ValueError(f"swi_x must be 0 or more, not {self.router.swi_x}")
+        if not 0 <= self.router.swi_x <= MAX_SIZE:
+            raise ValueError(f"swi_x must be from 0 to {MAX_SIZE}, not {self.router.swi_x}")
         if not 0 < self.router.max_threshold <= 1:
             raise ValueError(f"max_threshold must be above 0 and at most 1, not {self.router.max_threshold}")
         if not any(self.slots(layer) for layer in range(self.n_layers)):

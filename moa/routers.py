@@ -57,8 +57,9 @@ class SoftRouter(AdapterModule):
 class SparseRouter(SoftRouter):
     """g = s(router(x)), G = G_max s(w x + b); an adapter counts with g where g >= G and with 0 elsewhere.
 
-    The comparison has no derivative, so that nothing would ever teach the threshold. Under "straight_through" the
-    mask [g >= G] passes gradients on as if it were g - G (arXiv 1308.3432): the forward value is untouched.
+    The comparison has no derivative, so that nothing would ever teach the threshold. Under "straight_through" the mask
+    [g >= G] passes gradients on to G as if it were g - G (arXiv 1308.3432). The forward value and the gradient of g are
+    untouched.
     """
 
     def __init__(self, slots: list[str], dim: int, config: AdapterConfig):
@@ -75,6 +76,5 @@ class SparseRouter(SoftRouter):
             limit = self.max_threshold * torch.sigmoid(self.threshold(x))
         mask = (gates >= limit).to(gates.dtype)
         if self.straight_through:
-            distance = gates - limit
-            mask = mask + (distance - distance.detach())
+            mask = mask - (limit - limit.detach())
         return self._by_name(gates * mask, x.dtype)

@@ -6,13 +6,15 @@ tensors are always whole, whatever the model-parallel layout that wrote or reads
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moa.adapter import AdapterModule, Declared
 from moa.parallel import gather, shard
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class AdapterParameter(NamedTuple):
@@ -94,18 +96,27 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], origin: st
     """Put a whole adapter into `model`. Raises ValueError naming `origin` and the tensors that do not fit; then the
     model is unchanged."""
     entries = adapter_parameters(model)
+    require_tensors(state, origin)
     require_same_keys(entries, state, origin, "adapter tensor")
     for key, (_, declared, _) in entries.items():
-        tensor = state[key]
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{origin}: {key} is not a tensor of floating-point numbers")
-        if tuple(tensor.shape) != declared.shape:
-            raise ValueError(f"{origin}: {key} has shape {tuple(tensor.shape)}, the model's is {declared.shape}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{origin}: {key} has values that are not finite")
+        if tuple(state[key].shape) != declared.shape:
+            raise ValueError(f"{origin}: {key} has shape {tuple(state[key].shape)}, the model's is {declared.shape}")
     with torch.no_grad():
         for key, part in parts({key: state[key] for key in entries}, model).items():
             entries[key].parameter.copy_(part)
+
+
+def require_tensors(state: Any, origin: str) -> None:
+    """ValueError naming `origin` and the entry, unless `state` maps names to plain tensors of finite numbers."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{origin}: expected a dictionary of tensors, found {type(state).__name__}")
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{origin}: expected a dictionary of tensors, but {key!r} is none")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
+            raise ValueError(f"{origin}: {key} is not a plain tensor of floating-point numbers ({tensor.dtype})")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{origin}: {key} has values that are not finite")
 
 
 def require_same_keys(expected: Iterable[str], found: Iterable[str], origin: str, what: str) -> None:

@@ -119,10 +119,9 @@ class Block:
             if learned:
                 w, b = self.here["router.threshold.weight"], self.here["router.threshold.bias"]
                 limit = limit * s(w[0] @ x + b[0])
-            distance = g - limit
-            kept = torch.where(distance >= 0, g, 0)
-            # [g >= G] has the derivative of g - G where the threshold is learned, else none
-            g = kept + g.detach() * (distance - distance.detach()) if learned else kept
+            kept = torch.where(g >= limit, g, 0)
+            # [g >= G] has the derivative of -G where the threshold is learned, else none
+            g = kept - g.detach() * (limit - limit.detach()) if learned else kept
         return dict(zip(self.slots, g, strict=True))
 
     def router(self, x: Tensor) -> Tensor:

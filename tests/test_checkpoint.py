@@ -259,7 +259,7 @@ def test_tensors_that_are_not_floating_point(folder: Path, value: Tensor) -> Non
     [
         ({"moe_args": {}, "vision_chunk_size": 4}, "unknown keys moe_args, vision_chunk_size"),
         ({"n_layer": 3}, "unknown key n_layer"),
-        ({"dim": None}, "dim must be a positive whole number, not None"),
+        ({"dim": None}, "dim must be a whole number from 1 to .*, not None"),
         ({"dim": 64.0}, "dim .* 64.0"),
         ({"dim": "64"}, "dim .* '64'"),
         ({"n_layers": 0}, "n_layers .* 0"),

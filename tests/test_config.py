@@ -115,7 +115,7 @@ def test_layer_ranges_there_and_back() -> None:
         ({"const_threshold": "False"}, "const_threshold must be of type bool, not 'False'"),
         ({"p_adapter_size": 0}, "p_adapter_size must be above 0"),
         ({"prompt_len": 0}, "prompt_len must be above 0"),
-        ({"swi_x": -1}, "swi_x must be 0 or more, not -1"),
+        ({"swi_x": -1}, "swi_x must be from 0 to 65536, not -1"),
         ({"max_threshold": 0.0}, "max_threshold must be above 0 and at most 1, not 0.0"),
         ({"max_threshold": 1.5}, "max_threshold must be above 0 and at most 1, not 1.5"),
         ({"threshold_gradient": "ste"}, "threshold_gradient must be one of straight_through, none, not 'ste'"),

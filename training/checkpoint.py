@@ -3,23 +3,24 @@
 `checkpoint-<step>.pth` is written whole or not at all. Tensors are whole, whatever the model-parallel layout.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moa.files import read_torch, write_torch
-from moa.state import adapter_parameters, adapter_state, load_adapter_state, parts, require_same_keys, whole
+from moa.state import (
+    adapter_parameters,
+    adapter_state,
+    load_adapter_state,
+    parts,
+    require_same_keys,
+    require_tensors,
+    whole,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of a run's checkpoints, oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)\.pth", f.name), f) for f in folder.glob("checkpoint-*.pth")]
-    return sorted((int(match[1]), file) for match, file in found if match)
 
 
 def pack(model: nn.Module, optimizer: torch.optim.AdamW, step: int, params: dict[str, Any]) -> dict[str, Any]:
@@ -45,21 +46,18 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
     step, optimizer_state = content["step"], content["optimizer"]
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
         raise ValueError(f"{path}: step must be a positive whole number, not {step!r}")
-    for name in ("adapter", "optimizer"):
-        if not isinstance(content[name], dict):
-            raise ValueError(f"{path}: {name} must be a dictionary, not {type(content[name]).__name__}")
+    if not isinstance(optimizer_state, dict):
+        raise ValueError(f"{path}: optimizer must be a dictionary, not {type(optimizer_state).__name__}")
     entries = adapter_parameters(model)
     load_adapter_state(model, content["adapter"], str(path))
     require_same_keys(MOMENTS, optimizer_state, str(path), "optimizer entry")
     for name in MOMENTS:
         moments = optimizer_state[name]
-        if not isinstance(moments, dict):
-            raise ValueError(f"{path}: optimizer {name} must be a dictionary, not {type(moments).__name__}")
+        require_tensors(moments, f"{path}: optimizer {name}")
         require_same_keys(entries, moments, f"{path}: optimizer {name}", "tensor")
         for key, tensor in moments.items():
-            shape = entries[key].declared.shape
-            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not torch.isfinite(tensor).all():
-                raise ValueError(f"{path}: optimizer {name} of {key} is not a tensor of {shape} finite numbers")
+            if tuple(tensor.shape) != entries[key].declared.shape:
+                raise ValueError(f"{path}: optimizer {name} of {key} has shape {tuple(tensor.shape)}")
         for key, part in parts(moments, model).items():
             parameter = entries[key].parameter
             state = optimizer.state[parameter]

@@ -14,19 +14,21 @@ from typing import Any
 import torch.distributed as dist
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import read_base
+from llama.checkpoint import fingerprint, read_base
+from llama.data import read_rows
 from llama.parallel import bf16_is_fast, data_size, is_main, pick_device, start_processes, stop_processes
 from moa.adapter_file import adapter_params
 from moa.config import AdapterConfig
 from moa.files import file_hash, read_json, write_json
 from moa.state import count
-from training.checkpoint import checkpoints, pack, restore, save
-from training.data import load_examples
+from training.checkpoint import pack, restore, save
+from training.data import FIELDS, load_examples
 from training.estimate import base_parameters, estimate
+from training.folder import CONFIG, checkpoints
 from training.log import RunLog
 from training.loop import make_optimizer, train
 from training.schedule import Plan, make_plan
-from training.settings import CONFIG, Settings, output_folder
+from training.settings import Settings, TrainFlags, output_folder
 
 
 def run(settings: Settings) -> Path:
@@ -128,7 +130,7 @@ def dry_run(settings: Settings) -> dict[str, Any]:
         args, _ = read_base(folder)
     config = settings.config(args)
     model = Transformer(args, config)
-    n_rows = _rows(flags.data_path)
+    n_rows = _rows(flags)
     plan = plan_of(settings, n_rows or 1)
     bf16 = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
     known = n_rows is not None
@@ -154,11 +156,14 @@ def dry_run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _rows(path: str | None) -> int | None:
-    from llama.data import read_rows
-    from training.data import FIELDS
-
-    return len(read_rows(path, FIELDS)) if path is not None else None
+def _rows(flags: TrainFlags) -> int | None:
+    """Rows that fit; all of them where there is no tokenizer to tell; None without data."""
+    if flags.data_path is None:
+        return None
+    if (Path(flags.ckpt_dir) / "tokenizer.model").is_file():
+        _, tokenizer = read_base(flags.ckpt_dir)
+        return len(load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_main()))
+    return len(read_rows(flags.data_path, FIELDS))
 
 
 def _last_checkpoint(settings: Settings, folder: Path) -> Path | None:
@@ -178,6 +183,8 @@ def _last_checkpoint(settings: Settings, folder: Path) -> Path | None:
     record = read_json(folder / CONFIG)
     if file_hash(settings.train.data_path) != record.get("data_sha256"):
         raise ValueError(f"{settings.train.data_path}: not the rows that the run in {folder} was started with")
+    if record.get("base_fingerprint") != fingerprint(settings.train.ckpt_dir):
+        raise ValueError(f"{settings.train.ckpt_dir}: not the base that the run in {folder} was started with")
     if record.get("rows_per_step") != plan_of(settings, 1).rows_per_step:
         raise ValueError(
             f"{folder}: the run takes {record.get('rows_per_step')} rows per step; with {data_size()} data-parallel "
@@ -204,6 +211,7 @@ def _record(settings: Settings, config: AdapterConfig, args: ModelArgs, plan: Pl
         "settings": asdict(settings.train) | settings.adapter,
         "adapter": config.flat(),
         "base": asdict(args),
+        "base_fingerprint": fingerprint(settings.train.ckpt_dir),
         "steps": plan.steps,
         "warmup_steps": plan.warmup_steps,
         "rows_per_step": plan.rows_per_step,

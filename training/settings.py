@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cli import fail, knob, parse_into
+from cli.knobs import knobs_of
 from llama.args import ModelArgs
 from moa.config import METHODS, AdapterConfig, knob_fields
+from training.folder import CONFIG, checkpoints
 
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
@@ -63,6 +65,14 @@ class TrainFlags:
         for name in ("min_lr", "warmup_epochs", "weight_decay", "seed"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
+        if self.epochs > 1e6 or self.seed >= 2**32:
+            raise ValueError(f"--epochs {self.epochs:g} or --seed {self.seed} is too large (1e6, 2**32 - 1)")
+        if self.lr is not None and self.min_lr > self.lr:
+            raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
+        if self.min_lr > 0 and self.lr_schedule == "constant":
+            raise ValueError("--min_lr has no effect with --lr_schedule constant")
+        if self.flash_attention2 and (self.device == "cpu" or self.bf16 is False):
+            raise ValueError("--flash_attention2 needs a GPU and bf16")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
 
@@ -77,7 +87,6 @@ AdapterFlags = make_dataclass(
     ],
 )
 
-CONFIG = "config.json"  # a run's record, in its folder
 # Settings in which a resumed run may differ from its start: they do not change what is computed. Where rows and model
 # lie may change too; that they are the same is told by their contents.
 FREE = {
@@ -130,6 +139,8 @@ def _check_early(settings: Settings) -> None:
         args = ModelArgs.from_file(params) if params and params.is_file() else None
         # Without a model at hand ranges are checked against one that is deeper than any.
         settings.config(args or ModelArgs(dim=2, n_layers=10_000, n_heads=1))
+    except OSError as error:
+        fail(f"{params}: {error.strerror}")
     except ValueError as error:
         fail(str(error), status=1 if params and str(error).startswith(str(params)) else 2)
 
@@ -150,23 +161,27 @@ def continued(settings: Settings) -> Settings:
     ValueError naming the flag that is typed and differs.
     """
     folder = output_folder(settings)
-    if not settings.train.resume or not any(folder.glob("checkpoint-*.pth")):
+    if not settings.train.resume or not checkpoints(folder):
         return settings
     record = folder / CONFIG
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))["settings"]
-        before = {**before}
+        start = json.loads(record.read_text(encoding="utf-8"))
+        before, resolved = {**start["settings"]}, {**start["adapter"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{record}: the record of the run to resume is missing or damaged") from None
     typed = {k: v for k, v in (asdict(settings.train) | settings.adapter).items() if k in settings.given}
     for name, value in typed.items():
-        if name not in FREE and before.get(name) != value:
+        # An adapter's flag may also spell out what the method's preset came to
+        if name not in FREE and value not in (before.get(name), resolved.get(name, before.get(name))):
             raise ValueError(f"{folder}: the run was started with --{name} {before.get(name)}, not {value}")
-    now = before | {"overwrite": False, "dry_run": False} | typed
-    own = {f.name for f in fields(TrainFlags)}
-    train = {name: value for name, value in now.items() if name in own}
+    now = before | {"overwrite": False, "dry_run": False} | {k: v for k, v in typed.items() if k in before or k in FREE}
     try:
-        train_flags = TrainFlags(**train)
-    except TypeError:
-        raise ValueError(f"{record}: the record of the run to resume is damaged") from None
-    return replace(settings, train=train_flags, adapter={k: v for k, v in now.items() if k not in own})
+        train = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(TrainFlags)}
+        adapter = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(AdapterFlags) if k.name in now}
+        if now:
+            raise ValueError(f"unknown setting {next(iter(now))}")
+        return replace(settings, train=TrainFlags(**train), adapter=adapter)
+    except KeyError as error:
+        raise ValueError(f"{record}: setting {error} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{record}: {error}") from None
