@@ -166,6 +166,10 @@ FLAGS = {
     "no adapter": (["--method", "lora", "--lora_layers", "0-0"], ["no adapter"]),
     "prompt under sparse": (["--method", "sparse_moa", "--prompt_layers", "0-2"], ["prompt_layers"]),
     "both": (["--epochs", 1, "--max_steps", 1], ["--epochs", "--max_steps"]),
+    "too many epochs": (["--epochs", "1e308"], ["--epochs"]),
+    "too large a seed": (["--seed", 10**20], ["--seed"]),
+    "flash on a CPU": (["--flash_attention2", "--device", "cpu"], ["--flash_attention2", "GPU"]),
+    "ends above its peak": (["--lr", "1e-3", "--min_lr", 1], ["--min_lr", "--lr"]),
 }
 
 
@@ -250,6 +254,70 @@ def test_a_folder_with_a_run_is_left_alone(trained, data, tmp_path):
     other = write_rows(tmp_path / "other.json", 5)
     refused(run("finetune.py", "--data_path", other, "--output_dir", trained, "--resume"), "not the rows")
     assert {f.name: f.stat().st_mtime_ns for f in trained.iterdir()} == before
+
+
+@pytest.fixture
+def other_base(tmp_path):
+    """The golden base with one weight changed."""
+    folder = tmp_path / "other"
+    shutil.copytree(BASE, folder)
+    state = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    state["norm.weight"][0] = torch.nan
+    torch.save(state, folder / "consolidated.00.pth")
+    return folder
+
+
+def test_another_base_of_the_same_shape_is_told(trained, data, tmp_path, other_base):
+    flags = ("--data_path", data / "train.json", "--output_dir", trained, "--resume")
+    refused(run("finetune.py", *flags, "--ckpt_dir", other_base), "not the base", str(other_base))
+    save_path = tmp_path / "AddSub.jsonl"
+    assert run("generate.py", *generate_flags(data, trained, save_path, max_rows=2)).returncode == 0
+    again = run("generate.py", *generate_flags(data, trained, save_path, ckpt_dir=other_base))
+    refused(again, "base_fingerprint", "--overwrite")
+
+
+@pytest.mark.parametrize("temperature", [0, 0.5])
+def test_a_base_with_damaged_numbers_gives_an_error_and_no_answers(temperature, trained, data, tmp_path, other_base):
+    save_path = tmp_path / "AddSub.jsonl"
+    flags = generate_flags(data, trained, save_path, ckpt_dir=other_base, temperature=temperature)
+    refused(run("generate.py", *flags), "not finite")
+    assert not save_path.exists()
+
+
+def test_resuming_may_spell_out_what_the_preset_came_to(trained, data):
+    flags = ("--data_path", data / "train.json", "--output_dir", trained, "--resume")
+    result = run("finetune.py", *flags, "--swi_x", 4, "--lora_rank", 2)
+    assert result.returncode == 0 and "the run is complete" in result.stderr
+    refused(run("finetune.py", *flags, "--swi_x", 3), "--swi_x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr_schedule", "foo"), ("max_steps", 4.5), ("lora_rank", "x"), ("surprise", 1), ("lr", None)]
+)
+def test_a_damaged_record_is_refused_on_resume(name, value, trained, data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    record = json.loads((out / "config.json").read_text())
+    record["settings"][name] = value
+    if name == "lr":
+        del record["settings"]["lr"]
+    (out / "config.json").write_text(json.dumps(record))
+    result = run("finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume")
+    refused(result, "config.json", name)
+
+
+@pytest.mark.parametrize("damage", ["step", "adapter", "params"])
+def test_a_damaged_checkpoint_is_not_extracted(damage, trained, tmp_path):
+    content = torch.load(trained / "checkpoint-6.pth", weights_only=True)
+    if damage == "step":
+        del content["step"]
+    elif damage == "adapter":
+        content["adapter"]["layers.0.router.router.w1.bias"] = "text"
+    else:
+        content["adapter_params"]["lora_rank"] = torch.zeros(1)
+    torch.save(content, tmp_path / "checkpoint-007.pth")
+    refused(run("extract_adapter.py", tmp_path), "checkpoint-007.pth")
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-007.pth"]
 
 
 LIMITED = """

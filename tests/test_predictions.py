@@ -47,8 +47,28 @@ def test_what_a_crash_left_is_kept_and_only_the_rest_is_missing(path):
         part.write('{"index": 2, "gene')  # cut short
     again = start(path)
     assert again.missing == [0, 2, 3, 5]
-    finish(again, again.missing)
+    again.add(0, "answer 0")  # another crash, right after this
+    last = start(path)
+    assert last.missing == [2, 3, 5]
+    finish(last, last.missing)
     assert [row["generate"] for row in read(path)] == [f"answer {i}" for i in range(6)]
+
+
+def test_any_file_name_will_do_and_other_files_are_left_alone(tmp_path):
+    path, other = tmp_path / "o[1]*.jsonl", tmp_path / "o[1]*.jsonl.partial.bak"
+    other.write_text("mine")
+    first = start(path)
+    first.add(2, "answer 2")
+    assert start(path).missing == [0, 1, 3, 4, 5]
+    finish(start(path, overwrite=True), range(6))
+    assert len(read(path)) == 6 and other.read_text() == "mine"
+
+
+def test_rows_that_have_an_answer_already_can_be_answered(path):
+    rows = [row | {"generate": "old"} for row in ROWS]
+    finish(start(path, rows=rows), range(6))
+    assert [row["generate"] for row in read(path)] == [f"answer {i}" for i in range(6)]
+    assert start(path, rows=rows).missing == []
 
 
 def test_rows_taken_out_of_a_finished_file_are_missing_again(path):

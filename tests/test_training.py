@@ -186,7 +186,7 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
     for step in (1, 2, 3):
         log.step(entry | {"step": step})
     log.close()
-    (tmp_path / "log.jsonl").write_text((tmp_path / "log.jsonl").read_text() + '{"step": 4, "lo')
+    (tmp_path / "log.jsonl").write_bytes((tmp_path / "log.jsonl").read_bytes() + b'\xff\n{"step": 4, "lo')
     log = RunLog(tmp_path, 5, 2)
     for step in (3, 4, 5):
         log.step(entry | {"step": step})
