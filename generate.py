@@ -110,7 +110,7 @@ def run(flags: Flags) -> None:
         flash_attention2=flags.flash_attention2,
     )
     if is_main():
-        predictions.start(main=True)
+        predictions.start()
     dist.barrier()
 
     mine = predictions.missing[data_rank() :: data_size()]

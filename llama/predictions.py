@@ -49,14 +49,13 @@ class Predictions:
         """Numbers (from 0) of the rows without an answer."""
         return [i for i in range(len(self.rows)) if i not in self.answers]
 
-    def start(self, main: bool) -> None:
-        """Get ready for `add`; `main`: the one process that prepares the folder. Call it on main first."""
-        if main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.overwrite:
-                for file in [self.path, *self._parts()]:
-                    file.unlink(missing_ok=True)
-            write_json(self._beside("settings.json"), self.settings)
+    def start(self) -> None:
+        """On the main process, before any rank's `add`: prepare the folder."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.overwrite:
+            for file in [self.path, *self._parts()]:
+                file.unlink(missing_ok=True)
+        write_json(self._beside("settings.json"), self.settings)
 
     def add(self, index: int, answer: Answer) -> None:
         """Keep an answer; once this returns, it survives the process."""

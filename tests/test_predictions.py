@@ -11,9 +11,9 @@ ROWS.append(ROWS[1])  # some suites hold a question twice
 SETTINGS = {"seed": 0, "temperature": 0.1}
 
 
-def start(path, settings=SETTINGS, rows=ROWS, rank=0, overwrite=False):
-    predictions = Predictions(path, rows, settings, rank, overwrite)
-    predictions.start(main=rank == 0)
+def start(path, settings=SETTINGS, rows=ROWS, overwrite=False):
+    predictions = Predictions(path, rows, settings, 0, overwrite)
+    predictions.start()
     return predictions
 
 
@@ -85,7 +85,7 @@ def test_parts_of_any_number_of_ranks_are_merged(path):
     main, other = start(path), Predictions(path, ROWS, SETTINGS, 1, False)
     main.add(0, "answer 0")
     other.add(1, "answer 1")
-    assert start(path, rank=0).missing == [2, 3, 4, 5]
+    assert start(path).missing == [2, 3, 4, 5]
 
 
 def test_more_rows_may_follow_later(path):

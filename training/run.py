@@ -67,9 +67,9 @@ def run(settings: Settings) -> Path:
         return folder
 
     trained = count(model)["total"]
-    record = _record(settings, config, args, plan) | {"trainable_parameters": trained}
     if is_main():
-        _prepare(folder, record, resumed=last is not None)
+        if last is None:  # a resumed run's folder and record stand already
+            _prepare(folder, _record(settings, config, args, plan) | {"trainable_parameters": trained})
         say(
             f"{config.method}: {trained:,} trainable parameters ({100 * trained / base_parameters(model):.2f} % of the "
             f"base), {len(examples)} rows, {plan.steps} steps of {plan.rows_per_step} rows, "
@@ -193,11 +193,9 @@ def _last_checkpoint(settings: Settings, folder: Path) -> Path | None:
     return last
 
 
-def _prepare(folder: Path, record: dict[str, Any], resumed: bool) -> None:
+def _prepare(folder: Path, record: dict[str, Any]) -> None:
     """Make the run's folder and write its record; an earlier run's checkpoints and log go (--overwrite)."""
     folder.mkdir(parents=True, exist_ok=True)
-    if resumed:
-        return
     for _, file in checkpoints(folder):
         file.unlink()
     (folder / "log.jsonl").unlink(missing_ok=True)
