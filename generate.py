@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cli import errors, knob, parse
 from llama.cpu import prepare_cpu
-from moa.config import METHODS
+from moa.knobs import METHODS
 
 WHAT, HOW, MACHINE = "model and rows", "generation", "machine"
 

@@ -7,11 +7,14 @@ a decode step always works on one contiguous piece.
 import torch
 from torch import Tensor
 
+from moa.routers import Gates
+
 
 class Cache:
     """Keys and values of up to `max_rows` rows of up to `max_len` tokens each, for every layer.
 
-    k, v: one (max_rows, max_len, K, h) tensor per layer. lengths: tokens held of each row.
+    k, v: one (max_rows, max_len, K, h) tensor per layer. lengths: tokens held of each row. gates: per layer, those that
+    its router gave a row for good, (max_rows, 1) by slot.
     """
 
     def __init__(
@@ -20,6 +23,7 @@ class Cache:
         shape = (max_rows, max_len, n_kv_heads, head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.gates: list[Gates] = [{} for _ in range(n_layers)]
         self.max_rows, self.max_len, self.device = max_rows, max_len, device
         self.lengths: list[int] = []
 
@@ -35,6 +39,16 @@ class Cache:
         for place, (begin, end) in zip(places, spans, strict=True):
             self.k[layer][place, : end - begin] = k[begin:end]
             self.v[layer][place, : end - begin] = v[begin:end]
+
+    def keep_gates(self, layer: int, places: list[int], gates: Gates) -> None:
+        """Prefill: put the gates (R, 1) of newly admitted rows into their places."""
+        for slot, gate in gates.items():
+            kept = self.gates[layer].setdefault(slot, gate.new_zeros(self.max_rows, 1))
+            kept[places] = gate
+
+    def kept_gates(self, layer: int) -> Gates:
+        """Decode: (R, 1) by slot."""
+        return {slot: gate[: len(self.lengths)] for slot, gate in self.gates[layer].items()}
 
     def advance(self) -> None:
         """Room for one more token of every row; `append` and `filled` then refer to it."""
@@ -56,6 +70,7 @@ class Cache:
         rows = len(self.lengths)
         return self.k[layer][:rows, : self.longest], self.v[layer][:rows, : self.longest]
 
+    @torch.inference_mode()  # what `keep_gates` made, it made in this mode
     def drop(self, place: int) -> None:
         """A row is finished: the last row moves to its place."""
         last = len(self.lengths) - 1
@@ -63,5 +78,7 @@ class Cache:
             n = self.lengths[last]
             for tensor in (*self.k, *self.v):
                 tensor[place, :n] = tensor[last, :n]
+            for gate in (gate for layer in self.gates for gate in layer.values()):
+                gate[place] = gate[last]
             self.lengths[place] = n
         self.lengths.pop()

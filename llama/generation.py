@@ -68,6 +68,7 @@ class Llama:
         else:
             state.initialise(model, seed)
         state.freeze_base(model)
+        model.eval()
         return cls(model, tokenizer, max_seq_len, max_batch_size)
 
     def generate(
@@ -102,9 +103,12 @@ class Llama:
         ]
         answers = [Answer(i, *row) for i, row in enumerate(zip(prompts, limits, draws, strict=True))]
         rules = Rules(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
+        training = self.model.training
+        self.model.eval()  # no noise in a router
         for answer in run(self.model, answers, self.max_batch_size, rules):
             if on_finish is not None:
                 on_finish(answer.index, answer.tokens)
+        self.model.train(training)
         return [answer.tokens for answer in answers]
 
     def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:

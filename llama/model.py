@@ -9,6 +9,8 @@ Shapes: B rows of T tokens at the interface, N tokens inside, D model width, H q
 width, F hidden width of the feed-forward block, V vocabulary. Under model parallelism H, K, F and V are cut.
 """
 
+from typing import NamedTuple
+
 import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
@@ -21,8 +23,9 @@ from llama.cache import Cache
 from llama.data import IGNORE
 from llama.loss import label_loss
 from llama.rope import Rope, frequencies
-from moa.adapter import Site
-from moa.block import Adapters, build_router
+from moa.adapter import AdapterModule, Site
+from moa.base import NormWeight
+from moa.block import Adapters, Mixing, build_router
 from moa.config import AdapterConfig, Slot
 from moa.parallel import share
 from moa.routers import Gates
@@ -47,13 +50,17 @@ def _row(in_features: int, out_features: int) -> nn.Module:
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
+    """trained: its weight trains (`train_bias_norm`), in float32, beside the base's."""
+
+    def __init__(self, dim: int, eps: float, trained: bool = False):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
+        self.adapters = nn.ModuleDict({"norm": NormWeight(dim, lambda: self.weight)} if trained else {})
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.adapters["norm"].weight.to(x.dtype) if self.adapters else self.weight
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -78,17 +85,17 @@ class Attention(nn.Module):
             },
         )
 
-    def forward(self, x: Tensor, gates: Gates, step: "Step", layer: int) -> Tensor:
+    def forward(self, x: Tensor, mixing: Mixing, step: "Step", layer: int) -> Tensor:
         """x (N, D), normed -> (N, D)."""
-        q = self.adapters.add("Q", self.wq(x), gates, x)
-        k = self.adapters.add("K", self.wk(x), gates, x)
-        v = self.adapters.add("V", self.wv(x), gates, x)
+        q = self.adapters.add("Q", self.wq(x), mixing, x)
+        k = self.adapters.add("K", self.wk(x), mixing, x)
+        v = self.adapters.add("V", self.wv(x), mixing, x)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (N, H or K, h)
         q, k = step.rope(q), step.rope(k)
         heads = step.attend(q, k, v, layer)
-        heads = self.adapters.add("attention", heads, gates, q, self.wk, self.wv)
+        heads = self.adapters.add("attention", heads, mixing, x, q, self.wk, self.wv)
         heads = heads.flatten(1)
-        return self.adapters.add("O", self.wo(heads), gates, heads)
+        return self.adapters.add("O", self.wo(heads), mixing, heads)
 
 
 class FeedForward(nn.Module):
@@ -109,12 +116,12 @@ class FeedForward(nn.Module):
             },
         )
 
-    def forward(self, x: Tensor, gates: Gates) -> Tensor:
+    def forward(self, x: Tensor, mixing: Mixing) -> Tensor:
         """x (N, D), normed -> (N, D)."""
-        up = self.adapters.add("FFN_UP", self.w3(x), gates, x)
-        gate = self.adapters.add("FFN_GATE", self.w1(x), gates, x)
+        up = self.adapters.add("FFN_UP", self.w3(x), mixing, x)
+        gate = self.adapters.add("FFN_GATE", self.w1(x), mixing, x)
         hidden = F.silu(gate) * up
-        return self.adapters.add("FFN_DOWN", self.w2(hidden), gates, hidden)
+        return self.adapters.add("FFN_DOWN", self.w2(hidden), mixing, hidden)
 
 
 class TransformerBlock(nn.Module):
@@ -122,19 +129,23 @@ class TransformerBlock(nn.Module):
         super().__init__()
         slots = config.slots(layer) if config else []
         self.layer = layer
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = _norm(args, config)
         self.attention = Attention(args, config, slots)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = _norm(args, config)
         self.feed_forward = FeedForward(args, config, slots)
         self.adapters = Adapters(config, slots, {"block": Site(args.dim, args.dim, None, args.n_heads)})
         self.router = build_router(config, slots, args.dim)
 
-    def forward(self, x: Tensor, step: "Step") -> Tensor:
-        """x (N, D) -> (N, D)."""
-        gates = self.router(x) if self.router is not None else {}
-        y = x + self.attention(self.attention_norm(x), gates, step, self.layer)
+    def forward(self, x: Tensor, step: "Step") -> tuple[Tensor, list[Tensor]]:
+        """x (N, D) -> (N, D), and the load-balancing losses of the block's routers of experts."""
+        mixing = Mixing(step.route(self.router, x, self.layer) if self.router is not None else {})
+        y = x + self.attention(self.attention_norm(x), mixing, step, self.layer)
         z = self.ffn_norm(y)
-        return self.adapters.add("block", y + self.feed_forward(z, gates), gates, z)
+        return self.adapters.add("block", y + self.feed_forward(z, mixing), mixing, z), mixing.balance
+
+
+def _norm(args: ModelArgs, config: AdapterConfig | None) -> RMSNorm:
+    return RMSNorm(args.dim, args.norm_eps, config is not None and config.base.train_bias_norm)
 
 
 class Step:
@@ -142,6 +153,19 @@ class Step:
 
     def __init__(self, rows: Rows, rope: Rope, flash: bool, cache: Cache | None, places: list[int] | None):
         self.rows, self.rope, self.flash, self.cache, self.places = rows, rope, flash, cache, places
+
+    def route(self, router: AdapterModule, x: Tensor, layer: int) -> Gates:
+        """A block's gates (N, 1) by slot. A router of whole rows is asked when a row begins; then the cache knows."""
+        if not router.per_row:
+            gates = router(x)
+        elif self.cache is not None and self.places is None:
+            gates = self.cache.kept_gates(layer)
+        else:
+            gates = router(self.rows.prompt_means(x))
+            if self.cache is not None:
+                self.cache.keep_gates(layer, self.places, gates)
+            gates = {slot: self.rows.per_token(gate) for slot, gate in gates.items()}
+        return {slot: gate.to(x.dtype) for slot, gate in gates.items()}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q (N, H, h), k and v (N, K, h) -> (N, H, h). With a cache: a prefill of the rows at `places`, or (None) one
@@ -152,6 +176,14 @@ class Step:
         if self.cache is not None:
             self.cache.fill(layer, self.places, self.rows.spans, k, v)
         return causal_attention(q, k, v, self.rows, self.flash)
+
+
+class Losses(NamedTuple):
+    """Of a packed batch, float32 scalars. labels: the sum of -log p(label) over the label tokens. auxiliary: the
+    method's load-balancing loss over the batch's tokens, times its coefficient; 0 where it has none."""
+
+    labels: Tensor
+    auxiliary: Tensor
 
 
 class Transformer(nn.Module):
@@ -166,7 +198,7 @@ class Transformer(nn.Module):
         share(args.vocab_size, "vocab_size")
         self.tok_embeddings = _unfilled(VocabParallelEmbedding(args.vocab_size, args.dim, init_method=lambda w: w))
         self.layers = nn.ModuleList(TransformerBlock(i, args, config) for i in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = _norm(args, config)
         self.output = _column(args.dim, args.vocab_size, gather=True)
         self.freqs = frequencies(args)
 
@@ -179,7 +211,7 @@ class Transformer(nn.Module):
         return self.output(self.hidden(tokens.flatten(), rows)).float().unflatten(0, tokens.shape)
 
     def loss(self, tokens: Tensor, labels: Tensor, prompt_lens: list[int] | None = None) -> Tensor:
-        """Mean cross-entropy over the label tokens, a float32 scalar.
+        """Mean cross-entropy over the label tokens plus the method's auxiliary loss, a float32 scalar.
 
         tokens, labels (B, T) int64, labels aligned with tokens (the shift by one happens here), IGNORE where nothing is
         learned. ValueError where no label is left or one is no token.
@@ -193,33 +225,44 @@ class Transformer(nn.Module):
             raise ValueError("no label token: nothing to learn from")
         if wanted.min() < 0 or wanted.max() >= self.args.vocab_size:
             raise ValueError(f"a label is neither {IGNORE} nor one of the {self.args.vocab_size} tokens")
-        return self.summed_loss(tokens.flatten(), labels.flatten(), rows) / n_labels
+        losses = self.losses(tokens.flatten(), labels.flatten(), rows)
+        return losses.labels / n_labels + losses.auxiliary
 
-    def summed_loss(self, tokens: Tensor, labels: Tensor, rows: Rows) -> Tensor:
-        """Sum of the label tokens' cross-entropies over a packed batch: tokens, labels (N,). The final layer's logits
-        are worked out at positions that predict a label and nowhere else."""
+    def losses(self, tokens: Tensor, labels: Tensor, rows: Rows) -> Losses:
+        """The losses of a packed batch: tokens, labels (N,). The final layer's logits are worked out at positions that
+        predict a label and nowhere else."""
         first = torch.tensor([begin for begin, _ in rows.spans], device=labels.device)
         wanted = labels != IGNORE
         wanted[first] = False  # nothing before a row's first token predicts it
         positions = wanted.nonzero().squeeze(1)
-        hidden = self.hidden(tokens, rows)
-        return label_loss(hidden[positions - 1], self.output.weight, labels[positions])
+        hidden, balance = self._run(tokens, rows)
+        summed = label_loss(hidden[positions - 1], self.output.weight, labels[positions])
+        if not balance:
+            return Losses(summed, torch.zeros((), device=summed.device))
+        return Losses(summed, self.config.experts.lb_loss_coeff * torch.stack(balance).sum())
 
     def hidden(self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Tensor:
         """tokens (N,), packed -> (N, D) final hidden states, normed.
 
         cache with places: the rows are new and go there; cache alone: one more token of every cached row.
         """
+        return self._run(tokens, rows, cache, places)[0]
+
+    def _run(
+        self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Final hidden states, and the load-balancing losses of all blocks."""
         if self.freqs.device != tokens.device:
             self.freqs = self.freqs.to(tokens.device)
         step = Step(rows, Rope(self.freqs, rows.positions), self.flash, cache, places)
-        x = self.tok_embeddings(tokens)
+        x, losses = self.tok_embeddings(tokens), []
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, step, use_reentrant=False)
+                x, balance = checkpoint(block, x, step, use_reentrant=False)
             else:
-                x = block(x, step)
-        return self.norm(x)
+                x, balance = block(x, step)
+            losses += balance
+        return self.norm(x), losses
 
     def make_cache(self, max_rows: int, max_len: int) -> Cache:
         """An empty KV cache in the base's dtype, on its device, for this rank's heads."""

@@ -54,6 +54,7 @@ class AdapterModule(nn.Module):
     def __init__(self):
         super().__init__()
         self.declared: dict[str, Declared] = {}
+        self.expert_router: nn.Module | None = None  # of an adapter that has several experts
 
     def declare(
         self, name: str, shape: tuple[int, ...], init: Init, cut: int | None = None, decay: bool | None = None

@@ -54,7 +54,7 @@ def load_adapter(
     require_tensors(state, str(path))
     try:
         if authors.is_authors(params):
-            flat, state = authors.settings(params, list(state)), authors.our_state(state)
+            flat = authors.settings(params, list(state))
             if method is not None:
                 flat["method"] = method
         else:
@@ -66,6 +66,11 @@ def load_adapter(
     except (ValueError, KeyError, TypeError) as error:
         problem = f"missing setting {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{params_file}: {problem}") from None
+    if authors.is_authors(params):
+        try:
+            state = authors.our_state(state, config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return config, state
 
 

@@ -1,18 +1,24 @@
 """The adapters of a transformer block, composed from the configuration."""
 
-from importlib import import_module
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from moa.adapter import AdapterModule, Site
-from moa.config import ADAPTERS, BLOCK_ROUTERS, AdapterConfig, Slot
+from moa.base import BIASED_SITES, Bias
+from moa.config import AdapterConfig, Slot
+from moa.knobs import ADAPTERS, BLOCK_ROUTERS
+from moa.load import load_class
 from moa.routers import Gates
 
 
-def _load(name: str) -> type[AdapterModule]:
-    """The class behind a registered "package.module:Class"."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+@dataclass
+class Mixing:
+    """How a block's adapters are weighed in one forward pass. gates: of the block's router, (N, 1) by slot; ungated
+    adapters have no entry. balance: where the load-balancing losses of the routers of experts gather."""
+
+    gates: Gates
+    balance: list[Tensor] = field(default_factory=list)
 
 
 class Adapters(nn.ModuleDict):
@@ -21,15 +27,26 @@ class Adapters(nn.ModuleDict):
     def __init__(self, config: AdapterConfig | None, slots: list[Slot], sites: dict[str, Site]):
         super().__init__()
         self.slots_at: dict[str, list[str]] = {name: [] for name in sites}
+        if config is not None and config.base.train_bias_norm:
+            for name in (name for name in sites if name in BIASED_SITES):
+                self[f"bias_{name}"] = Bias(sites[name])
+                self.slots_at[name].append(f"bias_{name}")
         for slot in slots:
             if slot.site in sites:
-                self[slot.name] = _load(ADAPTERS[slot.kind].module)(sites[slot.site], config)
+                self[slot.name] = load_class(ADAPTERS[slot.kind].module)(sites[slot.site], config)
                 self.slots_at[slot.site].append(slot.name)
 
-    def add(self, site: str, output: Tensor, gates: Gates, *inputs) -> Tensor:
-        """`output` plus what the adapters at `site` make of `inputs`, each weighed by its gate (ungated: no entry)."""
+    def add(self, site: str, output: Tensor, mixing: Mixing, *inputs) -> Tensor:
+        """`output` plus what the adapters at `site` make of `inputs`, each weighed by its gate times the weights of its
+        experts, (N, E). The first of the inputs is what the routers of experts look at."""
         for slot in self.slots_at[site]:
-            output = output + self[slot](*inputs, gates.get(slot))
+            adapter, gate = self[slot], mixing.gates.get(slot)
+            if adapter.expert_router is not None:
+                weights, balance = adapter.expert_router(inputs[0])
+                gate = weights if gate is None else gate * weights
+                if balance is not None:
+                    mixing.balance.append(balance)
+            output = output + adapter(*inputs, gate)
         return output
 
 
@@ -37,4 +54,4 @@ def build_router(config: AdapterConfig | None, slots: list[Slot], dim: int) -> A
     """The router of a block with these adapters; None where the method has none, or the block nothing to route."""
     if config is None or not slots or config.router.block_router == "none":
         return None
-    return _load(BLOCK_ROUTERS[config.router.block_router])([slot.name for slot in slots], dim, config)
+    return load_class(BLOCK_ROUTERS[config.router.block_router])(slots, dim, config)

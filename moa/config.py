@@ -1,115 +1,19 @@
-"""What a method is: which adapters stand where, and which router weighs them. Needs no torch.
+"""The configuration of a model's adapters: which stand where, and which router weighs them. Needs no torch.
 
-A method is a preset of knobs (`METHODS`), nothing else. Every knob is declared once, here, as a field of a knobs class;
-its command-line flag is `<adapter>_<field>` for an adapter's knob (`lora_rank`, `prompt_len`) and `<field>` for the
-rest (`swi_x`). The flat dictionary of all flags (`AdapterConfig.flat`) is what `adapter_params.json` holds.
+A method is a preset of knobs (`moa.knobs.METHODS`), nothing else. The flat dictionary of all flags
+(`AdapterConfig.flat`) is what `adapter_params.json` holds.
 """
 
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-# The places of a block where an adapter can stand, in the order of the router's outputs. Those named like a linear
-# layer are beside it; "attention" adds to the heads' output before W_o, "block" to the block's output.
-SITES = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "block")
+from moa.knobs import ADAPTERS, METHODS, SECTIONS, SITES, BaseKnobs, ExpertKnobs, RouterKnobs, knob_fields
+
 MAX_SIZE = 2**16  # of a rank, width or length: more is a slip of the hand
-
-LINEAR_SITES = tuple(s for s in SITES if s not in ("attention", "block"))
-
-
-def knob(default: Any, help: str, choices: tuple | None = None) -> Any:
-    """A dataclass field with the metadata that the command line shows."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclass(frozen=True)
-class LoRAKnobs:
-    """Low-rank updates beside linear layers."""
-
-    layers: str = knob("", "layers with LoRA: all, or ranges with the end excluded, as 0-8,24-32")
-    targets: str = knob("Q,K,V,O,FFN_DOWN", f"linear layers with LoRA, of {','.join(LINEAR_SITES)}")
-    rank: int = knob(8, "rank of each LoRA")
-    alpha: float = knob(8.0, "LoRA's scale is alpha / rank")
-
-
-@dataclass(frozen=True)
-class ParallelAdapterKnobs:
-    """A bottleneck network beside the feed-forward block."""
-
-    layers: str = knob("", "layers with a parallel adapter, as for --lora_layers")
-    size: int = knob(16, "hidden width of each parallel adapter")
-
-
-@dataclass(frozen=True)
-class PromptKnobs:
-    """Trained vectors that each layer's queries attend to."""
-
-    layers: str = knob("", "layers with a prompt, as for --lora_layers")
-    len: int = knob(10, "prompt vectors per layer")
-
-
-@dataclass(frozen=True)
-class AdapterKind:
-    """A kind of adapter: `module` ("package.module:Class") is built at each chosen site of each chosen layer."""
-
-    name: str
-    knobs: type
-    module: str
-    sites: tuple[str, ...]
-
-    def slot(self, site: str) -> str:
-        """Name of this adapter at a site: what gates, keys and statistics call it."""
-        return f"{self.name}_{site}" if len(self.sites) > 1 else self.name
-
-
-ADAPTERS: dict[str, AdapterKind] = {}
-
-
-def register_adapter(name: str, knobs: type, module: str, sites: tuple[str, ...]) -> None:
-    """Make a kind of adapter known. `knobs` is a frozen dataclass with at least `layers` (and `targets` where the
-    kind can stand at several sites); its fields become the flags `<name>_<field>`."""
-    ADAPTERS[name] = AdapterKind(name, knobs, module, sites)
-
-
-register_adapter("lora", LoRAKnobs, "moa.lora:LoRA", LINEAR_SITES)
-register_adapter("prompt", PromptKnobs, "moa.prompt:Prompt", ("attention",))
-register_adapter("p_adapter", ParallelAdapterKnobs, "moa.parallel_adapter:ParallelAdapter", ("block",))
-
-# Routers that weigh the adapters of a block against each other, by the value of --block_router.
-BLOCK_ROUTERS: dict[str, str] = {
-    "none": "",
-    "soft": "moa.routers:SoftRouter",
-    "sparse": "moa.routers:SparseRouter",
-}
-
-
-@dataclass(frozen=True)
-class RouterKnobs:
-    """The block's router and its gates."""
-
-    block_router: str = knob("none", "router of a block's adapters (a method sets it)", tuple(BLOCK_ROUTERS))
-    swi_x: int = knob(4, "SwiGLU router with swi_x hidden units per adapter; 0: a linear router")
-    max_threshold: float = knob(0.5, "sparse router: the largest threshold, G_max")
-    const_threshold: bool = knob(False, "sparse router: every threshold is G_max instead of learned")
-    threshold_gradient: str = knob(
-        "straight_through", "sparse router: how the threshold learns (none: not at all)", ("straight_through", "none")
-    )
-
-
-# The methods: each a set of knobs on top of the defaults. Published sizes; "all" means every layer of the model.
-_LORA = {"lora_layers": "all"}
-_PROMPT = {"prompt_layers": "all"}
-_P_ADAPTER = {"p_adapter_layers": "all"}
-METHODS: dict[str, dict[str, Any]] = {
-    "soft_moa": {**_LORA, **_PROMPT, **_P_ADAPTER, "block_router": "soft"},
-    "sparse_moa": {**_LORA, **_P_ADAPTER, "block_router": "sparse"},
-    "lora": {**_LORA, "lora_rank": 16, "lora_alpha": 16.0},
-    "prompt": _PROMPT,
-    "parallel_adapter": _P_ADAPTER,
-}
 
 
 @dataclass(frozen=True)
@@ -132,6 +36,8 @@ class AdapterConfig:
     n_layers: int
     adapters: Mapping[str, Any]  # kind -> its knobs
     router: RouterKnobs = RouterKnobs()
+    experts: ExpertKnobs = ExpertKnobs()
+    base: BaseKnobs = BaseKnobs()
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any], n_layers: int) -> "AdapterConfig":
@@ -152,15 +58,18 @@ class AdapterConfig:
                 f.name: values[f"{kind.name}_{f.name}"] for f in fields(kind.knobs) if f"{kind.name}_{f.name}" in values
             }
             adapters[kind.name] = kind.knobs(**own)
-        router = RouterKnobs(**{f.name: values[f.name] for f in fields(RouterKnobs) if f.name in values})
-        for name, value in cls(method, n_layers, adapters, router).flat().items():
+        sections = {
+            section: knobs(**{f.name: values[f.name] for f in fields(knobs) if f.name in values})
+            for section, knobs in SECTIONS.items()
+        }
+        for name, value in cls(method, n_layers, adapters, **sections).flat().items():
             if name != "method":
                 _check_type(name, value, known[name])
         adapters = {
             name: replace(knobs, layers=_ranges(parse_layers(f"{name}_layers", knobs.layers, n_layers)))
             for name, knobs in adapters.items()
         }
-        config = cls(method, n_layers, adapters, router)
+        config = cls(method, n_layers, adapters, **sections)
         config._check()
         return config
 
@@ -169,7 +78,9 @@ class AdapterConfig:
         flat = {"method": self.method}
         for name, knobs in self.adapters.items():
             flat |= {f"{name}_{f.name}": getattr(knobs, f.name) for f in fields(knobs)}
-        return flat | {f.name: getattr(self.router, f.name) for f in fields(RouterKnobs)}
+        for section in SECTIONS:
+            flat |= asdict(getattr(self, section))
+        return flat
 
     def _check(self) -> None:
         for name, knobs in self.adapters.items():
@@ -184,10 +95,21 @@ class AdapterConfig:
             raise ValueError(f"swi_x must be from 0 to {MAX_SIZE}, not {self.router.swi_x}")
         if not 0 < self.router.max_threshold <= 1:
             raise ValueError(f"max_threshold must be above 0 and at most 1, not {self.router.max_threshold}")
-        if not any(self.slots(layer) for layer in range(self.n_layers)):
+        if not (self.base.train_bias_norm or any(self.slots(layer) for layer in range(self.n_layers))):
             raise ValueError(f"method {self.method} with these layers has no adapter: nothing would be trained")
         if self.router.block_router == "sparse" and self.adapters["prompt"].layers:
             raise ValueError("prompt_layers: a sparse router cannot switch a prompt off per token; leave prompts out")
+        if self.router.block_router == "sparse" and self.router.gate_activation != "sigmoid":
+            raise ValueError("gate_activation: the sparse router compares each gate by itself: sigmoid only")
+        experts = self.experts
+        if not 1 <= experts.expert_num <= MAX_SIZE:
+            raise ValueError(f"expert_num must be from 1 to {MAX_SIZE}, not {experts.expert_num}")
+        if experts.expert_router == "topk" and experts.expert_num > 1 and experts.top_k > experts.expert_num:
+            raise ValueError(f"top_k {experts.top_k} is more than the {experts.expert_num} experts (expert_num)")
+        if experts.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {experts.top_k}")
+        if experts.lb_loss_coeff < 0:
+            raise ValueError(f"lb_loss_coeff must be 0 or more, not {experts.lb_loss_coeff}")
 
     def without_effect(self, given: set[str]) -> str | None:
         """A sentence about the first flag in `given` that this configuration does not use, else None."""
@@ -196,14 +118,26 @@ class AdapterConfig:
                 if f"{name}_{f.name}" in given and f.name != "layers" and not knobs.layers:
                     hint = f"method {self.method} has no such adapter (--{name}_layers adds it)"
                     return f"--{name}_{f.name} has no effect: {hint}"
-        router = self.router.block_router
-        if "swi_x" in given and router == "none":
-            return f"--swi_x has no effect: method {self.method} has no router"
-        for name in ("max_threshold", "const_threshold", "threshold_gradient"):
-            if name in given and router != "sparse":
-                return f"--{name} has no effect: only the sparse router has a threshold"
-        if "threshold_gradient" in given and self.router.const_threshold:
-            return "--threshold_gradient has no effect: with --const_threshold nothing is learned"
+        router, experts = self.router, self.experts
+        routed = router.block_router in ("soft", "sparse", "instance")
+        sparse, mixed = router.block_router == "sparse", experts.expert_num > 1
+        chosen = mixed and experts.expert_router in ("topk", "adamole")
+        used = {
+            "swi_x": (routed, f"method {self.method} has no router of that kind"),
+            "gate_activation": (routed, f"method {self.method} has no router of that kind"),
+            "max_threshold": (sparse, "only the sparse router has a threshold"),
+            "const_threshold": (sparse, "only the sparse router has a threshold"),
+            "threshold_gradient": (sparse and not router.const_threshold, "no threshold is learned"),
+            "expert_router": (mixed, "there are no experts (--expert_num)"),
+            "lora_hydra": (mixed, "there are no experts (--expert_num)"),
+            "p_adapter_hydra": (mixed, "there are no experts (--expert_num)"),
+            "top_k": (mixed and experts.expert_router == "topk", "only the topk router chooses so many experts"),
+            "noisy_router": (mixed and experts.expert_router == "topk", "only the topk router has noise"),
+            "lb_loss_coeff": (chosen, "only the topk and adamole routers of experts are balanced"),
+        }
+        for name, (effective, reason) in used.items():
+            if name in given and not effective:
+                return f"--{name} has no effect: {reason}"
         return None
 
     def _sites(self, kind: str) -> list[str]:
@@ -231,12 +165,6 @@ class AdapterConfig:
             for site in self._sites(kind)
         ]
         return sorted(found, key=lambda slot: SITES.index(slot.site))
-
-
-def knob_fields() -> dict[str, Any]:
-    """Every flag of the adapter configuration -> its dataclass field (type, default, help, choices)."""
-    flags = {f"{kind.name}_{f.name}": f for kind in ADAPTERS.values() for f in fields(kind.knobs)}
-    return flags | {f.name: f for f in fields(RouterKnobs)}
 
 
 def _check_type(name: str, value: Any, spec: Any) -> None:

@@ -1,27 +1,37 @@
-"""LoRA: a low-rank update beside a linear layer (arXiv 2106.09685), W u + g (alpha / r) B A u."""
+"""LoRA: a low-rank update beside a linear layer (arXiv 2106.09685), W u + sum_e g_e (alpha / r) B_e A_e u."""
 
 from torch import Tensor
 
 from moa.adapter import AdapterModule, Site, like_linear, project_in, project_out, zeros
 from moa.config import AdapterConfig
+from moa.experts import build_expert_router
 
 
 class LoRA(AdapterModule):
-    """A: (r, in), B: (out, r)."""
+    """E experts, lying side by side: A (E r, in), or (r, in) where they share it (hydra, arXiv 2404.19245);
+    B (out, E r)."""
 
     def __init__(self, site: Site, config: AdapterConfig):
         super().__init__()
-        knobs = config.adapters["lora"]
-        self.site = site
+        knobs, n_experts = config.adapters["lora"], config.experts.expert_num
+        self.site, self.rank = site, knobs.rank
         self.scale = knobs.alpha / knobs.rank
+        width = knobs.rank * n_experts
         self.declare(
-            "A", (knobs.rank, site.in_features), like_linear(site.in_features), 1 if site.cut == "in" else None
+            "A",
+            (knobs.rank if knobs.hydra else width, site.in_features),
+            like_linear(site.in_features),
+            1 if site.cut == "in" else None,
         )
-        self.declare("B", (site.out_features, knobs.rank), zeros, 0 if site.cut == "out" else None)
+        self.declare("B", (site.out_features, width), zeros, 0 if site.cut == "out" else None)
+        self.expert_router = build_expert_router(site, config, soft_bias=False)
 
     def forward(self, u: Tensor, gate: Tensor | None) -> Tensor:
-        """u (N, in) -> what to add to the layer's output (N, out). The gate (N, 1) weighs the r-wide middle: the same
+        """u (N, in) -> what to add to the layer's output (N, out). The gate (N, E) weighs the r-wide middles: the same
         product for a fraction of the work, and whole on every model-parallel rank."""
         a = project_in(self.site, u, self.A)
-        a = a * (self.scale if gate is None else gate * self.scale)
+        if gate is None:
+            a = a * self.scale
+        else:
+            a = (a.unflatten(-1, (-1, self.rank)) * (gate * self.scale)[:, :, None]).flatten(1)  # (N, E r)
         return project_out(self.site, a, self.B)

@@ -1,6 +1,8 @@
 """Routers of a block: from the block's input to one gate per adapter, by name.
 
-s is the logistic sigmoid; x (N, D) the block's input, before any norm; n the number of the block's adapters.
+s is the logistic sigmoid; x (N, D) the block's input, before any norm; n the number of the block's adapters. A router
+with `per_row` is asked once per row, about the mean over the tokens of its prompt, (R, D); its gates hold for the whole
+row, also while decoding.
 """
 
 import torch
@@ -8,21 +10,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moa.adapter import AdapterModule, like_linear, zeros
-from moa.config import AdapterConfig
+from moa.config import AdapterConfig, Slot
+from moa.parallel import sum_over_ranks
 
-Gates = dict[str, Tensor]  # slot -> (N, 1)
+Gates = dict[str, Tensor]  # slot -> (N, 1), float32 from the router
 
 
 class Linear(AdapterModule):
-    """W x + b, b zero at the start. Computes in x's dtype, returns float32."""
+    """W x + b, b zero at the start. Computes in x's dtype, returns float32. cut "in": x is this rank's part."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, cut: str | None = None):
         super().__init__()
-        self.declare("weight", (out_features, in_features), like_linear(in_features))
-        self.declare("bias", (out_features,), zeros)
+        self.input_is_cut = cut == "in"
+        weight_cut = 1 if self.input_is_cut else None
+        self.declare("weight", (out_features, in_features), like_linear(in_features), weight_cut)
+        if bias:
+            self.declare("bias", (out_features,), zeros)
+        else:
+            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).float()
+        y = F.linear(x, self.weight.to(x.dtype)).float()
+        if self.input_is_cut:
+            y = sum_over_ranks(y)
+        return y if self.bias is None else y + self.bias
 
 
 class SwiGLU(AdapterModule):
@@ -39,19 +50,45 @@ class SwiGLU(AdapterModule):
 
 
 class SoftRouter(AdapterModule):
-    """g = s(router(x)) per token; the gates of a block do not compete."""
+    """g = s(router(x)) per token: the gates of a block do not compete. With `gate_activation` softmax they do."""
 
-    def __init__(self, slots: list[str], dim: int, config: AdapterConfig):
+    per_row = False
+
+    def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__()
-        self.slots = slots
+        self.slots = [slot.name for slot in slots]
         hidden = config.router.swi_x * len(slots)
         self.router: nn.Module = SwiGLU(dim, hidden, len(slots)) if hidden else Linear(dim, len(slots))
+        self.compete = config.router.gate_activation == "softmax"
 
     def forward(self, x: Tensor) -> Gates:
-        return self._by_name(torch.sigmoid(self.router(x)), x.dtype)
+        y = self.router(x)
+        return self._by_name(y.softmax(-1) if self.compete else torch.sigmoid(y))
 
-    def _by_name(self, gates: Tensor, dtype: torch.dtype) -> Gates:
-        return dict(zip(self.slots, gates.to(dtype).split(1, dim=-1), strict=True))
+    def _by_name(self, gates: Tensor) -> Gates:
+        return dict(zip(self.slots, gates.split(1, dim=-1), strict=True))
+
+
+class InstanceRouter(SoftRouter):
+    """As the soft router, once per row."""
+
+    per_row = True
+
+
+class KindRouter(AdapterModule):
+    """UniPEFT (arXiv 2110.07577): one gate per row and kind of adapter, s(W x + b); all LoRAs of a block share theirs."""
+
+    per_row = True
+
+    def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
+        super().__init__()
+        self.kind_of = {slot.name: slot.kind for slot in slots}
+        for kind in dict.fromkeys(self.kind_of.values()):
+            self.add_module(kind, Linear(dim, 1))
+
+    def forward(self, x: Tensor) -> Gates:
+        gates = {kind: torch.sigmoid(linear(x)) for kind, linear in self.named_children()}
+        return {slot: gates[kind] for slot, kind in self.kind_of.items()}
 
 
 class SparseRouter(SoftRouter):
@@ -62,7 +99,7 @@ class SparseRouter(SoftRouter):
     untouched.
     """
 
-    def __init__(self, slots: list[str], dim: int, config: AdapterConfig):
+    def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__(slots, dim, config)
         knobs = config.router
         self.max_threshold = knobs.max_threshold
@@ -77,4 +114,4 @@ class SparseRouter(SoftRouter):
         mask = (gates >= limit).to(gates.dtype)
         if self.straight_through:
             mask = mask - (limit - limit.detach())
-        return self._by_name(gates * mask, x.dtype)
+        return self._by_name(gates * mask)

@@ -53,3 +53,12 @@ class Rows:
     def boundaries(self) -> Tensor:
         """(R + 1,) int32: where rows begin, and N; what variable-length attention kernels call cu_seqlens."""
         return torch.tensor([0] + [end for _, end in self.spans], dtype=torch.int32, device=self.device)
+
+    def prompt_means(self, x: Tensor) -> Tensor:
+        """x (N, D) -> (R, D) float32: the mean over the tokens of each row's prompt."""
+        return torch.stack([x[a : a + n].float().mean(0) for (a, _), n in zip(self.spans, self.prompt_lens, strict=True)])
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """One value per row, (R, ...), for each of its tokens, (N, ...)."""
+        counts = torch.tensor(self.lengths, device=self.device)
+        return values.repeat_interleave(counts, 0, output_size=sum(self.lengths))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llama import Llama
 from moa.adapter import AdapterModule, Site, normal
-from moa.config import ADAPTERS, AdapterConfig, knob, register_adapter
+from moa.config import AdapterConfig
+from moa.knobs import ADAPTERS, knob, register_adapter
 from moa.state import adapter_state, count, optimizer_groups
 from tiny import ARGS, BASE, METHODS, save, tokens
 

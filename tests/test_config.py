@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from moa.config import METHODS, AdapterConfig, knob_fields, parse_layers
+from moa.config import AdapterConfig, parse_layers
+from moa.knobs import METHODS, knob_fields
 
 N = 32
 

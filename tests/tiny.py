@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from llama import Llama, ModelArgs, Transformer
 from llama.parallel import start_processes
 from moa.adapter_file import adapter_params, save_adapter
-from moa.config import LINEAR_SITES, AdapterConfig
+from moa.config import AdapterConfig
+from moa.knobs import LINEAR_SITES
 from moa.state import adapter_parameters, adapter_state, load_adapter_state
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

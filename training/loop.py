@@ -53,27 +53,30 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
+        n_tokens = sum(len(example.tokens) for example in batch)
+        losses = torch.zeros(2, device=device)  # of the labels; auxiliary
         for tokens, labels, rows in micro_batches(batch[data_rank() :: data_size()], batch_size, device):
-            part = model.summed_loss(tokens, labels, rows) / n_labels
-            part.backward()
-            loss += part.detach()
-        value, finite = sum_gradients(parameters, loss)
+            part = model.losses(tokens, labels, rows)
+            # The auxiliary loss is a mean over a micro-batch's tokens: each counts by its share of the step's.
+            parts = torch.stack([part.labels / n_labels, part.auxiliary * len(tokens) / n_tokens])
+            parts.sum().backward()
+            losses += parts.detach()
+        (value, auxiliary), finite = sum_gradients(parameters, losses)
         if not finite:
             listed = ", ".join(str(i + 1) for i in sorted(numbers)[:16]) + (", ..." if len(numbers) > 16 else "")
-            what = "loss" if not math.isfinite(value) else "gradient"
+            what = "loss" if not math.isfinite(value + auxiliary) else "gradient"
             raise ValueError(
                 f"step {step + 1}: the {what} is not finite (loss {value}; rows {listed} of the rows that fit); "
                 "a lower --lr may help"
             )
         optimizer.step()
         seconds = time.perf_counter() - begin
-        n_tokens = sum(len(example.tokens) for example in batch)
         on_step(
             {
                 "step": step + 1,
                 "epoch": round((step + 1) / plan.steps_per_epoch, 4),
                 "loss": value,
+                **({"auxiliary_loss": auxiliary} if auxiliary else {}),
                 "lr": plan.learning_rate(step),
                 "rows": len(numbers),
                 "tokens": n_tokens,
@@ -85,18 +88,18 @@ def train(
         )
 
 
-def sum_gradients(parameters: list[nn.Parameter], loss: torch.Tensor) -> tuple[float, bool]:
-    """Sum gradients and loss over the data-parallel ranks, in one message; adapters alone travel.
+def sum_gradients(parameters: list[nn.Parameter], losses: torch.Tensor) -> tuple[list[float], bool]:
+    """Sum gradients and losses over the data-parallel ranks, in one message; adapters alone travel.
 
-    Returns the loss and whether it and all gradients are finite, on every rank.
+    Returns the losses and whether they and all gradients are finite, on every rank.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([loss.reshape(1), *(parameter.grad.flatten() for parameter in parameters)])
+    flat = torch.cat([losses, *(parameter.grad.flatten() for parameter in parameters)])
     if data_size() > 1:
         dist.all_reduce(flat, group=mp.get_data_parallel_group())
-        begin = 1
+        begin = len(losses)
         for parameter in parameters:
             parameter.grad.copy_(flat[begin : begin + parameter.numel()].view_as(parameter))
             begin += parameter.numel()
@@ -104,7 +107,7 @@ def sum_gradients(parameters: list[nn.Parameter], loss: torch.Tensor) -> tuple[f
     if mp.get_model_parallel_world_size() > 1:  # ranks of a group hold different parts: all must agree to stop
         finite = finite.to(torch.uint8)
         dist.all_reduce(finite, dist.ReduceOp.MIN, group=mp.get_model_parallel_group())
-    return flat[0].item(), bool(finite)
+    return flat[: len(losses)].tolist(), bool(finite)
 
 
 def peak_memory(device: torch.device) -> int:

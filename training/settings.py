@@ -9,7 +9,8 @@ from typing import Any
 from cli import fail, knob, parse_into
 from cli.knobs import knobs_of
 from llama.args import ModelArgs
-from moa.config import METHODS, AdapterConfig, knob_fields
+from moa.config import AdapterConfig
+from moa.knobs import METHODS, knob_fields
 from training.folder import CONFIG, checkpoints
 
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
@@ -83,7 +84,6 @@ AdapterFlags = make_dataclass(
     [
         (name, f.type | None, field(default=None, metadata={**f.metadata, "group": "adapters (default: the method's)"}))
         for name, f in knob_fields().items()
-        if name != "block_router"
     ],
 )
 

@@ -1,0 +1,33 @@
+"""What of the base itself trains under `train_bias_norm`: a bias beside linear layers, and the weights of the norms."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moa.adapter import AdapterModule, Site, zeros
+
+BIASED_SITES = ("Q", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN")
+
+
+class Bias(AdapterModule):
+    """W u + b. Never gated: the block's router has no output for it."""
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.declare("bias", (site.out_features,), zeros, 0 if site.cut == "out" else None)
+
+    def forward(self, u: Tensor, gate: None) -> Tensor:
+        return self.bias.to(u.dtype)
+
+
+class NormWeight(AdapterModule):
+    """A norm's weight in the place of the base's, from which it starts. weight_of_base: gives it, (D,)."""
+
+    def __init__(self, dim: int, weight_of_base: Callable[[], Tensor]):
+        super().__init__()
+
+        def from_base(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+            return weight_of_base().detach().float().cpu()
+
+        self.declare("weight", (dim,), from_base)

@@ -1,0 +1,82 @@
+"""Routers of experts: from an adapter's own input to the weight of each of its E experts, per token.
+
+u (N, in) is the input of the layer that the adapter stands beside. A router that chooses may let its experts wither;
+its load-balancing loss, E sum_e f_e p_e, keeps them in use: f_e is the share of tokens that chose expert e, p_e the
+mean weight that the router would give it.
+
+Each returns the weights (N, E) in u's dtype and, where it is one that chooses, its load-balancing loss.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moa.adapter import AdapterModule, Site
+from moa.config import AdapterConfig
+from moa.knobs import EXPERT_ROUTERS
+from moa.load import load_class
+from moa.routers import Linear
+
+
+def balance_loss(chosen: Tensor, p: Tensor) -> Tensor:
+    """E sum_e f_e p_e, a float32 scalar, of chosen (N, E), True or False, and p (N, E), which gets the gradient."""
+    return p.shape[1] * (chosen.float().mean(0) * p.mean(0)).sum()
+
+
+class SoftExperts(AdapterModule):
+    """softmax(R u), with a bias where `soft_bias` says so."""
+
+    def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
+        super().__init__()
+        self.linear = Linear(site.in_features, config.experts.expert_num, bias=soft_bias, cut=site.cut)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, None]:
+        return self.linear(u).softmax(-1).to(u.dtype), None
+
+
+class TopKExperts(AdapterModule):
+    """The k largest of softmax(R u + b), made to sum to 1; under `noisy_router` the logits carry noise while training,
+    N(0, 1) softplus(W_n u + b_n) (arXiv 1701.06538)."""
+
+    def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
+        super().__init__()
+        self.top_k = config.experts.top_k
+        self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.cut)
+        noisy = config.experts.noisy_router
+        self.noise = Linear(site.in_features, config.experts.expert_num, cut=site.cut) if noisy else None
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.linear(u)
+        if self.noise is not None and self.training:
+            logits = logits + torch.randn_like(logits) * F.softplus(self.noise(u))
+        best = logits.topk(self.top_k, -1).indices
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
+        weights = logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+        return weights.to(u.dtype), balance_loss(chosen, logits.softmax(-1))
+
+
+class AdaMoLEExperts(AdapterModule):
+    """p = softmax(R u + b) against the threshold G = (1/E) s(w.u + b_G); d = p - G counts where it is not negative, and
+    is divided by the sum (arXiv 2405.00361)."""
+
+    def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
+        super().__init__()
+        self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.cut)
+        self.threshold = Linear(site.in_features, 1, cut=site.cut)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.linear(u).softmax(-1)
+        d = p - torch.sigmoid(self.threshold(u)) / p.shape[1]
+        chosen = d >= 0
+        weights = d.masked_fill(~chosen, 0)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / total.masked_fill(total == 0, 1)  # all zero where no expert is chosen
+        return weights.to(u.dtype), balance_loss(chosen, d)
+
+
+def build_expert_router(site: Site, config: AdapterConfig, soft_bias: bool = True) -> AdapterModule | None:
+    """The router of an adapter's experts; None where it has one expert. soft_bias: whether a soft router has a bias
+    (LoRA's has none, as published)."""
+    if config.experts.expert_num == 1:
+        return None
+    return load_class(EXPERT_ROUTERS[config.experts.expert_router])(site, config, soft_bias)

@@ -1,0 +1,164 @@
+"""What a mixture is made of: kinds of adapters, routers, and the knobs of each; the methods as presets. Needs no torch.
+
+Every knob is declared once, here, as a field of a knobs class; its command-line flag is `<adapter>_<field>` for an
+adapter's knob (`lora_rank`, `prompt_len`) and `<field>` for the rest (`swi_x`).
+"""
+
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+# The places of a block where an adapter can stand, in the order of the router's outputs. Those named like a linear
+# layer are beside it; "attention" adds to the heads' output before W_o, "block" to the block's output.
+SITES = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "block")
+LINEAR_SITES = tuple(s for s in SITES if s not in ("attention", "block"))
+
+
+def knob(default: Any, help: str, choices: tuple | None = None) -> Any:
+    """A dataclass field with the metadata that the command line shows."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class LoRAKnobs:
+    """Low-rank updates beside linear layers."""
+
+    layers: str = knob("", "layers with LoRA: all, or ranges with the end excluded, as 0-8,24-32")
+    targets: str = knob("Q,K,V,O,FFN_DOWN", f"linear layers with LoRA, of {','.join(LINEAR_SITES)}")
+    rank: int = knob(8, "rank of each LoRA")
+    alpha: float = knob(8.0, "LoRA's scale is alpha / rank")
+    hydra: bool = knob(False, "the LoRA experts of a layer share one A")
+
+
+@dataclass(frozen=True)
+class ParallelAdapterKnobs:
+    """A bottleneck network beside the feed-forward block."""
+
+    layers: str = knob("", "layers with a parallel adapter, as for --lora_layers")
+    size: int = knob(16, "hidden width of each parallel adapter")
+    activation: str = knob("silu", "activation of the parallel adapters", ("silu", "gelu", "relu"))
+    hydra: bool = knob(False, "the parallel adapters of a layer share one down projection")
+
+
+@dataclass(frozen=True)
+class PromptKnobs:
+    """Trained vectors that each layer's queries attend to."""
+
+    layers: str = knob("", "layers with a prompt, as for --lora_layers")
+    len: int = knob(10, "prompt vectors per layer (of each expert)")
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """A kind of adapter: `module` ("package.module:Class") is built at each chosen site of each chosen layer. experts:
+    it can stand there several times, as a mixture of experts (--expert_num)."""
+
+    name: str
+    knobs: type
+    module: str
+    sites: tuple[str, ...]
+    experts: bool
+
+    def slot(self, site: str) -> str:
+        """Name of this adapter at a site: what gates, keys and statistics call it."""
+        return f"{self.name}_{site}" if len(self.sites) > 1 else self.name
+
+
+ADAPTERS: dict[str, AdapterKind] = {}
+
+
+def register_adapter(name: str, knobs: type, module: str, sites: tuple[str, ...], experts: bool = False) -> None:
+    """Make a kind of adapter known. `knobs` is a frozen dataclass with at least `layers` (and `targets` where the
+    kind can stand at several sites); its fields become the flags `<name>_<field>`."""
+    ADAPTERS[name] = AdapterKind(name, knobs, module, sites, experts)
+
+
+register_adapter("lora", LoRAKnobs, "moa.lora:LoRA", LINEAR_SITES, experts=True)
+register_adapter("prompt", PromptKnobs, "moa.prompt:Prompt", ("attention",), experts=True)
+register_adapter("p_adapter", ParallelAdapterKnobs, "moa.parallel_adapter:ParallelAdapter", ("block",), experts=True)
+
+# Routers that weigh the adapters of a block against each other, by the value of --block_router.
+BLOCK_ROUTERS: dict[str, str] = {
+    "none": "",
+    "soft": "moa.routers:SoftRouter",
+    "sparse": "moa.routers:SparseRouter",
+    "instance": "moa.routers:InstanceRouter",
+    "kinds": "moa.routers:KindRouter",
+}
+# Routers that weigh the experts of one adapter against each other, by the value of --expert_router.
+EXPERT_ROUTERS: dict[str, str] = {
+    "soft": "moa.experts:SoftExperts",
+    "topk": "moa.experts:TopKExperts",
+    "adamole": "moa.experts:AdaMoLEExperts",
+}
+
+
+@dataclass(frozen=True)
+class RouterKnobs:
+    """The block's router and its gates."""
+
+    block_router: str = knob(
+        "none",
+        "router of a block's adapters: soft and sparse per token; instance and kinds once per row, from its prompt, "
+        "with one gate per adapter or one per kind of adapter",
+        tuple(BLOCK_ROUTERS),
+    )
+    gate_activation: str = knob(
+        "sigmoid", "from the router's outputs to gates: each by itself, or sharing 1", ("sigmoid", "softmax")
+    )
+    swi_x: int = knob(4, "SwiGLU router with swi_x hidden units per adapter; 0: a linear router")
+    max_threshold: float = knob(0.5, "sparse router: the largest threshold, G_max")
+    const_threshold: bool = knob(False, "sparse router: every threshold is G_max instead of learned")
+    threshold_gradient: str = knob(
+        "straight_through", "sparse router: how the threshold learns (none: not at all)", ("straight_through", "none")
+    )
+
+
+@dataclass(frozen=True)
+class ExpertKnobs:
+    """Several adapters of one kind in the place of one."""
+
+    expert_num: int = knob(1, "experts in each adapter's place")
+    expert_router: str = knob("soft", "router of the experts of each adapter", tuple(EXPERT_ROUTERS))
+    top_k: int = knob(2, "topk router: experts that a token goes to")
+    noisy_router: bool = knob(False, "topk router: learned noise on its logits while training")
+    lb_loss_coeff: float = knob(0.0, "topk and adamole routers: weight of the load-balancing loss")
+
+
+@dataclass(frozen=True)
+class BaseKnobs:
+    """What of the base itself trains."""
+
+    train_bias_norm: bool = knob(False, "also train the norms' weights, and biases of wq, wo, w1, w2 and w3")
+
+
+# Sections of a configuration beside the adapters, by their name there.
+SECTIONS: dict[str, type] = {"router": RouterKnobs, "experts": ExpertKnobs, "base": BaseKnobs}
+
+
+def knob_fields() -> dict[str, Field]:
+    """Every flag of the adapter configuration -> its dataclass field (type, default, help, choices)."""
+    flags = {f"{kind.name}_{f.name}": f for kind in ADAPTERS.values() for f in fields(kind.knobs)}
+    return flags | {f.name: f for section in SECTIONS.values() for f in fields(section)}
+
+
+# The methods: each a set of knobs on top of the defaults. Published sizes; "all" means every layer of the model.
+_LORA = {"lora_layers": "all"}
+_PROMPT = {"prompt_layers": "all"}
+_P_ADAPTER = {"p_adapter_layers": "all"}
+_EXPERTS = {"expert_num": 8}
+METHODS: dict[str, dict[str, Any]] = {
+    "soft_moa": {**_LORA, **_PROMPT, **_P_ADAPTER, "block_router": "soft"},
+    "sparse_moa": {**_LORA, **_P_ADAPTER, "block_router": "sparse"},
+    "soft_moa_instance": {**_LORA, **_PROMPT, **_P_ADAPTER, "block_router": "instance"},
+    "unipeft": {**_LORA, **_PROMPT, **_P_ADAPTER, "block_router": "kinds"},
+    "lora": {**_LORA, "lora_rank": 16, "lora_alpha": 16.0},
+    "prompt": _PROMPT,
+    "parallel_adapter": _P_ADAPTER,
+    "molora": {**_LORA, **_EXPERTS},
+    "hydralora": {**_LORA, **_EXPERTS, "lora_hydra": True},
+    "topk_moelora": {**_LORA, **_EXPERTS, "expert_router": "topk", "lb_loss_coeff": 0.01},
+    "adamole": {**_LORA, **_EXPERTS, "expert_router": "adamole", "lb_loss_coeff": 0.01},
+    "parallel_adapter_moe": {**_P_ADAPTER, **_EXPERTS},
+    "prompt_moe": {**_PROMPT, **_EXPERTS},
+    "custom": {},  # one's own, from flags or a file
+}
