@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moa import authors
 from moa.config import AdapterConfig
-from moa.files import read_json, read_torch, write_file, write_torch
+from moa.files import read_json, read_torch, write_file, write_json, write_torch
 from moa.state import require_tensors
 
 PARAMS = "adapter_params.json"
@@ -35,6 +35,16 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str,
 def adapter_params(config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, Any]:
     """The content of adapter_params.json: every setting by flag name, and the shape of the base it was trained on."""
     return config.flat() | {"base": dict(base)}
+
+
+def save_authors_adapter(folder: Path, state: Mapping[str, Tensor], config: AdapterConfig) -> Path:
+    """As `save_adapter`, in the format of the paper's authors. ValueError, before anything is written, for a mixture
+    that theirs cannot express."""
+    params, theirs = authors.their_params(config), authors.their_state(state, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_torch(folder / "adapter.pth", theirs)
+    write_json(folder / PARAMS, params)
+    return folder / "adapter.pth"
 
 
 def load_adapter(

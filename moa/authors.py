@@ -61,7 +61,9 @@ def settings(params: Mapping[str, Any], keys: list[str]) -> dict[str, Any]:
     if "top_k" in params and used == ["lora_layers"] and experts > 1:
         flat |= {"top_k": params["top_k"], "lb_loss_coeff": float(params["lb_loss_coeff"])}
         noisy = bool(params.get("noisy_router", False))
-        return flat | ({"method": "adamole"} if params["adamole"] else {"method": "topk_moelora", "noisy_router": noisy})
+        return flat | (
+            {"method": "adamole"} if params["adamole"] else {"method": "topk_moelora", "noisy_router": noisy}
+        )
     if len(used) > 1:
         return flat | {"method": "custom"}
     several = {"lora_layers": "molora", "p_adapter_layers": "parallel_adapter_moe", "prompt_layers": "prompt_moe"}

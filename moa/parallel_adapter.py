@@ -1,6 +1,6 @@
-"""Parallel adapter: a bottleneck beside the feed-forward block (arXiv 2110.04366), sum_e g_e (U_e f(V_e u + b_V) + b_U).
+"""Parallel adapter: a bottleneck beside the feed-forward block (arXiv 2110.04366).
 
-f is silu unless `p_adapter_activation` says otherwise.
+sum_e g_e (U_e f(V_e u + b_V) + b_U); f is silu unless `p_adapter_activation` says otherwise.
 """
 
 import math

@@ -34,8 +34,8 @@ class Prompt(AdapterModule):
         wv: Callable[[Tensor], Tensor],
         gate: Tensor | None,
     ) -> Tensor:
-        """query (N, H, h), rotated -> what to add to the heads' output (N, H, h). u (N, D): the attention's input, which
-        only the router of experts looks at. wk, wv: the frozen projections. gate: (N, E).
+        """query (N, H, h), rotated -> what to add to the heads' output (N, H, h). gate: (N, E). wk, wv: the frozen
+        projections. u (N, D), the attention's input, is for the router of experts alone.
 
         Heads here are this rank's heads. P is whole on every rank; wk and wv see to its gradient.
         """

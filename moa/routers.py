@@ -76,7 +76,7 @@ class InstanceRouter(SoftRouter):
 
 
 class KindRouter(AdapterModule):
-    """UniPEFT (arXiv 2110.07577): one gate per row and kind of adapter, s(W x + b); all LoRAs of a block share theirs."""
+    """UniPEFT (arXiv 2110.07577): one gate per row and kind of adapter, s(W x + b); a block's LoRAs share theirs."""
 
     per_row = True
 

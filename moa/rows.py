@@ -56,7 +56,9 @@ class Rows:
 
     def prompt_means(self, x: Tensor) -> Tensor:
         """x (N, D) -> (R, D) float32: the mean over the tokens of each row's prompt."""
-        return torch.stack([x[a : a + n].float().mean(0) for (a, _), n in zip(self.spans, self.prompt_lens, strict=True)])
+        return torch.stack(
+            [x[a : a + n].float().mean(0) for (a, _), n in zip(self.spans, self.prompt_lens, strict=True)]
+        )
 
     def per_token(self, values: Tensor) -> Tensor:
         """One value per row, (R, ...), for each of its tokens, (N, ...)."""

@@ -55,6 +55,16 @@ def observe(name: str, model_parallel_size: int) -> dict[str, Any]:
     return found
 
 
+def observe_noise(model_parallel_size: int) -> dict[str, Any]:
+    """A training step whose router is random: all ranks of a model must draw the same."""
+    model, batch = build("noisy", model_parallel_size=model_parallel_size).model, tokens(2, 9)
+    model.train()
+    torch.manual_seed(5)
+    loss = model.loss(batch, batch)
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": whole(gradients(model), model)}
+
+
 def whole_base(model: Transformer) -> dict[str, torch.Tensor]:
     """All base tensors, whole, from the ranks' parts."""
     parameters = dict(model.named_parameters())
@@ -82,6 +92,7 @@ def main(rank: int, folder: Path) -> None:
         shards.name: whole_base(Llama.build(shards, device="cpu", model_parallel_size=2).model)
         for shards in sorted(folder.glob("base_*"))
     }
+    found["noise"] = observe_noise(2)
     found["exchanges"] = exchanges(rank)
     errors = found["errors"] = {}
     for what, change in IMPOSSIBLE.items():

@@ -30,6 +30,18 @@ LORA_5 = ["lora_Q", "lora_K", "lora_V", "lora_O", "lora_FFN_DOWN"]
         ("lora", LORA_5, "none"),
         ("prompt", ["prompt"], "none"),
         ("parallel_adapter", ["p_adapter"], "none"),
+        (
+            "soft_moa_instance",
+            ["lora_Q", "lora_K", "lora_V", "prompt", "lora_O", "lora_FFN_DOWN", "p_adapter"],
+            "instance",
+        ),
+        ("unipeft", ["lora_Q", "lora_K", "lora_V", "prompt", "lora_O", "lora_FFN_DOWN", "p_adapter"], "kinds"),
+        ("molora", LORA_5, "none"),
+        ("hydralora", LORA_5, "none"),
+        ("topk_moelora", LORA_5, "none"),
+        ("adamole", LORA_5, "none"),
+        ("parallel_adapter_moe", ["p_adapter"], "none"),
+        ("prompt_moe", ["prompt"], "none"),
     ],
 )
 def test_presets(method: str, slots: list[str], router: str) -> None:
@@ -39,11 +51,16 @@ def test_presets(method: str, slots: list[str], router: str) -> None:
     flat = preset.flat()
     assert (flat["lora_rank"], flat["lora_alpha"]) == ((16, 16.0) if method == "lora" else (8, 8.0))
     assert (flat["p_adapter_size"], flat["prompt_len"], flat["max_threshold"]) == (16, 10, 0.5)
+    several = method in ("molora", "hydralora", "topk_moelora", "adamole", "parallel_adapter_moe", "prompt_moe")
+    assert (flat["expert_num"], flat["top_k"], flat["lora_hydra"]) == (8 if several else 1, 2, method == "hydralora")
+    assert flat["lb_loss_coeff"] == (0.01 if method in ("topk_moelora", "adamole") else 0)
+    assert not flat["train_bias_norm"] and not flat["noisy_router"]
     assert AdapterConfig.from_flat(flat, N) == preset
 
 
 def test_every_method_has_a_test_here() -> None:
-    assert set(METHODS) == {"soft_moa", "sparse_moa", "lora", "prompt", "parallel_adapter"}
+    (presets,) = (mark.args[1] for mark in test_presets.pytestmark if mark.name == "parametrize")
+    assert set(METHODS) == {method for method, *_ in presets} | {"custom"}
 
 
 def test_targets_may_come_in_any_order_and_with_spaces() -> None:
@@ -97,7 +114,7 @@ def test_layer_ranges_there_and_back() -> None:
 @pytest.mark.parametrize(
     "flat, words",
     [
-        ({"method": "loar"}, "method 'loar' is none of soft_moa, sparse_moa, lora"),
+        ({"method": "loar"}, "method 'loar' is none of soft_moa, sparse_moa, .*lora"),
         ({"lora_layers": "0-33"}, "lora_layers: '0-33' goes beyond the model's 32 layers"),
         ({"prompt_layers": "5-3"}, "prompt_layers: '5-3' ends before it begins"),
         ({"lora_targets": "Q,W"}, "lora_targets: 'W' is none of Q, K, V, O, FFN_UP, FFN_GATE, FFN_DOWN"),
@@ -120,11 +137,18 @@ def test_layer_ranges_there_and_back() -> None:
         ({"max_threshold": 0.0}, "max_threshold must be above 0 and at most 1, not 0.0"),
         ({"max_threshold": 1.5}, "max_threshold must be above 0 and at most 1, not 1.5"),
         ({"threshold_gradient": "ste"}, "threshold_gradient must be one of straight_through, none, not 'ste'"),
-        ({"block_router": "hard"}, "block_router must be one of none, soft, sparse, not 'hard'"),
+        ({"block_router": "hard"}, "block_router must be one of none, soft, sparse, instance, kinds, not 'hard'"),
         ({"lora_ranks": 8}, r"unknown adapter setting lora_ranks \(did you mean lora_rank\?\)"),
         ({"method": "sparse_moa", "prompt_layers": "0-1"}, "prompt_layers: a sparse router cannot"),
         ({"method": "lora", "lora_layers": ""}, "method lora with these layers has no adapter"),
         ({"method": "prompt", "prompt_layers": "4-4"}, "method prompt with these layers has no adapter"),
+        ({"method": "custom"}, "method custom with these layers has no adapter"),
+        ({"method": "molora", "expert_num": 0}, "expert_num must be from 1 to 65536, not 0"),
+        ({"method": "topk_moelora", "expert_num": 2, "top_k": 3}, r"top_k 3 is more than the 2 experts"),
+        ({"method": "topk_moelora", "top_k": 0}, "top_k must be at least 1, not 0"),
+        ({"method": "adamole", "lb_loss_coeff": -0.1}, "lb_loss_coeff must be 0 or more, not -0.1"),
+        ({"method": "molora", "expert_router": "hard"}, "expert_router must be one of soft, topk, adamole, not 'hard'"),
+        ({"method": "sparse_moa", "gate_activation": "softmax"}, "gate_activation: the sparse router"),
     ],
 )
 def test_bad_settings_are_named(flat: dict, words: str) -> None:
@@ -155,12 +179,21 @@ def test_every_setting_says_what_it_is() -> None:
         (
             {"method": "sparse_moa", "const_threshold": True},
             {"const_threshold", "threshold_gradient"},
-            "--threshold_gradient has no effect: with --const_threshold nothing is learned",
+            "--threshold_gradient has no effect: no threshold is learned",
         ),
         ({"method": "soft_moa"}, {"swi_x", "lora_rank", "prompt_len", "p_adapter_size", "lora_layers"}, None),
         ({"method": "sparse_moa"}, {"max_threshold", "threshold_gradient", "swi_x"}, None),
         ({"method": "prompt", "lora_layers": "0-1"}, {"lora_rank", "lora_layers"}, None),
         ({"method": "soft_moa", "prompt_layers": ""}, {"prompt_layers"}, None),
+        ({"method": "unipeft"}, {"swi_x"}, "--swi_x has no effect: method unipeft has no router of that kind"),
+        ({"method": "lora"}, {"lora_hydra"}, "--lora_hydra has no effect: there are no experts"),
+        ({"method": "molora"}, {"top_k"}, "--top_k has no effect: only the topk router"),
+        ({"method": "adamole"}, {"noisy_router"}, "--noisy_router has no effect: only the topk router"),
+        ({"method": "molora"}, {"lb_loss_coeff"}, "--lb_loss_coeff has no effect: only the topk and adamole"),
+        ({"method": "lora"}, {"expert_router"}, "--expert_router has no effect: there are no experts"),
+        ({"method": "lora"}, {"gate_activation"}, "--gate_activation has no effect: method lora has no router"),
+        ({"method": "topk_moelora"}, {"top_k", "noisy_router", "lb_loss_coeff", "expert_num", "lora_hydra"}, None),
+        ({"method": "soft_moa", "expert_num": 2}, {"p_adapter_hydra", "expert_num", "gate_activation"}, None),
     ],
 )
 def test_settings_without_effect_are_told(flat: dict, given: set[str], words: str | None) -> None:

@@ -38,7 +38,7 @@ def by_recomputation(
     row: list[int] = []
     while len(row) < max_gen_len and len(prompt) + len(row) < llm.max_seq_len:
         with torch.no_grad():
-            logits = llm.model(torch.tensor([prompt + row]))[0, -1]
+            logits = llm.model(torch.tensor([prompt + row]), [len(prompt)])[0, -1]
         if len(row) < min_new_tokens:
             logits[[EOS, EOT]] = -math.inf
         if temperature == 0:

@@ -31,7 +31,7 @@ RULES = {
     "moa": allowed(libraries="torch fairscale"),
     "llama": allowed("moa", libraries="torch numpy fairscale tiktoken tqdm", late="flash_attn"),
     "training": allowed("llama moa cli", libraries="torch numpy fairscale tqdm tensorboard"),
-    "convert": allowed("llama cli", libraries="torch numpy tqdm", late="gguf safetensors"),
+    "convert": allowed("llama moa cli", libraries="torch numpy tqdm", late="gguf safetensors"),
     "demo": allowed("convert llama cli", libraries="torch numpy tqdm"),
     "evaluate": allowed(),
 }
@@ -73,7 +73,7 @@ def test_nobody_imports_an_entry_script() -> None:
         assert not names & set(ENTRY_SCRIPTS), f"{script}.py imports an entry script"
 
 
-@pytest.mark.parametrize("module", ["cli", "moa.config"])
+@pytest.mark.parametrize("module", ["cli", "moa.config", "convert.__main__"])
 def test_flags_and_configuration_load_without_torch(module: str) -> None:
     # A bad flag is refused at once, and torch alone takes seconds to load.
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

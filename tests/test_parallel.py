@@ -62,7 +62,7 @@ def test_logits_and_loss(compared) -> None:
     one, two = compared
     for rank in two:
         assert rank["logits"].shape == one["logits"].shape
-        torch.testing.assert_close(rank["logits"], one["logits"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rank["logits"], one["logits"], rtol=5e-5, atol=5e-5)
         torch.testing.assert_close(rank["loss"], one["loss"], rtol=1e-5, atol=1e-5)
         assert torch.equal(rank["loss"], two[0]["loss"])
 
@@ -76,7 +76,9 @@ def test_every_gradient(compared, kind: str) -> None:
             assert expected.norm() > 0, key
             # A single number that is the small rest of a large sum is held to float32's rounding of the sum
             rounding = (rank[kind][key] - expected).norm() < 1e-7
-            assert relative(rank[kind][key], expected) < 1e-5 or (expected.numel() == 1 and rounding), key
+            assert relative(rank[kind][key], expected) < (3e-5 if expected.numel() > 1 else 5e-4) or (
+                expected.numel() == 1 and rounding
+            ), key
 
 
 def test_replicated_gradients_are_equal_on_both_ranks(compared) -> None:
@@ -89,11 +91,22 @@ def test_replicated_gradients_are_equal_on_both_ranks(compared) -> None:
 
 def test_adapters_are_cut_as_their_layers_are(compared) -> None:
     one, _ = compared
-    cut = {".".join(key.split(".")[-2:]) for key in one["cut"]}
-    outputs = {f"lora_{target}.B" for target in ("Q", "K", "V", "FFN_UP", "FFN_GATE")}
-    inputs = {f"lora_{target}.A" for target in ("O", "FFN_DOWN")}
-    assert cut <= outputs | inputs | {"prompt.z"}
-    assert cut >= {key for key in outputs | inputs if any(k.endswith(key) for k in one["state"])}
+    columns, rows = ("Q", "K", "V", "FFN_UP", "FFN_GATE"), ("O", "FFN_DOWN")
+    outputs = {f"lora_{target}.B" for target in columns} | {f"bias_{target}.bias" for target in columns}
+    inputs = {f"lora_{target}.A" for target in rows}
+    routers = {f"lora_{target}.expert_router.{name}.weight" for target in rows for name in ("linear", "threshold")}
+    expected = {key for key in one["state"] if key.endswith((*outputs, *inputs, *routers, "prompt.z"))}
+    assert set(one["cut"]) == expected
+
+
+def test_a_noisy_router_draws_the_same_on_all_ranks(ranks) -> None:
+    one = observe.observe_noise(1)
+    noise = {key for key in one["gradients"] if ".noise." in key}
+    assert noise
+    for rank in ranks:
+        torch.testing.assert_close(rank["noise"]["loss"], one["loss"], rtol=1e-5, atol=1e-5)
+        for key, expected in one["gradients"].items():
+            assert expected.norm() > 0 and relative(rank["noise"]["gradients"][key], expected) < 1e-4, key
 
 
 def test_generation(compared) -> None:

@@ -37,8 +37,8 @@ def test_the_whole_path_under_torchrun(tmp_path):
     scored = run("-m", "evaluate", "demo", "--predict_file", out / "demo.jsonl", "--json", out / "scores.json")
     assert scored.returncode == 0, scored.stderr
     assert json.loads((out / "scores.json").read_text())["suites"]["demo"]["rows"] == 4
-    table = run("exps/table.py", out)
-    assert table.returncode == 0 and "| soft_moa | 3,147,720 | 2 x 2 rows |" in table.stdout
+    table = run("exps/collect.py", out)
+    assert table.returncode == 0 and "| out: soft_moa | 3,147,720 | 2 x 2 rows |" in table.stdout
 
 
 def test_the_demo_model_still_speaks(demo):

@@ -1,8 +1,11 @@
 """What finetune.py's command line comes to."""
 
+import json
+
 import pytest
 
 from llama.args import ModelArgs
+from moa.adapter_file import adapter_params
 from training.settings import read_settings
 
 RECIPE = {"max_steps": 100, "lr": 2e-3, "batch_size": 8}
@@ -56,3 +59,68 @@ def test_flags_that_exclude_each_other_are_refused(pair, capsys):
     with pytest.raises(SystemExit) as ended:
         settings(*(word for flag in pair for word in (flag, "1")))
     assert ended.value.code == 2 and all(flag in capsys.readouterr().err for flag in pair[:1])
+
+
+# A mixture of one's own
+
+MIXTURE = {
+    "block_router": "instance",
+    "lora_layers": "0-2",
+    "lora_targets": "V,O",
+    "lora_rank": 3,
+    "prompt_layers": "1-4",
+}
+
+
+def test_a_mixture_from_flags_and_from_a_file_are_the_same(tmp_path):
+    typed = settings("--method", "custom", *(word for k, v in MIXTURE.items() for word in (f"--{k}", str(v)))).config(
+        ARGS
+    )
+    file = tmp_path / "mixture.json"
+    file.write_text(json.dumps(MIXTURE))
+    read = settings("--adapter_config", str(file)).config(ARGS)
+    assert read == typed and read.method == "custom" and read.router.block_router == "instance"
+    assert [slot.name for slot in read.slots(1)] == ["lora_V", "prompt", "lora_O"]
+    # What adapter_params.json holds is such a file
+    file.write_text(json.dumps(adapter_params(read, {"dim": 99})))
+    assert settings("--adapter_config", str(file)).config(ARGS) == read
+    changed = settings("--adapter_config", str(file), "--lora_rank", "5").config(ARGS)
+    assert changed.flat() == read.flat() | {"lora_rank": 5}
+
+
+def test_a_file_of_sizes_goes_with_the_method_that_is_typed(tmp_path):
+    file = tmp_path / "sizes.json"
+    file.write_text('{"lora_rank": 2}')
+    config = settings("--method", "molora", "--adapter_config", str(file)).config(ARGS)
+    assert (config.method, config.adapters["lora"].rank, config.experts.expert_num) == ("molora", 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"lora_rank": 4}', "method custom with these layers has no adapter"),
+        ('{"method": "moa"}', "method 'moa' is none of soft_moa"),
+        ('{"method": "lora", "lora_rnk": 4}', "unknown adapter setting lora_rnk (did you mean lora_rank?)"),
+        ('{"method": "lora", "lora_rank": "4"}', "lora_rank must be of type int, not '4'"),
+        ('{"method": "prompt"}', "its method is prompt, not lora (--method)"),
+    ],
+)
+def test_a_file_that_is_not_right_is_named(text, words, tmp_path, capsys):
+    file = tmp_path / "mixture.json"
+    if text is not None:
+        file.write_text(text)
+    typed = ("--method", "lora") if "not lora" in words else ()
+    with pytest.raises(SystemExit) as ended:
+        settings("--adapter_config", str(file), *typed)
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.startswith(f"error: {file}: ") and words in error
+
+
+def test_a_file_with_layers_that_the_model_lacks_is_refused(tmp_path):
+    file = tmp_path / "mixture.json"
+    file.write_text('{"method": "lora", "lora_layers": "0-5"}')
+    with pytest.raises(ValueError, match="'0-5' goes beyond the model's 4 layers"):
+        settings("--adapter_config", str(file)).config(ARGS)

@@ -9,6 +9,7 @@ import torch
 import tiny
 from llama.data import IGNORE, Example
 from moa.files import read_torch, write_torch
+from moa.rows import Rows
 from moa.state import adapter_parameters, adapter_state
 from training.checkpoint import pack, restore, save
 from training.data import load_examples
@@ -83,6 +84,20 @@ def test_a_step_is_one_mean_over_all_its_labels_whatever_the_micro_batches():
             assert tiny.relative(tensor, adapter_state(whole.model)[key]) < 1e-3, key
 
 
+def test_the_auxiliary_loss_is_a_mean_over_micro_batches_by_their_tokens():
+    _, _, log = trained("adamole", steps=1, batch_size=2)
+    model = tiny.build("adamole", seed=3).model
+    batch = [examples()[i] for i in plan(n_rows=8, max_steps=6).rows(0, 7)]
+    total = 0.0
+    for part in (batch[:2], batch[2:]):
+        tokens = [t for example in part for t in example.tokens]
+        rows = Rows([len(example.tokens) for example in part], "cpu")
+        labels = torch.tensor([label for example in part for label in example.labels])
+        total += model.losses(torch.tensor(tokens), labels, rows).auxiliary.item() * len(tokens)
+    assert log[0]["auxiliary_loss"] == pytest.approx(total / log[0]["tokens"], rel=1e-5) and total > 0
+    assert "auxiliary_loss" not in trained("molora", steps=1)[2][0]
+
+
 def test_first_loss_is_the_mean_over_the_steps_rows():
     _, _, log = trained(steps=1)
     llm = tiny.build("soft_moa", seed=3)
@@ -96,7 +111,7 @@ def test_first_loss_is_the_mean_over_the_steps_rows():
     assert log[0]["label_tokens"] == labels and log[0]["tokens"] == sum(len(r.tokens) for r in rows)
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt", "parallel_adapter", "soft_moa", "sparse_moa"])
+@pytest.mark.parametrize("method", tiny.METHODS)
 def test_only_adapters_move_and_all_of_them_do(method):
     before = tiny.build(method, seed=3)
     after, _, _ = trained(method)
@@ -106,7 +121,7 @@ def test_only_adapters_move_and_all_of_them_do(method):
         assert torch.equal(tensor, old[key]) != (key in adapters), key
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt", "parallel_adapter", "soft_moa", "sparse_moa"])
+@pytest.mark.parametrize("method", [*tiny.METHODS, "noisy"])
 def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method):
     def keep(entry, model, optimizer):
         if entry["step"] == 2:

@@ -30,6 +30,7 @@ _P_ADAPTER = {"p_adapter_size": 8}
 # Layer ranges differ, so that blocks have different slots; every linear layer has a LoRA.
 _RANGES = {"lora_layers": "0-2", "p_adapter_layers": "0-1,2-3"}
 _SOFT = {"method": "soft_moa", **_LORA, **_PROMPT, **_P_ADAPTER, **_RANGES, "prompt_layers": "1-3"}
+_LATER = {"lora_layers": "1-3"}
 _SPARSE = {"method": "sparse_moa", **_LORA, **_P_ADAPTER, **_RANGES}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", **_LORA},
@@ -40,12 +41,33 @@ METHODS: dict[str, dict[str, Any]] = {
     # Thresholds about 0.4 and 0.5, so that a good part of the adapters are off
     "sparse_moa": {**_SPARSE, "swi_x": 2, "max_threshold": 0.8},
     "sparse_moa_const_threshold": {**_SPARSE, "swi_x": 0, "const_threshold": True},
+    "soft_moa_instance": {**_SOFT, "method": "soft_moa_instance", "swi_x": 2},
+    "unipeft": {**_SOFT, "method": "unipeft"},
+    "molora": {"method": "molora", **_LORA, "expert_num": 4},
+    "hydralora": {"method": "hydralora", **_LORA, "expert_num": 3},
+    "topk_moelora": {"method": "topk_moelora", **_LORA, "expert_num": 4},
+    "adamole": {"method": "adamole", **_LORA, "expert_num": 4, "lb_loss_coeff": 0.1},
+    "parallel_adapter_moe": {"method": "parallel_adapter_moe", **_P_ADAPTER, "expert_num": 3},
+    "prompt_moe": {"method": "prompt_moe", **_PROMPT, "expert_num": 3},
+    "soft_moa_experts": {**_SOFT, "swi_x": 1, "expert_num": 2, "lora_hydra": True, "p_adapter_hydra": True},
+    "lora_bias_norm": {"method": "lora", **_LORA, **_LATER, "train_bias_norm": True},
+    # Everything at once: what no method of the paper combines
+    "custom": {
+        **_SOFT,
+        **{"method": "custom", "block_router": "instance", "gate_activation": "softmax", "swi_x": 1},
+        **{"expert_num": 3, "expert_router": "topk", "lb_loss_coeff": 0.3, "p_adapter_activation": "gelu"},
+        "train_bias_norm": True,
+    },
 }
 
 
+# Beside them, one whose forward pass is random while it trains
+NOISY = {"noisy": {**METHODS["topk_moelora"], "noisy_router": True}}
+
+
 def config(name: str | None) -> AdapterConfig | None:
-    """Configuration of one of METHODS; None (no adapters) for None."""
-    return None if name is None else AdapterConfig.from_flat(METHODS[name], ARGS.n_layers)
+    """Configuration of one of METHODS or NOISY; None (no adapters) for None."""
+    return None if name is None else AdapterConfig.from_flat((METHODS | NOISY)[name], ARGS.n_layers)
 
 
 def random_state(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
@@ -54,8 +76,8 @@ def random_state(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
     for key, (_, declared, _) in adapter_parameters(model).items():
         digest = hashlib.sha256(f"test/{seed}/{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        scale = 1.0 if "prompt" in key else 0.2
-        state[key] = torch.randn(declared.shape, generator=generator) * scale
+        scale, middle = 1.0 if "prompt.P" in key or "prompt.z" in key else 0.2, "adapters.norm" in key
+        state[key] = torch.randn(declared.shape, generator=generator) * scale + float(middle)
     return state
 
 

@@ -32,7 +32,9 @@ def activation_bytes(model: Transformer, tokens: int, bf16: bool, device: torch.
     layer = width * (4 * args.ffn_dim + 7 * args.dim) + 4 * 2 * args.dim + attention * (2 * args.dim + 2 * kv)
     if config is not None:
         slots = max(len(config.slots(i)) for i in range(args.n_layers))
-        layer += slots * (16 * config.router.swi_x + 2 * width * config.adapters["lora"].rank * config.experts.expert_num)
+        layer += slots * (
+            16 * config.router.swi_x + 2 * width * config.adapters["lora"].rank * config.experts.expert_num
+        )
     kept = args.n_layers * args.dim * width + layer if recompute else args.n_layers * layer
     return tokens * kept
 

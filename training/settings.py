@@ -13,6 +13,7 @@ from moa.config import AdapterConfig
 from moa.knobs import METHODS, knob_fields
 from training.folder import CONFIG, checkpoints
 
+DEEPEST = 10_000  # layers: more than any model has
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
 
@@ -20,7 +21,10 @@ DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machin
 class TrainFlags:
     """Flags of finetune.py that are not an adapter's."""
 
-    method: str = knob("soft_moa", help="the method", choices=tuple(METHODS), group=DATA)
+    method: str = knob("soft_moa", help="the method; custom: a mixture of your own", choices=tuple(METHODS), group=DATA)
+    adapter_config: str | None = knob(
+        None, help="settings of the adapters from a file like adapter_params.json; flags go on top", group=DATA
+    )
     ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model", group=DATA)
     data_path: str | None = knob(
         None, help="training rows, JSON or JSON lines of instruction, input, output; default: the demo data", group=DATA
@@ -91,7 +95,7 @@ AdapterFlags = make_dataclass(
 # lie may change too; that they are the same is told by their contents.
 FREE = {
     *("resume", "overwrite", "dry_run", "save_every", "device", "ckpt_dir", "data_path", "output_dir"),
-    *("model_parallel_size", "batch_size", "accum_iter", "activation_checkpointing"),
+    *("adapter_config", "model_parallel_size", "batch_size", "accum_iter", "activation_checkpointing"),
 }
 
 
@@ -123,12 +127,44 @@ def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description
             fail(" and ".join(f"--{name}" for name in sorted(pair)) + " exclude each other", status=2)
         if pair & given:
             given |= pair  # the recipe has no say in either
-    values = asdict(train)
+    values, flat = asdict(train), {k: v for k, v in asdict(adapter).items() if v is not None}
+    if train.adapter_config is not None:
+        try:
+            chosen = read_adapter_config(Path(train.adapter_config), train.method if "method" in given else None)
+        except (ValueError, OSError) as error:
+            fail(str(error))
+        values["method"] = chosen.pop("method")
+        flat = chosen | flat
     if train.data_path is None and train.ckpt_dir is None:
         values |= {name: value for name, value in recipe.items() if name not in given}
-    settings = Settings(TrainFlags(**values), {k: v for k, v in asdict(adapter).items() if v is not None}, parsed.given)
+    settings = Settings(TrainFlags(**values), flat, parsed.given)
     _check_early(settings)
     return settings
+
+
+def read_adapter_config(path: Path, method: str | None) -> dict[str, Any]:
+    """The adapter settings in a file: all that `adapter_params.json` holds or a part of it (the base, which is told
+    there too, may be another here). A file without a method is about `method`, or about a custom mixture.
+
+    ValueError naming the file, also where its method is not `method`.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object of adapter settings, found {type(found).__name__}")
+    found.pop("base", None)
+    found.setdefault("method", method or "custom")
+    if method not in (None, found["method"]):
+        raise ValueError(f"{path}: its method is {found['method']}, not {method} (--method)")
+    try:  # for a model deeper than any: whether the layers fit this one is seen when it is known
+        AdapterConfig.from_flat(found, DEEPEST)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return found
 
 
 def _check_early(settings: Settings) -> None:
@@ -138,7 +174,7 @@ def _check_early(settings: Settings) -> None:
     try:
         args = ModelArgs.from_file(params) if params and params.is_file() else None
         # Without a model at hand ranges are checked against one that is deeper than any.
-        settings.config(args or ModelArgs(dim=2, n_layers=10_000, n_heads=1))
+        settings.config(args or ModelArgs(dim=2, n_layers=DEEPEST, n_heads=1))
     except OSError as error:
         fail(f"{params}: {error.strerror}")
     except ValueError as error:
@@ -169,7 +205,8 @@ def continued(settings: Settings) -> Settings:
         before, resolved = {**start["settings"]}, {**start["adapter"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{record}: the record of the run to resume is missing or damaged") from None
-    typed = {k: v for k, v in (asdict(settings.train) | settings.adapter).items() if k in settings.given}
+    chosen = settings.given | (settings.adapter.keys() if "adapter_config" in settings.given else set())
+    typed = {k: v for k, v in (asdict(settings.train) | settings.adapter).items() if k in chosen}
     for name, value in typed.items():
         # An adapter's flag may also spell out what the method's preset came to
         if name not in FREE and value not in (before.get(name), resolved.get(name, before.get(name))):

@@ -1,0 +1,431 @@
+"""Plain LoRA merged into its base, to PEFT and from it: the same logits everywhere, or a refusal by name."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from commands import REPO
+from convert import hf
+from convert.__main__ import main
+from convert.merge import merge
+from convert.peft import from_peft, to_peft
+from convert_samples import write_hf
+from llama import Llama
+from moa.adapter_file import load_adapter
+from moa.config import AdapterConfig
+from moa.state import load_adapter_state
+from tiny import (
+    ARGS,
+    BASE,
+    GOLDEN,
+    METHODS,
+    PARAMS,
+    build,
+    golden_state,
+    random_state,
+    save,
+    shared,
+    tokens,
+    write_base,
+)
+
+# Of transformers, for a word that PEFT uses
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+ALL = "Q,K,V,O,FFN_UP,FFN_GATE,FFN_DOWN"
+# Of the golden base's linear layers, as LoRA's targets name them
+WEIGHTS = {
+    "Q": "attention.wq",
+    "K": "attention.wk",
+    "V": "attention.wv",
+    "O": "attention.wo",
+    "FFN_UP": "feed_forward.w3",
+    "FFN_GATE": "feed_forward.w1",
+    "FFN_DOWN": "feed_forward.w2",
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A random model of transformers (2 layers, 6 heads, 2 key/value heads) and its checkpoint in Meta's layout."""
+    root = tmp_path_factory.mktemp("pair")
+    model = write_hf(root / "hf", "llama3")
+    hf.convert(root / "hf", root / "meta", dtype="fp32")
+    return model, root / "meta"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Random LoRAs at every linear layer of the golden base."""
+    return save(shared("lora"), tmp_path / "adapter")
+
+
+def random_lora(ckpt_dir: Path, folder: Path, **flat: Any) -> tuple[Llama, Path]:
+    """A model with random LoRAs, and their file."""
+    config = AdapterConfig.from_flat({"method": "lora", **flat}, n_layers=2)
+    llm = Llama.build(ckpt_dir, config=config)
+    load_adapter_state(llm.model, random_state(llm.model), "random")
+    return llm, save(llm, folder)
+
+
+def shards(folder: Path) -> list[dict[str, Tensor]]:
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("consolidated.*.pth"))]
+
+
+def close(found: Tensor, expected: Tensor, other: Tensor) -> None:
+    """Equal to float32's rounding, which is no accident: `other`, without the adapter, is far away."""
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    assert (expected - other).abs().max() > 0.1
+
+
+# --- PEFT ---
+
+SUBSETS = {
+    "all": {"lora_targets": ALL, "lora_rank": 3, "lora_alpha": 6.0},
+    "some": {"lora_targets": "K,FFN_DOWN,O", "lora_layers": "1-2", "lora_rank": 4, "lora_alpha": 2.5},
+    "custom": {"method": "custom", "lora_targets": "Q,FFN_UP", "lora_layers": "0-1", "lora_hydra": True},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_peft_computes_the_same_logits(subset: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
+    original, ckpt_dir = pair
+    llm, path = random_lora(ckpt_dir, tmp_path / "ours", **SUBSETS[subset])
+    to_peft(path, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "peft").eval()
+    batch = tokens(2, 70)
+    close(theirs(batch).logits, llm.model(batch), original(batch).logits)
+
+
+def test_what_the_folder_says(pair: tuple[Any, Path], tmp_path: Path) -> None:
+    _, path = random_lora(pair[1], tmp_path / "ours", **SUBSETS["some"])
+    main(["peft", "--adapter_path", str(path), "--output", str(tmp_path / "peft"), "--base_model", "meta/base"])
+    assert sorted(p.name for p in (tmp_path / "peft").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    expected = {"peft_type": "LORA", "r": 4, "lora_alpha": 2.5, "target_modules": ["down_proj", "k_proj", "o_proj"]}
+    assert expected.items() <= config.items()
+    assert (config["base_model_name_or_path"], config["layers_to_transform"]) == ("meta/base", [1])
+    with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        found = {name: file.get_tensor(name) for name in file.keys()}
+    block = "base_model.model.model.layers.1."
+    names = ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")
+    assert found.keys() == {f"{block}{name}.lora_{ab}.weight" for name in names for ab in "AB"}
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    assert found[f"{block}mlp.down_proj.lora_A.weight"].shape == (4, 160)
+
+
+def test_an_adapter_of_the_authors_needs_the_bases_shape(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter_params.json: does not tell the shape.*--ckpt_dir"):
+        to_peft(GOLDEN / "lora" / "adapter.pth", tmp_path / "peft")
+    to_peft(GOLDEN / "lora", tmp_path / "peft", ckpt_dir=BASE)
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["layers_to_transform"] is None
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_there_and_back(subset: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
+    llm, path = random_lora(pair[1], tmp_path / "ours", **SUBSETS[subset])
+    to_peft(path, tmp_path / "peft")
+    flags = ["--input", str(tmp_path / "peft"), "--ckpt_dir", str(pair[1]), "--output", str(tmp_path / "back")]
+    main(["from_peft", *flags])
+    base = asdict(llm.model.args)
+    (config, state), (back_config, back) = load_adapter(path, base), load_adapter(tmp_path / "back", base)
+    assert state.keys() == back.keys() and all(torch.equal(state[key], back[key]) for key in state)
+    ours, theirs = config.adapters["lora"], back_config.adapters["lora"]
+    assert set(ours.targets.split(",")) == set(theirs.targets.split(","))
+    assert (ours.layers, ours.rank, ours.alpha) == (theirs.layers, theirs.rank, theirs.alpha)
+
+
+@pytest.fixture
+def made_by_peft(pair: tuple[Any, Path], tmp_path: Path) -> tuple[Any, Path]:
+    """A random LoRA as PEFT itself builds and writes it: model and folder."""
+    modules = ["q_proj", "k_proj", "up_proj", "down_proj"]
+    settings = LoraConfig(r=3, lora_alpha=5, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(pair[0]), settings).eval()
+    model.save_pretrained(tmp_path / "made")
+    return model, tmp_path / "made"
+
+
+@torch.no_grad()
+def test_an_adapter_made_by_peft(made_by_peft: tuple[Any, Path], pair: tuple[Any, Path], tmp_path: Path) -> None:
+    theirs, folder = made_by_peft
+    from_peft(folder, pair[1], tmp_path / "ours")
+    llm = Llama.build(pair[1], tmp_path / "ours" / "adapter.pth")
+    batch = tokens(2, 40)
+    close(llm.model(batch), theirs(batch).logits, pair[0](batch).logits)
+
+
+def settings(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        found = load_file(folder / "adapter_model.safetensors")
+        change(found)
+        save_file(found, folder / "adapter_model.safetensors")
+
+    return damage
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+BAD_PEFT = {
+    "other kind": (settings(peft_type="IA3"), "adapter_config.json: peft_type is 'IA3'"),
+    "biases": (settings(bias="lora_only"), "adapter_config.json: bias is 'lora_only'"),
+    "dora": (settings(use_dora=True), "adapter_config.json: use_dora is True"),
+    "rslora": (settings(use_rslora=True), "adapter_config.json: use_rslora is True"),
+    "ranks": (settings(rank_pattern={"q_proj": 4}), "adapter_config.json: rank_pattern is {'q_proj': 4}"),
+    "unknown": (settings(use_tomorrow=1), "adapter_config.json: use_tomorrow is 1"),
+    "residual base": (settings(init_lora_weights="pissa"), "init_lora_weights 'pissa' changes the base"),
+    "rank is text": (settings(r="3"), "made: lora_rank must be of type int, not '3'"),
+    "rank": (settings(r=4), r"adapter_model.safetensors: \S+ has shape \(3, 48\), the model's is \(4, 48\)"),
+    "no file": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
+    "no settings": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
+    "missing": (tensors(lambda t: t.pop(Q)), "adapter_model.safetensors: missing adapter tensor .*lora_Q.B"),
+    "elsewhere": (
+        tensors(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)})),
+        "tensor base_model.model.lm_head.lora_A.weight is no LoRA at a linear layer",
+    ),
+    "norm": (
+        tensors(lambda t: t.update({Q.replace("self_attn.q_proj", "input_layernorm"): torch.ones(48, 3)})),
+        "is no LoRA at a linear layer",
+    ),
+    "layers": (tensors(lambda t: t.update({Q.replace("0", "7", 1): t[Q].clone()})), "goes beyond the model's 2 layers"),
+    "not finite": (tensors(lambda t: t[Q].fill_(torch.nan)), "lora_Q.B has values that are not finite"),
+    "integers": (tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), "not a plain tensor of floating-point"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PEFT)
+def test_a_bad_peft_folder(case: str, made_by_peft: tuple[Any, Path], pair: tuple[Any, Path], tmp_path: Path) -> None:
+    damage, message = BAD_PEFT[case]
+    damage(made_by_peft[1])
+    with pytest.raises(ValueError, match=message) as caught:
+        from_peft(made_by_peft[1], pair[1], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+# --- merging ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n", "embedding"), [(1, "vocabulary"), (2, "vocabulary"), (4, "width")])
+def test_a_merged_checkpoint_has_the_adapters_logits(n: int, embedding: str, adapter: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", PARAMS | {"vocab_size": -1}, golden_state(), n)
+    if embedding == "width":  # LLaMA-2's way
+        for file, part in zip(
+            sorted(base.glob("*.pth")), golden_state()["tok_embeddings.weight"].chunk(n, 1), strict=True
+        ):
+            state = torch.load(file, weights_only=True) | {"tok_embeddings.weight": part.clone()}
+            torch.save(state | {"rope.freqs": torch.ones(8)}, file)
+    result = merge(base, adapter, tmp_path / "merged")
+    assert (result.shards, result.matrices) == (n, 7 * ARGS.n_layers)
+    for name in ("params.json", "tokenizer.model"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    for before, after in zip(shards(base), shards(tmp_path / "merged"), strict=True):
+        assert list(before) == list(after)
+        for key, tensor in before.items():
+            assert torch.equal(after[key], tensor) != key.endswith(tuple(f"{w}.weight" for w in WEIGHTS.values())), key
+    batch = tokens(2, 12)
+    merged = Llama.build(tmp_path / "merged").model(batch)
+    close(merged, shared("lora").model(batch), shared(None).model(batch))
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16", "fp32"])
+def test_number_formats(dtype: str | None, adapter: Path, tmp_path: Path) -> None:
+    state = {key: t if key == "norm.weight" else t.bfloat16() for key, t in golden_state().items()}
+    base = write_base(tmp_path / "base", PARAMS, state)
+    merge(base, adapter, tmp_path / "merged", dtype)
+    found, lora = shards(tmp_path / "merged")[0], torch.load(adapter, weights_only=True)
+    kind = {None: torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    assert found["norm.weight"].dtype == (kind if dtype else torch.float32)
+    for layer in range(ARGS.n_layers):
+        for target, name in WEIGHTS.items():
+            part, key = name.partition(".")[0], f"layers.{layer}.{name}.weight"
+            a, b = (lora[f"layers.{layer}.{part}.adapters.lora_{target}.{ab}"].double() for ab in "AB")
+            exact = state[key].double() + 6 / 4 * torch.einsum("or,ri->oi", b, a)
+            assert found[key].dtype == kind
+            # Half a unit in the last place, and float32's own rounding before it
+            torch.testing.assert_close(found[key].double(), exact, rtol=torch.finfo(kind).eps / 2 + 1e-6, atol=2e-6)
+
+
+def test_one_shard_is_written_at_a_time(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk fills up at the second, nothing is left."""
+    base, written = write_base(tmp_path / "base", PARAMS, golden_state(), 2), []
+
+    def save_once(state: dict[str, Tensor], file: Any) -> None:
+        written.append(len(state))
+        if len(written) == 2:
+            raise RuntimeError("PytorchStreamWriter failed writing file\nmore")
+
+    monkeypatch.setattr(torch, "save", save_once)
+    with pytest.raises(OSError, match="consolidated.01.pth: could not be written"):
+        merge(base, adapter, tmp_path / "merged")
+    assert len(written) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@torch.no_grad()
+def test_an_adapter_of_the_authors_merges_to_their_logits(tmp_path: Path) -> None:
+    merge(BASE, GOLDEN / "lora" / "adapter.pth", tmp_path / "merged")
+    expected = np.load(GOLDEN / "lora" / "expected.npz")
+    batch = torch.from_numpy(expected["tokens"])
+    found = Llama.build(tmp_path / "merged").model(batch)
+    valid = batch != 0  # their padding; ours has none
+    torch.testing.assert_close(found[valid], torch.from_numpy(expected["logits"])[valid], atol=2e-4, rtol=2e-4)
+
+
+# --- refusals ---
+
+NOT_PLAIN = {
+    "prompt": ["adapters of kind prompt (layers 0-3)"],
+    "parallel_adapter": ["adapters of kind p_adapter (layers 0-3)"],
+    "soft_moa": ["kind prompt (layers 1-3)", "kind p_adapter (layers 0-1,2-3)", "a router (block_router soft)"],
+    "hydralora": ["3 experts in each adapter's place"],
+    "lora_bias_norm": ["trained biases and norms (train_bias_norm)"],
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_what_is_more_than_plain_lora(name: str, tmp_path: Path) -> None:
+    path = save(build(name), tmp_path / "adapter")
+    for convert in (lambda: to_peft(path, tmp_path / "out"), lambda: merge(BASE, path, tmp_path / "out")):
+        with pytest.raises(ValueError, match="adapter.pth: only plain LoRA can be converted") as caught:
+            convert()
+        assert all(words in str(caught.value) for words in NOT_PLAIN[name])
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_lora_alone_is_not_plain_behind_a_router(tmp_path: Path) -> None:
+    llm = Llama.build(BASE, config=AdapterConfig.from_flat(METHODS["lora"] | {"block_router": "soft"}, ARGS.n_layers))
+    with pytest.raises(ValueError, match=r"this adapter has a router \(block_router soft\)$"):
+        to_peft(save(llm, tmp_path / "adapter"), tmp_path / "out")
+
+
+def edit(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(base: Path) -> None:
+        file = base / "consolidated.01.pth"
+        state = torch.load(file, weights_only=True)
+        change(state)
+        torch.save(state, file)
+
+    return damage
+
+
+W2 = "layers.1.feed_forward.w2.weight"
+BAD_BASE = {
+    "other shape": (
+        lambda f: (f / "params.json").write_text(json.dumps(PARAMS | {"n_heads": 8})),
+        "the adapter was trained on a base with n_heads 4, this one has 8",
+    ),
+    "missing": (edit(lambda s: s.pop(W2)), f"consolidated.01.pth: missing tensor {W2}"),
+    "left over": (edit(lambda s: s.update(extra=s[W2])), "consolidated.01.pth: unexpected tensor extra"),
+    "uneven": (edit(lambda s: s.update({W2: s[W2][:, 1:]})), f"consolidated.01.pth: {W2} has shape"),
+    "integers": (
+        edit(lambda s: s.update({W2: s[W2].to(torch.int8)})),
+        f"consolidated.01.pth: {W2} has type torch.int8",
+    ),
+    "not finite": (
+        edit(lambda s: s[W2][3].fill_(torch.inf)),
+        f"consolidated.01.pth: {W2}, merged, has values that are",
+    ),
+    "not finite elsewhere": (
+        edit(lambda s: s["norm.weight"].fill_(torch.nan)),
+        "consolidated.01.pth: norm.weight has values that are not finite numbers in fp32",
+    ),
+    "other cut": (
+        lambda f: [torch.save(golden_state(), f / f"consolidated.0{i}.pth") for i in (0, 1)],
+        r"consolidated.00.pth of 2 shards: tok_embeddings.weight has shape \(512, 64\), params.json asks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BASE)
+def test_a_base_that_does_not_fit(case: str, adapter: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", PARAMS, golden_state(), 2)
+    damage, message = BAD_BASE[case]
+    damage(base)
+    with pytest.raises(ValueError, match=message) as caught:
+        merge(base, adapter, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_sum_beyond_the_number_format(adapter: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", PARAMS, golden_state() | {W2: torch.full((64, ARGS.ffn_dim), 1e5)})
+    with pytest.raises(ValueError, match=f"{W2}, merged, has values that are not finite numbers in fp16"):
+        merge(base, adapter, tmp_path / "out", dtype="fp16")
+    merge(base, adapter, tmp_path / "out")
+
+
+def test_the_base_is_never_replaced(adapter: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", PARAMS, golden_state())
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(ValueError, match="base: exists already"):
+        merge(base, adapter, base)
+    with pytest.raises(ValueError, match="is the base itself"):
+        merge(base, adapter, tmp_path / "adapter" / ".." / "base", overwrite=True)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    for _ in range(2):
+        merge(base, adapter, tmp_path / "merged", overwrite=True)
+
+
+def test_output_folders_of_other_things_stay(adapter: Path, tmp_path: Path) -> None:
+    """A checkpoint is no place for a PEFT adapter, nor the other way round, whatever --overwrite says."""
+    to_peft(adapter, tmp_path / "peft")
+    to_peft(adapter, tmp_path / "peft", overwrite=True)
+    merge(BASE, adapter, tmp_path / "merged")
+    with pytest.raises(ValueError, match="peft: holds adapter_"):
+        merge(BASE, adapter, tmp_path / "peft", overwrite=True)
+    with pytest.raises(ValueError, match="merged: holds .*, which is no part of what goes there"):
+        to_peft(adapter, tmp_path / "merged", overwrite=True)
+
+
+# --- the command line ---
+
+
+def test_merge_from_the_command_line(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--ckpt_dir", str(BASE), "--adapter_path", str(adapter.parent), "--output", str(tmp_path / "merged")]
+    main(["merge", *flags, "--dtype", "bf16"])
+    assert "merged (21 matrices changed, shards: 1)" in capsys.readouterr().out
+    assert {t.dtype for t in shards(tmp_path / "merged")[0].values()} == {torch.bfloat16}
+    with pytest.raises(SystemExit) as caught:
+        main(["merge", *flags])
+    assert caught.value.code == 1
+    assert "exists already (--overwrite replaces it)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["merge", "--ckpt_dir", "x"], ["peft", "--adapter", "x"], ["from_peft", "--dtype", "x"]]
+)
+def test_wrong_flags_are_refused_without_torch(words: list[str]) -> None:
+    code = f"""
+import sys
+from convert.__main__ import main
+try:
+    main({words!r})
+except SystemExit as end:
+    sys.exit(end.code if "torch" not in sys.modules else 3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: "), (done.returncode, done.stderr)
