@@ -81,6 +81,10 @@ def their_params(config: AdapterConfig) -> dict[str, Any]:
     lora, p_adapter, prompt = (config.adapters[kind] for kind in ("lora", "p_adapter", "prompt"))
     router, experts = config.router, config.experts
     chosen = experts.expert_num > 1 and experts.expert_router != "soft"
+    if router.block_router not in ("none", "soft", "sparse", "instance", "kinds"):
+        raise ValueError(f"block_router {router.block_router}: the authors have none of that kind")
+    if chosen and experts.expert_router not in ("topk", "adamole"):
+        raise ValueError(f"expert_router {experts.expert_router}: the authors have none of that kind")
     if chosen and (p_adapter.layers or prompt.layers or router.block_router != "none" or lora.hydra):
         raise ValueError(f"expert_router {experts.expert_router}: the authors' has it for LoRA alone, without hydra")
     if router.block_router == "sparse" and experts.expert_num > 1:

@@ -54,4 +54,4 @@ def build_router(config: AdapterConfig | None, slots: list[Slot], dim: int) -> A
     """The router of a block with these adapters; None where the method has none, or the block nothing to route."""
     if config is None or not slots or config.router.block_router == "none":
         return None
-    return load_class(BLOCK_ROUTERS[config.router.block_router])(slots, dim, config)
+    return load_class(BLOCK_ROUTERS[config.router.block_router].module)(slots, dim, config)

@@ -11,7 +11,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from moa.knobs import ADAPTERS, METHODS, SECTIONS, SITES, BaseKnobs, ExpertKnobs, RouterKnobs, knob_fields
+from moa.knobs import (
+    ADAPTERS,
+    BLOCK_ROUTERS,
+    EXPERT_ROUTERS,
+    METHODS,
+    SECTIONS,
+    SITES,
+    BaseKnobs,
+    ExpertKnobs,
+    RouterKnobs,
+    knob_fields,
+)
 
 MAX_SIZE = 2**16  # of a rank, width or length: more is a slip of the hand
 
@@ -99,8 +110,6 @@ class AdapterConfig:
             raise ValueError(f"method {self.method} with these layers has no adapter: nothing would be trained")
         if self.router.block_router == "sparse" and self.adapters["prompt"].layers:
             raise ValueError("prompt_layers: a sparse router cannot switch a prompt off per token; leave prompts out")
-        if self.router.block_router == "sparse" and self.router.gate_activation != "sigmoid":
-            raise ValueError("gate_activation: the sparse router compares each gate by itself: sigmoid only")
         experts = self.experts
         if not 1 <= experts.expert_num <= MAX_SIZE:
             raise ValueError(f"expert_num must be from 1 to {MAX_SIZE}, not {experts.expert_num}")
@@ -118,26 +127,21 @@ class AdapterConfig:
                 if f"{name}_{f.name}" in given and f.name != "layers" and not knobs.layers:
                     hint = f"method {self.method} has no such adapter (--{name}_layers adds it)"
                     return f"--{name}_{f.name} has no effect: {hint}"
-        router, experts = self.router, self.experts
-        routed = router.block_router in ("soft", "sparse", "instance")
-        sparse, mixed = router.block_router == "sparse", experts.expert_num > 1
-        chosen = mixed and experts.expert_router in ("topk", "adamole")
-        used = {
-            "swi_x": (routed, f"method {self.method} has no router of that kind"),
-            "gate_activation": (routed, f"method {self.method} has no router of that kind"),
-            "max_threshold": (sparse, "only the sparse router has a threshold"),
-            "const_threshold": (sparse, "only the sparse router has a threshold"),
-            "threshold_gradient": (sparse and not router.const_threshold, "no threshold is learned"),
-            "expert_router": (mixed, "there are no experts (--expert_num)"),
-            "lora_hydra": (mixed, "there are no experts (--expert_num)"),
-            "p_adapter_hydra": (mixed, "there are no experts (--expert_num)"),
-            "top_k": (mixed and experts.expert_router == "topk", "only the topk router chooses so many experts"),
-            "noisy_router": (mixed and experts.expert_router == "topk", "only the topk router has noise"),
-            "lb_loss_coeff": (chosen, "only the topk and adamole routers of experts are balanced"),
-        }
-        for name, (effective, reason) in used.items():
-            if name in given and not effective:
-                return f"--{name} has no effect: {reason}"
+        router, experts, mixed = self.router, self.experts, self.experts.expert_num > 1
+        read = {"block_router", "expert_num", "train_bias_norm"} | set(BLOCK_ROUTERS[router.block_router].uses)
+        if mixed:
+            read |= {"expert_router"} | set(EXPERT_ROUTERS[experts.expert_router].uses)
+        if router.const_threshold:
+            read.discard("threshold_gradient")
+        for section in (router, experts):
+            for name in (f.name for f in fields(section) if f.name in given - read):
+                if section is router:
+                    return f"--{name} has no effect with --block_router {router.block_router} (method {self.method})"
+                what = f"--expert_router {experts.expert_router}" if mixed else "--expert_num 1"
+                return f"--{name} has no effect with {what} (method {self.method})"
+        for name in ("lora_hydra", "p_adapter_hydra"):
+            if name in given and not mixed:
+                return f"--{name} has no effect with --expert_num 1 (method {self.method})"
         return None
 
     def _sites(self, kind: str) -> list[str]:

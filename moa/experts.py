@@ -79,4 +79,4 @@ def build_expert_router(site: Site, config: AdapterConfig, soft_bias: bool = Tru
     (LoRA's has none, as published)."""
     if config.experts.expert_num == 1:
         return None
-    return load_class(EXPERT_ROUTERS[config.experts.expert_router])(site, config, soft_bias)
+    return load_class(EXPERT_ROUTERS[config.experts.expert_router].module)(site, config, soft_bias)

@@ -4,6 +4,7 @@ Every knob is declared once, here, as a field of a knobs class; its command-line
 adapter's knob (`lora_rank`, `prompt_len`) and `<field>` for the rest (`swi_x`).
 """
 
+from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ SITES = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "blo
 LINEAR_SITES = tuple(s for s in SITES if s not in ("attention", "block"))
 
 
-def knob(default: Any, help: str, choices: tuple | None = None) -> Any:
+def knob(default: Any, help: str, choices: Collection | None = None) -> Any:
     """A dataclass field with the metadata that the command line shows."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -76,19 +77,30 @@ register_adapter("lora", LoRAKnobs, "moa.lora:LoRA", LINEAR_SITES, experts=True)
 register_adapter("prompt", PromptKnobs, "moa.prompt:Prompt", ("attention",), experts=True)
 register_adapter("p_adapter", ParallelAdapterKnobs, "moa.parallel_adapter:ParallelAdapter", ("block",), experts=True)
 
-# Routers that weigh the adapters of a block against each other, by the value of --block_router.
-BLOCK_ROUTERS: dict[str, str] = {
-    "none": "",
-    "soft": "moa.routers:SoftRouter",
-    "sparse": "moa.routers:SparseRouter",
-    "instance": "moa.routers:InstanceRouter",
-    "kinds": "moa.routers:KindRouter",
+
+@dataclass(frozen=True)
+class RouterKind:
+    """A kind of router: `module` ("package.module:Class") is built where one is needed; uses: the knobs it reads."""
+
+    module: str
+    uses: tuple[str, ...]
+
+
+# Routers that weigh the adapters of a block against each other, and those that weigh the experts of one adapter, by
+# the value of --block_router and --expert_router.
+BLOCK_ROUTERS: dict[str, RouterKind] = {
+    "none": RouterKind("", ()),
+    "soft": RouterKind("moa.routers:SoftRouter", ("swi_x", "gate_activation")),
+    "sparse": RouterKind(
+        "moa.routers:SparseRouter", ("swi_x", "max_threshold", "const_threshold", "threshold_gradient")
+    ),
+    "instance": RouterKind("moa.routers:InstanceRouter", ("swi_x", "gate_activation")),
+    "kinds": RouterKind("moa.routers:KindRouter", ()),
 }
-# Routers that weigh the experts of one adapter against each other, by the value of --expert_router.
-EXPERT_ROUTERS: dict[str, str] = {
-    "soft": "moa.experts:SoftExperts",
-    "topk": "moa.experts:TopKExperts",
-    "adamole": "moa.experts:AdaMoLEExperts",
+EXPERT_ROUTERS: dict[str, RouterKind] = {
+    "soft": RouterKind("moa.experts:SoftExperts", ()),
+    "topk": RouterKind("moa.experts:TopKExperts", ("top_k", "noisy_router", "lb_loss_coeff")),
+    "adamole": RouterKind("moa.experts:AdaMoLEExperts", ("lb_loss_coeff",)),
 }
 
 
@@ -100,7 +112,7 @@ class RouterKnobs:
         "none",
         "router of a block's adapters: soft and sparse per token; instance and kinds once per row, from its prompt, "
         "with one gate per adapter or one per kind of adapter",
-        tuple(BLOCK_ROUTERS),
+        BLOCK_ROUTERS,
     )
     gate_activation: str = knob(
         "sigmoid", "from the router's outputs to gates: each by itself, or sharing 1", ("sigmoid", "softmax")
@@ -118,7 +130,7 @@ class ExpertKnobs:
     """Several adapters of one kind in the place of one."""
 
     expert_num: int = knob(1, "experts in each adapter's place")
-    expert_router: str = knob("soft", "router of the experts of each adapter", tuple(EXPERT_ROUTERS))
+    expert_router: str = knob("soft", "router of the experts of each adapter", EXPERT_ROUTERS)
     top_k: int = knob(2, "topk router: experts that a token goes to")
     noisy_router: bool = knob(False, "topk router: learned noise on its logits while training")
     lb_loss_coeff: float = knob(0.0, "topk and adamole routers: weight of the load-balancing loss")

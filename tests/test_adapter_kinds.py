@@ -10,10 +10,10 @@ from torch import Tensor
 
 from llama import Llama
 from moa.adapter import AdapterModule, Site, normal
-from moa.config import AdapterConfig
-from moa.knobs import ADAPTERS, knob, register_adapter
-from moa.state import adapter_state, count, optimizer_groups
-from tiny import ARGS, BASE, METHODS, save, tokens
+from moa.config import AdapterConfig, Slot
+from moa.knobs import ADAPTERS, BLOCK_ROUTERS, EXPERT_ROUTERS, RouterKind, knob, register_adapter
+from moa.state import adapter_state, count, load_adapter_state, optimizer_groups
+from tiny import ARGS, BASE, METHODS, gradients, random_state, save, tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,57 @@ def test_a_new_kind_of_adapter_needs_one_registration(flat: dict, scale: None, t
     assert llm.generate([[256, 3, 4]], 4) == other.generate([[256, 3, 4]], 4)
 
 
-def test_the_new_kind_was_taken_out_again() -> None:
+class LastRouter(AdapterModule):
+    """All the weight to the last of a block's adapters, times a trained number."""
+
+    per_row = False
+
+    def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
+        super().__init__()
+        self.slots = [slot.name for slot in slots]
+        self.declare("factor", (1,), normal)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        gates = {slot: torch.zeros(len(x), 1) for slot in self.slots}
+        return gates | {self.slots[-1]: self.factor.expand(len(x), 1)}
+
+
+class FirstExpert(AdapterModule):
+    """All the weight to the first expert, times a trained number."""
+
+    def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
+        super().__init__()
+        self.weight = torch.zeros(config.experts.expert_num)
+        self.weight[0] = 1
+        self.declare("factor", (1,), normal)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, None]:
+        return (self.factor * self.weight).expand(len(u), -1), None
+
+
+@pytest.mark.parametrize("kind", ["block_router", "expert_router"])
+def test_a_new_router_needs_one_registration(kind: str, monkeypatch, tmp_path: Path) -> None:
+    if kind == "block_router":
+        monkeypatch.setitem(BLOCK_ROUTERS, "last", RouterKind(f"{__name__}:LastRouter", ()))
+        flat = METHODS["soft_moa"] | {"method": "custom", "block_router": "last"}
+    else:
+        monkeypatch.setitem(EXPERT_ROUTERS, "first", RouterKind(f"{__name__}:FirstExpert", ()))
+        flat = METHODS["molora"] | {"expert_router": "first"}
+    llm = Llama.build(BASE, config=AdapterConfig.from_flat(flat, ARGS.n_layers), device="cpu")
+    load_adapter_state(llm.model, random_state(llm.model), "random")
+    model, batch = llm.model, tokens(2, 6)
+    keys = {key for key in adapter_state(model) if key.endswith("router.factor")}
+    assert len(keys) == (3 if kind == "block_router" else 21)
+    model.loss(batch, batch).backward()
+    moved = {key for key, grad in gradients(model).items() if grad.any()}
+    assert keys <= moved
+    other = Llama.build(BASE, save(llm, tmp_path / "out"), device="cpu", seed=8)
+    assert torch.equal(other.model(batch), model(batch))
+    assert llm.generate([[256, 3, 4]], 4) == other.generate([[256, 3, 4]], 4)
+
+
+def test_the_new_kinds_were_taken_out_again() -> None:
+    assert "last" not in BLOCK_ROUTERS and "first" not in EXPERT_ROUTERS
     assert set(ADAPTERS) == {"lora", "prompt", "p_adapter"}
     with pytest.raises(ValueError, match="unknown adapter setting scale_layers"):
         AdapterConfig.from_flat({"method": "lora", "scale_layers": "all"}, 3)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from commands import refused, run, torchrun, train_flags, write_rows
-from llama import Llama
 from tiny import BASE
 
 
@@ -97,18 +96,6 @@ def test_two_processes_train_as_one(trained, data, tmp_path, mp, batch, accum):
     assert losses(out) == pytest.approx(losses(trained), rel=1e-4)
     for key, tensor in adapter(trained).items():
         assert torch.allclose(tensor, adapter(out)[key], atol=2e-3), key
-
-
-@pytest.mark.parametrize("method", ["sparse_moa", "lora", "prompt", "parallel_adapter"])
-def test_other_methods_train_and_are_extracted(data, tmp_path, method):
-    shape = {"lora_rank": None, "p_adapter_size": None, "prompt_len": None}  # each method's own
-    result = run("finetune.py", *train_flags(data / "train.json", tmp_path, method=method, max_steps=2, **shape))
-    assert result.returncode == 0, result.stderr
-    assert run("extract_adapter.py", tmp_path).returncode == 0
-    params = json.loads((tmp_path / "adapter_params.json").read_text())
-    assert params["method"] == method
-    llm = Llama.build(BASE, tmp_path / "adapter.pth", device="cpu", seed=5)
-    assert llm.model.config.flat() == {k: v for k, v in params.items() if k != "base"}
 
 
 def test_generation_is_resumed_and_shared_out_without_a_difference(trained, data, tmp_path):

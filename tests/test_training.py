@@ -221,7 +221,7 @@ def test_rows_that_do_not_fit_are_left_out_aloud(tmp_path, capsys):
         load_examples(path, tokenizer, 100)
 
 
-@pytest.mark.parametrize("method", ["soft_moa", "sparse_moa", "lora"])
+@pytest.mark.parametrize("method", ["soft_moa", "sparse_moa", "lora", "molora", "adamole", "prompt_moe", "unipeft"])
 def test_the_activation_estimate_is_near_what_autograd_keeps(method):
     llm = tiny.build(method)
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in llm.model.parameters()}

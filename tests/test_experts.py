@@ -1,0 +1,94 @@
+"""Routers of experts where the model's formulas do not reach: noise, ties, balance."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moa.adapter import AdapterModule, Site
+from moa.config import AdapterConfig
+from moa.experts import balance_loss, build_expert_router
+from moa.state import initialise
+from tiny import build, tokens
+
+N, D, E = 40, 6, 4
+
+
+def router(kind: str, **flat) -> AdapterModule:
+    settings = {"method": "custom", "lora_layers": "all", "expert_num": E, "expert_router": kind}
+    made = build_expert_router(Site(D, D, None, 1), AdapterConfig.from_flat(settings | flat, 1))
+    initialise(made, seed=2)
+    return made.eval()
+
+
+def inputs(seed: int = 0) -> Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_noise_only_while_training_and_by_the_formula(monkeypatch) -> None:
+    noisy, plain, u = router("topk", noisy_router=True), router("topk"), inputs()
+    assert plain.noise is None
+    plain.linear.load_state_dict(noisy.linear.state_dict())
+    expected, _ = plain(u)
+    assert torch.equal(noisy(u)[0], expected)
+    noisy.train()
+    assert not torch.equal(noisy(u)[0], expected)
+    normal = torch.randn(N, E, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(torch, "randn_like", lambda x: normal.clone())
+    logits = plain.linear(u) + normal * torch.log1p(torch.exp(noisy.noise(u)))
+    weights, balance = noisy(u)
+    best = logits.sort(-1, descending=True).indices[:, :2]
+    torch.testing.assert_close(weights.gather(1, best), logits.gather(1, best).softmax(-1))
+    assert (weights > 0).sum() == 2 * N
+    (weights * inputs(3)[:, :E]).sum().backward()
+    assert noisy.noise.weight.grad.norm() > 0 and noisy.noise.bias.grad.norm() > 0
+
+
+def test_generation_is_without_noise_also_for_a_model_in_training() -> None:
+    llm, prompt = build("noisy"), [256, *tokens(6).tolist()]
+    expected = llm.generate([prompt], max_gen_len=8)
+    llm.model.train()
+    assert llm.generate([prompt] * 3, max_gen_len=8) == expected * 3
+    assert llm.model.training
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_topk_keeps_k_experts_that_sum_to_one(k: int) -> None:
+    weights, _ = router("topk", top_k=k)(inputs())
+    assert ((weights > 0).sum(-1) == k).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(N))
+
+
+def test_adamole_chooses_by_threshold_and_is_safe_where_nothing_is_left() -> None:
+    adamole = router("adamole")
+    weights, balance = adamole(inputs())
+    counts = (weights > 0).sum(-1)
+    assert counts.min() >= 1 and counts.min() < counts.max()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(N))
+    assert balance > 0
+    with torch.no_grad():  # all experts alike, and exactly at the threshold: d = 0 for each
+        for parameter in adamole.parameters():
+            parameter.zero_()
+        adamole.threshold.bias.fill_(100.0)
+    weights, _ = adamole(inputs())
+    weights.sum().backward()
+    assert not weights.any() and all(torch.isfinite(p.grad).all() for p in adamole.parameters())
+
+
+def test_the_balance_loss_is_least_where_all_experts_are_used_alike() -> None:
+    even = torch.eye(E).repeat(N, 1)
+    assert balance_loss(even.bool(), even).item() == pytest.approx(1.0)
+    one = F.one_hot(torch.zeros(N, dtype=torch.long), E)
+    assert balance_loss(one.bool(), one.float()).item() == pytest.approx(E)
+    p = inputs()[:, :E].softmax(-1).requires_grad_()
+    chosen = p.detach() > 0.3
+    balance_loss(chosen, p).backward()  # E f_e / N for each token
+    torch.testing.assert_close(p.grad, (E * chosen.float().mean(0) / N).expand(N, E))
+
+
+def test_a_soft_router_has_a_bias_where_it_is_asked_for() -> None:
+    settings = {"method": "custom", "lora_layers": "all", "expert_num": E}
+    config = AdapterConfig.from_flat(settings, 1)
+    without, with_bias = (build_expert_router(Site(D, D, None, 1), config, soft_bias=b) for b in (False, True))
+    assert without.linear.bias is None and with_bias.linear.bias is not None
+    assert build_expert_router(Site(D, D, None, 1), AdapterConfig.from_flat(settings | {"expert_num": 1}, 1)) is None
