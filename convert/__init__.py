@@ -1,1 +1,1 @@
-"""Checkpoints of other formats into Meta's layout: `python -m convert hf` and `python -m convert gguf`."""
+"""Checkpoints and adapters of other formats: `python -m convert --help`."""

@@ -1,21 +1,34 @@
-"""Convert a checkpoint into Meta's layout (params.json, consolidated.00.pth, tokenizer.model).
+"""Convert checkpoints and adapters from one format to another.
 
-python -m convert hf   --input DIR  --output DIR [--dtype bf16|fp32|fp16] [--overwrite]
-python -m convert gguf --input FILE --output DIR [--dtype bf16|fp32|fp16] [--overwrite]
+Checkpoints into Meta's layout (params.json, consolidated.00.pth, tokenizer.model):
+    python -m convert hf        --input DIR  --output DIR [--dtype bf16|fp32|fp16] [--overwrite]
+    python -m convert gguf      --input FILE --output DIR [--dtype bf16|fp32|fp16] [--overwrite]
+
+Plain LoRA into its base, into a PEFT folder, and out of one:
+    python -m convert merge     --ckpt_dir DIR --adapter_path FILE --output DIR [--dtype ...] [--overwrite]
+    python -m convert peft      --adapter_path FILE --output DIR [--base_model NAME] [--ckpt_dir DIR] [--overwrite]
+    python -m convert from_peft --input DIR --ckpt_dir DIR --output DIR [--overwrite]
+
+An adapter of ours in the format of the paper's authors (theirs is read as it is):
+    python -m convert authors   --adapter_path FILE --output DIR [--overwrite]
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import cli
 from cli import knob
+
+DTYPES = ("bf16", "fp32", "fp16")
 
 
 @dataclass
 class HfFlags:
     input: str = knob(help="folder with config.json, *.safetensors and tokenizer.json or tokenizer.model")
     output: str = knob(help="folder to make")
-    dtype: str = knob("bf16", help="number format of the written tensors", choices=("bf16", "fp32", "fp16"))
+    dtype: str = knob("bf16", help="number format of the written tensors", choices=DTYPES)
     overwrite: bool = knob(False, help="replace a checkpoint that is already in --output")
 
 
@@ -24,9 +37,99 @@ class GgufFlags(HfFlags):
     input: str = knob(help="a .gguf file of the llama architecture")
 
 
-FORMATS = {
-    "hf": (HfFlags, "Convert a Hugging Face folder (LLaMA-3.x, SmolLM2) into Meta's layout."),
-    "gguf": (GgufFlags, "Convert a GGUF file (llama architecture) into Meta's layout."),
+@dataclass
+class MergeFlags:
+    ckpt_dir: str = knob(help="the base, in Meta's layout; it stays as it is")
+    adapter_path: str = knob(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
+    output: str = knob(help="folder to make")
+    dtype: str | None = knob(None, help="number format of the written tensors (None: the base's)", choices=DTYPES)
+    overwrite: bool = knob(False, help="replace a checkpoint that is already in --output")
+
+
+@dataclass
+class PeftFlags:
+    adapter_path: str = knob(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
+    output: str = knob(help="folder to make")
+    base_model: str | None = knob(None, help="name or path of the Hugging Face model that PEFT is to load with it")
+    ckpt_dir: str | None = knob(None, help="the base, for an adapter that does not tell its shape (the authors')")
+    overwrite: bool = knob(False, help="replace a PEFT adapter that is already in --output")
+
+
+@dataclass
+class FromPeftFlags:
+    input: str = knob(help="folder with adapter_config.json and adapter_model.safetensors")
+    ckpt_dir: str = knob(help="the base that the adapter is for, in Meta's layout")
+    output: str = knob(help="folder to make: adapter.pth, adapter_params.json")
+    overwrite: bool = knob(False, help="replace an adapter that is already in --output")
+
+
+@dataclass
+class AuthorsFlags:
+    adapter_path: str = knob(help="adapter.pth of ours; its adapter_params.json lies beside it")
+    output: str = knob(help="folder to make: adapter.pth, adapter_params.json")
+    overwrite: bool = knob(False, help="replace an adapter that is already in --output")
+
+
+# What each command does. Imports are late, so that wrong flags are refused before torch is loaded.
+
+
+def _checkpoint(convert: Callable, flags: HfFlags) -> None:
+    result = convert(flags.input, flags.output, dtype=flags.dtype, overwrite=flags.overwrite)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"wrote {result.folder} ({result.args.n_layers} layers, vocabulary {result.args.vocab_size}, {flags.dtype})")
+
+
+def _hf(flags: HfFlags) -> None:
+    from convert.hf import convert
+
+    _checkpoint(convert, flags)
+
+
+def _gguf(flags: GgufFlags) -> None:
+    from convert.gguf import convert
+
+    _checkpoint(convert, flags)
+
+
+def _merge(flags: MergeFlags) -> None:
+    from convert.merge import merge
+
+    result = merge(flags.ckpt_dir, flags.adapter_path, flags.output, flags.dtype, flags.overwrite)
+    print(f"wrote {result.folder} ({result.matrices} matrices changed, shards: {result.shards})")
+
+
+def _peft(flags: PeftFlags) -> None:
+    from convert.peft import to_peft
+
+    print(f"wrote {to_peft(flags.adapter_path, flags.output, flags.base_model, flags.ckpt_dir, flags.overwrite)}")
+
+
+def _from_peft(flags: FromPeftFlags) -> None:
+    from convert.peft import from_peft
+
+    print(f"wrote {from_peft(flags.input, flags.ckpt_dir, flags.output, flags.overwrite)}")
+
+
+def _authors(flags: AuthorsFlags) -> None:
+    from convert.authors import to_authors
+
+    print(f"wrote {to_authors(flags.adapter_path, flags.output, flags.overwrite)}")
+
+
+class Command(NamedTuple):
+    flags: type
+    run: Callable[[Any], None]
+    description: str
+
+
+COMMANDS = {
+    "hf": Command(HfFlags, _hf, "Convert a Hugging Face folder (LLaMA-3.x, SmolLM2) into Meta's layout."),
+    "gguf": Command(GgufFlags, _gguf, "Convert a GGUF file (llama architecture) into Meta's layout."),
+    "merge": Command(MergeFlags, _merge, "Add a plain LoRA to its base's weights: a checkpoint like any other."),
+    "peft": Command(PeftFlags, _peft, "Write a plain LoRA as a folder that PEFT loads beside transformers' LLaMA."),
+    "from_peft": Command(FromPeftFlags, _from_peft, "Write a PEFT folder's plain LoRA as an adapter of ours."),
+    "authors": Command(AuthorsFlags, _authors, "Write an adapter of ours in the format of the paper's authors."),
 }
 
 
@@ -35,23 +138,13 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] in (["--help"], ["-h"]):
         print(__doc__.strip() + "\n\nThe flags of each: python -m convert hf --help")
         return
-    if not argv or argv[0] not in FORMATS:
+    if not argv or argv[0] not in COMMANDS:
         found = f"not {argv[0]!r}" if argv else "nothing was given"
-        cli.fail(f"the first word must be the input's format, one of {', '.join(FORMATS)}: {found}", status=2)
-    flags_type, description = FORMATS[argv[0]]
-    flags = cli.parse(flags_type, argv[1:], prog=f"python -m convert {argv[0]}", description=description)
+        cli.fail(f"the first word must be one of {', '.join(COMMANDS)}: {found}", status=2)
+    command = COMMANDS[argv[0]]
+    flags = cli.parse(command.flags, argv[1:], prog=f"python -m convert {argv[0]}", description=command.description)
     with cli.errors():
-        # Imported here, so that wrong flags are refused before torch is loaded.
-        if argv[0] == "hf":
-            from convert.hf import convert
-        else:
-            from convert.gguf import convert
-        result = convert(flags.input, flags.output, dtype=flags.dtype, overwrite=flags.overwrite)
-        for note in result.notes:
-            print(f"note: {note}")
-        print(
-            f"wrote {result.folder} ({result.args.n_layers} layers, vocabulary {result.args.vocab_size}, {flags.dtype})"
-        )
+        command.run(flags)
 
 
 if __name__ == "__main__":

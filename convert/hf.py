@@ -1,6 +1,5 @@
 """Hugging Face folder -> Meta's layout, for LLaMA-3.x and other plain LlamaForCausalLM models such as SmolLM2."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from convert.layout import Converted
 from convert.vocabulary import Vocabulary, from_tiktoken, from_tokenizer_json
 from llama.args import ModelArgs
 from llama.tokenizer import N_SPECIAL, read_ranks
+from moa.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -45,7 +45,7 @@ def convert(input: str | Path, output: str | Path, dtype: str = "bf16", overwrit
     output = layout.check_output(output, overwrite)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no config.json, so it is not a Hugging Face model folder")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     source = Safetensors(folder)
     rows = source.rows(WHOLE[layout.EMBEDDING])
     if config.get("vocab_size") != rows:
@@ -78,6 +78,12 @@ def interleave(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows (heads * head_dim, D) of wq or wk: per head from [first half, second half] to Meta's interleaved pairs."""
     halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])
     return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def split_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Inverse of `interleave`."""
+    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[-1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def read_config(config: dict[str, Any], path: Path, vocab_size: int) -> ModelArgs:
@@ -157,7 +163,7 @@ class Safetensors:
             files, listed = [folder / SINGLE], None
         elif (folder / INDEX).is_file():
             self._expected_in = folder / INDEX
-            listed = _read_json(folder / INDEX).get("weight_map")
+            listed = read_json(folder / INDEX).get("weight_map")
             if not isinstance(listed, dict) or not all(
                 isinstance(n, str) and Path(n).name == n for n in listed.values()
             ):
@@ -170,7 +176,7 @@ class Safetensors:
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{file}: no such file, but {INDEX} names it")
-            with _open(file) as opened:
+            with open_safetensors(file) as opened:
                 for name in opened.keys():
                     self._file_of[name] = file
                     self._shapes[name] = tuple(opened.get_slice(name).get_shape())
@@ -191,7 +197,7 @@ class Safetensors:
         return str(self._file_of.get(name, self._expected_in))
 
     def read(self, name: str) -> torch.Tensor:
-        with _open(self._file_of[name]) as opened:
+        with open_safetensors(self._file_of[name]) as opened:
             tensor = opened.get_tensor(name)
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
@@ -200,7 +206,8 @@ class Safetensors:
         return tensor
 
 
-def _open(file: Path):
+def open_safetensors(file: Path):
+    """The file's tensors by name, read when asked for. ValueError naming the file."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -243,13 +250,3 @@ def _read_tokenizer(folder: Path, rows: int) -> tuple[Vocabulary, bytes]:
         raise ValueError(reason)
     vocabulary = from_tokenizer_json(folder / "tokenizer.json")
     return vocabulary, vocabulary.tiktoken()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

@@ -1,11 +1,11 @@
-"""Meta's layout: shapes of its tensors, assembly from another format's tensors, and writing of the folder."""
+"""Meta's layout: shapes of its tensors, assembly from another format's tensors, and writing of folders."""
 
-import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from llama.args import ModelArgs
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+CHECKPOINT = ("params.json", "tokenizer.model", "README.md", "consolidated.[0-9][0-9].pth")  # a folder's files
 
 
 class Source(Protocol):
@@ -119,13 +120,20 @@ def assemble(
             row_map = vocabulary.row_map if key == EMBEDDING else vocabulary.output_row_map
             tensor = gather_rows(tensor, row_map, vocabulary.special_rows)
         state[key] = tensor.to(DTYPES[dtype])
-        if not torch.stack(state[key].aminmax()).isfinite().all():  # min and max are NaN where any value is
-            raise ValueError(f"{source.where(name)}: tensor {name} has values that are not finite numbers in {dtype}")
+        require_finite(state[key], f"{source.where(name)}: tensor {name}")
     return state
 
 
-def check_output(folder: str | Path, overwrite: bool) -> Path:
-    """Refuse (ValueError) an output folder that is there already; with `overwrite`, one that holds anything else."""
+def require_finite(tensor: torch.Tensor, origin: str) -> None:
+    """ValueError, beginning with `origin`, where a floating-point tensor has infinite values or NaN."""
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # min and max are NaN where any value is
+        dtype = next((name for name, dtype in DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype))
+        raise ValueError(f"{origin} has values that are not finite numbers in {dtype}")
+
+
+def check_output(folder: str | Path, overwrite: bool, ours: tuple[str, ...] = CHECKPOINT) -> Path:
+    """Refuse (ValueError) an output folder that is there already; with `overwrite`, one that holds anything but `ours`
+    (file names, or patterns of them)."""
     folder = Path(folder)
     if not os.path.lexists(folder):
         return folder
@@ -134,27 +142,25 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
     if not folder.is_dir() or folder.is_symlink():
         raise ValueError(f"{folder}: is not a folder")
     for entry in folder.iterdir():
-        ours = entry.name in ("params.json", "tokenizer.model", "README.md") or entry.match(
-            "consolidated.[0-9][0-9].pth"
-        )
-        if not ours:
-            raise ValueError(f"{folder}: holds {entry.name}, which is no part of a checkpoint; it is not overwritten")
+        if not any(entry.match(name) for name in ours):
+            raise ValueError(
+                f"{folder}: holds {entry.name}, which is no part of what goes there; it is not overwritten"
+            )
     return folder
 
 
-def write_folder(folder: Path, args: ModelArgs, state: dict[str, torch.Tensor], tokenizer: bytes, overwrite: bool):
-    """Write the three files into a folder beside and rename it, so that `folder` is never there by half."""
+@contextmanager
+def new_folder(folder: Path, overwrite: bool, ours: tuple[str, ...] = CHECKPOINT) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place when the block ends and vanishes when it raises: `folder`
+    is never there by half. `overwrite`, `ours`: as for `check_output`."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir()
-        (new / "params.json").write_text(params_json(args), encoding="utf-8")
-        (new / "tokenizer.model").write_bytes(tokenizer)
-        with open(new / "consolidated.00.pth", "wb") as file:
-            _save(state, file)
-        check_output(folder, overwrite)
+        yield new
+        check_output(folder, overwrite, ours)
         if folder.exists():
             os.rename(folder, old)
         try:
@@ -167,8 +173,18 @@ def write_folder(folder: Path, args: ModelArgs, state: dict[str, torch.Tensor], 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save(state: dict[str, torch.Tensor], file: io.BufferedWriter) -> None:
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:  # torch's word for a full disk
-        raise OSError(f"{file.name}: could not be written ({str(error).splitlines()[0]})") from None
+def write_folder(folder: Path, args: ModelArgs, state: dict[str, torch.Tensor], tokenizer: bytes, overwrite: bool):
+    """Write a checkpoint of one shard."""
+    with new_folder(folder, overwrite) as new:
+        (new / "params.json").write_text(params_json(args), encoding="utf-8")
+        (new / "tokenizer.model").write_bytes(tokenizer)
+        save_shard(state, new / "consolidated.00.pth")
+
+
+def save_shard(state: dict[str, torch.Tensor], path: Path) -> None:
+    """`torch.save`, with an OSError for a full disk."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from None

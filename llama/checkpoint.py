@@ -72,8 +72,8 @@ def load_base(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, devi
     Files stay mapped: what is not converted or moved is never copied, and a rank reads its own part alone. Raises
     ValueError naming the file and tensor where anything is missing, left over, of another shape or unreadable.
     """
-    files = _shard_files(Path(ckpt_dir))
-    shards = [_open(file) for file in files]
+    files = shard_files(Path(ckpt_dir))
+    shards = [open_shard(file) for file in files]
     wanted = placements(model)
     for file, shard in zip(files, shards, strict=True):
         require_same_keys(wanted, set(shard) - IGNORED, str(file), "tensor")
@@ -86,7 +86,8 @@ def load_base(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, devi
             tensor.requires_grad_(False)
 
 
-def _shard_files(folder: Path) -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
+    """All `consolidated.NN.pth` of a checkpoint, in order. ValueError where there is none, or one is missing."""
     found = {}
     for file in folder.glob("consolidated.*.pth"):
         match = re.fullmatch(r"consolidated\.(\d+)\.pth", file.name)
@@ -100,56 +101,52 @@ def _shard_files(folder: Path) -> list[Path]:
     return [found[i] for i in sorted(found)]
 
 
-def _open(file: Path) -> dict[str, Tensor]:
+def open_shard(file: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, mapped. ValueError naming the file."""
     shard = read_torch(file, mmap=True)
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in shard.items()):
         raise ValueError(f"{file}: expected a dictionary of tensors")
     return shard
 
 
+def shard_cut(key: str, place: Placement, files: list[Path], shards: list[dict[str, Tensor]]) -> int | None:
+    """The dimension along which the shards cut a base tensor; None where each holds the whole.
+
+    LLaMA-2's writers cut the embedding along its width, LLaMA-3's along the vocabulary: the shapes tell. ValueError
+    naming file and tensor where a shard's piece is of another type or shape.
+    """
+    n, held = len(shards), tuple(shards[0][key].shape)
+    for file, shard in zip(files, shards, strict=True):
+        if not shard[key].is_floating_point():
+            raise ValueError(f"{file}: {key} has type {shard[key].dtype}, expected floating-point numbers")
+        if tuple(shard[key].shape) != held:
+            raise ValueError(f"{file}: {key} has shape {tuple(shard[key].shape)}, in {files[0].name} {held}")
+    cut = place.cut if n > 1 else None
+    for dim in (None,) if cut is None else (cut, 1 - cut):
+        if held == tuple(size / n if d == dim else size for d, size in enumerate(place.shape)):
+            return dim
+    several = f" of {n} shards" if n > 1 else ""
+    raise ValueError(f"{files[0]}{several}: {key} has shape {held}, params.json asks for {place.shape} in all")
+
+
 def _assemble(key: str, place: Placement, files: list[Path], shards: list[dict[str, Tensor]]) -> Tensor:
     """This rank's part of a base tensor, out of the shards that hold it."""
-    pieces = [shard[key] for shard in shards]
-    for file, piece in zip(files, pieces, strict=True):
-        if not piece.is_floating_point():
-            raise ValueError(f"{file}: {key} has type {piece.dtype}, expected floating-point numbers")
-        if piece.shape != pieces[0].shape:
-            raise ValueError(
-                f"{file}: {key} has shape {tuple(piece.shape)}, in {files[0].name} {tuple(pieces[0].shape)}"
-            )
-    if place.cut is None or len(pieces) == 1:
-        whole = pieces[0]
-        if whole.shape != place.shape:
-            raise _wrong_shape(key, whole, place, files)
-        if place.cut is None:
-            return whole
-        part = place.shape[place.cut] // mp_size()
-        return whole.narrow(place.cut, mp_rank() * part, part).contiguous()
-    held = tuple(pieces[0].shape)
-    # LLaMA-2's writers cut the embedding along its width, LLaMA-3's along the vocabulary: the shapes tell.
-    for dim in (place.cut, 1 - place.cut):
-        if held == tuple(n / len(pieces) if d == dim else n for d, n in enumerate(place.shape)):
-            break
-    else:
-        raise _wrong_shape(key, pieces[0], place, files)
+    dim, pieces = shard_cut(key, place, files, shards), [shard[key] for shard in shards]
+    if place.cut is None:
+        return pieces[0]
+    part = place.shape[place.cut] // mp_size()
+    if dim is None:
+        return pieces[0].narrow(place.cut, mp_rank() * part, part).contiguous()
     if dim != place.cut:
-        part = place.shape[place.cut] // mp_size()
         return torch.cat([p.narrow(place.cut, mp_rank() * part, part) for p in pieces], dim)
     begin, end = (place.shape[dim] * (mp_rank() + i) // mp_size() for i in (0, 1))
-    per_shard = held[dim]
+    per_shard = pieces[0].shape[dim]
     mine = []
     for i, piece in enumerate(pieces):
         first, last = max(begin, i * per_shard), min(end, (i + 1) * per_shard)
         if first < last:
             mine.append(piece.narrow(dim, first - i * per_shard, last - first))
     return mine[0].contiguous() if len(mine) == 1 else torch.cat(mine, dim)
-
-
-def _wrong_shape(key: str, tensor: Tensor, place: Placement, files: list[Path]) -> ValueError:
-    shards = "" if len(files) == 1 else f" of {len(files)} shards"
-    return ValueError(
-        f"{files[0]}{shards}: {key} has shape {tuple(tensor.shape)}, params.json asks for {place.shape} in all"
-    )
 
 
 def fingerprint(ckpt_dir: str | Path) -> str:
@@ -159,7 +156,7 @@ def fingerprint(ckpt_dir: str | Path) -> str:
     digest = hashlib.sha256()
     for file in (folder / "params.json", folder / "tokenizer.model"):
         digest.update(file_hash(file).encode())
-    for shard in _shard_files(folder):
+    for shard in shard_files(folder):
         size = shard.stat().st_size
         digest.update(str(size).encode())
         with open(shard, "rb") as file:

@@ -50,14 +50,12 @@ class PromptKnobs:
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """A kind of adapter: `module` ("package.module:Class") is built at each chosen site of each chosen layer. experts:
-    it can stand there several times, as a mixture of experts (--expert_num)."""
+    """A kind of adapter: `module` ("package.module:Class") is built at each chosen site of each chosen layer."""
 
     name: str
     knobs: type
     module: str
     sites: tuple[str, ...]
-    experts: bool
 
     def slot(self, site: str) -> str:
         """Name of this adapter at a site: what gates, keys and statistics call it."""
@@ -67,15 +65,15 @@ class AdapterKind:
 ADAPTERS: dict[str, AdapterKind] = {}
 
 
-def register_adapter(name: str, knobs: type, module: str, sites: tuple[str, ...], experts: bool = False) -> None:
+def register_adapter(name: str, knobs: type, module: str, sites: tuple[str, ...]) -> None:
     """Make a kind of adapter known. `knobs` is a frozen dataclass with at least `layers` (and `targets` where the
     kind can stand at several sites); its fields become the flags `<name>_<field>`."""
-    ADAPTERS[name] = AdapterKind(name, knobs, module, sites, experts)
+    ADAPTERS[name] = AdapterKind(name, knobs, module, sites)
 
 
-register_adapter("lora", LoRAKnobs, "moa.lora:LoRA", LINEAR_SITES, experts=True)
-register_adapter("prompt", PromptKnobs, "moa.prompt:Prompt", ("attention",), experts=True)
-register_adapter("p_adapter", ParallelAdapterKnobs, "moa.parallel_adapter:ParallelAdapter", ("block",), experts=True)
+register_adapter("lora", LoRAKnobs, "moa.lora:LoRA", LINEAR_SITES)
+register_adapter("prompt", PromptKnobs, "moa.prompt:Prompt", ("attention",))
+register_adapter("p_adapter", ParallelAdapterKnobs, "moa.parallel_adapter:ParallelAdapter", ("block",))
 
 
 @dataclass(frozen=True)

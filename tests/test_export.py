@@ -429,3 +429,24 @@ except SystemExit as end:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: "), (done.returncode, done.stderr)
+
+
+# The authors' format
+
+
+def test_ours_for_the_authors_by_command(tmp_path: Path) -> None:
+    llm, batch = shared("molora"), tokens(2, 7)
+    path = save(llm, tmp_path / "ours")
+    main(["authors", "--adapter_path", str(path), "--output", str(tmp_path / "theirs")])
+    assert sorted(f.name for f in (tmp_path / "theirs").iterdir()) == ["adapter.pth", "adapter_params.json"]
+    assert all(key.startswith("llama.") for key in torch.load(tmp_path / "theirs" / "adapter.pth", weights_only=True))
+    other = Llama.build(BASE, tmp_path / "theirs", device="cpu")
+    assert torch.equal(other.model(batch), llm.model(batch))
+
+
+def test_what_the_authors_format_cannot_hold_is_refused(tmp_path: Path, capsys) -> None:
+    path = save(shared("custom"), tmp_path / "ours")
+    for source, words in ((path, "expert_router topk"), (GOLDEN / "lora" / "adapter.pth", "the shape of the")):
+        with pytest.raises(SystemExit):
+            main(["authors", "--adapter_path", str(source), "--output", str(tmp_path / "theirs")])
+        assert words in capsys.readouterr().err and not (tmp_path / "theirs").exists()
