@@ -113,7 +113,7 @@ class RouterKnobs:
         BLOCK_ROUTERS,
     )
     gate_activation: str = knob(
-        "sigmoid", "from the router's outputs to gates: each by itself, or sharing 1", ("sigmoid", "softmax")
+        "sigmoid", "gates from the router's outputs: each by itself, or (softmax) sharing 1", ("sigmoid", "softmax")
     )
     swi_x: int = knob(4, "SwiGLU router with swi_x hidden units per adapter; 0: a linear router")
     max_threshold: float = knob(0.5, "sparse router: the largest threshold, G_max")

@@ -25,6 +25,7 @@ from training.checkpoint import pack, restore, save
 from training.data import FIELDS, load_examples
 from training.estimate import base_parameters, estimate
 from training.folder import CONFIG, checkpoints
+from training.leaks import check_leaks
 from training.log import RunLog
 from training.loop import make_optimizer, train
 from training.schedule import Plan, make_plan
@@ -49,6 +50,7 @@ def run(settings: Settings) -> Path:
     config = settings.config(args)
     examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_main())
     plan = plan_of(settings, len(examples))
+    leaks = {"leaks": check_leaks(flags.data_path, flags.leak_tests)} if flags.leak_tests and is_main() else {}
     llm = Llama.build(
         flags.ckpt_dir,
         config=config,
@@ -69,7 +71,9 @@ def run(settings: Settings) -> Path:
     trained = count(model)["total"]
     if is_main():
         if last is None:  # a resumed run's folder and record stand already
-            _prepare(folder, _record(settings, config, args, plan) | {"trainable_parameters": trained})
+            _prepare(folder, _record(settings, config, args, plan) | {"trainable_parameters": trained} | leaks)
+        elif leaks:
+            write_json(folder / CONFIG, read_json(folder / CONFIG) | leaks)
         say(
             f"{config.method}: {trained:,} trainable parameters ({100 * trained / base_parameters(model):.2f} % of the "
             f"base), {len(examples)} rows, {plan.steps} steps of {plan.rows_per_step} rows, "
@@ -134,6 +138,7 @@ def dry_run(settings: Settings) -> dict[str, Any]:
     plan = plan_of(settings, n_rows or 1)
     bf16 = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
     known = n_rows is not None
+    leaks = check_leaks(flags.data_path, flags.leak_tests) if known and flags.leak_tests and is_main() else None
     return {
         "method": config.method,
         "trainable_parameters": count(model),
@@ -148,6 +153,7 @@ def dry_run(settings: Settings) -> dict[str, Any]:
         ),
         "bf16": bf16,
         "rows": n_rows,
+        "leaks": leaks,
         "rows_per_step": plan.rows_per_step,
         "steps": plan.steps if known or flags.max_steps else None,
         "warmup_steps": plan.warmup_steps if known else None,

@@ -29,6 +29,9 @@ class TrainFlags:
     data_path: str | None = knob(
         None, help="training rows, JSON or JSON lines of instruction, input, output; default: the demo data", group=DATA
     )
+    leak_tests: str | None = knob(
+        None, help="test files, or folders of them, to look for among the training rows first; commas", group=DATA
+    )
     max_seq_len: int = knob(
         300, help="longest row in tokens, prompt and answer; longer ones are cut or left out", group=DATA
     )
@@ -94,7 +97,7 @@ AdapterFlags = make_dataclass(
 # Settings in which a resumed run may differ from its start: they do not change what is computed. Where rows and model
 # lie may change too; that they are the same is told by their contents.
 FREE = {
-    *("resume", "overwrite", "dry_run", "save_every", "device", "ckpt_dir", "data_path", "output_dir"),
+    *("resume", "overwrite", "dry_run", "save_every", "device", "ckpt_dir", "data_path", "output_dir", "leak_tests"),
     *("adapter_config", "model_parallel_size", "batch_size", "accum_iter", "activation_checkpointing"),
 }
 
@@ -211,7 +214,9 @@ def continued(settings: Settings) -> Settings:
         # An adapter's flag may also spell out what the method's preset came to
         if name not in FREE and value not in (before.get(name), resolved.get(name, before.get(name))):
             raise ValueError(f"{folder}: the run was started with --{name} {before.get(name)}, not {value}")
-    now = before | {"overwrite": False, "dry_run": False} | {k: v for k, v in typed.items() if k in before or k in FREE}
+    # Asked for once; what the start's record says of leaks holds as long as the rows are the same
+    once = {"overwrite": False, "dry_run": False, "leak_tests": None}
+    now = before | once | {k: v for k, v in typed.items() if k in before or k in FREE}
     try:
         train = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(TrainFlags)}
         adapter = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(AdapterFlags) if k.name in now}
