@@ -18,4 +18,4 @@ python generate.py --adapter_path "$tuned/adapter.pth" --save_path "$tuned/demo.
 python -m evaluate demo --predict_file "$tuned/demo.jsonl" --json "$tuned/scores.json" --show 2
 
 echo
-python exps/table.py "$base" "$tuned"
+python exps/collect.py "$base" "$tuned"

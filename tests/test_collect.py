@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+import exps.run_folders
+import training.settings
 from commands import refused, run
 
 
@@ -124,6 +126,20 @@ def test_runs_with_other_settings_are_not_averaged(changes, told, tmp_path):
     assert other["model"].startswith("lora (") and told in other["model"]
     assert any("not averaged" in line and told in line and "s2" in line for line in result.stderr.splitlines())
     assert "10.0 ± 0.0 / 11.0 ± 0.0" in alike.values() and "90.0 / 91.0" in other.values()
+
+
+def test_what_a_resumed_run_may_change_is_not_compared():
+    assert training.settings.FREE <= exps.run_folders.FREE
+
+
+def test_leaks_are_told(tmp_path):
+    found = {"file": "/x/data/AddSub/test.json", "rows": 395, "exact": 2, "near": 1, "other": 7}
+    none = found | {"file": "/x/data/SVAMP/test.json", "exact": 0, "near": 0}
+    for seed in (0, 1):
+        write_run(tmp_path / f"gsm8k/lora/s{seed}", seed=seed, leaks={"ngram": 8, "tests": [found, none]})
+    note = collect(tmp_path).stderr
+    assert note.count("gsm8k: 3 of 395 rows of AddSub/test.json stand in the training rows") == 1
+    assert "SVAMP" not in note
 
 
 def test_what_does_not_change_the_result_may_differ(tmp_path):

@@ -1,0 +1,169 @@
+"""The recipes of the published runs: what finetune.py and generate.py are called with, by method and data set.
+
+python -m exps.recipe train METHOD DATASET PROCESSES [flags of finetune.py]     each prints words for a command line;
+python -m exps.recipe generate DATASET [flags of generate.py]                   a flag that is given takes the place
+python -m exps.recipe suites DATASET                                            of the recipe's
+python -m exps.recipe methods
+
+What a method's preset holds already (ranks, targets, widths, experts) is not repeated here. Needs no torch.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from cli import errors, fail
+from cli.knobs import nearest
+from demo.recipe import RECIPE as DEMO
+from moa.knobs import METHODS
+
+LARGEST_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done with a data set. `train`, `generate`: flags of finetune.py and generate.py. `swi_x`: that flag by
+    method, where the method has a block router. `suites`: folders of the tests. `rows`: per optimizer step, over all
+    processes."""
+
+    train: dict[str, Any]
+    swi_x: dict[str, int]
+    generate: dict[str, Any]
+    suites: tuple[str, ...]
+    rows: int = 32
+
+
+_COMMON = {"blr": 6e-3, "min_lr": 0, "weight_decay": 0.02}
+_SAMPLING = {"temperature": 0.1, "top_p": 0.75}
+
+MATH = Recipe(
+    train={**_COMMON, "max_seq_len": 300},
+    swi_x={"soft_moa": 4, "soft_moa_instance": 4, "sparse_moa": 4},
+    generate={**_SAMPLING, "max_gen_len": 200, "min_gen_len": 120},
+    suites=("AddSub", "AQuA", "gsm8k", "MultiArith", "SingleEq", "SVAMP"),
+)
+COMMONSENSE = Recipe(
+    train={**_COMMON, "max_seq_len": 200},
+    swi_x={"soft_moa": 0, "soft_moa_instance": 0, "sparse_moa": 4},
+    generate={**_SAMPLING, "max_seq_len": 600, "max_gen_len": 40, "min_gen_len": 10},
+    suites=("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Challenge", "ARC-Easy", "openbookqa"),
+)
+CODE = Recipe(
+    # A warm-up of 200 steps: an epoch of CodeAlpaca-20k has 626
+    train={"lr": 1e-4, "lr_schedule": "constant", "warmup_epochs": 0.32}
+    | {"weight_decay": 0.02, "max_seq_len": 500},
+    swi_x=MATH.swi_x,
+    # max_seq_len: room for long prompts beside 400 tokens of answer
+    generate={"temperature": 0.7, "top_p": 0.95, "num_samples": 10}
+    | {"max_seq_len": 1536, "max_gen_len": 400, "min_gen_len": 400},
+    suites=("humaneval", "mbpp"),
+)
+RECIPES = {
+    "math_14k": MATH,
+    "gsm8k": MATH,
+    "commonsense_15k": COMMONSENSE,
+    "commonsense_15k_mixed": COMMONSENSE,
+    "codealpaca": CODE,
+    "demo": Recipe(
+        train={name: value for name, value in DEMO.items() if name != "batch_size"},
+        swi_x={},
+        generate={"temperature": 0, "max_gen_len": 100},
+        suites=("demo",),
+        rows=DEMO["batch_size"],
+    ),
+}
+
+
+def recipe_of(dataset: str) -> Recipe:
+    """ValueError where there is none."""
+    if dataset not in RECIPES:
+        near = nearest(dataset, RECIPES)
+        raise ValueError(f"no recipe for data set {dataset!r} (nearest: {near}); there are {', '.join(RECIPES)}")
+    return RECIPES[dataset]
+
+
+def train_flags(method: str, dataset: str, processes: int = 1, typed: Sequence[str] = ()) -> list[str]:
+    """Words for finetune.py beside `typed`, the user's own: those flags of the recipe that `typed` leaves open, and
+    micro-batches that make up the recipe's rows per step on so many processes. ValueError where they cannot."""
+    recipe, given = recipe_of(dataset), _given(typed)
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r} (nearest: {nearest(method, METHODS)}); there are {', '.join(METHODS)}")
+    experts = METHODS[method].get("expert_num", 1) > 1  # these methods were trained for a shorter time
+    length = {"epochs": 1, "warmup_epochs": 0.4} if experts else {"epochs": 2, "warmup_epochs": 1}
+    flags = length | recipe.train
+    if method in recipe.swi_x:
+        flags["swi_x"] = recipe.swi_x[method]
+    for pair in ({"epochs", "max_steps"}, {"lr", "blr"}):  # finetune.py takes one of each
+        chosen = pair & given.keys() or pair & recipe.train.keys()
+        flags = {name: value for name, value in flags.items() if name not in pair or not chosen or name in chosen}
+    return _words(flags | _batches(recipe.rows, processes, given), given)
+
+
+def generate_flags(dataset: str, typed: Sequence[str] = ()) -> list[str]:
+    """Words for generate.py beside `typed`."""
+    return _words(recipe_of(dataset).generate, _given(typed))
+
+
+def _batches(rows: int, processes: int, given: dict[str, str]) -> dict[str, int]:
+    """batch_size and accum_iter, or the one of them that is not given."""
+    shares = {name: given[name] for name in ("model_parallel_size", "batch_size", "accum_iter") if name in given}
+    if {"batch_size", "accum_iter"} <= shares.keys():
+        return {}
+    parallel, batch, accum = (
+        _whole(f"--{name}", shares.get(name, "1")) for name in ("model_parallel_size", "batch_size", "accum_iter")
+    )
+    rows_at_once = processes // parallel * batch * accum
+    if rows_at_once < 1 or rows % rows_at_once:
+        with_flags = "".join(f", --{name} {value}" for name, value in shares.items())
+        raise ValueError(
+            f"{rows} rows per step cannot be shared out evenly with {processes} processes{with_flags}; "
+            "give both --batch_size and --accum_iter to have other steps"
+        )
+    left = rows // rows_at_once
+    if "batch_size" in shares:
+        return {"accum_iter": left}
+    if "accum_iter" in shares:
+        return {"batch_size": left}
+    batch = gcd(left, LARGEST_MICRO_BATCH)
+    return {"batch_size": batch, "accum_iter": left // batch}
+
+
+def _whole(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
+        raise ValueError(f"{name}: expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _given(typed: Sequence[str]) -> dict[str, str]:
+    """Name -> value of the flags that were typed; the value is checked by the command that they are for."""
+    given = {}
+    for i, word in enumerate(typed):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given[name] = value if equals or i + 1 == len(typed) else typed[i + 1]
+    return given
+
+
+def _words(flags: dict[str, Any], given: dict[str, str]) -> list[str]:
+    return [word for name, value in flags.items() if name not in given for word in (f"--{name}", str(value))]
+
+
+def main(argv: list[str]) -> None:
+    with errors(status=2):
+        match argv:
+            case ["train", method, dataset, processes, *typed]:
+                print(*train_flags(method, dataset, _whole("NPROC", processes), typed))
+            case ["generate", dataset, *typed]:
+                print(*generate_flags(dataset, typed))
+            case ["suites", dataset]:
+                print(*recipe_of(dataset).suites)
+            case ["methods"]:
+                print(*(method for method, preset in METHODS.items() if preset))  # `custom` is none by itself
+            case _:
+                fail(str(__doc__), status=2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
