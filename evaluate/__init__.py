@@ -4,12 +4,13 @@
     score = score_file("OUT/AddSub.jsonl")
     score.published.percent, score.robust.percent
 
-The two names load on first use: a suite's module must not be imported before `python -m evaluate.<suite>` runs it.
+and of a suite whose answers are programs, which are run: `score_file("OUT/HumanEval.jsonl", sandbox=Sandbox())`.
+The names load on first use: a suite's module must not be imported before `python -m evaluate.<suite>` runs it.
 """
 
 from typing import Any
 
-__all__ = ["SUITES", "score_file"]
+__all__ = ["SUITES", "Program", "Sandbox", "score_file"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,12 @@ def __getattr__(name: str) -> Any:
         from evaluate.scoring import score_file
 
         return score_file
+    if name == "Sandbox":
+        from evaluate.sandbox import Sandbox
+
+        return Sandbox
+    if name == "Program":
+        from evaluate.suite import Program
+
+        return Program
     raise AttributeError(f"module 'evaluate' has no attribute {name!r}")

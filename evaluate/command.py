@@ -3,23 +3,30 @@
 import argparse
 import difflib
 import io
+import math
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from evaluate import report
 from evaluate.registry import SUITES, suite_named, suite_of_file
 from evaluate.scoring import Score, score_file
 from evaluate.suite import Suite
 
+if TYPE_CHECKING:  # most suites run nothing
+    from evaluate.sandbox import Sandbox
+
 _EPILOG = """\
 Two scores, always both: `published` follows the rule behind the paper's tables, `robust` reads the stated final
 answer ("The answer is ...", "#### ...", a box), else the last number, letter or keyword (true, answer2, option1) that
-stands alone; see docs/scoring.md. Suites are averaged within their family: math, commonsense.
+stands alone; see docs/scoring.md. Suites are averaged within their family: math, commonsense, code.
+HumanEval and MBPP run the generated programs against tests, each in a process that can neither write outside a folder
+of its own nor use the network, and only with --allow_code_execution.
 Behind each score stands half the width of its 95 % Wilson interval over the rows, in percentage points; the mean's
 takes the suites as independent. "no answer" counts the texts in which the published / the robust rule found none.
 Exit status: 0; 1 for bad input; 2 for bad flags."""
 
+_MOST_SECONDS = 3600
 _ALIASES = "".join(f", or {alias} for {one.name}" for one in SUITES.values() for alias in one.aliases)
 
 
@@ -37,6 +44,28 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
             self.error(f"unknown argument {name}" + (f" (nearest: {near[0]})" if near else ""))
         return flags
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text[:60]!r}")
+    return text.lower() == "true"
+
+
+def _jobs(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError("expected at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, at most {_MOST_SECONDS}, got {text[:60]!r}")
+    return seconds
 
 
 def _count(text: str) -> int:
@@ -79,6 +108,18 @@ def _parser(suite: Suite | None) -> _Parser:
         default="wrong",
         help="what --show prints: rows wrong under either score (wrong, the default), or rows where the two differ",
     )
+    code = parser.add_argument_group("suites that run code (HumanEval, MBPP)")
+    boolean = {"nargs": "?", "const": True, "default": False, "type": _truth, "metavar": "True|False"}
+    code.add_argument(
+        "--allow_code_execution", help="run generated programs; nothing generated is ever run without it", **boolean
+    )
+    code.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="time limit of each program (10)")
+    code.add_argument("--jobs", type=_jobs, metavar="N", help="programs run at once (one per CPU)")
+    code.add_argument(
+        "--weak_sandbox",
+        help="where the kernel cannot keep programs in, do with guards inside their interpreter",
+        **boolean,
+    )
     return parser
 
 
@@ -96,6 +137,12 @@ def _files(parser: _Parser, flags: argparse.Namespace, suite: Suite | None) -> l
         files = [(path, suite or suite_of_file(path)) for path in several or [flags.predict_file]]
     except ValueError as error:
         parser.error(str(error))
+    code = [one.name for _, one in files if one.program]
+    if code and not flags.allow_code_execution:
+        parser.error(f"{code[0]} runs generated programs on this machine: allow it with --allow_code_execution")
+    for name in ("timeout", "jobs", "weak_sandbox"):
+        if getattr(flags, name) and not code:
+            parser.error(f"--{name} is for suites that run code: HumanEval, MBPP")
     if len({one.name for _, one in files}) < len(files):
         parser.error("--predict_files: two files of one suite; the mean takes each suite once")
     outputs = [path for path in (flags.json, flags.verdicts) if path is not None]
@@ -115,7 +162,10 @@ def main(suite: Suite | None = None, argv: list[str] | None = None) -> None:
     flags = parser.parse(argv)
     files = _files(parser, flags, suite)
     try:
-        _run(flags, [score_file(path, one) for path, one in files])
+        sandbox = _sandbox(flags) if any(one.program for _, one in files) else None
+        _run(flags, [score_file(path, one, sandbox) for path, one in files])
+        if sandbox and sandbox.note:
+            print(sandbox.note)
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -125,6 +175,12 @@ def main(suite: Suite | None = None, argv: list[str] | None = None) -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except ValueError as error:
         _fail(str(error))
+
+
+def _sandbox(flags: argparse.Namespace) -> "Sandbox":
+    from evaluate.sandbox import SECONDS, Sandbox
+
+    return Sandbox(flags.timeout or SECONDS, flags.jobs, flags.weak_sandbox)
 
 
 def _fail(message: str) -> NoReturn:

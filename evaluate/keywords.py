@@ -89,7 +89,8 @@ _REJECTED_BEFORE = re.compile(
 _REJECTED_AFTER = re.compile(
     r"[\"'”’)]*,?\s+(?:which |that )?(?:(?:is|was|would be|seems|looks|sounds)\s+(?:also |clearly |simply |just )?"
     r"(?:not|never|too|less|wrong|incorrect|false|impossible|unlikely|implausible|irrelevant|unrelated|illogical)\b"
-    r"|(?:is|was|does|could|would)n['’]t\b|can['’]t\b|won['’]t\b|cannot\b|(?:does|can|could|would|will) not\b)",
+    r"|(?:is|was|does|could|would)n['’]t\b|can['’]t\b|won['’]t\b|cannot\b|(?:does|can|could|would|will) not\b"
+    r"|makes? (?:no|little) sense\b)",
     re.I,
 )
 _RIGHT_AFTER = rf"[\"'”’)]*\s+(?:is|was|must be|seems|would be)\s+(?:the\s+)?(?:only |most )?(?:{_BEST}|answer)\b"

@@ -47,11 +47,13 @@ _BRACKETED = re.compile(r"(?<!\w)[(\[{] ?([A-Ea-e]) ?[)\]}](?!\w)")
 _NAMED = re.compile(r"\b(?i:option|choice|alternative) ?\(?([A-E])\b")
 _CALLED_RIGHT = re.compile(r"(?<![\w'’°])([A-E])\b\)? is (?:the )?(?:correct|right|best|answer)\b")
 _SENTENCE_END = re.compile(r"[.!?;](?=\s|$|[A-Z])")
+_LIST = re.compile(r"(?<![\w'’°(])\(?[A-E]\)?(?:, ?\(?[A-E]\)?){0,4},? (?:or|to) \(?[A-E](?:\)|(?![\w'’)]))")
 
 
 def robust_letter(text: str, row: dict[str, Any]) -> Found | None:
-    """The stated letter; else the stated value, if it is that of one choice only; else the last letter alone."""
-    text = plain(text)
+    """The stated letter; else the stated value, if it is that of one choice only; else the last letter alone. "A or B"
+    is no choice."""
+    text = _LIST.sub(" ", plain(text))
     stated = list(statements(text))
     for statement in stated:
         if letter := _stated_letter(statement):

@@ -12,6 +12,8 @@ from evaluate import (
     demo,
     gsm8k,
     hellaswag,
+    humaneval,
+    mbpp,
     multiarith,
     obqa,
     piqa,
@@ -24,7 +26,8 @@ from evaluate.suite import Suite
 
 _MATH = (addsub, aqua, gsm8k, multiarith, singleeq, svamp)
 _COMMONSENSE = (boolq, piqa, siqa, hellaswag, winogrande, arc_c, arc_e, obqa)
-SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in (*_MATH, *_COMMONSENSE, demo)}
+_CODE = (humaneval, mbpp)
+SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in (*_MATH, *_COMMONSENSE, *_CODE, demo)}
 
 
 def _plain(name: str) -> str:

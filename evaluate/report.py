@@ -32,6 +32,7 @@ def table(scores: list[Score]) -> str:
         rows = f"{len(score.rows)} of {score.suite.problems}"
         shown = [_plus_minus(rule.percent, rule.half_width) for rule in (score.published, score.robust)]
         lines.append((score.suite.name, rows, *shown, f"{score.published.missing} / {score.robust.missing}"))
+        lines.extend(_pass_lines(score))
     families = _families(scores)
     for family, members in families.items():
         if len(members) > 1:
@@ -45,6 +46,15 @@ def table(scores: list[Score]) -> str:
         for line in lines
     ]
     return "\n".join([line.rstrip() for line in aligned] + _notes(scores))
+
+
+def _pass_lines(score: Score) -> list[tuple[str, str, str, str, str]]:
+    """A line of the table for each pass@k of a suite whose answers are programs."""
+    if not score.suite.program:
+        return []
+    published, robust = (score.pass_at(rule) for rule in _RULES)
+    no_width = " " * len(_plus_minus(0, 0)[4:])  # so that percentages stand below each other
+    return [(f"  pass@{k}", "", f"{published[k]:.2f}{no_width}", f"{robust[k]:.2f}{no_width}", "") for k in published]
 
 
 def _families(scores: list[Score]) -> dict[str, list[Score]]:
@@ -70,6 +80,8 @@ def _notes(scores: list[Score]) -> list[str]:
                 f"note: {score.path}: {rows} rows, more than the {problems} problems of {score.suite.name}: "
                 "are some written twice?"
             )
+        if score.suite.program and not score.same_samples:
+            notes.append(f"note: {score.path}: not as many samples in every row, so that only pass@1 is known")
         if score.samples > rows:
             notes.append(f"note: {score.path}: {score.samples} samples; a row's score is the mean over its samples")
     return notes
@@ -79,19 +91,33 @@ def show(score: Score, rows: list[JudgedRow]) -> str:
     """Single rows for a look: both verdicts beside the text."""
     blocks = []
     for row in rows:
-        answer = row.row.fields["answer"]
+        what = ("task_id", "task") if score.suite.program else ("answer", "answer")
+        answer = f"{what[1]} {_printable(str(row.row.fields.get(what[0])))}"
         for sample, (text, published, robust) in enumerate(
             zip(row.row.texts, row.published, row.robust, strict=True), 1
         ):
             name = f"{score.suite.name} {row.row.place}" + (f", sample {sample}" if row.row.sampled else "")
             verdicts = f"published {_verdict(published)}, robust {_verdict(robust)}"
-            blocks.append(f"--- {name}: answer {_printable(str(answer))}; {verdicts}\n{_indented(text)}")
+            blocks.append(f"--- {name}: {answer}; {verdicts}\n{_indented(text)}")
+            if score.suite.program:
+                blocks.extend(_ran(published, robust))
     return "\n".join(blocks)
+
+
+def _ran(published: Verdict, robust: Verdict) -> list[str]:
+    """The programs that were run, one where both rules ran the same."""
+    ran: dict[str, list[str]] = {}
+    for rule, verdict in zip(_RULES, (published, robust), strict=True):
+        if verdict.found:
+            ran.setdefault(verdict.found.text, []).append(rule)
+    return [f"  {' and '.join(rules)} ran\n{_indented(code)}" for code, rules in ran.items()]
 
 
 def _verdict(verdict: Verdict) -> str:
     if verdict.found is None:
         return "found nothing (wrong)"
+    if verdict.why:
+        return f"{_printable(verdict.why, 200)} ({'right' if verdict.right else 'wrong'})"
     return f"found {_printable(verdict.found.text)} ({'right' if verdict.right else 'wrong'})"
 
 
@@ -102,7 +128,7 @@ def _printable(text: str, length: int = 60) -> str:
 
 
 def _indented(text: str) -> str:
-    cut = text.strip()
+    cut = text.strip("\n").rstrip()
     more = len(cut) - _SHOWN_CHARACTERS
     lines = [_printable(line, _SHOWN_CHARACTERS) for line in cut[:_SHOWN_CHARACTERS].split("\n")]
     return "\n".join(f"    {line}" for line in lines + ([f"... ({more} characters more)"] if more > 0 else []))
@@ -120,6 +146,7 @@ def scores_json(scores: list[Score]) -> str:
             "published": asdict(score.published),
             "robust": asdict(score.robust),
         }
+        | ({"pass_at": {rule: score.pass_at(rule) for rule in _RULES}} if score.suite.program else {})
         for score in scores
     }
     families = {
@@ -135,16 +162,19 @@ def _means(scores: list[Score]) -> dict[str, dict[str, float]]:
 
 
 def verdict_lines(scores: list[Score]) -> Iterable[str]:
-    """One JSON line per row: what each rule took as the answer, whether that is right; lists where "generate" is."""
+    """One JSON line per row: what each rule took as the answer, whether that is right; lists where "generate" is. Of a
+    program: what was run, and why it failed."""
     for score in scores:
+        name = "task_id" if score.suite.program else "answer"
         for row in score.rows:
             fields = row.row.fields
-            line: dict[str, Any] = {"suite": score.suite.name, "index": row.row.index, "answer": fields["answer"]}
+            line: dict[str, Any] = {"suite": score.suite.name, "index": row.row.index, name: fields.get(name)}
             line["instruction"] = fields.get("instruction", "")
             line["generate"] = fields["generate"]
             for rule in ("published", "robust"):
                 verdicts = [
                     {"found": verdict.found.text if verdict.found else None, "right": verdict.right}
+                    | ({"why": verdict.why} if verdict.why else {})
                     for verdict in getattr(row, rule)
                 ]
                 line[rule] = verdicts if row.row.sampled else verdicts[0]

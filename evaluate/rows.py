@@ -46,6 +46,25 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+def text_of(fields: dict[str, Any], name: str) -> str:
+    """A row's field that has to be a text; ValueError names it."""
+    if name not in fields:
+        raise ValueError(f"field {name!r} is missing")
+    if not isinstance(fields[name], str):
+        raise ValueError(f"field {name!r}: expected a text, got {shorten(fields[name])}")
+    return fields[name]
+
+
+def texts_of(fields: dict[str, Any], name: str) -> tuple[str, ...]:
+    """The same of a field that has to be a list of texts."""
+    if name not in fields:
+        raise ValueError(f"field {name!r} is missing")
+    values = fields[name]
+    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+        raise ValueError(f"field {name!r}: expected a list of texts, got {shorten(values)}")
+    return tuple(values)
+
+
 def _row(value: Any, index: int, place: str, path: str | Path) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {place}: expected an object with the row's fields, got {shorten(value)}")

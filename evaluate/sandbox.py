@@ -1,0 +1,172 @@
+"""Running generated programs, each in a process of its own that can harm nothing but itself; see docs/scoring.md.
+
+from evaluate import Program, Sandbox
+sandbox = Sandbox(timeout=10)
+[outcome] = sandbox.run([Program(("def f(x): return x + 1",), ("assert f(1) == 2",))])
+outcome.passed, outcome.why
+"""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate.sandbox_kernel import policy, readable_folders
+from evaluate.suite import Program
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+SECONDS = 10.0  # a program's time limit, where none is given
+_MEMORY = 1 << 30  # bytes of address space
+_FILE_SIZE = 16 << 20
+_MOST_SAID = 4096  # bytes of a result that are looked at
+
+_WEAK = "note: generated code was kept in by guards inside its own interpreter, not by this machine's kernel"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """passed: the tests ran to their end. why: "passed", or in one line why not."""
+
+    passed: bool
+    why: str
+
+
+class Sandbox:
+    """Runs programs, each at most `timeout` seconds, `jobs` at once (None: one per CPU).
+
+    weak: where this machine's kernel offers no filter of system calls, do with guards inside the interpreter. OSError
+    where it offers none and `weak` is not set, and where a process cannot be set up as it should be.
+    """
+
+    def __init__(self, timeout: float = SECONDS, jobs: int | None = None, weak: bool = False) -> None:
+        assert 0 < timeout < math.inf and (jobs is None or jobs > 0)
+        if os.name != "posix":
+            raise OSError("generated code can be run on Linux and macOS only")
+        self.timeout = timeout
+        self.jobs = jobs or os.cpu_count() or 1
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = threading.Event()
+        self._policy = policy()
+        refusal = "" if self._policy else "no seccomp filter for this system"
+        try:
+            self.run([Program((), ())])
+        except OSError as error:
+            if not self._policy:
+                raise
+            refusal, self._policy = str(error), None
+        if refusal and not weak:
+            raise OSError(
+                f"this machine's kernel cannot keep generated code in ({refusal}); --weak_sandbox does with guards "
+                "inside its interpreter: only where it may come to harm, as in a container"
+            )
+
+    @property
+    def note(self) -> str:
+        """What there is to be said about the protection: empty where the kernel gives it."""
+        return "" if self._policy else _WEAK
+
+    def run(self, programs: Sequence[Program]) -> list[Outcome]:
+        """The outcome of each program, in their order. However this ends, none of their processes is left."""
+        self._stopped.clear()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                futures = [pool.submit(self._run, program) for program in programs]
+                left = set(futures)
+                while left:  # in short waits: Ctrl-C can be missed by a thread that is just about to wait
+                    done, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
+                    for one in done:
+                        one.result()  # or what went wrong with it
+                    if len(programs) > 1 and sys.stderr.isatty():
+                        end = "\r" if left else "\n"
+                        print(f"{len(programs) - len(left)} of {len(programs)} programs run", end=end, file=sys.stderr)
+                return [one.result() for one in futures]
+            except BaseException:
+                self._stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in tuple(self._running):
+                    process.kill()
+                raise
+
+    def _run(self, program: Program) -> Outcome:
+        with (
+            tempfile.TemporaryDirectory(prefix="candidate-", ignore_cleanup_errors=True) as name,
+            tempfile.TemporaryFile() as task,
+            tempfile.TemporaryFile() as result,
+        ):
+            folder, token = os.path.realpath(name), secrets.token_hex(16)
+            task.write(json.dumps(self._task(program, folder, token)).encode())
+            task.seek(0)
+            ended = self._wait_for(folder, task, result)
+            result.seek(0)
+            return _outcome(result.read(_MOST_SAID), token, ended)
+
+    def _task(self, program: Program, folder: str, token: str) -> dict[str, Any]:
+        task = {
+            "candidate": program.candidate,
+            "tests": program.tests,
+            "names": program.names,
+            "folder": folder,
+            "readable": [path + "/" for path in readable_folders()],
+            "token": token,
+            "timeout": self.timeout,
+            "memory": _MEMORY,
+            "file_size": _FILE_SIZE,
+            "policy": None,
+        }
+        if self._policy:
+            paths = [*self._policy.paths, (folder, self._policy.folder)]
+            handled, code = self._policy.handled, self._policy.filter.hex()
+            task["policy"] = {"filter": code, "handled": handled, "paths": paths, "parent": os.getpid()}
+        return task
+
+    def _wait_for(self, folder: str, task: Any, result: Any) -> int | None:
+        """The exit status of the process, None if its time ran out. It and its group are gone on return."""
+        # -s -S -P: the standard library alone. The seed makes the order of sets, and so a verdict, the same every time.
+        command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(_CHILD)]
+        process = subprocess.Popen(
+            command,
+            stdin=task,
+            stdout=result,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        self._running.add(process)
+        try:
+            if self._stopped.is_set():
+                process.kill()
+            return process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._running.discard(process)
+
+
+def _outcome(said: bytes, token: str, ended: int | None) -> Outcome:
+    start, _, rest = said.decode("utf-8", "replace").partition("\n")
+    if ended is None:
+        return Outcome(False, "timeout")
+    if start != "ready":
+        raise OSError(f"cannot set up a process for generated code: {start or f'exit status {ended}'}")
+    if rest == token:
+        return Outcome(True, "passed")
+    if not rest:
+        how = f"signal {signal.Signals(-ended).name}" if ended < 0 else f"exit status {ended}"
+        return Outcome(False, f"ended before the tests did: {how}")
+    line = rest.split("\n")[0][:200]
+    return Outcome(False, "".join(one if one.isprintable() else "?" for one in line))
