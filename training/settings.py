@@ -216,7 +216,9 @@ def continued(settings: Settings) -> Settings:
             raise ValueError(f"{folder}: the run was started with --{name} {before.get(name)}, not {value}")
     # Asked for once; what the start's record says of leaks holds as long as the rows are the same
     once = {"overwrite": False, "dry_run": False, "leak_tests": None}
-    now = before | once | {k: v for k, v in typed.items() if k in before or k in FREE}
+    # What may differ need not be in the record, which may be older than the flag
+    now = {k.name: k.default for k in knobs_of(TrainFlags) if k.name in FREE} | before | once
+    now |= {k: v for k, v in typed.items() if k in now}
     try:
         train = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(TrainFlags)}
         adapter = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(AdapterFlags) if k.name in now}
