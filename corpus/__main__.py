@@ -11,6 +11,7 @@ NAME: a folder's (gsm8k), one file's (gsm8k/train), a suite's (SIQA) or a family
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ NAMES = "names, with commas where they do not stand first; left out: all"
 class ListFlags:
     source: str = knob(SOURCE, help="beginning of the URLs, or a folder laid out like them")
 
+    def __post_init__(self):
+        if not self.source or ("://" in self.source and not re.match(r"https?://[^/]", self.source)):
+            raise ValueError(f"--source: expected the beginning of http URLs or a folder, got {self.source!r}")
+
 
 @dataclass
 class FetchFlags(ListFlags):
@@ -42,6 +47,7 @@ class FetchFlags(ListFlags):
     timeout: float = knob(30.0, help="seconds to wait for a server that does not answer")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.timeout <= 0:
             raise ValueError(f"--timeout must be above 0, not {self.timeout}")
         choose(_split(self.names))
@@ -93,7 +99,8 @@ def run_fetch(flags: FetchFlags) -> int:
             got = fetch(one, flags.output, flags.source, overwrite=flags.overwrite, timeout=flags.timeout)
         except (ValueError, OSError) as error:
             failed += 1
-            print(f"error: {one.label}: {error}", file=sys.stderr, flush=True)
+            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+            print(f"error: {one.label}: {why}", file=sys.stderr, flush=True)
             continue
         left_out = f" ({got.left_out} without instruction or output left out)" if got.left_out else ""
         print(f"{one.label}: {got.file}, {got.rows} rows{left_out}{'' if got.new else ', there already'}", flush=True)

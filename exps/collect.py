@@ -9,6 +9,7 @@ is that of the training steps; memory the largest of the main process. Exit stat
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -132,7 +133,8 @@ def write(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 

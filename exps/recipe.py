@@ -52,8 +52,7 @@ COMMONSENSE = Recipe(
 )
 CODE = Recipe(
     # A warm-up of 200 steps: an epoch of CodeAlpaca-20k has 626
-    train={"lr": 1e-4, "lr_schedule": "constant", "warmup_epochs": 0.32}
-    | {"weight_decay": 0.02, "max_seq_len": 500},
+    train={"lr": 1e-4, "lr_schedule": "constant", "warmup_epochs": 0.32} | {"weight_decay": 0.02, "max_seq_len": 500},
     swi_x=MATH.swi_x,
     # max_seq_len: room for long prompts beside 400 tokens of answer
     generate={"temperature": 0.7, "top_p": 0.95, "num_samples": 10}

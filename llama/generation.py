@@ -105,10 +105,12 @@ class Llama:
         rules = Rules(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
         training = self.model.training
         self.model.eval()  # no noise in a router
-        for answer in run(self.model, answers, self.max_batch_size, rules):
-            if on_finish is not None:
-                on_finish(answer.index, answer.tokens)
-        self.model.train(training)
+        try:
+            for answer in run(self.model, answers, self.max_batch_size, rules):
+                if on_finish is not None:
+                    on_finish(answer.index, answer.tokens)
+        finally:
+            self.model.train(training)
         return [answer.tokens for answer in answers]
 
     def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moa.files import read_json, write_file, write_json
+from moa.files import claim, read_json, write_file, write_json
 
 Answer = str | list[str]
 
@@ -24,7 +24,7 @@ class Predictions:
         changed before `start`."""
         self.path, self.rows, self.settings, self.rank, self.overwrite = path, rows, settings, rank, overwrite
         self.answers: dict[int, Answer] = {}
-        self._part = None
+        self._part = self._lock = None
         if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
             raise ValueError(f"{path}: expected the path of a file inside a folder")
         if overwrite:
@@ -50,8 +50,9 @@ class Predictions:
         return [i for i in range(len(self.rows)) if i not in self.answers]
 
     def start(self) -> None:
-        """On the main process, before any rank's `add`: prepare the folder."""
+        """On the main process, before any rank's `add`: prepare the folder. ValueError where another one is at it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = claim(self._beside("lock"), f"{self.path}: another generate.py is writing it")
         if self.overwrite:
             for file in [self.path, *self._parts()]:
                 file.unlink(missing_ok=True)
@@ -80,6 +81,9 @@ class Predictions:
         write_file(self.path, "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass"))
         for part in self._parts():
             part.unlink()
+        if self._lock is not None:
+            self._beside("lock").unlink(missing_ok=True)
+            self._lock.close()
 
     def _beside(self, ending: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{ending}")

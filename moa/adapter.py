@@ -51,6 +51,8 @@ class AdapterModule(nn.Module):
     """Base of adapters and routers. All parameters are float32 and made by `declare`: freezing, counting, saving,
     loading, initialising, optimizer groups and model parallelism all read `declared`."""
 
+    per_row = False  # of a block's router: it is asked once per row instead of once per token
+
     def __init__(self):
         super().__init__()
         self.declared: dict[str, Declared] = {}

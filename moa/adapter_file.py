@@ -63,8 +63,8 @@ def load_adapter(
         raise ValueError(f"{path}: is a training checkpoint; extract_adapter.py takes the adapter out of it")
     require_tensors(state, str(path))
     try:
-        if authors.is_authors(params):
-            flat = authors.settings(params, list(state))
+        if authors.is_authors(params, state):
+            flat = authors.settings(params, state)
             if method is not None:
                 flat["method"] = method
         else:
@@ -73,10 +73,14 @@ def load_adapter(
                 raise ValueError(f"this is an adapter of method {flat['method']}, not {method}")
             _require_base(params.get("base", {}), base)
         config = AdapterConfig.from_flat(flat, base["n_layers"])
+        if "method" in params:
+            missing = sorted(config.in_use() - params.keys())
+            if missing:  # a preset's value in its place might not be what was trained
+                raise ValueError(f"missing setting{'s' * (len(missing) > 1)} {', '.join(missing)}")
     except (ValueError, KeyError, TypeError) as error:
         problem = f"missing setting {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{params_file}: {problem}") from None
-    if authors.is_authors(params):
+    if authors.is_authors(params, state):
         try:
             state = authors.our_state(state, config)
         except ValueError as error:

@@ -4,7 +4,7 @@ Their `adapter_params.json` holds the flags of their training script and no meth
 the flags and the tensors. Where our tensors hold all experts of an adapter, theirs are one per expert.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,48 +32,66 @@ class _Name(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
-def is_authors(params: Mapping[str, Any]) -> bool:
-    """Whether an `adapter_params.json` is the authors' (ours names its method)."""
-    return "method" not in params and "lora_layers" in params
+def is_authors(params: Mapping[str, Any], keys: Collection[str]) -> bool:
+    """Whether flags and tensor names are the authors' (our flags name the method)."""
+    return "method" not in params and all(key.startswith(PREFIX) for key in keys)
 
 
-def settings(params: Mapping[str, Any], keys: list[str]) -> dict[str, Any]:
+def settings(params: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     """Our flat configuration for the authors' flags and tensor names. ValueError for what is not supported.
 
     An adapter of soft_moa_instance looks like one of soft_moa: "method" is then to be changed by who knows.
     """
     flat = {name: params[name] for name in ("lora_layers", "p_adapter_layers", "prompt_layers")}
-    used = [name for name, layers in flat.items() if not _empty(layers)]
-    flat |= {name: params[name] for name in ("lora_targets", "lora_rank", "p_adapter_size", "prompt_len")}
-    flat |= {"lora_alpha": float(params["lora_alpha"]), "train_bias_norm": bool(params.get("w_bias", False))}
-    experts = int(params.get("expert_num", 1))
-    flat |= {"expert_num": experts, "lora_hydra": bool(params.get("hydra_moe", False))}
-    flat["p_adapter_hydra"] = bool(params.get("p_adapter_hydra", False))
-    if any(".lora_gate." in key or ".p_adapter_gate." in key for key in keys):
+    flat |= {"train_bias_norm": _flag(params, "w_bias"), "expert_num": params.get("expert_num", 1)}
+    used = [name for name, layers in flat.items() if name.endswith("_layers") and not _empty(layers)]
+    if "lora_layers" in used:
+        flat |= {name: params[name] for name in ("lora_targets", "lora_rank", "lora_alpha")}
+        flat["lora_hydra"] = _flag(params, "hydra_moe")
+    if "p_adapter_layers" in used:
+        flat |= {"p_adapter_size": params["p_adapter_size"], "p_adapter_hydra": _flag(params, "p_adapter_hydra")}
+    if "prompt_layers" in used:
+        flat["prompt_len"] = params["prompt_len"]
+    # The scale of the prompt's heads is attention.prompt_gate, without .weight
+    if any(key.endswith((".lora_gate.weight", ".prompt_gate.weight", ".p_adapter_gate.weight")) for key in keys):
         return flat | {"method": "unipeft"}
     if any("adapter_type_router" in key for key in keys):
+        flat["swi_x"] = params["swi_x"]
         if "max_threshold" not in params:
-            return flat | {"method": "soft_moa", "swi_x": params["swi_x"]}
-        flat |= {"method": "sparse_moa", "max_threshold": float(params["max_threshold"]), "swi_x": params["swi_x"]}
-        return flat | {"const_threshold": bool(params.get("const_threshold", False))}
-    if not used:
-        raise ValueError("adapter_params.json selects no layer for any adapter")
-    if "top_k" in params and used == ["lora_layers"] and experts > 1:
-        flat |= {"top_k": params["top_k"], "lb_loss_coeff": float(params["lb_loss_coeff"])}
-        noisy = bool(params.get("noisy_router", False))
-        return flat | (
-            {"method": "adamole"} if params["adamole"] else {"method": "topk_moelora", "noisy_router": noisy}
-        )
-    if len(used) > 1:
+            return flat | {"method": "soft_moa"}
+        const = _flag(params, "const_threshold")
+        return flat | {"method": "sparse_moa", "max_threshold": params["max_threshold"], "const_threshold": const}
+    several = flat["expert_num"] != 1
+    if "top_k" in params and used == ["lora_layers"] and several:
+        flat["lb_loss_coeff"] = params.get("lb_loss_coeff", 0.0)
+        if _flag(params, "adamole"):
+            return flat | {"method": "adamole"}
+        return flat | {
+            "method": "topk_moelora",
+            "top_k": params["top_k"],
+            "noisy_router": _flag(params, "noisy_router"),
+        }
+    if not used and not flat["train_bias_norm"]:
+        raise ValueError("no layer is selected for any adapter")
+    if len(used) != 1:
         return flat | {"method": "custom"}
-    several = {"lora_layers": "molora", "p_adapter_layers": "parallel_adapter_moe", "prompt_layers": "prompt_moe"}
-    single = {"lora_layers": "lora", "p_adapter_layers": "parallel_adapter", "prompt_layers": "prompt"}
-    method = (several if experts > 1 else single)[used[0]]
+    mixtures = {"lora_layers": "molora", "p_adapter_layers": "parallel_adapter_moe", "prompt_layers": "prompt_moe"}
+    singles = {"lora_layers": "lora", "p_adapter_layers": "parallel_adapter", "prompt_layers": "prompt"}
+    method = (mixtures if several else singles)[used[0]]
     return flat | {"method": "hydralora" if method == "molora" and flat["lora_hydra"] else method}
 
 
+def _flag(params: Mapping[str, Any], name: str) -> bool:
+    """One of their yes-or-no flags; left out is no. ValueError naming it where it is neither."""
+    value = params.get(name, False)
+    if value not in (False, True, "False", "True"):
+        raise ValueError(f"{name} must be true or false, not {value!r}")
+    return value in (True, "True")
+
+
 def _empty(layers: Any) -> bool:
-    return all(first == last for first, _, last in (part.partition("-") for part in str(layers).split(",")))
+    ends = [part.strip().partition("-") for part in str(layers).split(",")]
+    return all(first == last for first, _, last in ends)
 
 
 def their_params(config: AdapterConfig) -> dict[str, Any]:
@@ -89,13 +107,13 @@ def their_params(config: AdapterConfig) -> dict[str, Any]:
         raise ValueError(f"expert_router {experts.expert_router}: the authors' has it for LoRA alone, without hydra")
     if router.block_router == "sparse" and experts.expert_num > 1:
         raise ValueError(f"expert_num {experts.expert_num}: the authors' sparse_moa has one")
-    if router.gate_activation != "sigmoid":
+    if router.block_router in ("soft", "instance") and router.gate_activation != "sigmoid":
         raise ValueError(f"gate_activation {router.gate_activation}: the authors' is sigmoid")
     if p_adapter.layers and p_adapter.activation != "silu":
         raise ValueError(f"p_adapter_activation {p_adapter.activation}: the authors' is silu")
-    unknown = set(config.adapters) - {"lora", "p_adapter", "prompt"}
-    if any(config.adapters[kind].layers for kind in unknown):
-        raise ValueError(f"the authors have no adapter of kind {min(unknown)}")
+    for kind in set(config.adapters) - {"lora", "p_adapter", "prompt"}:
+        if config.adapters[kind].layers:
+            raise ValueError(f"{kind}_layers: the authors have no adapter of that kind")
     params = {
         **{"bf16": False, "max_seq_len": 300, "flash_attention2": False, "w_bias": config.base.train_bias_norm},
         **{"lora_layers": lora.layers or "0-0", "lora_rank": lora.rank, "lora_targets": lora.targets},

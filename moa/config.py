@@ -63,6 +63,11 @@ class AdapterConfig:
                 near = difflib.get_close_matches(name, known, 1)
                 raise ValueError(f"unknown adapter setting {name}" + (f" (did you mean {near[0]}?)" if near else ""))
         values = METHODS[method] | flat
+        for name, value in values.items():
+            if known[name].type is float and type(value) is int:  # as JSON may have it
+                values[name] = float(value)
+            if name.endswith("_targets") and isinstance(value, str):
+                values[name] = ",".join(target.strip() for target in value.split(","))
         adapters = {}
         for kind in ADAPTERS.values():
             own = {
@@ -73,14 +78,12 @@ class AdapterConfig:
             section: knobs(**{f.name: values[f.name] for f in fields(knobs) if f.name in values})
             for section, knobs in SECTIONS.items()
         }
-        for name, value in cls(method, n_layers, adapters, **sections).flat().items():
+        config = cls(method, n_layers, adapters, **sections)
+        for name, value in config.flat().items():
             if name != "method":
                 _check_type(name, value, known[name])
-        adapters = {
-            name: replace(knobs, layers=_ranges(parse_layers(f"{name}_layers", knobs.layers, n_layers)))
-            for name, knobs in adapters.items()
-        }
-        config = cls(method, n_layers, adapters, **sections)
+        for kind, knobs in adapters.items():
+            adapters[kind] = replace(knobs, layers=_ranges(parse_layers(f"{kind}_layers", knobs.layers, n_layers)))
         config._check()
         return config
 
@@ -115,40 +118,45 @@ class AdapterConfig:
             raise ValueError(f"expert_num must be from 1 to {MAX_SIZE}, not {experts.expert_num}")
         if experts.expert_router == "topk" and experts.expert_num > 1 and experts.top_k > experts.expert_num:
             raise ValueError(f"top_k {experts.top_k} is more than the {experts.expert_num} experts (expert_num)")
+        if experts.expert_num == 1 < METHODS[self.method].get("expert_num", 1):
+            raise ValueError(f"expert_num 1: method {self.method} is a mixture of experts, it needs two or more")
         if experts.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {experts.top_k}")
         if experts.lb_loss_coeff < 0:
             raise ValueError(f"lb_loss_coeff must be 0 or more, not {experts.lb_loss_coeff}")
 
+    def in_use(self) -> set[str]:
+        """The settings that this configuration reads, by flag name; the others change nothing."""
+        kinds = [name for name, knobs in self.adapters.items() if knobs.layers]
+        names = {"train_bias_norm"} | {f"{name}_layers" for name in self.adapters}
+        names |= {f"{name}_{f.name}" for name in kinds for f in fields(self.adapters[name])}
+        if kinds:
+            names |= {"block_router", "expert_num"} | set(BLOCK_ROUTERS[self.router.block_router].uses)
+        if self.router.const_threshold:
+            names.discard("threshold_gradient")
+        if kinds and self.experts.expert_num > 1:
+            return names | {"expert_router"} | set(EXPERT_ROUTERS[self.experts.expert_router].uses)
+        return names - {f"{name}_hydra" for name in kinds}
+
     def without_effect(self, given: set[str]) -> str | None:
         """A sentence about the first flag in `given` that this configuration does not use, else None."""
-        for name, knobs in self.adapters.items():
-            for f in fields(knobs):
-                if f"{name}_{f.name}" in given and f.name != "layers" and not knobs.layers:
-                    hint = f"method {self.method} has no such adapter (--{name}_layers adds it)"
-                    return f"--{name}_{f.name} has no effect: {hint}"
-        router, experts, mixed = self.router, self.experts, self.experts.expert_num > 1
-        read = {"block_router", "expert_num", "train_bias_norm"} | set(BLOCK_ROUTERS[router.block_router].uses)
-        if mixed:
-            read |= {"expert_router"} | set(EXPERT_ROUTERS[experts.expert_router].uses)
-        if router.const_threshold:
-            read.discard("threshold_gradient")
-        for section in (router, experts):
-            for name in (f.name for f in fields(section) if f.name in given - read):
-                if section is router:
-                    return f"--{name} has no effect with --block_router {router.block_router} (method {self.method})"
-                what = f"--expert_router {experts.expert_router}" if mixed else "--expert_num 1"
-                return f"--{name} has no effect with {what} (method {self.method})"
-        for name in ("lora_hydra", "p_adapter_hydra"):
-            if name in given and not mixed:
-                return f"--{name} has no effect with --expert_num 1 (method {self.method})"
+        unused, in_section = given & (knob_fields().keys() - self.in_use()), f"(method {self.method})"
+        for name in sorted(unused):
+            kind = next((k for k in self.adapters if name.startswith(f"{k}_") and not self.adapters[k].layers), None)
+            if kind is not None:
+                return f"--{name} has no effect: method {self.method} has no such adapter (--{kind}_layers adds it)"
+            if name in asdict(self.router):
+                return f"--{name} has no effect with --block_router {self.router.block_router} {in_section}"
+            several = self.experts.expert_num > 1
+            what = f"--expert_router {self.experts.expert_router}" if several else "--expert_num 1"
+            return f"--{name} has no effect with {what} {in_section}"
         return None
 
     def _sites(self, kind: str) -> list[str]:
         knobs, allowed = self.adapters[kind], ADAPTERS[kind].sites
         if not hasattr(knobs, "targets"):
             return list(allowed)
-        wanted = [t.strip() for t in knobs.targets.split(",")]
+        wanted = knobs.targets.split(",")
         for target in wanted:
             if target not in allowed:
                 raise ValueError(f"{kind}_targets: {target!r} is none of {', '.join(allowed)}")

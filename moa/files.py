@@ -1,11 +1,13 @@
 """Files: written whole or not at all, read without executing anything in them."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -19,9 +21,27 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # about the file that was asked for
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def claim(path: Path, taken: str) -> IO[bytes]:
+    """Hold `path`, an empty file that is made where it is not there, against other processes for as long as the file
+    returned is open; the system lets go of it however the process ends. ValueError(taken) where another holds it. On a
+    file system that has no locks nothing is held."""
+    file = open(path, "ab")  # noqa: SIM115 - open as long as it is held
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(taken) from None
+    except OSError:
+        pass
+    return file
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,9 +77,8 @@ def read_torch(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file")
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch's reader raises half a dozen types for a damaged file
-        line = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise ValueError(f"{path}: cannot be read, damaged or of another kind ({line})") from None
+    except Exception:  # torch's reader raises half a dozen types for a damaged file
+        raise ValueError(f"{path}: cannot be read: damaged, or not what torch.save writes of plain tensors") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a dictionary, found {type(value).__name__}")
     return value

@@ -52,8 +52,6 @@ class SwiGLU(AdapterModule):
 class SoftRouter(AdapterModule):
     """g = s(router(x)) per token: the gates of a block do not compete. With `gate_activation` softmax they do."""
 
-    per_row = False
-
     def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__()
         self.slots = [slot.name for slot in slots]

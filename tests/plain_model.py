@@ -169,6 +169,8 @@ class Block:
         return list(self.linear(target, f"attention.{base}", u, gates).split(self.h))
 
     def gates(self, x: Tensor) -> dict:
+        if not self.slots:
+            return {}
         kind = self.flat["block_router"]
         if kind == "none":
             return dict.fromkeys(self.slots, 1.0)

@@ -13,7 +13,19 @@ from moa.adapter_file import load_adapter, save_authors_adapter
 from moa.config import AdapterConfig
 from moa.files import read_json, write_file
 from moa.state import adapter_parameters, adapter_state, count
-from tiny import ARGS, BASE, GOLDEN, METHODS, PARAMS, save, shared, tokens, unfilled
+from tiny import (
+    ARGS,
+    BASE,
+    GOLDEN,
+    METHODS,
+    PARAMS,
+    authors_can_say,
+    random_state,
+    save,
+    shared,
+    tokens,
+    unfilled,
+)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -140,8 +152,11 @@ def test_the_authors_keys_there_and_back(name: str, tmp_path: Path) -> None:
     assert again.keys() == theirs.keys() and all(torch.equal(again[key], tensor) for key, tensor in theirs.items())
     params = json.loads((GOLDEN / name / "adapter_params.json").read_text())
     ours = json.loads((tmp_path / "adapter_params.json").read_text())
-    # What says nothing about the adapter may differ: how it was trained, and whether an unused kind is hydra
-    assert {k: v for k, v in ours.items() if params.get(k, v) != v} == {"max_seq_len": 300}
+    # What says nothing about the adapter may differ: how it was trained, and the sizes of a kind that it has not
+    kinds = [kind for kind, knobs in config.adapters.items() if knobs.layers]
+    differing = {k for k, v in ours.items() if params.get(k, v) != v}
+    assert "max_seq_len" in differing and not [k for k in differing if k.startswith(tuple(kinds))]
+    assert all(k.startswith(("max_seq_len", "lora_", "p_adapter_", "prompt_")) for k in differing)
     assert ours.keys() - params.keys() <= {"hydra_moe"} and params.keys() - ours.keys() <= {"hydra_moe"}
 
 
@@ -152,7 +167,7 @@ METHOD_OF = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "custom"])
+@pytest.mark.parametrize("name", filter(authors_can_say, METHODS))
 def test_ours_in_the_authors_format_and_back(name: str, tmp_path: Path) -> None:
     llm, batch = shared(name), tokens(2, 7)
     path = save_authors_adapter(tmp_path, adapter_state(llm.model), llm.model.config)
@@ -163,6 +178,61 @@ def test_ours_in_the_authors_format_and_back(name: str, tmp_path: Path) -> None:
         mine, theirs = llm.model.config.flat(), other.model.config.flat()
         # Settings without effect here, and how it trains, are not theirs to tell
         assert {k for k in mine if mine[k] != theirs[k]} <= {"lb_loss_coeff", "swi_x", "top_k", "threshold_gradient"}
+
+
+ODD = {
+    "int for float": {"method": "lora", "lora_alpha": 8},
+    "without LoRA": {"method": "prompt", "lora_alpha": 8},
+    "unipeft of prompts": {"method": "unipeft", "lora_layers": "", "p_adapter_layers": ""},
+    "biases and norms alone": {"method": "custom", "train_bias_norm": True},
+    "targets with spaces": {"method": "molora", "lora_targets": "O, Q", "lora_layers": "0-1,2-3"},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_ones_in_the_authors_format_and_back(case: str, tmp_path: Path) -> None:
+    model = unfilled(ARGS, ODD[case])
+    state = random_state(model)
+    path = save_authors_adapter(tmp_path, state, model.config)
+    assert " " not in json.loads(path.with_name("adapter_params.json").read_text())["lora_targets"]
+    config, again = load_adapter(path, PARAMS)
+    assert config.method == ODD[case]["method"] and again.keys() == state.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"w_bias": "yes"}, "w_bias must be true or false, not 'yes'"),
+        ({"expert_num": 1.5}, "expert_num must be of type int, not 1.5"),
+        ({"lora_alpha": None}, "lora_alpha must be of type float, not None"),
+        ({"lora_rank": "4"}, "lora_rank must be of type int, not '4'"),
+    ],
+)
+def test_odd_flags_of_theirs_are_named(change: dict, words: str, tmp_path: Path) -> None:
+    params = json.loads((GOLDEN / "lora" / "adapter_params.json").read_text()) | change
+    (tmp_path / "adapter_params.json").write_text(json.dumps(params))
+    (tmp_path / "adapter.pth").write_bytes((GOLDEN / "lora" / "adapter.pth").read_bytes())
+    refused(tmp_path / "adapter.pth", "adapter_params.json", words)
+
+
+def test_flags_of_theirs_as_text_and_of_kinds_that_are_not_there(tmp_path: Path) -> None:
+    params = json.loads((GOLDEN / "prompt" / "adapter_params.json").read_text())
+    del params["p_adapter_size"]
+    params |= {"w_bias": "False", "lora_layers": "0-0, 1-1", "lora_rank": 0, "lora_targets": ""}
+    (tmp_path / "adapter_params.json").write_text(json.dumps(params))
+    (tmp_path / "adapter.pth").write_bytes((GOLDEN / "prompt" / "adapter.pth").read_bytes())
+    assert load_adapter(tmp_path, PARAMS)[0].method == "prompt"
+
+
+@pytest.mark.parametrize("missing", ["method", "lora_alpha", "lora_rank", "block_router", "max_threshold"])
+def test_a_setting_that_is_missing_in_ours_is_named(missing: str, tmp_path: Path) -> None:
+    path = save(shared("sparse_moa"), tmp_path)
+    file = path.with_name("adapter_params.json")
+    params = json.loads(file.read_text())
+    del params[missing], params["prompt_len"]  # what has no effect may be missing
+    file.write_text(json.dumps(params))
+    refused(path, "adapter_params.json", "missing setting", missing)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +259,7 @@ def test_what_their_format_cannot_say_is_named(flat: dict, words: str, tmp_path:
         ({"expert_num": 4}, "lora_A_l.0.weight"),
         ({"hydra_moe": True, "expert_num": 2}, "lora_B_l.0.weight"),
         ({"lora_layers": "0-4"}, "lora_layers: '0-4' goes beyond the model's 3 layers"),
-        ({"lora_layers": "0-0"}, "selects no layer"),
+        ({"lora_layers": "0-0"}, "no layer is selected"),
         ({"lora_rank": None}, "lora_rank must be of type int"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from commands import refused, run, torchrun, train_flags, write_rows
+from moa.files import claim
 from tiny import BASE
 
 
@@ -55,7 +56,7 @@ def generate_flags(data, trained, save_path, **flags):
 
 def test_a_run_leaves_its_record_log_and_checkpoints(trained, data):
     assert {f.name for f in trained.iterdir()} == {
-        *("config.json", "log.jsonl", "tensorboard", "adapter.pth", "adapter_params.json"),
+        *("config.json", "log.jsonl", "tensorboard", "adapter.pth", "adapter_params.json", ".lock"),
         *("checkpoint-2.pth", "checkpoint-4.pth", "checkpoint-6.pth"),
     }
     config = json.loads((trained / "config.json").read_text())
@@ -155,6 +156,7 @@ FLAGS = {
     "both": (["--epochs", 1, "--max_steps", 1], ["--epochs", "--max_steps"]),
     "too many epochs": (["--epochs", "1e308"], ["--epochs"]),
     "too large a seed": (["--seed", 10**20], ["--seed"]),
+    "unknown device": (["--device", "tpu"], ["--device", "'tpu'", "cuda:N"]),
     "flash on a CPU": (["--flash_attention2", "--device", "cpu"], ["--flash_attention2", "GPU"]),
     "ends above its peak": (["--lr", "1e-3", "--min_lr", 1], ["--min_lr", "--lr"]),
 }
@@ -243,6 +245,26 @@ def test_a_folder_with_a_run_is_left_alone(trained, data, tmp_path):
     assert {f.name: f.stat().st_mtime_ns for f in trained.iterdir()} == before
 
 
+def test_a_folder_that_a_run_writes_to_is_not_for_another(data, tmp_path):
+    """Before the first checkpoint there is nothing but the lock to tell of the first run."""
+    out = tmp_path / "out"
+    out.mkdir()
+    held = claim(out / ".lock", "")
+    refused(run("finetune.py", *train_flags(data / "train.json", out)), str(out), "another run is writing there")
+    held.close()
+    assert [f.name for f in out.iterdir()] == [".lock"]
+
+
+def test_resuming_before_the_first_checkpoint_takes_the_runs_own_settings(trained, data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(trained / "config.json", out)
+    result = run("finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert losses(out) == losses(trained)
+    assert json.loads((out / "config.json").read_text())["adapter"]["lora_rank"] == 2
+
+
 @pytest.fixture
 def other_base(tmp_path):
     """The golden base with one weight changed."""
@@ -275,7 +297,26 @@ def test_resuming_may_spell_out_what_the_preset_came_to(trained, data):
     flags = ("--data_path", data / "train.json", "--output_dir", trained, "--resume")
     result = run("finetune.py", *flags, "--swi_x", 4, "--lora_rank", 2)
     assert result.returncode == 0 and "the run is complete" in result.stderr
-    refused(run("finetune.py", *flags, "--swi_x", 3), "--swi_x")
+    refused(run("finetune.py", *flags, "--swi_x", 3), "--swi_x 4, not 3")
+    result = run("finetune.py", *flags, "--lora_layers", "all")
+    assert result.returncode == 0 and "the run is complete" in result.stderr
+
+
+def test_resuming_with_a_file_of_settings(trained, data, tmp_path):
+    flags = ("--data_path", data / "train.json", "--output_dir", trained, "--resume", "--adapter_config")
+    file = tmp_path / "mixture.json"
+    for text, words in (
+        ('{"lora_rank": 2}', None),
+        ((trained / "adapter_params.json").read_text(), None),
+        ('{"lora_rank": 3}', "--lora_rank 2, not 3"),
+        ('{"method": "lora"}', "--method soft_moa, not lora"),
+    ):
+        file.write_text(text)
+        result = run("finetune.py", *flags, file)
+        if words is None:
+            assert result.returncode == 0 and "the run is complete" in result.stderr, result.stderr
+        else:
+            refused(result, words)
 
 
 @pytest.mark.parametrize(

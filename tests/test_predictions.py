@@ -17,6 +17,11 @@ def start(path, settings=SETTINGS, rows=ROWS, overwrite=False):
     return predictions
 
 
+def crash(predictions):
+    """The process is gone, and with it its lock."""
+    predictions._lock.close()
+
+
 def finish(predictions, indices):
     for i in indices:
         predictions.add(i, f"answer {i}")
@@ -45,9 +50,11 @@ def test_what_a_crash_left_is_kept_and_only_the_rest_is_missing(path):
     first.add(1, "answer 1")
     with open(f"{path}.part0", "a") as part:
         part.write('{"index": 2, "gene')  # cut short
+    crash(first)
     again = start(path)
     assert again.missing == [0, 2, 3, 5]
-    again.add(0, "answer 0")  # another crash, right after this
+    again.add(0, "answer 0")
+    crash(again)
     last = start(path)
     assert last.missing == [2, 3, 5]
     finish(last, last.missing)
@@ -59,7 +66,10 @@ def test_any_file_name_will_do_and_other_files_are_left_alone(tmp_path):
     other.write_text("mine")
     first = start(path)
     first.add(2, "answer 2")
-    assert start(path).missing == [0, 1, 3, 4, 5]
+    crash(first)
+    second = start(path)
+    assert second.missing == [0, 1, 3, 4, 5]
+    crash(second)
     finish(start(path, overwrite=True), range(6))
     assert len(read(path)) == 6 and other.read_text() == "mine"
 
@@ -85,6 +95,7 @@ def test_parts_of_any_number_of_ranks_are_merged(path):
     main, other = start(path), Predictions(path, ROWS, SETTINGS, 1, False)
     main.add(0, "answer 0")
     other.add(1, "answer 1")
+    crash(main)
     assert start(path).missing == [2, 3, 4, 5]
 
 
@@ -124,3 +135,15 @@ def test_bad_lines_are_named(path, line):
     path.write_text(line + "\n" + good)
     with pytest.raises(ValueError, match=r"AddSub.jsonl: line 1"):
         Predictions(path, ROWS, SETTINGS, 0, False)
+
+
+def test_two_commands_do_not_write_one_file(tmp_path):
+    first, second = (Predictions(tmp_path / "p.jsonl", ROWS, {}, 0, False) for _ in range(2))
+    first.start()
+    with pytest.raises(ValueError, match="p.jsonl: another generate.py is writing it"):
+        second.start()
+    for i in range(len(ROWS)):
+        first.add(i, "x")
+    first.close()
+    first.finish()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["p.jsonl", "p.jsonl.settings.json"]

@@ -6,6 +6,7 @@ import pytest
 
 from llama.args import ModelArgs
 from moa.adapter_file import adapter_params
+from tiny import BASE
 from training.settings import read_settings
 
 RECIPE = {"max_steps": 100, "lr": 2e-3, "batch_size": 8}
@@ -58,7 +59,8 @@ def test_prompt_flags_reach_the_configuration():
 def test_flags_that_exclude_each_other_are_refused(pair, capsys):
     with pytest.raises(SystemExit) as ended:
         settings(*(word for flag in pair for word in (flag, "1")))
-    assert ended.value.code == 2 and all(flag in capsys.readouterr().err for flag in pair[:1])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and all(flag in error for flag in pair)
 
 
 # A mixture of one's own
@@ -105,6 +107,8 @@ def test_a_file_of_sizes_goes_with_the_method_that_is_typed(tmp_path):
         ('{"method": "moa"}', "method 'moa' is none of soft_moa"),
         ('{"method": "lora", "lora_rnk": 4}', "unknown adapter setting lora_rnk (did you mean lora_rank?)"),
         ('{"method": "lora", "lora_rank": "4"}', "lora_rank must be of type int, not '4'"),
+        ('{"method": "sparse_moa", "gate_activation": "softmax"}', "--gate_activation has no effect"),
+        ('{"method": "lora", "swi_x": 2}', "--swi_x has no effect"),
         ('{"method": "prompt"}', "its method is prompt, not lora (--method)"),
     ],
 )
@@ -117,6 +121,15 @@ def test_a_file_that_is_not_right_is_named(text, words, tmp_path, capsys):
         settings("--adapter_config", str(file), *typed)
     error = capsys.readouterr().err
     assert ended.value.code == 1 and error.startswith(f"error: {file}: ") and words in error
+
+
+def test_a_file_with_layers_that_the_model_lacks_is_named(tmp_path, capsys):
+    file = tmp_path / "mixture.json"
+    file.write_text('{"method": "lora", "lora_layers": "0-5"}')
+    with pytest.raises(SystemExit) as ended:
+        settings("--adapter_config", str(file), "--ckpt_dir", str(BASE))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: {file}: lora_layers: '0-5' goes beyond the model's 3 layers")
 
 
 def test_a_file_with_layers_that_the_model_lacks_is_refused(tmp_path):

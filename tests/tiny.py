@@ -40,7 +40,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "soft_moa_linear_router": {**_SOFT, "swi_x": 0},
     # Thresholds about 0.4 and 0.5, so that a good part of the adapters are off
     "sparse_moa": {**_SPARSE, "swi_x": 2, "max_threshold": 0.8},
-    "sparse_moa_const_threshold": {**_SPARSE, "swi_x": 0, "const_threshold": True},
+    # ... and in one block no adapter at all
+    "sparse_moa_const_threshold": {
+        **{**_SPARSE, "swi_x": 0, "const_threshold": True},
+        **{"lora_layers": "0-1", "p_adapter_layers": "2-3"},
+    },
     "soft_moa_instance": {**_SOFT, "method": "soft_moa_instance", "swi_x": 2},
     "unipeft": {**_SOFT, "method": "unipeft"},
     "molora": {"method": "molora", **_LORA, "expert_num": 4},
@@ -68,6 +72,13 @@ NOISY = {"noisy": {**METHODS["topk_moelora"], "noisy_router": True}}
 def config(name: str | None) -> AdapterConfig | None:
     """Configuration of one of METHODS or NOISY; None (no adapters) for None."""
     return None if name is None else AdapterConfig.from_flat((METHODS | NOISY)[name], ARGS.n_layers)
+
+
+def authors_can_say(name: str) -> bool:
+    """Whether the authors' code has what one of METHODS is made of."""
+    adapters = config(name).adapters
+    theirs = {kind for kind in adapters if adapters[kind].layers} <= {"lora", "prompt", "p_adapter"}
+    return theirs and METHODS[name]["method"] != "custom"
 
 
 def random_state(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:

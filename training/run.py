@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 
@@ -19,7 +19,7 @@ from llama.data import read_rows
 from llama.parallel import bf16_is_fast, data_size, is_main, pick_device, start_processes, stop_processes
 from moa.adapter_file import adapter_params
 from moa.config import AdapterConfig
-from moa.files import file_hash, read_json, write_json
+from moa.files import claim, file_hash, read_json, write_json
 from moa.state import count
 from training.checkpoint import pack, restore, save
 from training.data import FIELDS, load_examples
@@ -50,7 +50,9 @@ def run(settings: Settings) -> Path:
     config = settings.config(args)
     examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_main())
     plan = plan_of(settings, len(examples))
-    leaks = {"leaks": check_leaks(flags.data_path, flags.leak_tests)} if flags.leak_tests and is_main() else {}
+    leaks = {}
+    if flags.leak_tests is not None and is_main():
+        leaks = {"leaks": check_leaks(flags.data_path, flags.leak_tests)}
     llm = Llama.build(
         flags.ckpt_dir,
         config=config,
@@ -64,16 +66,18 @@ def run(settings: Settings) -> Path:
     model.activation_checkpointing = flags.activation_checkpointing
     optimizer = make_optimizer(model, flags.weight_decay)
     done = restore(last, model, optimizer) if last else 0
+    lock = _claim(folder) if is_main() else None
+    if is_main() and last is not None and leaks:  # a resumed run's record stands already
+        write_json(folder / CONFIG, read_json(folder / CONFIG) | leaks)
     if done >= plan.steps:
         say(f"{last}: the run is complete, all {plan.steps} steps are done")
+        stop_processes()
         return folder
 
     trained = count(model)["total"]
     if is_main():
-        if last is None:  # a resumed run's folder and record stand already
+        if last is None:
             _prepare(folder, _record(settings, config, args, plan) | {"trainable_parameters": trained} | leaks)
-        elif leaks:
-            write_json(folder / CONFIG, read_json(folder / CONFIG) | leaks)
         say(
             f"{config.method}: {trained:,} trainable parameters ({100 * trained / base_parameters(model):.2f} % of the "
             f"base), {len(examples)} rows, {plan.steps} steps of {plan.rows_per_step} rows, "
@@ -99,6 +103,8 @@ def run(settings: Settings) -> Path:
     say(f"{checkpoints(folder)[-1][1] if is_main() else folder}: done; python extract_adapter.py writes the adapter")
     dist.barrier()
     stop_processes()
+    if lock:
+        lock.close()
     return folder
 
 
@@ -138,7 +144,8 @@ def dry_run(settings: Settings) -> dict[str, Any]:
     plan = plan_of(settings, n_rows or 1)
     bf16 = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
     known = n_rows is not None
-    leaks = check_leaks(flags.data_path, flags.leak_tests) if known and flags.leak_tests and is_main() else None
+    checked = known and flags.leak_tests is not None and is_main()
+    leaks = check_leaks(flags.data_path, flags.leak_tests) if checked else None
     return {
         "method": config.method,
         "trainable_parameters": count(model),
@@ -199,9 +206,14 @@ def _last_checkpoint(settings: Settings, folder: Path) -> Path | None:
     return last
 
 
-def _prepare(folder: Path, record: dict[str, Any]) -> None:
-    """Make the run's folder and write its record; an earlier run's checkpoints and log go (--overwrite)."""
+def _claim(folder: Path) -> IO[bytes]:
+    """Make the run's folder and keep other runs out of it."""
     folder.mkdir(parents=True, exist_ok=True)
+    return claim(folder / ".lock", f"{folder}: another run is writing there; give another --output_dir")
+
+
+def _prepare(folder: Path, record: dict[str, Any]) -> None:
+    """Write the run's record; an earlier run's checkpoints and log go (--overwrite)."""
     for _, file in checkpoints(folder):
         file.unlink()
     (folder / "log.jsonl").unlink(missing_ok=True)

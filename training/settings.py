@@ -1,6 +1,7 @@
 """The flags of a fine-tuning run and what they come to. Needs no torch, so that a wrong flag is refused at once."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from moa.config import AdapterConfig
 from moa.knobs import METHODS, knob_fields
 from training.folder import CONFIG, checkpoints
 
-DEEPEST = 10_000  # layers: more than any model has
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
 
@@ -79,6 +79,8 @@ class TrainFlags:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.min_lr > 0 and self.lr_schedule == "constant":
             raise ValueError("--min_lr has no effect with --lr_schedule constant")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
         if self.flash_attention2 and (self.device == "cpu" or self.bf16 is False):
             raise ValueError("--flash_attention2 needs a GPU and bf16")
         if self.resume and self.overwrite:
@@ -112,8 +114,11 @@ class Settings:
 
     def config(self, args: ModelArgs) -> AdapterConfig:
         """The adapters for a model of this shape. ValueError naming the flag."""
-        config = AdapterConfig.from_flat({"method": self.train.method} | self.adapter, args.n_layers)
-        problem = config.without_effect(set(self.given))
+        method, known = self.train.method, knob_fields()
+        config = AdapterConfig.from_flat({"method": method} | self.adapter, args.n_layers)
+        # A file may tell what its settings would be anyway
+        changed = {k for k, v in self.adapter.items() if v != METHODS[method].get(k, known[k].default)}
+        problem = config.without_effect(self.given & known.keys() | changed)
         if problem:
             raise ValueError(problem)
         return config
@@ -131,42 +136,40 @@ def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description
         if pair & given:
             given |= pair  # the recipe has no say in either
     values, flat = asdict(train), {k: v for k, v in asdict(adapter).items() if v is not None}
+    typed = frozenset(parsed.given)
     if train.adapter_config is not None:
         try:
-            chosen = read_adapter_config(Path(train.adapter_config), train.method if "method" in given else None)
+            chosen = read_adapter_config(Path(train.adapter_config), train.method if "method" in typed else None)
         except (ValueError, OSError) as error:
             fail(str(error))
-        values["method"] = chosen.pop("method")
-        flat = chosen | flat
+        typed |= {"method"} & chosen.keys()
+        values["method"], flat = chosen.pop("method", train.method if "method" in typed else "custom"), chosen | flat
     if train.data_path is None and train.ckpt_dir is None:
         values |= {name: value for name, value in recipe.items() if name not in given}
-    settings = Settings(TrainFlags(**values), flat, parsed.given)
-    _check_early(settings)
+    settings = Settings(TrainFlags(**values), flat, typed)
+    # What goes with the settings of a run's start is seen when they are read (`continued`)
+    if not (train.resume and (output_folder(settings) / CONFIG).exists()):
+        _check_early(settings)
     return settings
 
 
 def read_adapter_config(path: Path, method: str | None) -> dict[str, Any]:
     """The adapter settings in a file: all that `adapter_params.json` holds or a part of it (the base, which is told
-    there too, may be another here). A file without a method is about `method`, or about a custom mixture.
-
-    ValueError naming the file, also where its method is not `method`.
-    """
+    there too, may be another here). ValueError naming the file, also where its method is another than `method`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object of adapter settings, found {type(found).__name__}")
     found.pop("base", None)
-    found.setdefault("method", method or "custom")
-    if method not in (None, found["method"]):
-        raise ValueError(f"{path}: its method is {found['method']}, not {method} (--method)")
-    try:  # for a model deeper than any: whether the layers fit this one is seen when it is known
-        AdapterConfig.from_flat(found, DEEPEST)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    named = found.get("method", method)
+    if named is not None and named not in tuple(METHODS):
+        raise ValueError(f"{path}: method {named!r} is none of {', '.join(METHODS)}")
+    if method not in (None, named):
+        raise ValueError(f"{path}: its method is {named}, not {method} (--method)")
     return found
 
 
@@ -177,11 +180,16 @@ def _check_early(settings: Settings) -> None:
     try:
         args = ModelArgs.from_file(params) if params and params.is_file() else None
         # Without a model at hand ranges are checked against one that is deeper than any.
-        settings.config(args or ModelArgs(dim=2, n_layers=DEEPEST, n_heads=1))
+        settings.config(args or ModelArgs(dim=2, n_layers=10_000, n_heads=1))
     except OSError as error:
         fail(f"{params}: {error.strerror}")
     except ValueError as error:
-        fail(str(error), status=1 if params and str(error).startswith(str(params)) else 2)
+        if params and str(error).startswith(str(params)):
+            fail(str(error))
+        words = re.findall(r"\w+", str(error).partition("(")[0])
+        if settings.train.adapter_config and not settings.given & set(words):
+            fail(f"{settings.train.adapter_config}: {error}")
+        fail(str(error), status=2)
 
 
 def output_folder(settings: Settings) -> Path:
@@ -195,30 +203,34 @@ def output_folder(settings: Settings) -> Path:
 
 
 def continued(settings: Settings) -> Settings:
-    """With --resume and a checkpoint in the output folder: flags that are not typed are those of the run's start.
+    """With --resume and a run in the output folder: flags that are not typed are those of the run's start.
 
     ValueError naming the flag that is typed and differs.
     """
     folder = output_folder(settings)
-    if not settings.train.resume or not checkpoints(folder):
-        return settings
     record = folder / CONFIG
+    if not settings.train.resume or not (record.exists() or checkpoints(folder)):
+        return settings
     try:
         start = json.loads(record.read_text(encoding="utf-8"))
-        before, resolved = {**start["settings"]}, {**start["adapter"]}
+        before, resolved, n_layers = {**start["settings"]}, {**start["adapter"]}, int(start["base"]["n_layers"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{record}: the record of the run to resume is missing or damaged") from None
-    chosen = settings.given | (settings.adapter.keys() if "adapter_config" in settings.given else set())
-    typed = {k: v for k, v in (asdict(settings.train) | settings.adapter).items() if k in chosen}
+    typed = {k: v for k, v in asdict(settings.train).items() if k in settings.given}
     for name, value in typed.items():
-        # An adapter's flag may also spell out what the method's preset came to
-        if name not in FREE and value not in (before.get(name), resolved.get(name, before.get(name))):
-            raise ValueError(f"{folder}: the run was started with --{name} {before.get(name)}, not {value}")
+        if name not in FREE and value != before.get(name):
+            raise _other_start(folder, name, before.get(name), value)
+    # An adapter's flag may also spell out what the method's preset came to
+    chosen = {k: v for k, v in resolved.items() if k in knob_fields()} | settings.adapter
+    now_flat = AdapterConfig.from_flat({"method": resolved.get("method")} | chosen, n_layers).flat()
+    for name in settings.adapter:
+        if now_flat[name] != resolved.get(name, now_flat[name]):
+            raise _other_start(folder, name, resolved[name], now_flat[name])
     # Asked for once; what the start's record says of leaks holds as long as the rows are the same
     once = {"overwrite": False, "dry_run": False, "leak_tests": None}
     # What may differ need not be in the record, which may be older than the flag
     now = {k.name: k.default for k in knobs_of(TrainFlags) if k.name in FREE} | before | once
-    now |= {k: v for k, v in typed.items() if k in now}
+    now |= {k: v for k, v in typed.items() if k in FREE}
     try:
         train = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(TrainFlags)}
         adapter = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(AdapterFlags) if k.name in now}
@@ -229,3 +241,8 @@ def continued(settings: Settings) -> Settings:
         raise ValueError(f"{record}: setting {error} is missing") from None
     except ValueError as error:
         raise ValueError(f"{record}: {error}") from None
+
+
+def _other_start(folder: Path, name: str, before: Any, now: Any) -> ValueError:
+    hint = "(--overwrite in the place of --resume begins anew)"
+    return ValueError(f"{folder}: the run was started with --{name} {before}, not {now} {hint}")
