@@ -140,17 +140,22 @@ class AdapterConfig:
 
     def without_effect(self, given: set[str]) -> str | None:
         """A sentence about the first flag in `given` that this configuration does not use, else None."""
-        unused, in_section = given & (knob_fields().keys() - self.in_use()), f"(method {self.method})"
-        for name in sorted(unused):
-            kind = next((k for k in self.adapters if name.startswith(f"{k}_") and not self.adapters[k].layers), None)
-            if kind is not None:
+        unused = sorted(given & (knob_fields().keys() - self.in_use()))
+        if not unused:
+            return None
+        name, absent = unused[0], [kind for kind, knobs in self.adapters.items() if not knobs.layers]
+        for kind in absent:
+            if name.startswith(f"{kind}_"):
                 return f"--{name} has no effect: method {self.method} has no such adapter (--{kind}_layers adds it)"
-            if name in asdict(self.router):
-                return f"--{name} has no effect with --block_router {self.router.block_router} {in_section}"
-            several = self.experts.expert_num > 1
-            what = f"--expert_router {self.experts.expert_router}" if several else "--expert_num 1"
-            return f"--{name} has no effect with {what} {in_section}"
-        return None
+        if len(absent) == len(self.adapters):
+            return f"--{name} has no effect: there is no adapter in any layer"
+        if name in asdict(self.router):
+            what = f"--block_router {self.router.block_router}"
+        elif self.experts.expert_num > 1:
+            what = f"--expert_router {self.experts.expert_router}"
+        else:
+            what = "--expert_num 1"
+        return f"--{name} has no effect with {what} (method {self.method})"
 
     def _sites(self, kind: str) -> list[str]:
         knobs, allowed = self.adapters[kind], ADAPTERS[kind].sites
