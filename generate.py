@@ -6,13 +6,13 @@
 Each line of the result is the test row plus "generate". Started again, it does only the rows that are missing.
 """
 
-import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cli import errors, knob, parse
 from llama.cpu import prepare_cpu
+from llama.machine import check_machine
 from moa.knobs import METHODS
 
 WHAT, HOW, MACHINE = "model and rows", "generation", "machine"
@@ -52,12 +52,9 @@ class Flags:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.temperature < 0 or 0 < self.temperature < 1e-6:
             raise ValueError(f"--temperature must be 0 (greedy) or at least 1e-6, not {self.temperature}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        check_machine(self.device, self.bf16, self.flash_attention2)
         if self.adapter_path == "":
             raise ValueError("--adapter_path is empty; leave it out for the base alone")
-        if self.flash_attention2 and (self.device == "cpu" or self.bf16 is False):
-            raise ValueError("--flash_attention2 needs a GPU and bf16")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_new_tokens <= self.max_gen_len:

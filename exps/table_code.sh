@@ -11,10 +11,5 @@
 set -euo pipefail
 here=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
 out=$(realpath -m "${OUT:-$here/../runs}")
-methods=${METHODS:-base $(cd "$here/.." && python -m exps.recipe methods)}
-for method in $methods; do
-    for seed in ${SEEDS:-0 1 2}; do
-        "$here/run.sh" "$method" codealpaca "$seed" "$@"
-    done
-done
+"$here/runs.sh" codealpaca "$@"
 [ "${ALLOW_CODE_EXECUTION:-}" != 1 ] || "$here/tables.sh" "$out/table_code" "$out/codealpaca"

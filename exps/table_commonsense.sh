@@ -9,10 +9,5 @@
 set -euo pipefail
 here=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
 out=$(realpath -m "${OUT:-$here/../runs}")
-methods=${METHODS:-base $(cd "$here/.." && python -m exps.recipe methods)}
-for method in $methods; do
-    for seed in ${SEEDS:-0 1 2}; do
-        "$here/run.sh" "$method" commonsense_15k "$seed" "$@"
-    done
-done
+"$here/runs.sh" commonsense_15k "$@"
 "$here/tables.sh" "$out/table_commonsense" "$out/commonsense_15k"

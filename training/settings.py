@@ -10,6 +10,7 @@ from typing import Any
 from cli import fail, knob, parse_into
 from cli.knobs import knobs_of
 from llama.args import ModelArgs
+from llama.machine import check_machine
 from moa.config import AdapterConfig
 from moa.knobs import METHODS, knob_fields
 from training.folder import CONFIG, checkpoints
@@ -79,10 +80,7 @@ class TrainFlags:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.min_lr > 0 and self.lr_schedule == "constant":
             raise ValueError("--min_lr has no effect with --lr_schedule constant")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
-        if self.flash_attention2 and (self.device == "cpu" or self.bf16 is False):
-            raise ValueError("--flash_attention2 needs a GPU and bf16")
+        check_machine(self.device, self.bf16, self.flash_attention2)
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
 
