@@ -22,11 +22,13 @@ def main(argv: list[str] | None = None) -> None:
         prepare_cpu()
         settings = with_demo(continued(settings))
         # torch takes seconds to load, and a wrong flag should not
-        from training.run import print_dry_run, run
-
         if settings.train.dry_run:
+            from training.dry_run import print_dry_run
+
             print_dry_run(settings)
         else:
+            from training.run import run
+
             run(settings)
 
 

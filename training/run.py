@@ -1,6 +1,5 @@
 """A fine-tuning run from its settings: folder, model, data, loop, checkpoints. What `finetune.py` calls."""
 
-import json
 import platform
 import shutil
 import subprocess
@@ -13,23 +12,22 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
-from llama import Llama, ModelArgs, Transformer
+from llama import Llama, ModelArgs
 from llama.checkpoint import fingerprint, read_base
-from llama.data import read_rows
 from llama.parallel import bf16_is_fast, data_size, is_main, pick_device, start_processes, stop_processes
 from moa.adapter_file import adapter_params
 from moa.config import AdapterConfig
 from moa.files import claim, file_hash, read_json, write_json
 from moa.state import count
 from training.checkpoint import pack, restore, save
-from training.data import FIELDS, load_examples
-from training.estimate import base_parameters, estimate
+from training.data import load_examples
+from training.estimate import base_parameters
 from training.folder import CONFIG, checkpoints
 from training.leaks import check_leaks
 from training.log import RunLog
 from training.loop import make_optimizer, train
-from training.schedule import Plan, make_plan
-from training.settings import Settings, TrainFlags, output_folder
+from training.schedule import Plan, plan_of
+from training.settings import Settings, output_folder
 
 
 def run(settings: Settings) -> Path:
@@ -49,7 +47,7 @@ def run(settings: Settings) -> Path:
     args, tokenizer = read_base(flags.ckpt_dir)
     config = settings.config(args)
     examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_main())
-    plan = plan_of(settings, len(examples))
+    plan = plan_of(flags, len(examples), data_size())
     leaks = {}
     if flags.leak_tests is not None and is_main():
         leaks = {"leaks": check_leaks(flags.data_path, flags.leak_tests)}
@@ -114,71 +112,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def plan_of(settings: Settings, n_rows: int) -> Plan:
-    flags = settings.train
-    return make_plan(
-        n_rows,
-        flags.batch_size * flags.accum_iter * data_size(),
-        flags.epochs,
-        flags.max_steps,
-        flags.warmup_epochs,
-        flags.lr,
-        flags.blr,
-        flags.min_lr,
-        flags.lr_schedule == "constant",
-    )
-
-
-def dry_run(settings: Settings) -> dict[str, Any]:
-    """What a run would train and need, from `params.json` alone (and the rows of `data_path`, if it is there)."""
-    flags = settings.train
-    device = pick_device(flags.device)
-    start_processes(device, flags.model_parallel_size)
-    folder = Path(flags.ckpt_dir)
-    args = ModelArgs.from_file(folder / "params.json")
-    if args.vocab_size == -1:
-        args, _ = read_base(folder)
-    config = settings.config(args)
-    model = Transformer(args, config)
-    n_rows = _rows(flags)
-    plan = plan_of(settings, n_rows or 1)
-    bf16 = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
-    known = n_rows is not None
-    checked = known and flags.leak_tests is not None and is_main()
-    leaks = check_leaks(flags.data_path, flags.leak_tests) if checked else None
-    return {
-        "method": config.method,
-        "trainable_parameters": count(model),
-        "base_parameters": base_parameters(model),
-        "memory_bytes": estimate(
-            model,
-            bf16,
-            device,
-            flags.batch_size * flags.max_seq_len,
-            flags.activation_checkpointing,
-            flags.model_parallel_size,
-        ),
-        "bf16": bf16,
-        "rows": n_rows,
-        "leaks": leaks,
-        "rows_per_step": plan.rows_per_step,
-        "steps": plan.steps if known or flags.max_steps else None,
-        "warmup_steps": plan.warmup_steps if known else None,
-        "lr": plan.lr,
-        "adapter": config.flat(),
-    }
-
-
-def _rows(flags: TrainFlags) -> int | None:
-    """Rows that fit; all of them where there is no tokenizer to tell; None without data."""
-    if flags.data_path is None:
-        return None
-    if (Path(flags.ckpt_dir) / "tokenizer.model").is_file():
-        _, tokenizer = read_base(flags.ckpt_dir)
-        return len(load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_main()))
-    return len(read_rows(flags.data_path, FIELDS))
-
-
 def _last_checkpoint(settings: Settings, folder: Path) -> Path | None:
     """The checkpoint to go on from. ValueError where the folder holds a run and neither --resume nor --overwrite is
     given, or where its run had other rows or another number of rows per step."""
@@ -198,7 +131,7 @@ def _last_checkpoint(settings: Settings, folder: Path) -> Path | None:
         raise ValueError(f"{settings.train.data_path}: not the rows that the run in {folder} was started with")
     if record.get("base_fingerprint") != fingerprint(settings.train.ckpt_dir):
         raise ValueError(f"{settings.train.ckpt_dir}: not the base that the run in {folder} was started with")
-    if record.get("rows_per_step") != plan_of(settings, 1).rows_per_step:
+    if record.get("rows_per_step") != plan_of(settings.train, 1, data_size()).rows_per_step:
         raise ValueError(
             f"{folder}: the run takes {record.get('rows_per_step')} rows per step; with {data_size()} data-parallel "
             f"ranks, set --batch_size and --accum_iter so that their product with it is the same"
@@ -261,13 +194,3 @@ def _git_revision() -> str | None:
         return subprocess.run(git, cwd=where, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def print_dry_run(settings: Settings) -> None:
-    """Print `dry_run` for a reader, then as JSON on the last line."""
-    result = dry_run(settings)
-    if is_main():
-        for slot, n in result["trainable_parameters"].items():
-            print(f"{slot:>14}  {n:>14,}")
-        print("  ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in result["memory_bytes"].items()))
-        print(json.dumps(result))

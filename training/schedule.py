@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from training.settings import TrainFlags
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -57,3 +59,18 @@ def make_plan(
     if min_lr > peak:
         raise ValueError(f"--min_lr {min_lr} is above the peak learning rate {peak:g}")
     return Plan(n_rows, rows_per_step, steps, min(warmup, steps), peak, min_lr, constant)
+
+
+def plan_of(flags: TrainFlags, n_rows: int, ranks: int) -> Plan:
+    """The plan of a run with these flags on `ranks` data-parallel ranks."""
+    return make_plan(
+        n_rows,
+        flags.batch_size * flags.accum_iter * ranks,
+        flags.epochs,
+        flags.max_steps,
+        flags.warmup_epochs,
+        flags.lr,
+        flags.blr,
+        flags.min_lr,
+        flags.lr_schedule == "constant",
+    )
