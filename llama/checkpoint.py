@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.layers import ColumnParallel, RowParallel, VocabParallel
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from moa.adapter import AdapterModule
 from moa.files import file_hash, read_torch
-from moa.parallel import mp_rank, mp_size
+from moa.parallel import Cut, mp_rank
 from moa.state import require_same_keys
 
 IGNORED = {"rope.freqs"}  # worked out from params.json instead
@@ -30,22 +30,21 @@ class Placement(NamedTuple):
 
 
 def placements(model: Transformer) -> dict[str, Placement]:
-    """Key -> whole shape and cut dimension, for every base tensor."""
+    """Key -> whole shape and how it is cut, for every base tensor."""
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, AdapterModule):
             continue
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            cut = 0
-        elif isinstance(module, RowParallelLinear):
-            cut = 1
-        else:
-            cut = None
         for name, parameter in module.named_parameters(recurse=False):
-            shape = list(parameter.shape)
-            if cut is not None:
-                shape[cut] *= mp_size()
-            found[f"{path}.{name}"] = Placement(tuple(shape), cut)
+            if isinstance(module, ColumnParallel):
+                place = Placement((module.out_features, module.in_features), 0)
+            elif isinstance(module, RowParallel):
+                place = Placement((module.out_features, module.in_features), 1)
+            elif isinstance(module, VocabParallel):
+                place = Placement((module.num_embeddings, module.embedding_dim), 0)
+            else:
+                place = Placement(tuple(parameter.shape), None)
+            found[f"{path}.{name}"] = place
     return found
 
 
@@ -69,15 +68,24 @@ def read_base(ckpt_dir: str | Path) -> tuple[ModelArgs, Tokenizer]:
 def load_base(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, device: torch.device) -> None:
     """Fill the base of `model` from all shards in `ckpt_dir`, as `dtype` on `device`; adapters go to `device` too.
 
-    Files stay mapped: what is not converted or moved is never copied, and a rank reads its own part alone. Raises
-    ValueError naming the file and tensor where anything is missing, left over, of another shape or unreadable.
+    A rank reads its own part of the files and no more. Files stay mapped, so what needs no other type or device is
+    neither read nor copied here, and processes of a machine share it (the system's page cache): all of a shard's
+    tensor, or some of its rows. Some columns of it (wo and w2, with fewer shards than ranks), and what is put together
+    from several shards, are copies. Raises ValueError naming the file and tensor where anything is missing, left over,
+    of another shape or unreadable.
     """
     files = shard_files(Path(ckpt_dir))
     shards = [open_shard(file) for file in files]
     wanted = placements(model)
     for file, shard in zip(files, shards, strict=True):
         require_same_keys(wanted, set(shard) - IGNORED, str(file), "tensor")
-    state = {key: _assemble(key, place, files, shards).to(device, dtype) for key, place in wanted.items()}
+    state = {}
+    for key, place in wanted.items():
+        path, _, name = key.rpartition(".")
+        layer = model.get_submodule(path)
+        cut = shard_cut(key, place, files, shards, getattr(layer, "heads", None))
+        mine = _assemble(place, cut, getattr(layer, name).shape, [shard[key] for shard in shards])
+        state[key] = mine.to(device, dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.to(device)
     for name, tensor in model.named_parameters():
@@ -109,10 +117,13 @@ def open_shard(file: Path) -> dict[str, Tensor]:
     return shard
 
 
-def shard_cut(key: str, place: Placement, files: list[Path], shards: list[dict[str, Tensor]]) -> int | None:
+def shard_cut(
+    key: str, place: Placement, files: list[Path], shards: list[dict[str, Tensor]], heads: int | None = None
+) -> int | None:
     """The dimension along which the shards cut a base tensor; None where each holds the whole.
 
-    LLaMA-2's writers cut the embedding along its width, LLaMA-3's along the vocabulary: the shapes tell. ValueError
+    LLaMA-2's writers cut the embedding along its width, LLaMA-3's along the vocabulary: the shapes tell. heads: of wk
+    and wv, the number of key/value heads; where there are more shards, neighbours may hold the same head. ValueError
     naming file and tensor where a shard's piece is of another type or shape.
     """
     n, held = len(shards), tuple(shards[0][key].shape)
@@ -125,27 +136,26 @@ def shard_cut(key: str, place: Placement, files: list[Path], shards: list[dict[s
     for dim in (None,) if cut is None else (cut, 1 - cut):
         if held == tuple(size / n if d == dim else size for d, size in enumerate(place.shape)):
             return dim
+    if heads is not None and n % heads == 0 and held == (place.shape[0] // heads, *place.shape[1:]):
+        return cut
     several = f" of {n} shards" if n > 1 else ""
     raise ValueError(f"{files[0]}{several}: {key} has shape {held}, params.json asks for {place.shape} in all")
 
 
-def _assemble(key: str, place: Placement, files: list[Path], shards: list[dict[str, Tensor]]) -> Tensor:
-    """This rank's part of a base tensor, out of the shards that hold it."""
-    dim, pieces = shard_cut(key, place, files, shards), [shard[key] for shard in shards]
+def _assemble(place: Placement, dim: int | None, local: torch.Size, pieces: list[Tensor]) -> Tensor:
+    """This rank's part, of shape `local`, of a base tensor that shards hold in pieces along `dim`."""
     if place.cut is None:
         return pieces[0]
-    part = place.shape[place.cut] // mp_size()
-    if dim is None:
-        return pieces[0].narrow(place.cut, mp_rank() * part, part).contiguous()
-    if dim != place.cut:
-        return torch.cat([p.narrow(place.cut, mp_rank() * part, part) for p in pieces], dim)
-    begin, end = (place.shape[dim] * (mp_rank() + i) // mp_size() for i in (0, 1))
-    per_shard = pieces[0].shape[dim]
-    mine = []
-    for i, piece in enumerate(pieces):
-        first, last = max(begin, i * per_shard), min(end, (i + 1) * per_shard)
-        if first < last:
-            mine.append(piece.narrow(dim, first - i * per_shard, last - first))
+    size = local[place.cut]
+    begin = size * Cut(place.cut, place.shape[place.cut] // size).part(mp_rank())
+    if dim != place.cut:  # each piece has some of what is this rank's
+        mine = [piece.narrow(place.cut, begin, size) for piece in pieces]
+    else:
+        mine, width = [], pieces[0].shape[dim]
+        for i, piece in enumerate(pieces[:: len(pieces) * width // place.shape[dim]]):  # the first of those alike
+            first, last = max(begin, i * width), min(begin + size, (i + 1) * width)
+            if first < last:
+                mine.append(piece.narrow(dim, first - i * width, last - first))
     return mine[0].contiguous() if len(mine) == 1 else torch.cat(mine, dim)
 
 

@@ -6,13 +6,13 @@
 
 Layer names are Meta's. Inside, a batch is packed (`moa.rows`): N tokens of all rows, laid end to end without padding.
 Shapes: B rows of T tokens at the interface, N tokens inside, D model width, H query heads, K key/value heads, h head
-width, F hidden width of the feed-forward block, V vocabulary. Under model parallelism H, K, F and V are cut.
+width, F hidden width of the feed-forward block, V vocabulary. Under model parallelism H, K, F and V are cut; with more
+ranks than key/value heads K is 1, and neighbouring ranks hold the same one.
 """
 
 from typing import NamedTuple
 
 import torch
-from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -21,32 +21,16 @@ from llama.args import ModelArgs
 from llama.attention import cached_attention, causal_attention
 from llama.cache import Cache
 from llama.data import IGNORE
+from llama.layers import ColumnParallel, RowParallel, VocabParallel, unfilled
 from llama.loss import label_loss
 from llama.rope import Rope, frequencies
 from moa.adapter import AdapterModule, Site
 from moa.base import NormWeight
 from moa.block import Adapters, Mixing, build_router
 from moa.config import AdapterConfig, Slot
-from moa.parallel import share
+from moa.parallel import parts_of_heads, share
 from moa.routers import Gates
 from moa.rows import Rows
-
-
-def _unfilled(layer: nn.Module) -> nn.Module:
-    """Give up the memory of a base layer's weights: the checkpoint brings them (`load_state_dict(assign=True)`)."""
-    return layer.to("meta").requires_grad_(False)
-
-
-def _column(in_features: int, out_features: int, gather: bool = False) -> nn.Module:
-    return _unfilled(
-        ColumnParallelLinear(in_features, out_features, bias=False, gather_output=gather, init_method=lambda w: w)
-    )
-
-
-def _row(in_features: int, out_features: int) -> nn.Module:
-    return _unfilled(
-        RowParallelLinear(in_features, out_features, bias=False, input_is_parallel=True, init_method=lambda w: w)
-    )
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +39,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, trained: bool = False):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
+        self.weight = unfilled(dim)
         self.adapters = nn.ModuleDict({"norm": NormWeight(dim, lambda: self.weight)} if trained else {})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,19 +51,19 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs, config: AdapterConfig | None, slots: list[Slot]):
         super().__init__()
         heads, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-        share(args.n_heads, "n_heads"), share(args.n_kv_heads, "n_kv_heads")
+        parts = parts_of_heads(args.n_kv_heads)
         self.head_dim = args.head_dim
-        self.wq = _column(args.dim, heads)
-        self.wk = _column(args.dim, kv)
-        self.wv = _column(args.dim, kv)
-        self.wo = _row(heads, args.dim)
+        self.wq = ColumnParallel(args.dim, heads)
+        self.wk = ColumnParallel(args.dim, kv, args.n_kv_heads)
+        self.wv = ColumnParallel(args.dim, kv, args.n_kv_heads)
+        self.wo = RowParallel(heads, args.dim)
         self.adapters = Adapters(
             config,
             slots,
             {
                 "Q": Site(args.dim, heads, "out", args.n_heads),
-                "K": Site(args.dim, kv, "out", args.n_heads),
-                "V": Site(args.dim, kv, "out", args.n_heads),
+                "K": Site(args.dim, kv, "out", args.n_heads, parts),
+                "V": Site(args.dim, kv, "out", args.n_heads, parts),
                 "attention": Site(args.dim, heads, "out", args.n_heads),
                 "O": Site(heads, args.dim, "in", args.n_heads),
             },
@@ -102,10 +86,9 @@ class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs, config: AdapterConfig | None, slots: list[Slot]):
         super().__init__()
         dim, hidden = args.dim, args.ffn_dim
-        share(hidden, "the feed-forward width")
-        self.w1 = _column(dim, hidden)
-        self.w2 = _row(hidden, dim)
-        self.w3 = _column(dim, hidden)
+        self.w1 = ColumnParallel(dim, hidden)
+        self.w2 = RowParallel(hidden, dim)
+        self.w3 = ColumnParallel(dim, hidden)
         self.adapters = Adapters(
             config,
             slots,
@@ -142,6 +125,14 @@ class TransformerBlock(nn.Module):
         y = x + self.attention(self.attention_norm(x), mixing, step, self.layer)
         z = self.ffn_norm(y)
         return self.adapters.add("block", y + self.feed_forward(z, mixing), mixing, z), mixing.balance
+
+
+def _require_divisible(args: ModelArgs) -> None:
+    """ValueError with the numbers, unless the model-parallel ranks can share a model of this shape."""
+    share(args.n_heads, "n_heads")
+    parts_of_heads(args.n_kv_heads)
+    share(args.ffn_dim, "the feed-forward width")
+    share(args.vocab_size, "vocab_size")
 
 
 def _norm(args: ModelArgs, config: AdapterConfig | None) -> RMSNorm:
@@ -195,11 +186,11 @@ class Transformer(nn.Module):
         assert config is None or config.n_layers == args.n_layers
         self.args, self.config, self.flash = args, config, flash_attention2
         self.activation_checkpointing = False
-        share(args.vocab_size, "vocab_size")
-        self.tok_embeddings = _unfilled(VocabParallelEmbedding(args.vocab_size, args.dim, init_method=lambda w: w))
+        _require_divisible(args)
+        self.tok_embeddings = VocabParallel(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, args, config) for i in range(args.n_layers))
         self.norm = _norm(args, config)
-        self.output = _column(args.dim, args.vocab_size, gather=True)
+        self.output = ColumnParallel(args.dim, args.vocab_size, gather=True)
         self.freqs = frequencies(args)
 
     def forward(self, tokens: Tensor, prompt_lens: list[int] | None = None) -> Tensor:
@@ -266,6 +257,6 @@ class Transformer(nn.Module):
 
     def make_cache(self, max_rows: int, max_len: int) -> Cache:
         """An empty KV cache in the base's dtype, on its device, for this rank's heads."""
-        weight = self.output.weight
-        kv_heads = share(self.args.n_kv_heads, "n_kv_heads")
-        return Cache(self.args.n_layers, max_rows, max_len, kv_heads, self.args.head_dim, weight.dtype, weight.device)
+        weight, args = self.output.weight, self.args
+        kv_heads = args.n_kv_heads // parts_of_heads(args.n_kv_heads)
+        return Cache(args.n_layers, max_rows, max_len, kv_heads, args.head_dim, weight.dtype, weight.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.parallel import copy_to_ranks, share, sum_over_ranks
+from moa.parallel import Cut, copy_to_ranks, mp_size, share, sum_over_holders, sum_over_ranks
 
 
 class Init(Protocol):
@@ -39,11 +39,11 @@ def like_linear(in_features: int) -> Init:
 
 @dataclass(frozen=True)
 class Declared:
-    """A trained parameter: its whole shape, its start, the dimension cut over model-parallel ranks, weight decay."""
+    """A trained parameter: its whole shape, its start, how it is cut over model-parallel ranks, weight decay."""
 
     shape: tuple[int, ...]
     init: Init
-    cut: int | None
+    cut: Cut | None
     decay: bool
 
 
@@ -59,28 +59,44 @@ class AdapterModule(nn.Module):
         self.expert_router: nn.Module | None = None  # of an adapter that has several experts
 
     def declare(
-        self, name: str, shape: tuple[int, ...], init: Init, cut: int | None = None, decay: bool | None = None
+        self, name: str, shape: tuple[int, ...], init: Init, cut: Cut | None = None, decay: bool | None = None
     ) -> None:
-        """Make parameter `name` of whole shape `shape`; this rank holds its part along dimension `cut`.
+        """Make parameter `name` of whole shape `shape`, of which this rank holds its part.
 
+        cut: `site.outputs(dim)` or `site.inputs(dim)` for a parameter that belongs to the site's outputs or inputs
+        along one of its dimensions; the gradient of a part that several ranks hold is then summed over them.
         decay: whether weight decay applies (default: to all but 1-D parameters).
         """
         local = list(shape)
         if cut is not None:
-            local[cut] = share(shape[cut], f"dimension {cut} of {type(self).__name__}.{name}")
-        self.register_parameter(name, nn.Parameter(torch.empty(local, dtype=torch.float32)))
+            what = f"dimension {cut.dim} of {type(self).__name__}.{name}"
+            local[cut.dim] = share(shape[cut.dim], what, cut.parts)
+        parameter = nn.Parameter(torch.empty(local, dtype=torch.float32))
+        if cut is not None and cut.parts < mp_size():
+            parameter.register_hook(partial(sum_over_holders, cut=cut))
+        self.register_parameter(name, parameter)
         self.declared[name] = Declared(shape, init, cut, len(shape) > 1 if decay is None else decay)
 
 
 @dataclass(frozen=True)
 class Site:
     """A place where an adapter stands: whole widths of what goes in and comes out there, and how the layer beside it
-    is cut: "out" (column-parallel), "in" (row-parallel) or None (replicated)."""
+    is cut: "out" (column-parallel), "in" (row-parallel) or None (replicated). parts: into how many parts, where they
+    are fewer than ranks."""
 
     in_features: int
     out_features: int
     cut: str | None
     n_heads: int
+    parts: int | None = None
+
+    def outputs(self, dim: int) -> Cut | None:
+        """How a parameter is cut whose dimension `dim` runs along the outputs."""
+        return Cut(dim, self.parts or mp_size()) if self.cut == "out" else None
+
+    def inputs(self, dim: int) -> Cut | None:
+        """How a parameter is cut whose dimension `dim` runs along the inputs."""
+        return Cut(dim, self.parts or mp_size()) if self.cut == "in" else None
 
 
 def project_in(site: Site, u: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from moa import authors
 from moa.config import AdapterConfig
 from moa.files import read_json, read_torch, write_file, write_json, write_torch
+from moa.reading import shown
 from moa.state import require_tensors
 
 PARAMS = "adapter_params.json"
@@ -22,9 +23,9 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str,
     """
     require_tensors(state, "the adapter")
     try:
-        text = json.dumps(dict(params), indent=1) + "\n"
         AdapterConfig.from_flat({k: v for k, v in params.items() if k != "base"}, params["base"]["n_layers"])
-    except (TypeError, KeyError, ValueError) as error:
+        text = json.dumps(dict(params), indent=1, allow_nan=False) + "\n"
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"the adapter's settings are damaged ({error})") from None
     folder.mkdir(parents=True, exist_ok=True)
     write_torch(folder / "adapter.pth", dict(state))
@@ -90,7 +91,7 @@ def load_adapter(
 
 def _require_base(trained_on: Any, base: Mapping[str, Any]) -> None:
     if not isinstance(trained_on, dict):
-        raise ValueError(f"base must be an object, not {trained_on!r}")
+        raise ValueError(f"base must be an object, not {shown(trained_on)}")
     for name, value in trained_on.items():
         if name in base and base[name] != value:
-            raise ValueError(f"the adapter was trained on a base with {name} {value}, this one has {base[name]}")
+            raise ValueError(f"the adapter was trained on a base with {name} {shown(value)}, this one has {base[name]}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moa.base import BIASED_SITES
 from moa.config import AdapterConfig
+from moa.reading import shown
 from moa.state import require_same_keys
 
 PREFIX = "llama."
@@ -85,7 +86,7 @@ def _flag(params: Mapping[str, Any], name: str) -> bool:
     """One of their yes-or-no flags; left out is no. ValueError naming it where it is neither."""
     value = params.get(name, False)
     if value not in (False, True, "False", "True"):
-        raise ValueError(f"{name} must be true or false, not {value!r}")
+        raise ValueError(f"{name} must be true or false, not {shown(value)}")
     return value in (True, "True")
 
 

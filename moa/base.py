@@ -15,7 +15,7 @@ class Bias(AdapterModule):
 
     def __init__(self, site: Site):
         super().__init__()
-        self.declare("bias", (site.out_features,), zeros, 0 if site.cut == "out" else None)
+        self.declare("bias", (site.out_features,), zeros, site.outputs(0))
 
     def forward(self, u: Tensor, gate: None) -> Tensor:
         return self.bias.to(u.dtype)

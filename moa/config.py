@@ -6,6 +6,7 @@ A method is a preset of knobs (`moa.knobs.METHODS`), nothing else. The flat dict
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -23,8 +24,11 @@ from moa.knobs import (
     RouterKnobs,
     knob_fields,
 )
+from moa.reading import plain, shown
 
+MAX_LAYERS = 10_000
 MAX_SIZE = 2**16  # of a rank, width or length: more is a slip of the hand
+MAX_NUMBER = 2**53  # of anything: beyond it not every whole number is a float
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,18 @@ class AdapterConfig:
         flat = dict(flat)
         method = flat.pop("method", None)
         if not isinstance(method, str) or method not in METHODS:
-            raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+            raise ValueError(f"method {shown(method)} is none of {', '.join(METHODS)}")
+        if type(n_layers) is not int or not 1 <= n_layers <= MAX_LAYERS:
+            raise ValueError(f"n_layers must be a whole number from 1 to {MAX_LAYERS}, not {shown(n_layers)}")
         known = knob_fields()
         for name in flat:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f"unknown adapter setting {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+                raise ValueError(f"unknown adapter setting {plain(name)}" + (f" (did you mean {near[0]}?)" if near else ""))
         values = METHODS[method] | flat
         for name, value in values.items():
             if known[name].type is float and type(value) is int:  # as JSON may have it
-                values[name] = float(value)
+                values[name] = float(value) if abs(value) <= MAX_NUMBER else math.inf
             if name.endswith("_targets") and isinstance(value, str):
                 values[name] = ",".join(target.strip() for target in value.split(","))
         adapters = {}
@@ -164,9 +170,9 @@ class AdapterConfig:
         wanted = knobs.targets.split(",")
         for target in wanted:
             if target not in allowed:
-                raise ValueError(f"{kind}_targets: {target!r} is none of {', '.join(allowed)}")
+                raise ValueError(f"{kind}_targets: {shown(target)} is none of {', '.join(allowed)}")
         if len(set(wanted)) < len(wanted):
-            raise ValueError(f"{kind}_targets: {knobs.targets!r} names a target twice")
+            raise ValueError(f"{kind}_targets: {shown(knobs.targets)} names a target twice")
         return [site for site in allowed if site in wanted]
 
     @cached_property
@@ -187,12 +193,14 @@ class AdapterConfig:
 def _check_type(name: str, value: Any, spec: Any) -> None:
     wanted = (int, float) if spec.type is float else spec.type
     if not isinstance(value, wanted) or (isinstance(value, bool) and spec.type is not bool):
-        raise ValueError(f"{name} must be of type {spec.type.__name__}, not {value!r}")
+        raise ValueError(f"{name} must be of type {spec.type.__name__}, not {shown(value)}")
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise ValueError(f"{name} is too large: {shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, not {value}")
     choices = spec.metadata.get("choices")
     if choices and value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}")
 
 
 def parse_layers(name: str, text: str, n_layers: int) -> list[int]:
@@ -201,15 +209,14 @@ def parse_layers(name: str, text: str, n_layers: int) -> list[int]:
         return list(range(n_layers))
     layers: set[int] = set()
     for part in text.split(",") if text else []:
-        begin, dash, end = part.strip().partition("-")
-        # isdecimal alone would let other scripts' digits through
-        if not (dash and begin.isascii() and end.isascii() and begin.isdecimal() and end.isdecimal()):
-            raise ValueError(f"{name}: {part!r} is not a range such as 0-8 (end excluded)")
+        begin, _, end = part.strip().partition("-")
+        if not all(re.fullmatch("[0-9]{1,9}", number) for number in (begin, end)):
+            raise ValueError(f"{name}: {shown(part)} is not a range such as 0-8 (end excluded)")
         first, last = int(begin), int(end)
         if first > last:
-            raise ValueError(f"{name}: {part!r} ends before it begins")
+            raise ValueError(f"{name}: {shown(part)} ends before it begins")
         if last > n_layers:
-            raise ValueError(f"{name}: {part!r} goes beyond the model's {n_layers} layers (0-{n_layers})")
+            raise ValueError(f"{name}: {shown(part)} goes beyond the model's {n_layers} layers (0-{n_layers})")
         layers |= set(range(first, last))
     return sorted(layers)
 

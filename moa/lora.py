@@ -21,9 +21,9 @@ class LoRA(AdapterModule):
             "A",
             (knobs.rank if knobs.hydra else width, site.in_features),
             like_linear(site.in_features),
-            1 if site.cut == "in" else None,
+            site.inputs(1),
         )
-        self.declare("B", (site.out_features, width), zeros, 0 if site.cut == "out" else None)
+        self.declare("B", (site.out_features, width), zeros, site.outputs(0))
         self.expert_router = build_expert_router(site, config, soft_bias=False)
 
     def forward(self, u: Tensor, gate: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ class Prompt(AdapterModule):
         super().__init__()
         self.n_experts = config.experts.expert_num
         self.declare("P", (self.n_experts * config.adapters["prompt"].len, site.in_features), normal)
-        self.declare("z", (site.n_heads,), zeros, cut=0)
+        self.declare("z", (site.n_heads,), zeros, site.outputs(0))
         self.expert_router = build_expert_router(site, config)
 
     def forward(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moa.adapter import AdapterModule, like_linear, zeros
 from moa.config import AdapterConfig, Slot
-from moa.parallel import sum_over_ranks
+from moa.parallel import Cut, mp_size, sum_over_ranks
 
 Gates = dict[str, Tensor]  # slot -> (N, 1), float32 from the router
 
@@ -22,7 +22,7 @@ class Linear(AdapterModule):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, cut: str | None = None):
         super().__init__()
         self.input_is_cut = cut == "in"
-        weight_cut = 1 if self.input_is_cut else None
+        weight_cut = Cut(1, mp_size()) if self.input_is_cut else None
         self.declare("weight", (out_features, in_features), like_linear(in_features), weight_cut)
         if bias:
             self.declare("bias", (out_features,), zeros)

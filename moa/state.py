@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moa.adapter import AdapterModule, Declared
+from moa.files import tensor_problem
 from moa.parallel import gather, shard
+from moa.reading import shown
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -112,10 +114,13 @@ def require_tensors(state: Any, origin: str) -> None:
         raise ValueError(f"{origin}: expected a dictionary of tensors, found {type(state).__name__}")
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{origin}: expected a dictionary of tensors, but {key!r} is none")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
+            raise ValueError(f"{origin}: expected a dictionary of tensors, but {shown(key)} is none")
+        problem = tensor_problem(tensor)
+        if problem:
+            raise ValueError(f"{origin}: {key} {problem}")
+        if tensor.dtype not in FLOATS:
             raise ValueError(f"{origin}: {key} is not a plain tensor of floating-point numbers ({tensor.dtype})")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():  # as the model would hold them
             raise ValueError(f"{origin}: {key} has values that are not finite")
 
 

@@ -26,14 +26,14 @@ def expected(name: str) -> dict[str, Any]:
     return found
 
 
-def load(name: str) -> Llama:
+def load(name: str, model_parallel_size: int = 1) -> Llama:
     """The method as users load it; the sparse threshold without a gradient, as theirs is."""
     if name == "no_adapter":
-        return Llama.build(BASE, device="cpu", max_seq_len=64)
+        return Llama.build(BASE, device="cpu", max_seq_len=64, model_parallel_size=model_parallel_size)
     path = GOLDEN / name / "adapter.pth"
     config, state = load_adapter(path, PARAMS, METHOD_OF.get(name))
     config = replace(config, router=replace(config.router, threshold_gradient="none"))
-    llm = Llama.build(BASE, config=config, device="cpu", max_seq_len=64, seed=5)
+    llm = Llama.build(BASE, config=config, max_seq_len=64, seed=5, model_parallel_size=model_parallel_size)
     load_adapter_state(llm.model, state, str(path))
     return llm
 

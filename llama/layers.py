@@ -1,0 +1,53 @@
+"""fairscale's model-parallel layers, frozen and without weights: a checkpoint brings them
+(`load_state_dict(assign=True)`).
+
+fairscale's own constructors make each matrix whole on every rank and fill it before they cut it, gigabytes for nothing.
+These take no memory, and know the whole sizes as well as this rank's. Forward passes are fairscale's.
+"""
+
+import torch
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import nn
+
+from moa.parallel import mp_rank, mp_size, parts_of_heads, share
+
+
+def unfilled(*shape: int) -> nn.Parameter:
+    """A frozen weight that is still to come."""
+    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+
+
+class ColumnParallel(ColumnParallelLinear):
+    """y = W x, (N, in) whole -> (N, out / parts), this rank's part; `gather`: whole. heads: the outputs are so many
+    key/value heads, each of which several ranks hold where there are more ranks (`moa.parallel.parts_of_heads`)."""
+
+    def __init__(self, in_features: int, out_features: int, heads: int | None = None, gather: bool = False):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.gather_output, self.heads = in_features, out_features, gather, heads
+        parts = mp_size() if heads is None else parts_of_heads(heads)
+        self.weight = unfilled(share(out_features, "output width", parts), in_features)
+        self.register_parameter("bias", None)
+
+
+class RowParallel(RowParallelLinear):
+    """y = W x, (N, in / ranks), this rank's part -> (N, out), whole."""
+
+    def __init__(self, in_features: int, out_features: int):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.weight = unfilled(out_features, share(in_features, "input width"))
+        self.register_parameter("bias", None)
+
+
+class VocabParallel(VocabParallelEmbedding):
+    """(N,) token ids -> (N, D), whole; this rank holds its part of the vocabulary."""
+
+    def __init__(self, vocab_size: int, dim: int):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = vocab_size, dim
+        mine = share(vocab_size, "vocab_size")
+        self.vocab_start_index, self.vocab_end_index = mp_rank() * mine, (mp_rank() + 1) * mine
+        self.weight = unfilled(mine, dim)
+        # What fairscale passes on to torch's embedding, as it is there by default
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
