@@ -4,6 +4,10 @@ Checkpoints into Meta's layout (params.json, consolidated.00.pth, tokenizer.mode
     python -m convert hf        --input DIR  --output DIR [--dtype bf16|fp32|fp16] [--overwrite]
     python -m convert gguf      --input FILE --output DIR [--dtype bf16|fp32|fp16] [--overwrite]
 
+Checkpoints in Meta's layout: another number of shards, and whether one is whole:
+    python -m convert reshard   --ckpt_dir DIR --output DIR --shards N [--dtype ...] [--overwrite]
+    python -m convert check     DIR
+
 Plain LoRA into its base, into a PEFT folder, and out of one:
     python -m convert merge     --ckpt_dir DIR --adapter_path FILE --output DIR [--dtype ...] [--overwrite]
     python -m convert peft      --adapter_path FILE --output DIR [--base_model NAME] [--ckpt_dir DIR] [--overwrite]
@@ -44,6 +48,24 @@ class MergeFlags:
     output: str = knob(help="folder to make")
     dtype: str | None = knob(None, help="number format of the written tensors (None: the base's)", choices=DTYPES)
     overwrite: bool = knob(False, help="replace a checkpoint that is already in --output")
+
+
+@dataclass
+class ReshardFlags:
+    ckpt_dir: str = knob(help="the checkpoint, in Meta's layout; it stays as it is")
+    output: str = knob(help="folder to make")
+    shards: int = knob(help="how many files consolidated.NN.pth to cut it into")
+    dtype: str | None = knob(None, help="number format of the written tensors (None: as they are)", choices=DTYPES)
+    overwrite: bool = knob(False, help="replace a checkpoint that is already in --output")
+
+    def __post_init__(self) -> None:
+        if self.shards < 1:
+            raise ValueError(f"--shards {self.shards} must be 1 or more")
+
+
+@dataclass
+class CheckFlags:
+    ckpt_dir: str = knob(help="a checkpoint in Meta's layout", positional=True)
 
 
 @dataclass
@@ -99,6 +121,29 @@ def _merge(flags: MergeFlags) -> None:
     print(f"wrote {result.folder} ({result.matrices} matrices changed, shards: {result.shards})")
 
 
+def _reshard(flags: ReshardFlags) -> None:
+    from convert.reshard import reshard
+
+    result = reshard(flags.ckpt_dir, flags.output, flags.shards, flags.dtype, flags.overwrite)
+    print(f"wrote {result.folder} (shards: {result.before} before, now {result.after})")
+
+
+def _check(flags: CheckFlags) -> None:
+    from tqdm import tqdm
+
+    from convert.check import check, shards_there
+
+    problems = []
+    size = sum(file.stat().st_size for file in shards_there(flags.ckpt_dir))
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        for file, found, wrong in check(flags.ckpt_dir, bar.update):
+            verdict = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}" if wrong else "ok"
+            bar.write(f"{file}: {verdict}{f' ({found})' if found else ''}")
+            problems += wrong
+    if problems:
+        cli.fail("\nerror: ".join(problems))
+
+
 def _peft(flags: PeftFlags) -> None:
     from convert.peft import to_peft
 
@@ -127,6 +172,13 @@ COMMANDS = {
     "hf": Command(HfFlags, _hf, "Convert a Hugging Face folder (LLaMA-3.x, SmolLM2) into Meta's layout."),
     "gguf": Command(GgufFlags, _gguf, "Convert a GGUF file (llama architecture) into Meta's layout."),
     "merge": Command(MergeFlags, _merge, "Add a plain LoRA to its base's weights: a checkpoint like any other."),
+    "reshard": Command(ReshardFlags, _reshard, "Write a checkpoint in Meta's layout in another number of shards."),
+    "check": Command(
+        CheckFlags,
+        _check,
+        "Read a checkpoint in Meta's layout once and say of each file whether it is whole: params.json, the tokenizer, "
+        "tensors' names, shapes, types, checksums and numbers, and Meta's MD5 sums where checklist.chk lists them.",
+    ),
     "peft": Command(PeftFlags, _peft, "Write a plain LoRA as a folder that PEFT loads beside transformers' LLaMA."),
     "from_peft": Command(FromPeftFlags, _from_peft, "Write a PEFT folder's plain LoRA as an adapter of ours."),
     "authors": Command(AuthorsFlags, _authors, "Write an adapter of ours in the format of the paper's authors."),

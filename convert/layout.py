@@ -149,6 +149,12 @@ def check_output(folder: str | Path, overwrite: bool, ours: tuple[str, ...] = CH
     return folder
 
 
+def require_elsewhere(output: Path, source: Path) -> None:
+    """ValueError where a checkpoint would be written in place of the one that it is made from."""
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"{output}: is the base itself, which is never replaced; --output must be another folder")
+
+
 @contextmanager
 def new_folder(folder: Path, overwrite: bool, ours: tuple[str, ...] = CHECKPOINT) -> Iterator[Path]:
     """An empty folder beside `folder`, which takes its place when the block ends and vanishes when it raises: `folder`

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from convert import layout, plain_lora
-from llama.checkpoint import IGNORED, open_shard, placements, read_base, shard_cut, shard_files
+from convert.shards import open_shards
+from llama.checkpoint import placements, read_base
 from moa.lora import LoRA
-from moa.state import require_same_keys
 
 
 class Merged(NamedTuple):
@@ -33,15 +33,10 @@ def merge(
     """
     source, output = Path(ckpt_dir), layout.check_output(output, overwrite)
     args, _ = read_base(source)
-    if output.exists() and output.samefile(source):
-        raise ValueError(f"{output}: is the base itself, which is never replaced; --output must be another folder")
+    layout.require_elsewhere(output, source)
     model = plain_lora.load(adapter_path, args)
     wanted, loras = placements(model), dict(plain_lora.loras(model))
-    files = shard_files(source)
-    shards = [open_shard(file) for file in files]
-    for file, shard in zip(files, shards, strict=True):
-        require_same_keys(wanted, set(shard) - IGNORED, str(file), "tensor")
-    cuts = {key: shard_cut(key, place, files, shards) for key, place in wanted.items()}
+    files, shards, cuts = open_shards(source, model)
     with layout.new_folder(output, overwrite) as new:
         for name in ("params.json", "tokenizer.model"):
             shutil.copyfile(source / name, new / name)

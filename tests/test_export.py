@@ -350,8 +350,12 @@ BAD_BASE = {
         f"consolidated.01.pth: {W2}, merged, has values that are",
     ),
     "not finite elsewhere": (
-        edit(lambda s: s["norm.weight"].fill_(torch.nan)),
-        "consolidated.01.pth: norm.weight has values that are not finite numbers in fp32",
+        edit(lambda s: s["output.weight"].fill_(torch.nan)),
+        "consolidated.01.pth: output.weight has values that are not finite numbers in fp32",
+    ),
+    "norms that differ": (
+        edit(lambda s: s["norm.weight"].add_(1)),
+        "consolidated.01.pth: norm.weight differs from that in consolidated.00.pth",
     ),
     "other cut": (
         lambda f: [torch.save(golden_state(), f / f"consolidated.0{i}.pth") for i in (0, 1)],
