@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev test lint quickstart clean
+.PHONY: help venv venv-dev test lint kills quickstart clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ test: lint  ## check style, then run all tests
 lint: venv-dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+kills: venv-dev  ## kill a small run fifty times, resume it, and compare it with an undisturbed one
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --kills 50
 
 quickstart: venv  ## train, extract and generate with the demo model
 	PATH="$$(cd $(BIN) && pwd):$$PATH" bash exps/quickstart.sh

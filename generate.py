@@ -71,33 +71,37 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="generate.py", description=__doc__)
-    with errors():
+    advice = f"lower --max_batch_size (now {flags.max_batch_size}) or --max_seq_len ({flags.max_seq_len})"
+    with errors(memory_advice=advice):
         prepare_cpu()
         run(flags)
 
 
 def run(flags: Flags) -> None:
-    import torch.distributed as dist  # torch takes seconds to load, and a wrong flag should not
-    from tqdm import tqdm
-
-    from llama import Llama
-    from llama.data import encode_prompt, read_rows
-    from llama.parallel import data_rank, data_size, is_main, pick_device, start_processes, stop_processes
-    from llama.predictions import Predictions
-    from moa.parallel import mp_rank
+    from llama.parallel import pick_device, processes  # torch takes seconds to load, and a wrong flag should not
 
     ckpt_dir, data_path = with_demo(flags)
     device = pick_device(flags.device)
-    start_processes(device, flags.model_parallel_size)
+    with processes(device, flags.model_parallel_size):
+        answer_rows(flags, ckpt_dir, data_path, device)
+
+
+def answer_rows(flags: Flags, ckpt_dir: str, data_path: str, device) -> None:
+    import torch.distributed as dist
+
+    from llama import Llama
+    from llama.data import read_rows
+    from llama.parallel import data_rank, is_main, require_same
+    from llama.predictions import Predictions
+
     rows = read_rows(data_path, ("instruction", "input"))[: flags.max_rows]
     settings = settings_of(flags, ckpt_dir, data_path, device)
     predictions = Predictions(Path(flags.save_path), rows, settings, data_rank(), flags.overwrite)
-    dist.barrier()  # all have read what is there before anyone adds to it
+    require_same(settings | {"rows without an answer": predictions.missing})  # and nobody adds to them before this
     if not predictions.missing and not predictions.overwrite and predictions.path.exists():
         if is_main():
             predictions.finish()
             print(f"{flags.save_path}: complete, all {len(rows)} rows are there", file=sys.stderr)
-        stop_processes()
         return
 
     llm = Llama.build(
@@ -114,16 +118,31 @@ def run(flags: Flags) -> None:
     if is_main():
         predictions.start()
     dist.barrier()
+    try:
+        answer_missing(flags, llm, rows, predictions)
+        predictions.close()
+        dist.barrier()
+        if is_main():
+            predictions.finish()
+            print(f"{flags.save_path}: {len(rows)} rows", file=sys.stderr)
+    finally:
+        predictions.release()
+
+
+def answer_missing(flags: Flags, llm, rows: list[dict], predictions) -> None:
+    """This data-parallel rank's share of the rows that are still without an answer."""
+    from tqdm import tqdm
+
+    from llama.data import encode_prompt
+    from llama.parallel import data_rank, data_size, is_main
+    from moa.parallel import mp_rank
 
     mine = predictions.missing[data_rank() :: data_size()]
     prompts = {i: encode_prompt(llm.tokenizer, rows[i], flags.max_seq_len - flags.min_gen_len) for i in mine}
     too_long = {i for i in mine if len(prompts[i]) >= flags.max_seq_len}
     if too_long:
         listed = ", ".join(str(i + 1) for i in sorted(too_long)[:5])
-        print(
-            f"{data_path}: {len(too_long)} rows leave no room for an answer (rows {listed})",
-            file=sys.stderr,
-        )
+        print(f"{len(too_long)} rows leave no room for an answer (rows {listed})", file=sys.stderr)
     order = [i for i in mine if i not in too_long for _ in range(flags.num_samples)]
     samples = [s for i in mine if i not in too_long for s in range(flags.num_samples)]
     answers: dict[int, list[str | None]] = {i: [None] * flags.num_samples for i in mine}
@@ -155,12 +174,6 @@ def run(flags: Flags) -> None:
         on_finish,
     )
     bar.close()
-    predictions.close()
-    dist.barrier()
-    if is_main():
-        predictions.finish()
-        print(f"{flags.save_path}: {len(rows)} rows", file=sys.stderr)
-    stop_processes()
 
 
 def with_demo(flags: Flags) -> tuple[str, str]:

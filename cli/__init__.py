@@ -11,8 +11,8 @@ def main(argv: list[str] | None = None) -> None:
         ...
 """
 
-from cli.exits import errors, fail
+from cli.exits import errors, fail, out_of_memory
 from cli.knobs import knob
 from cli.parsing import Parsed, parse, parse_into
 
-__all__ = ["Parsed", "errors", "fail", "knob", "parse", "parse_into"]
+__all__ = ["Parsed", "errors", "fail", "knob", "out_of_memory", "parse", "parse_into"]

@@ -7,16 +7,19 @@ from typing import NoReturn
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Print `error: message` on stderr and exit with `status` (2 for flags, 1 for the rest)."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Print `error: message` on stderr and exit with `status` (2 for flags, 1 for the rest). What a terminal would not
+    print but obey, in a file's name say, is spelt out."""
+    told = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    print(f"error: {told}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
 @contextmanager
-def errors(status: int = 1) -> Iterator[None]:
+def errors(status: int = 1, memory_advice: str = "") -> Iterator[None]:
     """Turn ValueError, OSError and lack of memory into `error: ...` with exit `status`, Ctrl-C into exit status 130.
 
-    Other exceptions are faults of the program and keep their traceback.
+    memory_advice: what to turn down, said behind the error where memory runs out. Other exceptions are faults of the
+    program and keep their traceback.
     """
     try:
         yield
@@ -28,13 +31,15 @@ def errors(status: int = 1) -> Iterator[None]:
     except ValueError as error:
         fail(_sentence(error), status)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
-        fail(f"out of memory: {_sentence(error).splitlines()[0]}", status)
+        told = _sentence(error).splitlines()[0].rstrip(".")
+        fail(f"out of memory: {told}" + (f"; {memory_advice}" if memory_advice else ""), status)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Python's own error, or torch's for a GPU or the CPU (told by name and text: torch is not loaded here)."""
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's own error, or torch's for a GPU or the CPU (told by name and text: torch is not
+    loaded here)."""
     torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or torchs
 

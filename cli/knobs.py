@@ -55,11 +55,11 @@ class Knob:
             value = _convert(self.type, text)
         except ValueError:
             none = " or None" if self.optional else ""
-            raise ValueError(f"--{self.name}: expected {EXPECTED[self.type]}{none}, got {text!r}") from None
+            raise ValueError(f"--{self.name}: expected {EXPECTED[self.type]}{none}, got {_cut(text)}") from None
         if self.choices and value not in self.choices:
             listed = ", ".join(str(choice) for choice in self.choices)
             meant = nearest(text, map(str, self.choices))
-            raise ValueError(f"--{self.name}: expected one of {listed}, got {text!r} (nearest: {meant})")
+            raise ValueError(f"--{self.name}: expected one of {listed}, got {_cut(text)} (nearest: {meant})")
         return value
 
 
@@ -108,3 +108,7 @@ def _convert(kind: type, text: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise ValueError(text)
     return value
+
+
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -187,7 +187,8 @@ def write(path: str | Path, pieces: Iterable[str]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # backslashreplace writes half a surrogate pair as \udXXX, which is how JSON spells it.
-        with open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
+        beside.unlink(missing_ok=True)  # "x" makes a file, and follows no link that lies in its place
+        with open(beside, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(pieces)
         os.replace(beside, path)
     except BaseException as error:

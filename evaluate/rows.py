@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+_MOST_LEVELS = 100  # of nested values: what is deeper could be read, but neither shown nor written
+
 
 @dataclass(frozen=True)
 class Row:
@@ -87,7 +89,10 @@ def _row(value: Any, index: int, place: str, path: str | Path) -> Row:
 
 def _load(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_int=_integer, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        value = json.loads(text, parse_int=_integer, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        if text.count("[") + text.count("{") > _MOST_LEVELS and _levels(value) > _MOST_LEVELS:
+            raise RecursionError
+        return value
     except json.JSONDecodeError as error:
         at = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(f"{where}: not valid JSON: {error.msg} at {at}") from None
@@ -95,6 +100,15 @@ def _load(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON: nested too deep") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _levels(value: Any) -> int:
+    levels, inside = 0, [value]
+    while inside:
+        levels += 1
+        holders = [one for one in inside if isinstance(one, dict | list)]
+        inside = [v for one in holders for v in (one.values() if isinstance(one, dict) else one)]
+    return levels
 
 
 def _integer(digits: str) -> int | float:

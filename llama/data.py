@@ -1,11 +1,11 @@
 """Rows of instruction data: reading them, the prompt template, and the tokens and labels they become."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.tokenizer import Tokenizer
+from moa.reading import parse_json, read_text
 
 IGNORE = -100  # label of a position that is not learned
 
@@ -34,14 +34,7 @@ def read_rows(path: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     Rows count from 1 (JSON lines: the line's number).
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: is a folder, expected a file of rows") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    text = read_text(path)
     numbered = _parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text)
     if not numbered:
         raise ValueError(f"{path}: empty, expected rows of {', '.join(fields)}")
@@ -57,22 +50,13 @@ def read_rows(path: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _parse_list(path: Path, text: str) -> list[tuple[str, Any]]:
-    try:
-        rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    return [(f"row {i}", row) for i, row in enumerate(rows, 1)]
+    return [(f"row {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
 
 
 def _parse_lines(path: Path, text: str) -> list[tuple[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"line {number}", json.loads(line)))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
-    return rows
+    # Not splitlines(): that also cuts at characters which JSON allows inside a text
+    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(place, parse_json(line, f"{path}: {place}")) for place, line in lines]
 
 
 def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], room: int) -> list[int]:

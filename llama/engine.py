@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as mp
 from torch import Tensor
 
 from llama.cache import Cache
 from llama.model import Transformer
 from llama.sampling import choose
+from moa.parallel import mp_rank, mp_size
 from moa.rows import Rows
+
+NOT_FINITE = -1  # in the place of a token
 
 
 @dataclass
@@ -81,8 +86,24 @@ def run(model: Transformer, answers: list[Answer], max_rows: int, rules: Rules) 
 
 
 def _next_tokens(logits: Tensor, running: list[Answer], rules: Rules) -> list[int]:
-    if not torch.isfinite(logits.amax(-1)).all():
+    """The next token of each running row: chosen on the first rank of the model's group and sent to the others, so that
+    all of them feed the same tokens and stop at the same one, whatever their last bits say."""
+    if mp_rank() == 0:
+        chosen = _choose(logits, running, rules)
+    else:
+        chosen = torch.empty(len(running), dtype=torch.int64, device=logits.device)
+    if mp_size() > 1:
+        dist.broadcast(chosen, mp.get_model_parallel_src_rank(), group=mp.get_model_parallel_group())
+    tokens = chosen.tolist()
+    if NOT_FINITE in tokens:
         raise ValueError("the model's logits are not finite: its weights or its adapter are damaged")
+    return tokens
+
+
+def _choose(logits: Tensor, running: list[Answer], rules: Rules) -> Tensor:
+    """(R,) int64; NOT_FINITE where a row's logits are not."""
+    if not torch.isfinite(logits.amax(-1)).all():
+        return torch.full((len(running),), NOT_FINITE, device=logits.device)
     early = [place for place, answer in enumerate(running) if len(answer.tokens) < rules.min_new_tokens]
     if early:
         rows, stops = torch.tensor(early, device=logits.device), torch.tensor(rules.stop_ids, device=logits.device)
@@ -91,4 +112,4 @@ def _next_tokens(logits: Tensor, running: list[Answer], rules: Rules) -> list[in
     if rules.temperature > 0:
         now = [answer.draws[len(answer.tokens)] for answer in running]
         draws = torch.tensor(now, dtype=torch.float64, device=logits.device)
-    return choose(logits, rules.temperature, rules.top_p, draws).tolist()
+    return choose(logits, rules.temperature, rules.top_p, draws)

@@ -5,12 +5,18 @@ A plain `python` process gets a group of one, without a rendezvous.
 
 import io
 import os
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
+
+from llama.watch import Watch
+
+T = TypeVar("T")
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -45,6 +51,41 @@ def bf16_is_fast(device: torch.device) -> bool:
     return any(name in flags for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
 
 
+@contextmanager
+def processes(device: torch.device, model_parallel_size: int = 1) -> Iterator[None]:
+    """Join the other processes for the length of a command. When one of them fails, the others end too, at once, and
+    say so; what went wrong is told once."""
+    start_processes(device, model_parallel_size)
+    watch = None
+    if dist.get_world_size() > 1:
+        watch = Watch(dist.distributed_c10d._get_default_store().clone(), dist.get_rank(), dist.get_world_size())
+    try:
+        yield
+        dist.barrier()
+        if watch:
+            watch.stop()
+    except SystemExit:  # all processes end so
+        if watch:
+            watch.stop()
+        raise
+    except BaseException as error:
+        if watch and _broken_off(error):
+            watch.explain()
+        if watch:
+            known = isinstance(error, (ValueError, OSError, MemoryError)) and str(error)
+            watch.tell(str(error) if known else f"{type(error).__name__} {error}".strip())
+        raise
+    stop_processes()
+
+
+def _broken_off(error: BaseException) -> bool:
+    """Whether an exchange failed because of its other side."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text or "Connection closed" in text)
+    )
+
+
 def start_processes(device: torch.device, model_parallel_size: int = 1) -> None:
     """Join the other processes of torchrun (or form a group of one), and cut them into model-parallel groups.
 
@@ -71,6 +112,26 @@ def stop_processes() -> None:
     if dist.is_initialized():
         mp.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, which alone does it, on all of them."""
+    made = [work() if is_main() else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
+
+
+def require_same(facts: dict[str, Any]) -> None:
+    """ValueError, on all processes, naming the first of `facts` that is not everywhere what it is on the main one."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    if len(everyone) == 1:
+        return
+    dist.all_gather_object(everyone, facts)
+    for rank, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                raise ValueError(f"{name}: process {rank} has {theirs[name]}, process 0 has {value}")
 
 
 def data_rank() -> int:

@@ -6,12 +6,12 @@ not added to.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from moa.files import claim, read_json, write_file, write_json
+from moa.files import claim, open_to_append, read_json, release, remove_leftovers, write_file, write_json
+from moa.reading import parse_json, plain, shown
 
 Answer = str | list[str]
 
@@ -35,8 +35,8 @@ class Predictions:
             for name in sorted(made_with.keys() | settings.keys()):
                 if made_with.get(name) != settings.get(name):
                     raise ValueError(
-                        f"{path}: was made with {name} {made_with.get(name)}, now it is {settings.get(name)}; "
-                        "give --overwrite to begin anew, or another --save_path"
+                        f"{path}: was made with {plain(name)} {shown(made_with.get(name))}, now it is "
+                        f"{shown(settings.get(name))}; give --overwrite to begin anew, or another --save_path"
                     )
         elif path.exists() or self._parts():
             raise ValueError(f"{path}: exists, but {settings_file.name} does not: give --overwrite to begin anew")
@@ -53,6 +53,8 @@ class Predictions:
         """On the main process, before any rank's `add`: prepare the folder. ValueError where another one is at it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = claim(self._beside("lock"), f"{self.path}: another generate.py is writing it")
+        for file in (self.path, self._beside("settings.json")):
+            remove_leftovers(file.parent, file.name)
         if self.overwrite:
             for file in [self.path, *self._parts()]:
                 file.unlink(missing_ok=True)
@@ -62,9 +64,8 @@ class Predictions:
         """Keep an answer; once this returns, it survives the process."""
         if self._part is None:
             path = self._beside(f"part{self.rank}")
-            if path.exists():  # a line that a crash cut short goes
-                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-            self._part = open(path, "ab")  # noqa: SIM115 - open until finish
+            self._part = open_to_append(path)
+            self._part.truncate(path.read_bytes().rfind(b"\n") + 1)  # a line that a crash cut short goes
         self._part.write(json.dumps({"index": index, "generate": answer}).encode() + b"\n")
         self._part.flush()
 
@@ -78,12 +79,18 @@ class Predictions:
             self._read_part(part)
         assert not self.missing, f"{len(self.missing)} rows without an answer"
         lines = (json.dumps(row | {"generate": self.answers[i]}, ensure_ascii=False) for i, row in enumerate(self.rows))
-        write_file(self.path, "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass"))
+        # Half a surrogate pair, which UTF-8 cannot hold, is written as JSON spells it
+        write_file(self.path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
         for part in self._parts():
             part.unlink()
+        self.release()
+
+    def release(self) -> None:
+        """Let others write the file. What has been answered stays for the next one."""
+        self.close()
         if self._lock is not None:
-            self._beside("lock").unlink(missing_ok=True)
-            self._lock.close()
+            release(self._lock)
+            self._lock = None
 
     def _beside(self, ending: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{ending}")
@@ -91,7 +98,7 @@ class Predictions:
     def _parts(self) -> list[Path]:
         if not self.path.parent.is_dir():
             return []
-        name = re.compile(re.escape(self.path.name) + r"\.part\d+")
+        name = re.compile(re.escape(self.path.name) + r"\.part[0-9]+")
         return sorted(file for file in self.path.parent.iterdir() if name.fullmatch(file.name))
 
     def _read_file(self) -> None:
@@ -116,7 +123,7 @@ class Predictions:
     def _read_part(self, part: Path) -> None:
         for number, row in _json_lines(part):
             index = row.get("index")
-            if not isinstance(index, int) or not 0 <= index < len(self.rows) or not _is_answer(row.get("generate")):
+            if type(index) is not int or not 0 <= index < len(self.rows) or not _is_answer(row.get("generate")):
                 raise ValueError(f"{part}: line {number}: not an answer to one of the {len(self.rows)} rows")
             self.answers.setdefault(index, row["generate"])
 
@@ -130,18 +137,21 @@ def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     object is a ValueError."""
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
     rows = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        place = f"{path}: line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line.decode(), place)
+        except ValueError as error:
             if number == len(lines):
                 continue
-            raise ValueError(f"{path}: line {number} is not valid JSON") from None
+            raise ValueError(f"{place}: not UTF-8 text" if isinstance(error, UnicodeError) else str(error)) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: expected an object")
+            raise ValueError(f"{place}: expected an object")
         rows.append((number, row))
     return rows

@@ -51,7 +51,7 @@ def checksum_problem(path: Path, whole: bool = True) -> str | None:
 
 def _members(file: IO[bytes]) -> list[_Member]:
     """All members, in the order in which they lie. ValueError and BadZipFile with what is wrong."""
-    directory, end, n = _directory(file)
+    directory, n = _directory(file)
     with zipfile.ZipFile(file) as archive:
         infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     names = {info.filename.lower() for info in infos if info.filename.isprintable()}
@@ -74,8 +74,8 @@ def _members(file: IO[bytes]) -> list[_Member]:
     return members
 
 
-def _directory(file: IO[bytes]) -> tuple[int, int, int]:
-    """(begin, end, number of entries) of the archive's directory, from the records that are the file's last bytes."""
+def _directory(file: IO[bytes]) -> tuple[int, int]:
+    """(begin, number of entries) of the archive's directory, from the records that are the file's last bytes."""
     size = file.seek(0, 2)
     end = size - 22
     file.seek(max(0, end))
@@ -92,7 +92,7 @@ def _directory(file: IO[bytes]) -> tuple[int, int, int]:
             raise ValueError("its end is not in order")
     if begin + length != end:
         raise ValueError("its directory is not where its end says")
-    return begin, end, n
+    return begin, n
 
 
 def _crc(file: IO[bytes], member: _Member) -> int:

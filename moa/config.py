@@ -67,7 +67,8 @@ class AdapterConfig:
         for name in flat:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f"unknown adapter setting {plain(name)}" + (f" (did you mean {near[0]}?)" if near else ""))
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"unknown adapter setting {plain(name)}{hint}")
         values = METHODS[method] | flat
         for name, value in values.items():
             if known[name].type is float and type(value) is int:  # as JSON may have it

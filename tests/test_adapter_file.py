@@ -9,7 +9,7 @@ import torch
 
 import moa.files
 from llama import Llama
-from moa.adapter_file import load_adapter, save_authors_adapter
+from moa.adapter_file import adapter_params, load_adapter, save_adapter, save_authors_adapter
 from moa.config import AdapterConfig
 from moa.files import read_json, write_file
 from moa.state import adapter_parameters, adapter_state, count
@@ -74,6 +74,9 @@ KEY = "layers.1.attention.adapters.prompt.P"
         (lambda s: s.update({KEY: s[KEY][:, :-1].clone()}), [KEY, "shape (5, 63)", "(5, 64)"]),
         (lambda s: s.update({KEY: s[KEY].long()}), [KEY, "floating-point"]),
         (lambda s: s.update({KEY: s[KEY] * torch.inf}), [KEY, "not finite"]),
+        (lambda s: s.update({KEY: s[KEY].double() * 1e300}), [KEY, "not finite"]),  # as the model holds them
+        (lambda s: s.update({KEY: torch.zeros(1).expand(2**40)}), [KEY, "not as many numbers"]),
+        (lambda s: s.update({KEY: s[KEY].to_sparse()}), [KEY, "not a plain tensor"]),
         (lambda s: s.update({KEY: [1.0]}), ["dictionary of tensors", KEY]),
     ],
 )
@@ -96,6 +99,10 @@ def test_bad_adapter_tensors_are_named(change, words: list[str], saved: Path) ->
         ({"const_threshold": 1}, "const_threshold must be of type bool, not 1"),
         ({"base": {"dim": 128}}, "the adapter was trained on a base with dim 128, this one has 64"),
         ({"base": [1]}, "base must be an object"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be finite"),
+        ({"swi_x": 10**3000}, "swi_x is too large: a number of 3001 digits"),
+        ({"a\nb" * 1000: 1}, r"unknown adapter setting 'a\\nb"),
+        ({"lora_layers": "0-" + "9" * 5000}, "lora_layers: '0-9+... is not a range"),
     ],
 )
 def test_bad_adapter_params_are_named(change: dict, words: str, saved: Path) -> None:
@@ -104,6 +111,15 @@ def test_bad_adapter_params_are_named(change: dict, words: str, saved: Path) -> 
     with pytest.raises(ValueError, match=f"adapter_params.json: {words}") as error:
         load_adapter(saved, PARAMS)
     assert "\n" not in str(error.value)
+
+
+def test_settings_that_claim_a_base_of_any_depth_are_refused(tmp_path: Path) -> None:
+    model = shared("lora").model
+    for base in ({"n_layers": 10**12}, {"n_layers": "3"}, {"n_layers": 3, "dim": float("nan")}, {}, []):
+        params = adapter_params(model.config, {}) | {"base": base}
+        with pytest.raises(ValueError, match="the adapter's settings are damaged"):
+            save_adapter(tmp_path / "out", adapter_state(model), params)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_and_malformed_adapter_files(saved: Path) -> None:
@@ -116,7 +132,7 @@ def test_missing_and_malformed_adapter_files(saved: Path) -> None:
         refused(saved, "adapter_params.json")
     params.write_text(content)
     saved.write_bytes(saved.read_bytes()[:-100])
-    refused(saved, "adapter.pth", "cannot be read")
+    refused(saved, "adapter.pth", "damaged (cut short")
     saved.unlink()
     refused(saved, "adapter.pth", "no such file")
 

@@ -147,14 +147,14 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_truncated_shard_is_named(two: Path, kept: float) -> None:
     file = two / "consolidated.01.pth"
     os.truncate(file, int(file.stat().st_size * kept))
-    refused(two, "consolidated.01.pth", "cannot be read")
+    refused(two, "consolidated.01.pth", "damaged (cut short" if kept else "not a file that torch.save writes")
 
 
 def test_files_that_are_something_else(folder: Path) -> None:
     file = folder / "consolidated.00.pth"
     for content in (b"hello\n", pickle.dumps({"a": 1})):
         file.write_bytes(content)
-        refused(folder, "consolidated.00.pth", "cannot be read")
+        refused(folder, "consolidated.00.pth", "not a file that torch.save writes")
     for value, words in (([torch.zeros(1)], "list"), ({"model": golden_state()}, "tensors"), ({7: torch.zeros(1)}, "")):
         torch.save(value, file)
         refused(folder, "consolidated.00.pth", "expected a dictionary", words)
@@ -272,7 +272,11 @@ def test_tensors_that_are_not_floating_point(folder: Path, value: Tensor) -> Non
         ({"vocab_size": 512.0}, "vocab_size .* 512.0"),
         ({"norm_eps": 0}, "norm_eps .* 0"),
         ({"norm_eps": "1e-5"}, "norm_eps .* '1e-5'"),
-        ({"rope_theta": float("inf")}, "rope_theta .* inf"),
+        ({"rope_theta": 1e300}, r"rope_theta .* 1e\+300"),
+        ({"rope_theta": 1e-300}, "rope_theta .* 1e-300"),
+        ({"rope_theta": float("inf")}, "Infinity is no JSON value"),
+        ({"n_layers": 10**7}, "n_layers must be a whole number from 1 to 10000"),
+        ({"dim": 10**3000}, "dim .* a number of 3001 digits"),
         ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier .* -1"),
         ({"ffn_dim_multiplier": [1.3]}, "ffn_dim_multiplier"),
         ({"use_scaled_rope": 1}, "use_scaled_rope .* 1"),
@@ -290,7 +294,7 @@ def test_missing_params(name: str, folder: Path) -> None:
     refused(folder, "params.json", f"missing key {name}")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"dim": 64,}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"dim": 64,}', b"[" * 100_000, b'{"a": 1' + b"0" * 5000])
 def test_params_that_are_not_json(content: bytes, folder: Path) -> None:
     (folder / "params.json").write_bytes(content)
     refused(folder, "params.json", "not valid JSON")

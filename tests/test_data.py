@@ -81,12 +81,15 @@ def test_json_list_and_json_lines_are_read(tmp_path):
         ("", "empty"),
         ("[]", "empty"),
         ("[{]", "not valid JSON"),
-        ('{"instruction": "a", "input": "", "output": "b"}\n{"instr', "line 2 is not valid JSON"),
+        ('{"instruction": "a", "input": "", "output": "b"}\n{"instr', "line 2: not valid JSON"),
         ('[{"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "input": ""}]', "row 2.*'output'"),
         ('[{"instruction": "a", "output": "b"}]', "row 1.*'input' is missing"),
         ('[{"instruction": 7, "input": "", "output": "b"}]', "row 1.*'instruction' must be text, not int"),
         ('{"instruction": "a", "input": "", "output": "b"}\n\n[1]', "line 3.*expected an object"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"instruction": "a", "input": "", "output": "b", "n": 1' + "0" * 5000 + "}", "line 1: .*5001 digits"),
+        ('{"instruction": "a", "input": "", "output": "b", "n": NaN}', "line 1: .*NaN"),  # what scores it refuses it
+        ('{"instruction": "a", "input": "", "output": "b", "input": "c"}', "line 1: .*'input' stands there twice"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, content, words):

@@ -127,6 +127,7 @@ GOOD = json.dumps(row("4", "4"))
         ('{"answer": ' + "9" * 5000 + ', "generate": "4"}', "AddSub expects a finite number, got inf"),
         ('{"answer": "4", "answer": "5", "generate": "4"}', "line 1: field 'answer' stands there twice"),
         ('{"a": ' + "[" * 200_000 + "}", "line 1: not valid JSON: nested too deep"),
+        ('{"a": ' + "[" * 500 + "]" * 500 + "}", "line 1: not valid JSON: nested too deep"),
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:

@@ -1,9 +1,11 @@
 """Prediction files that grow row by row and never hold a row twice."""
 
 import json
+import os
 
 import pytest
 
+from evaluate.rows import read_rows
 from llama.predictions import Predictions
 
 ROWS = [{"instruction": f"row {i}", "input": "", "answer": str(i)} for i in range(5)]
@@ -147,3 +149,41 @@ def test_two_commands_do_not_write_one_file(tmp_path):
     first.close()
     first.finish()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["p.jsonl", "p.jsonl.settings.json"]
+
+
+def test_half_a_surrogate_pair_can_be_read_again_by_everyone(path):
+    rows = [{"instruction": "lone \ud800", "input": "", "answer": "é"}]
+    finish(start(path, rows=rows), [0])
+    assert "é" in path.read_text(encoding="utf-8")
+    assert [row.fields["instruction"] for row in read_rows(path)] == ["lone \ud800"]
+    assert start(path, rows=rows).missing == []
+
+
+@pytest.mark.parametrize("index", ["true", "9", "-1", "1.0", '"1"', '0, "index": 1'])
+def test_lines_of_a_part_that_are_no_answer_are_named(path, index):
+    crash(start(path))
+    path.with_name("AddSub.jsonl.part0").write_text(f'{{"index": {index}, "generate": "x"}}\n')
+    with pytest.raises(ValueError, match="AddSub.jsonl.part0: line 1"):
+        Predictions(path, ROWS, SETTINGS, 0, False)
+
+
+def test_what_a_killed_process_had_half_written_goes(path):
+    crash(start(path))
+    mine, other = (path.with_name(f".{name}.{os.getpid()}.tmp") for name in (path.name, "GSM8K.jsonl"))
+    mine.touch(), other.touch()
+    start(path)
+    assert other.exists() and not mine.exists()
+
+
+def test_one_that_gives_up_leaves_the_file_to_others(path):
+    first = start(path)
+    first.add(0, "answer 0")
+    first.release()
+    assert not path.with_name("AddSub.jsonl.lock").exists()
+    assert start(path).missing == [1, 2, 3, 4, 5]
+
+
+def test_settings_are_shown_in_few_words(path):
+    crash(start(path, SETTINGS | {"seed": [[0] * 10**5]}))
+    with pytest.raises(ValueError, match="made with seed a list, now it is 0; give --overwrite"):
+        Predictions(path, ROWS, SETTINGS, 0, False)

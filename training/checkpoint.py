@@ -3,13 +3,18 @@
 `checkpoint-<step>.pth` is written whole or not at all. Tensors are whole, whatever the model-parallel layout.
 """
 
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from llama.parallel import is_main
 from moa.files import read_torch, write_torch
+from moa.reading import shown
 from moa.state import (
     adapter_parameters,
     adapter_state,
@@ -19,48 +24,150 @@ from moa.state import (
     require_tensors,
     whole,
 )
+from training.folder import checkpoints
+from training.loop import Progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def pack(model: nn.Module, optimizer: torch.optim.AdamW, step: int, params: dict[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint after `step` steps. Every rank of a model-parallel group must call it."""
+def pack(
+    model: nn.Module, optimizer: torch.optim.AdamW, progress: Progress, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of a checkpoint, a copy on the CPU. Every rank of a model-parallel group must call it. ValueError
+    where the adapter has numbers that are not finite: nobody could go on from it."""
     entries = adapter_parameters(model)
-    moments = {
-        name: whole({key: optimizer.state[entry.parameter][name] for key, entry in entries.items()}, model)
-        for name in MOMENTS
+    adapter = adapter_state(model)
+    require_tensors(adapter, f"the adapter after step {progress.done}")
+    moments = {}
+    for name in MOMENTS:
+        state = {key: optimizer.state.get(entry.parameter, {}).get(name) for key, entry in entries.items()}
+        # Before the first update there is none
+        moments[name] = whole(
+            {k: torch.zeros_like(entries[k].parameter) if t is None else t for k, t in state.items()}, model
+        )
+    return {
+        "adapter": adapter,
+        "adapter_params": dict(params),
+        "optimizer": moments,
+        "step": progress.done,
+        "skipped": list(progress.skipped),
     }
-    return {"adapter": adapter_state(model), "adapter_params": params, "optimizer": moments, "step": step}
 
 
-def save(folder: Path, content: dict[str, Any]) -> Path:
+def save(folder: Path, content: dict[str, Any], keep: int | None = None) -> Path:
+    """Write a checkpoint; of all there are, the newest `keep` stay (None: all)."""
     path = folder / f"checkpoint-{content['step']}.pth"
     write_torch(path, content)
+    for _, old in checkpoints(folder)[:-keep] if keep else ():
+        old.unlink()
     return path
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
-    """Put a checkpoint back; returns the number of steps done. ValueError naming the file and what does not fit."""
+class Saver:
+    """Writes checkpoints beside the training, one at a time. On the main process."""
+
+    def __init__(self, folder: Path, keep: int | None):
+        self._folder, self._keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Begin to write; `content` must not change from now on. Raises what went wrong with the one before."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(content,), name="save")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk. Raises OSError where it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, content: dict[str, Any]) -> None:
+        try:
+            save(self._folder, content, self._keep)
+        except BaseException as error:
+            self._error = error
+
+
+def read(path: Path, model: nn.Module) -> dict[str, Any]:
+    """A checkpoint of a run of this model, checked. ValueError naming the file and what is wrong with it."""
     content = read_torch(path)
-    require_same_keys(("adapter", "adapter_params", "optimizer", "step"), content, str(path), "entry")
-    step, optimizer_state = content["step"], content["optimizer"]
-    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-        raise ValueError(f"{path}: step must be a positive whole number, not {step!r}")
+    content.setdefault("skipped", [])  # runs of earlier revisions
+    require_same_keys(("adapter", "adapter_params", "optimizer", "step", "skipped"), content, str(path), "entry")
+    step, skipped, optimizer_state = content["step"], content["skipped"], content["optimizer"]
+    if not _is_step(step):
+        raise ValueError(f"{path}: step must be a positive whole number, not {shown(step)}")
+    if not isinstance(skipped, list) or not all(_is_step(s) and s <= step for s in skipped):
+        raise ValueError(f"{path}: skipped must be a list of steps")
     if not isinstance(optimizer_state, dict):
         raise ValueError(f"{path}: optimizer must be a dictionary, not {type(optimizer_state).__name__}")
-    entries = adapter_parameters(model)
-    load_adapter_state(model, content["adapter"], str(path))
     require_same_keys(MOMENTS, optimizer_state, str(path), "optimizer entry")
-    for name in MOMENTS:
-        moments = optimizer_state[name]
-        require_tensors(moments, f"{path}: optimizer {name}")
-        require_same_keys(entries, moments, f"{path}: optimizer {name}", "tensor")
-        for key, tensor in moments.items():
+    entries = adapter_parameters(model)
+    for what, tensors in {"adapter": content["adapter"], **optimizer_state}.items():
+        require_tensors(tensors, f"{path}: {what}")
+        require_same_keys(entries, tensors, f"{path}: {what}", "tensor")
+        for key, tensor in tensors.items():
             if tuple(tensor.shape) != entries[key].declared.shape:
-                raise ValueError(f"{path}: optimizer {name} of {key} has shape {tuple(tensor.shape)}")
+                raise ValueError(f"{path}: {what} of {key} has shape {tuple(tensor.shape)}")
+    return content
+
+
+def newest(folder: Path, model: nn.Module) -> tuple[dict[str, Any], Path, dict[Path, str]]:
+    """The newest checkpoint that is whole: content, file, and the newer ones with what is wrong with each. ValueError
+    where there is none."""
+    wrong: dict[Path, str] = {}
+    for _, path in reversed(checkpoints(folder)):
+        try:
+            return read(path, model), path, wrong
+        except ValueError as error:
+            wrong[path] = str(error)
+    raise ValueError(f"{folder}: no checkpoint can be read: {'; '.join(wrong.values())}")
+
+
+def restore(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.AdamW) -> Progress:
+    """Put a checkpoint (`read`) back. The main process has it and hands it to all others, which give None: they need
+    not see its file."""
+    entries = adapter_parameters(model)
+    position = [(content["step"], content["skipped"]) if content else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(position)
+    step, skipped = position[0]
+    load_adapter_state(model, _from_main(content and content["adapter"], model), "checkpoint")
+    for name in MOMENTS:
+        moments = _from_main(content and content["optimizer"][name], model)
         for key, part in parts(moments, model).items():
             parameter = entries[key].parameter
             state = optimizer.state[parameter]
             state[name] = part.to(parameter.device, torch.float32).clone()
-            state["step"] = torch.tensor(float(step))
-    return step
+            state["step"] = torch.tensor(float(step - len(skipped)))  # of updates
+    return Progress(step, list(skipped))
+
+
+def _moment(optimizer: torch.optim.AdamW, parameter: nn.Parameter, name: str) -> Tensor:
+    """One of AdamW's moments of a parameter; before the first update it has none."""
+    state = optimizer.state.get(parameter)
+    return state[name] if state else torch.zeros_like(parameter)
+
+
+def _from_main(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping[str, Tensor]:
+    """Whole tensors, keyed as the adapter's are, from the main process on every one, in one message."""
+    if dist.get_world_size() == 1:
+        return tensors
+    entries = adapter_parameters(model)
+    device = next(iter(entries.values())).parameter.device
+    sizes = [torch.Size(entry.declared.shape).numel() for entry in entries.values()]
+    if is_main():
+        flat = torch.cat([tensors[key].flatten().float() for key in entries]).to(device)
+    else:
+        flat = torch.empty(sum(sizes), device=device)
+    dist.broadcast(flat, 0)
+    pieces = flat.cpu().split(sizes)
+    return {key: t.view(entries[key].declared.shape) for key, t in zip(entries, pieces, strict=True)}
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

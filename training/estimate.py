@@ -1,55 +1,96 @@
-"""What a run will need, from sizes alone: for `--dry_run`, before any weight is read.
+"""What one process of a run will need and send, from sizes alone: for `--dry_run`, before any weight is read.
 
-Activations are what the backward pass keeps: matrices of the frozen base need none of their inputs, adapters do. Under
-model parallelism they are counted as if whole, which is too much.
+Everything is worked out on the model that this rank would hold (`training.rehearsal.unfilled_model`), cut as it is cut.
+Left out: what the libraries take (on a GPU about a gigabyte), and what stands only while the activations do not: the
+message of gradients, and the optimizer's own temporaries.
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from llama.checkpoint import placements
 from llama.loss import CHUNK_ELEMENTS
 from llama.model import Transformer
-from moa.state import count
+from moa.state import adapter_parameters
+from training.layout import Message
+from training.rehearsal import Kept, StepMessages, kept
 
 
 def base_parameters(model: Transformer) -> int:
     """Parameters of the whole base."""
-    return sum(math.prod(shape) for shape, _ in placements(model).values())
+    return sum(math.prod(place.shape) for place in placements(model).values())
 
 
-def activation_bytes(model: Transformer, tokens: int, bf16: bool, device: torch.device, recompute: bool) -> int:
-    """Bytes kept for the backward pass of a micro-batch of `tokens` tokens.
-
-    Per token and layer, in numbers of the base's type: the feed-forward block's gate, its silu, up and their product
-    (4F); the blocks' inputs and outputs, normed inputs, rotated queries, heads' outputs (7D); in float32 the norms'
-    inputs (2D); in attention's type q, k, v and its output (2D + 2 kv); float32 router middles; the adapters' rank.
-    """
-    args, config, width = model.args, model.config, 2 if bf16 else 4
-    attention = 4 if device.type == "cpu" else width
-    kv = args.n_kv_heads * args.head_dim
-    layer = width * (4 * args.ffn_dim + 7 * args.dim) + 4 * 2 * args.dim + attention * (2 * args.dim + 2 * kv)
-    if config is not None:
-        slots = max(len(config.slots(i)) for i in range(args.n_layers))
-        layer += slots * (
-            16 * config.router.swi_x + 2 * width * config.adapters["lora"].rank * config.experts.expert_num
-        )
-    kept = args.n_layers * args.dim * width + layer if recompute else args.n_layers * layer
-    return tokens * kept
+def uneven(n_rows: int, length: int) -> list[int]:
+    """Lengths of rows that are as long as can be and, as rows are, not all the same: attention then takes them one by
+    one, which keeps a little more."""
+    return [length] * (n_rows - 1) + [max(1, length - (n_rows > 1))]
 
 
-def estimate(
-    model: Transformer, bf16: bool, device: torch.device, tokens: int, recompute: bool, ranks: int
-) -> dict[str, int]:
-    """Bytes on each of `ranks` model-parallel ranks, by what takes them, for micro-batches of `tokens` tokens."""
-    trained = count(model)["total"]
-    parts = {
-        "base": base_parameters(model) * (2 if bf16 else 4) // ranks,
-        "adapters": trained * 4,
-        "gradients": trained * 4,
-        "optimizer": trained * 8,
-        "activations": activation_bytes(model, tokens, bf16, device, recompute),
-        "logits": 3 * 4 * min(CHUNK_ELEMENTS, tokens * model.args.vocab_size // ranks),
+def held_bytes(model: Transformer) -> dict[str, int]:
+    """What this rank holds from the first step to the last: its parts of the base and of the float32 adapters, their
+    gradients and the optimizer's two moments."""
+    trained = sum(4 * entry.parameter.numel() for entry in adapter_parameters(model).values())
+    base = sum(math.prod(t.shape) * t.element_size() for t in map(model.get_parameter, placements(model)))
+    return {"base": base, "adapters": trained, "gradients": trained, "optimizer": 2 * trained}
+
+
+def activation_bytes(found: Kept, recompute: bool) -> int:
+    """What this rank keeps for the backward pass of a micro-batch. recompute: only the blocks' inputs, and one block's
+    activations at a time."""
+    if not recompute:
+        return found.total
+    return found.total - sum(found.blocks) + found.inputs + max(found.blocks)
+
+
+def temporary_bytes(model: Transformer, n_tokens: int) -> int:
+    """The most that comes and goes while all activations stand: at the end of the forward pass a chunk of logits
+    (`llama.loss`; float32, and once more in the base's type where that is another), or at the start of the backward
+    pass the gradients inside a feed-forward block, three of its hidden width and four of the model's."""
+    weight = model.output.weight
+    width, (vocab, dim) = weight.element_size(), weight.shape
+    chunk = min(n_tokens, max(1, CHUNK_ELEMENTS // vocab))
+    logits = chunk * vocab * (4 + (width if width < 4 else 0)) + n_tokens * dim * width
+    hidden = model.layers[0].feed_forward.w1.weight.shape[0]
+    return max(logits, n_tokens * width * (3 * hidden + 4 * dim))
+
+
+def estimate(model: Transformer, lengths: list[int], device: torch.device, recompute: bool) -> dict[str, int]:
+    """Bytes on this rank, by what takes them, for micro-batches of rows of these lengths."""
+    parts = held_bytes(model) | {
+        "activations": activation_bytes(kept(model, lengths, device), recompute),
+        "temporary": temporary_bytes(model, sum(lengths)),
     }
     return parts | {"total": sum(parts.values())}
+
+
+def cache_bytes(model: Transformer, n_rows: int, length: int) -> int:
+    """What this rank's keys and values take when so many rows of up to `length` tokens are generated at once."""
+    cache = model.make_cache(n_rows, length)
+    return sum(t.numel() * t.element_size() for t in (*cache.k, *cache.v))
+
+
+def traffic(messages: StepMessages, micro_batches: int) -> dict[str, Any]:
+    """What a rank exchanges in an optimizer step of so many micro-batches: between replicas, the adapters' gradients,
+    once; among those that share a model, in every micro-batch. sent_bytes: in all, as many as it receives."""
+    parts = {name: summed(getattr(messages, name)) for name in ("forward", "loss", "backward")}
+    model = [*messages.forward, *messages.loss, *messages.backward]
+    return {
+        "gradients": summed(messages.gradients),
+        "micro_batch": parts,
+        "micro_batches": micro_batches,
+        "sent_bytes": round(sum(m.sent for m in messages.gradients) + micro_batches * sum(m.sent for m in model)),
+    }
+
+
+def summed(messages: Iterable[Message]) -> dict[str, int]:
+    """Number and size of messages; sent_bytes: what this rank sends of them, the ranks standing in a ring."""
+    messages = list(messages)
+    return {
+        "messages": len(messages),
+        "bytes": sum(message.bytes for message in messages),
+        "sent_bytes": round(sum(message.sent for message in messages)),
+    }

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 CONFIG = "config.json"  # the record of the run's start
+LOCK = ".lock"  # held by the process that writes there
+DAMAGED = ".damaged"  # behind the name of a checkpoint that could not be read
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -17,7 +17,11 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
 
         path = folder / "log.jsonl"
-        kept = [line for line in _lines(path) if 0 < _step(line) <= done]
+        lines = _lines(path)
+        damaged = sum(_step(line) == 0 for line in lines[:-1])  # the last one may have been cut short by a kill
+        if damaged:
+            print(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out", file=sys.stderr)
+        kept = [line for line in lines if 0 < _step(line) <= done]
         write_file(path, "".join(line + "\n" for line in kept).encode())
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run goes on
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
@@ -26,11 +30,16 @@ class RunLog:
         self._steps, self._first, self._seconds = steps, done, 0.0
 
     def step(self, entry: dict[str, Any]) -> None:
-        """Log one step: `step` (from 1), `loss`, `lr`, `tokens_per_s`, `seconds` and more."""
+        """Log one step: `step` (from 1), `loss` (None where it was not finite), `lr`, `tokens_per_s`, `seconds` and
+        more; `skipped` says why a step was."""
         self._file.write(json.dumps(entry) + "\n")
         for name in ("loss", "lr", "tokens_per_s"):
-            self._board.add_scalar(name, entry[name], entry["step"])
-        step, speed = entry["step"], f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:.0f} tokens/s"
+            if entry[name] is not None:
+                self._board.add_scalar(name, entry[name], entry["step"])
+        step, loss = entry["step"], "not finite" if entry["loss"] is None else f"{entry['loss']:.3f}"
+        speed = f"loss {loss}, {entry['tokens_per_s']:.0f} tokens/s"
+        if "skipped" in entry:
+            self._bar.write(f"{entry['skipped']}: skipped", file=sys.stderr)
         self._bar.set_postfix_str(speed, refresh=False)
         self._bar.update()
         self._seconds += entry["seconds"]
@@ -45,11 +54,11 @@ class RunLog:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return 0  # a line cut short by a crash

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +18,21 @@ from llama.model import Transformer
 from llama.parallel import data_rank, data_size
 from moa.state import adapter_parameters, optimizer_groups
 from training.data import label_count, micro_batches
+from training.exchange import GradientSum
 from training.schedule import Plan
+from training.stop import Stopped
+
+
+@dataclass
+class Progress:
+    """How far a run is. done: steps, with the `skipped` ones, whose numbers (from 1) these are."""
+
+    done: int = 0
+    skipped: list[int] = field(default_factory=list)
+
+
+class NotFinite(ValueError):
+    """The loss or a gradient was not finite twice in a row."""
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -32,82 +47,93 @@ def train(
     plan: Plan,
     batch_size: int,
     seed: int,
-    done: int,
+    progress: Progress,
     on_step: Callable[[dict[str, Any]], None],
+    stop_signal: Callable[[], int] = lambda: 0,
 ) -> None:
-    """Run steps `done` + 1 to `plan.steps`, calling on_step with each step's log entry after it.
+    """Run steps `progress.done` + 1 to `plan.steps`, calling on_step with each step's log entry after it.
 
-    Raises ValueError, naming step and rows, where the loss or a gradient is not finite; the adapters are then as they
-    were before that step.
+    A step whose loss or gradient is not finite is skipped, and its entry says so; a second one in a row raises
+    NotFinite, naming steps and rows, and is not counted: the adapters are as they were before both. Raises Stopped,
+    after a step, when `stop_signal` is other than 0 on any process.
     """
     parameters = [entry.parameter for entry in adapter_parameters(model).values()]
     device = parameters[0].device
+    exchange = GradientSum(parameters)
     model.train()
-    for step in range(done, plan.steps):
-        begin = time.perf_counter()
-        numbers = plan.rows(step, seed)
-        batch = [examples[i] for i in numbers]
-        n_labels = sum(map(label_count, batch))
-        # Whatever is random in a step follows from its number: a resumed run needs no generator's state.
-        torch.manual_seed((seed * plan.steps + step) * data_size() + data_rank())
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate(step)
-        optimizer.zero_grad(set_to_none=True)
-        n_tokens = sum(len(example.tokens) for example in batch)
-        losses = torch.zeros(2, device=device)  # of the labels; auxiliary
-        for tokens, labels, rows in micro_batches(batch[data_rank() :: data_size()], batch_size, device):
-            part = model.losses(tokens, labels, rows)
-            # The auxiliary loss is a mean over a micro-batch's tokens: each counts by its share of the step's.
-            parts = torch.stack([part.labels / n_labels, part.auxiliary * len(tokens) / n_tokens])
-            parts.sum().backward()
-            losses += parts.detach()
-        (value, auxiliary), finite = sum_gradients(parameters, losses)
-        if not finite:
-            listed = ", ".join(str(i + 1) for i in sorted(numbers)[:16]) + (", ..." if len(numbers) > 16 else "")
-            what = "loss" if not math.isfinite(value + auxiliary) else "gradient"
-            raise ValueError(
-                f"step {step + 1}: the {what} is not finite (loss {value}; rows {listed} of the rows that fit); "
-                "a lower --lr may help"
-            )
-        optimizer.step()
-        seconds = time.perf_counter() - begin
-        on_step(
-            {
+    try:
+        while progress.done < plan.steps:
+            step, begin = progress.done, time.perf_counter()
+            numbers = plan.rows(step, seed)
+            batch = [examples[i] for i in numbers]
+            n_tokens, n_labels = sum(len(example.tokens) for example in batch), sum(map(label_count, batch))
+            # Whatever is random in a step follows from its number: a resumed run needs no generator's state.
+            torch.manual_seed((seed * plan.steps + step) * data_size() + data_rank())
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate(step)
+            optimizer.zero_grad(set_to_none=True)
+            losses = torch.zeros(2, device=device)  # of the labels; auxiliary
+            mine = list(micro_batches(batch[data_rank() :: data_size()], batch_size, device))
+            for i, (tokens, labels, rows) in enumerate(mine, 1):
+                part = model.losses(tokens, labels, rows)
+                # The auxiliary loss is a mean over a micro-batch's tokens: each counts by its share of the step's.
+                parts = torch.stack([part.labels / n_labels, part.auxiliary * len(tokens) / n_tokens])
+                if i == len(mine):
+                    exchange.begin()
+                parts.sum().backward()
+                losses += parts.detach()
+            exchange.finish()
+            value, auxiliary, finite, signum = _agree(losses, parameters, stop_signal())
+            entry = {
                 "step": step + 1,
                 "epoch": round((step + 1) / plan.steps_per_epoch, 4),
-                "loss": value,
-                **({"auxiliary_loss": auxiliary} if auxiliary else {}),
+                "loss": value if math.isfinite(value) else None,
+                **({"auxiliary_loss": auxiliary} if auxiliary and math.isfinite(auxiliary) else {}),
                 "lr": plan.learning_rate(step),
                 "rows": len(numbers),
                 "tokens": n_tokens,
                 "label_tokens": n_labels,
-                "seconds": round(seconds, 4),
-                "tokens_per_s": round(n_tokens / seconds, 1),
-                "peak_memory_bytes": peak_memory(device),
             }
-        )
+            if finite:
+                optimizer.step()
+            else:
+                entry["skipped"] = _not_finite(step, value + auxiliary, numbers)
+                if progress.skipped[-1:] == [step]:
+                    raise NotFinite(f"{entry['skipped']}, nor was it in step {step}; a lower --lr may help")
+                progress.skipped.append(step + 1)
+            progress.done += 1
+            seconds = time.perf_counter() - begin
+            entry["seconds"], entry["tokens_per_s"] = round(seconds, 4), round(n_tokens / seconds, 1)
+            on_step(entry | {"peak_memory_bytes": peak_memory(device)})
+            if signum:
+                raise Stopped(signum)
+    finally:
+        exchange.close()
 
 
-def sum_gradients(parameters: list[nn.Parameter], losses: torch.Tensor) -> tuple[list[float], bool]:
-    """Sum gradients and losses over the data-parallel ranks, in one message; adapters alone travel.
+def _not_finite(step: int, loss: float, numbers: list[int]) -> str:
+    listed = ", ".join(str(i + 1) for i in sorted(numbers)[:16]) + (", ..." if len(numbers) > 16 else "")
+    what = "a gradient" if math.isfinite(loss) else "the loss"
+    return f"step {step + 1}: {what} is not finite (loss {loss:g}; rows {listed} of the rows that fit)"
 
-    Returns the losses and whether they and all gradients are finite, on every rank.
+
+def _agree(losses: torch.Tensor, parameters: list[nn.Parameter], signum: int) -> tuple[float, float, bool, int]:
+    """(loss, auxiliary loss, whether they and all gradients are finite, signal), the same on all processes.
+
+    `losses` are this data-parallel rank's parts, gradients are summed already (zeros where there is none).
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([losses, *(parameter.grad.flatten() for parameter in parameters)])
     if data_size() > 1:
-        dist.all_reduce(flat, group=mp.get_data_parallel_group())
-        begin = len(losses)
-        for parameter in parameters:
-            parameter.grad.copy_(flat[begin : begin + parameter.numel()].view_as(parameter))
-            begin += parameter.numel()
-    finite = torch.isfinite(flat).all()
-    if mp.get_model_parallel_world_size() > 1:  # ranks of a group hold different parts: all must agree to stop
-        finite = finite.to(torch.uint8)
-        dist.all_reduce(finite, dist.ReduceOp.MIN, group=mp.get_model_parallel_group())
-    return flat[: len(losses)].tolist(), bool(finite)
+        dist.all_reduce(losses, group=mp.get_data_parallel_group())
+    largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], torch.inf)
+    bad = ~torch.isfinite(torch.stack([largest, *losses])).all()
+    # Ranks of a model hold different gradients, and a signal comes to each process at its own time
+    decided = torch.stack([bad, torch.tensor(signum, device=losses.device)]).to(torch.int64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(decided, dist.ReduceOp.MAX)
+    return *losses.tolist(), not decided[0], int(decided[1])
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,53 +1,77 @@
 """A fine-tuning run from its settings: folder, model, data, loop, checkpoints. What `finetune.py` calls."""
 
-import platform
 import shutil
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch.distributed as dist
+import torch
 
-from llama import Llama, ModelArgs
+from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import fingerprint, read_base
-from llama.parallel import bf16_is_fast, data_size, is_main, pick_device, start_processes, stop_processes
+from llama.parallel import (
+    bf16_is_fast,
+    data_size,
+    from_main,
+    is_main,
+    pick_device,
+    processes,
+    require_same,
+)
+from llama.tokenizer import Tokenizer
 from moa.adapter_file import adapter_params
-from moa.config import AdapterConfig
-from moa.files import claim, file_hash, read_json, write_json
+from moa.files import claim, file_hash, read_json, release, remove_leftovers, write_json
+from moa.reading import shown
+from moa.replicas import require_equal_replicas
 from moa.state import count
-from training.checkpoint import pack, restore, save
+from training.checkpoint import Saver, newest, pack, restore
 from training.data import load_examples
 from training.estimate import base_parameters
-from training.folder import CONFIG, checkpoints
+from training.folder import CONFIG, DAMAGED, LOCK, checkpoints
 from training.leaks import check_leaks
 from training.log import RunLog
-from training.loop import make_optimizer, train
+from training.loop import NotFinite, Progress, make_optimizer, train
+from training.memory import advice, in_words, needed
+from training.record import resume_record, start_record
 from training.schedule import Plan, plan_of
-from training.settings import Settings, output_folder
+from training.settings import HERE, Settings, TrainFlags, output_folder
+from training.stop import Stopped, StopRequest
 
 
 def run(settings: Settings) -> Path:
     """Train as the settings say (`ckpt_dir` and `data_path` filled in). Returns the run's folder.
 
-    Raises ValueError or OSError with one sentence; what an earlier run left is then untouched.
+    Raises ValueError or OSError with one sentence; what an earlier run left is then untouched. Raises Stopped, a
+    SystemExit, after a last checkpoint, where a signal asked for it.
     """
-    flags = settings.train
-    device = pick_device(flags.device)
-    start_processes(device, flags.model_parallel_size)
-    folder = output_folder(settings)
-    last = _last_checkpoint(settings, folder)
-    if flags.bf16 is None:
-        settings = replace(settings, train=replace(flags, bf16=bf16_is_fast(device)))
-        flags = settings.train
+    device = pick_device(settings.train.device)
+    args, tokenizer = read_base(settings.train.ckpt_dir)
+    memory = needed(settings, args, device)
+    with processes(device, settings.train.model_parallel_size), advice(settings, memory):
+        return _run(settings, args, tokenizer, device, in_words(memory))
 
-    args, tokenizer = read_base(flags.ckpt_dir)
+
+def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torch.device, memory: str) -> Path:
+    flags = settings.train
+    folder = output_folder(settings)
+    contents = {"base_fingerprint": fingerprint(flags.ckpt_dir), "data_sha256": file_hash(flags.data_path)}
+    resumed = from_main(lambda: _run_to_resume(settings, folder, contents))
+    if flags.bf16 is None:
+        flags = replace(flags, bf16=bf16_is_fast(device))
+        settings = replace(settings, train=flags)
+
     config = settings.config(args)
+    same = {f"--{name}": value for name, value in asdict(flags).items() if name not in HERE}
+    require_same(same | config.flat() | contents | {"torch": torch.__version__})
     examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_main())
-    plan = plan_of(flags, len(examples), data_size())
+    plan = plan_of(flags, len(examples), data_size(), resumed and resumed["rows_per_step"])
+    if resumed and resumed.get("steps") != plan.steps:
+        raise ValueError(
+            f"{folder / CONFIG}: steps is {shown(resumed.get('steps'))}, its settings ask for {plan.steps}"
+        )
     leaks = {}
     if flags.leak_tests is not None and is_main():
         leaks = {"leaks": check_leaks(flags.data_path, flags.leak_tests)}
@@ -63,47 +87,78 @@ def run(settings: Settings) -> Path:
     model = llm.model
     model.activation_checkpointing = flags.activation_checkpointing
     optimizer = make_optimizer(model, flags.weight_decay)
-    done = restore(last, model, optimizer) if last else 0
-    lock = _claim(folder) if is_main() else None
-    if is_main() and last is not None and leaks:  # a resumed run's record stands already
-        write_json(folder / CONFIG, read_json(folder / CONFIG) | leaks)
-    if done >= plan.steps:
-        say(f"{last}: the run is complete, all {plan.steps} steps are done")
-        stop_processes()
-        return folder
-
-    trained = count(model)["total"]
-    if is_main():
-        if last is None:
-            _prepare(folder, _record(settings, config, args, plan) | {"trainable_parameters": trained} | leaks)
+    with _claimed(folder) if is_main() else nullcontext():
+        progress = Progress()
+        if resumed:
+            progress = restore(_newest(folder, model) if is_main() else None, model, optimizer)
+        require_equal_replicas(model)
+        if progress.done >= plan.steps:
+            say(f"{folder}: the run is complete, all {plan.steps} steps are done")
+        if is_main() and resumed:
+            _add_to_record(folder, leaks, progress.done if progress.done < plan.steps else None)
+        if progress.done >= plan.steps:
+            return folder
+        trained = count(model)["total"]
+        if is_main() and not resumed:
+            record = start_record(settings, config, args, plan, contents)
+            _prepare(folder, record | {"trainable_parameters": trained} | leaks)
         say(
             f"{config.method}: {trained:,} trainable parameters ({100 * trained / base_parameters(model):.2f} % of the "
             f"base), {len(examples)} rows, {plan.steps} steps of {plan.rows_per_step} rows, "
-            f"{'bf16' if flags.bf16 else 'fp32'} on {device}, in {folder}"
+            f"{'bf16' if flags.bf16 else 'fp32'} on {device}, in {folder}; estimated memory {memory}"
         )
-    log = RunLog(folder, plan.steps, done) if is_main() else None
-    params = adapter_params(config, asdict(args))
+        _train(flags, model, optimizer, examples, plan, progress, adapter_params(config, asdict(args)), folder)
+    say(f"{folder / f'checkpoint-{plan.steps}.pth'}: done; python extract_adapter.py writes the adapter")
+    return folder
+
+
+def _train(
+    flags: TrainFlags,
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    examples: list,
+    plan: Plan,
+    progress: Progress,
+    params: dict[str, Any],
+    folder: Path,
+) -> None:
+    """The loop with its log and its checkpoints: every `save_every` steps, at the end, and before an early end."""
+    log = RunLog(folder, plan.steps, progress.done) if is_main() else None
+    saver = Saver(folder, flags.keep_checkpoints)
     every = flags.save_every or plan.steps_per_epoch
+    saved = progress.done
+
+    def save() -> None:
+        nonlocal saved
+        if saved != progress.done:
+            require_equal_replicas(model)
+            content = pack(model, optimizer, progress, params)
+            if is_main():
+                saver.save(content)
+            saved = progress.done
 
     def on_step(entry: dict[str, Any]) -> None:
         if log:
             log.step(entry)
         if entry["step"] % every == 0 or entry["step"] == plan.steps:
-            content = pack(model, optimizer, entry["step"], params)
-            if is_main():
-                save(folder, content)
+            save()
 
-    try:
-        train(model, optimizer, examples, plan, flags.batch_size, flags.seed, done, on_step)
-    finally:
-        if log:
-            log.close()
-    say(f"{checkpoints(folder)[-1][1] if is_main() else folder}: done; python extract_adapter.py writes the adapter")
-    dist.barrier()
-    stop_processes()
-    if lock:
-        lock.close()
-    return folder
+    with StopRequest() as request:
+        try:
+            arguments = (flags.batch_size, flags.seed, progress, on_step, lambda: request.signum)
+            train(model, optimizer, examples, plan, *arguments)
+        except (NotFinite, Stopped) as end:
+            save()
+            saver.wait()
+            at = f"checkpoint-{progress.done}.pth is saved" if progress.done else "no step was done"
+            if isinstance(end, NotFinite):
+                raise NotFinite(f"{end} ({at})") from None
+            say(f"stopped by {end.name} after step {progress.done}: {at}; the same command with --resume goes on")
+            raise
+        finally:
+            if log:
+                log.close()
+            saver.wait()
 
 
 def say(text: str) -> None:
@@ -112,85 +167,69 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _last_checkpoint(settings: Settings, folder: Path) -> Path | None:
-    """The checkpoint to go on from. ValueError where the folder holds a run and neither --resume nor --overwrite is
-    given, or where its run had other rows or another number of rows per step."""
+def _run_to_resume(settings: Settings, folder: Path, contents: dict[str, str]) -> dict[str, Any] | None:
+    """The record of the run to go on with, None where one begins. ValueError where the folder holds a run and neither
+    --resume nor --overwrite is given, or where its run had another base, other rows or other numbers of them."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: --output_dir is a file, expected a folder")
     found = checkpoints(folder)
     if not found or settings.train.overwrite:
         return None
-    last = found[-1][1]
     if not settings.train.resume:
         raise ValueError(
-            f"{folder}: holds a run already ({last.name}); give --resume to go on with it, --overwrite to begin anew, "
-            "or another --output_dir"
+            f"{folder}: holds a run already ({found[-1][1].name}); give --resume to go on with it, --overwrite to "
+            "begin anew, or another --output_dir"
         )
     record = read_json(folder / CONFIG)
-    if file_hash(settings.train.data_path) != record.get("data_sha256"):
+    if contents["data_sha256"] != record.get("data_sha256"):
         raise ValueError(f"{settings.train.data_path}: not the rows that the run in {folder} was started with")
-    if record.get("base_fingerprint") != fingerprint(settings.train.ckpt_dir):
+    if contents["base_fingerprint"] != record.get("base_fingerprint"):
         raise ValueError(f"{settings.train.ckpt_dir}: not the base that the run in {folder} was started with")
-    if record.get("rows_per_step") != plan_of(settings.train, 1, data_size()).rows_per_step:
+    rows = record.get("rows_per_step")
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise ValueError(f"{folder / CONFIG}: rows_per_step must be a positive whole number, not {shown(rows)}")
+    flags = settings.train
+    if "accum_iter" in settings.given and rows != plan_of(flags, 1, data_size()).rows_per_step:
         raise ValueError(
-            f"{folder}: the run takes {record.get('rows_per_step')} rows per step; with {data_size()} data-parallel "
-            f"ranks, set --batch_size and --accum_iter so that their product with it is the same"
+            f"{folder}: the run takes {rows} rows per step, not --batch_size {flags.batch_size} x --accum_iter "
+            f"{flags.accum_iter} x {data_size()} data-parallel ranks; leave --accum_iter out"
         )
-    return last
+    return record
 
 
-def _claim(folder: Path) -> IO[bytes]:
-    """Make the run's folder and keep other runs out of it."""
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Make the run's folder, keep other runs out of it, and clear away what a killed process had half written."""
     folder.mkdir(parents=True, exist_ok=True)
-    return claim(folder / ".lock", f"{folder}: another run is writing there; give another --output_dir")
+    lock = claim(folder / LOCK, f"{folder}: another run is writing there; give another --output_dir")
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        release(lock)
+
+
+def _newest(folder: Path, model: Transformer) -> dict[str, Any]:
+    """The newest checkpoint that can be read. Newer ones that cannot are told and set aside."""
+    content, path, wrong = newest(folder, model)
+    for damaged, problem in wrong.items():
+        damaged.rename(damaged.with_name(damaged.name + DAMAGED))
+        say(f"{problem}; kept as {damaged.name}{DAMAGED}, going on from {path.name}")
+    return content
 
 
 def _prepare(folder: Path, record: dict[str, Any]) -> None:
     """Write the run's record; an earlier run's checkpoints and log go (--overwrite)."""
-    for _, file in checkpoints(folder):
+    for file in [*(file for _, file in reversed(checkpoints(folder))), *folder.glob(f"checkpoint-*{DAMAGED}")]:
         file.unlink()
     (folder / "log.jsonl").unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     write_json(folder / CONFIG, record)
 
 
-def _record(settings: Settings, config: AdapterConfig, args: ModelArgs, plan: Plan) -> dict[str, Any]:
-    """Everything that is needed to tell later what this run was."""
-    return {
-        "settings": asdict(settings.train) | settings.adapter,
-        "adapter": config.flat(),
-        "base": asdict(args),
-        "base_fingerprint": fingerprint(settings.train.ckpt_dir),
-        "steps": plan.steps,
-        "warmup_steps": plan.warmup_steps,
-        "rows_per_step": plan.rows_per_step,
-        "lr": plan.lr,
-        "rows": plan.n_rows,
-        "data_sha256": file_hash(settings.train.data_path),
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "processes": dist.get_world_size(),
-        "git_revision": _git_revision(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "machine": {"platform": platform.platform(), "processor": platform.machine()},
-    }
-
-
-PACKAGES = ("torch", "numpy", "fairscale", "tiktoken", "flash-attn")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """Commit of this source tree, with "+changes" where it has uncommitted ones; None outside a git checkout."""
-    try:
-        where = Path(__file__).parent
-        git = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
-        return subprocess.run(git, cwd=where, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _add_to_record(folder: Path, leaks: dict[str, Any], step: int | None) -> None:
+    """To the record of a run that is resumed: what `--leak_tests` found, and that it goes on after `step`."""
+    record = read_json(folder / CONFIG)
+    if step is not None:
+        record["resumed"] = [*record.get("resumed", []), resume_record(step)]
+    write_json(folder / CONFIG, record | leaks)

@@ -61,11 +61,12 @@ def make_plan(
     return Plan(n_rows, rows_per_step, steps, min(warmup, steps), peak, min_lr, constant)
 
 
-def plan_of(flags: TrainFlags, n_rows: int, ranks: int) -> Plan:
-    """The plan of a run with these flags on `ranks` data-parallel ranks."""
+def plan_of(flags: TrainFlags, n_rows: int, ranks: int, rows_per_step: int | None = None) -> Plan:
+    """The plan of a run with these flags on `ranks` data-parallel ranks. rows_per_step: of a run that is resumed, on
+    whatever ranks it was; None: `batch_size * accum_iter` on each."""
     return make_plan(
         n_rows,
-        flags.batch_size * flags.accum_iter * ranks,
+        rows_per_step or flags.batch_size * flags.accum_iter * ranks,
         flags.epochs,
         flags.max_steps,
         flags.warmup_epochs,

@@ -1,6 +1,5 @@
 """The flags of a fine-tuning run and what they come to. Needs no torch, so that a wrong flag is refused at once."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
@@ -13,6 +12,7 @@ from llama.args import ModelArgs
 from llama.machine import check_machine
 from moa.config import AdapterConfig
 from moa.knobs import METHODS, knob_fields
+from moa.reading import parse_json, plain, read_text, shown
 from training.folder import CONFIG, checkpoints
 
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
@@ -39,6 +39,7 @@ class TrainFlags:
     output_dir: str | None = knob(None, help="folder of the run; default: runs/METHOD-DATA-sSEED", group=RUN)
     seed: int = knob(0, help="seed of the adapters' start and of the order of rows", group=RUN)
     save_every: int | None = knob(None, help="steps between checkpoints; default: one per epoch", group=RUN)
+    keep_checkpoints: int | None = knob(None, help="only the newest so many stay; default: all", group=RUN)
     resume: bool = knob(False, help="go on from the output folder's last checkpoint, if it has one", group=RUN)
     overwrite: bool = knob(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
     dry_run: bool = knob(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
@@ -65,7 +66,8 @@ class TrainFlags:
     )
 
     def __post_init__(self):
-        for name in ("max_seq_len", "max_steps", "batch_size", "accum_iter", "save_every", "model_parallel_size"):
+        counts = ("max_seq_len", "max_steps", "batch_size", "accum_iter", "save_every", "keep_checkpoints")
+        for name in (*counts, "model_parallel_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("epochs", "lr", "blr"):
@@ -97,9 +99,12 @@ AdapterFlags = make_dataclass(
 # Settings in which a resumed run may differ from its start: they do not change what is computed. Where rows and model
 # lie may change too; that they are the same is told by their contents.
 FREE = {
-    *("resume", "overwrite", "dry_run", "save_every", "device", "ckpt_dir", "data_path", "output_dir", "leak_tests"),
-    *("adapter_config", "model_parallel_size", "batch_size", "accum_iter", "activation_checkpointing"),
+    *("resume", "overwrite", "dry_run", "save_every", "keep_checkpoints", "device", "ckpt_dir", "data_path"),
+    *("output_dir", "leak_tests", "adapter_config", "model_parallel_size", "batch_size", "accum_iter"),
+    "activation_checkpointing",
 }
+# Those in which the processes of a run may differ: what is where on a process's own machine
+HERE = {"device", "ckpt_dir", "data_path", "output_dir", "leak_tests", "adapter_config"}
 
 
 @dataclass(frozen=True)
@@ -154,12 +159,7 @@ def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description
 def read_adapter_config(path: Path, method: str | None) -> dict[str, Any]:
     """The adapter settings in a file: all that `adapter_params.json` holds or a part of it (the base, which is told
     there too, may be another here). ValueError naming the file, also where its method is another than `method`."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    found = parse_json(read_text(path), str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object of adapter settings, found {type(found).__name__}")
     found.pop("base", None)
@@ -209,31 +209,42 @@ def continued(settings: Settings) -> Settings:
     record = folder / CONFIG
     if not settings.train.resume or not (record.exists() or checkpoints(folder)):
         return settings
+    start = parse_json(read_text(record), str(record))
     try:
-        start = json.loads(record.read_text(encoding="utf-8"))
-        before, resolved, n_layers = {**start["settings"]}, {**start["adapter"]}, int(start["base"]["n_layers"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{record}: the record of the run to resume is missing or damaged") from None
+        before, resolved, n_layers = {**start["settings"]}, {**start["adapter"]}, start["base"]["n_layers"]
+        if type(n_layers) is not int:
+            raise TypeError
+        known = {k: v for k, v in resolved.items() if k in knob_fields()} | {"method": resolved.get("method")}
+        AdapterConfig.from_flat(known, n_layers)
+    except (KeyError, TypeError):
+        raise ValueError(f"{record}: the record of the run to resume is damaged") from None
+    except ValueError as error:
+        raise ValueError(f"{record}: {error}") from None
     typed = {k: v for k, v in asdict(settings.train).items() if k in settings.given}
     for name, value in typed.items():
         if name not in FREE and value != before.get(name):
             raise _other_start(folder, name, before.get(name), value)
     # An adapter's flag may also spell out what the method's preset came to
-    chosen = {k: v for k, v in resolved.items() if k in knob_fields()} | settings.adapter
-    now_flat = AdapterConfig.from_flat({"method": resolved.get("method")} | chosen, n_layers).flat()
+    now_flat = AdapterConfig.from_flat(known | settings.adapter, n_layers).flat()
     for name in settings.adapter:
         if now_flat[name] != resolved.get(name, now_flat[name]):
             raise _other_start(folder, name, resolved[name], now_flat[name])
-    # Asked for once; what the start's record says of leaks holds as long as the rows are the same
-    once = {"overwrite": False, "dry_run": False, "leak_tests": None}
+    # Asked for once; what the start's record says of leaks holds as long as the rows are the same,
+    # and the folder is the one that was looked into, whatever is written there.
+    once = {"overwrite": False, "dry_run": False, "leak_tests": None, "output_dir": str(folder)}
     # What may differ need not be in the record, which may be older than the flag
     now = {k.name: k.default for k in knobs_of(TrainFlags) if k.name in FREE} | before | once
     now |= {k: v for k, v in typed.items() if k in FREE}
     try:
+        strange = [name for name, value in now.items() if not str(value).isprintable()]
+        if strange:
+            raise ValueError(f"setting {plain(strange[0])} has characters that no path and no setting has")
         train = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(TrainFlags)}
         adapter = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(AdapterFlags) if k.name in now}
         if now:
-            raise ValueError(f"unknown setting {next(iter(now))}")
+            raise ValueError(f"unknown setting {plain(next(iter(now)))}")
+        if AdapterConfig.from_flat({"method": train["method"]} | adapter, n_layers).flat() != resolved:
+            raise ValueError("what it says of the adapters does not follow from its settings")
         return replace(settings, train=TrainFlags(**train), adapter=adapter)
     except KeyError as error:
         raise ValueError(f"{record}: setting {error} is missing") from None
@@ -243,4 +254,5 @@ def continued(settings: Settings) -> Settings:
 
 def _other_start(folder: Path, name: str, before: Any, now: Any) -> ValueError:
     hint = "(--overwrite in the place of --resume begins anew)"
+    before = before if before is None or isinstance(before, str | int | float) else shown(before)
     return ValueError(f"{folder}: the run was started with --{name} {before}, not {now} {hint}")

@@ -1,0 +1,1 @@
+"""What a layout costs: computed (`benchmarks.layouts`) and measured (`benchmarks.exchange`)."""

@@ -1,0 +1,212 @@
+"""What layouts of LLaMA-3.1 over GPUs hold and send, computed from the models' sizes alone. No weight, no GPU.
+
+    python -m benchmarks.layouts [--json FILE]
+
+Training as in the published runs on math_14k: bf16 base, rows of 300 tokens, 32 rows a step, here in micro-batches of
+4. Figures are of one GPU; all are alike.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.shapes import LLAMA_3_1
+from cli import errors, knob, parse
+from llama import ModelArgs, Transformer
+from moa.config import AdapterConfig
+from training.estimate import activation_bytes, cache_bytes, held_bytes, summed, temporary_bytes, traffic, uneven
+from training.layout import first_rank
+from training.rehearsal import kept, messages_of_generation, messages_of_step, unfilled_model
+
+METHODS = ("soft_moa", "molora")
+LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
+ANSWERS, ANSWER_LENGTH = 32, 512  # generated at once: generate.py's defaults
+RESERVED = 2 * 2**30  # of a GPU's memory: for CUDA, NCCL and what the allocator cannot use
+GPU = torch.device("cuda")
+KINDS = {"plain": False, "checkpointed": True}  # without and with --activation_checkpointing
+
+
+class Layout(NamedTuple):
+    """GPUs of `card` GiB, `share` of which share each copy of the model. As text: with replicas x ranks of each."""
+
+    model: str
+    gpus: int
+    card: int
+    share: int
+
+    def __str__(self) -> str:
+        replicas = self.gpus // self.share
+        return f"{self.model} on {self.gpus} x {self.card} GB, {replicas} x {self.share}"
+
+
+LAYOUTS = (
+    Layout("8B", 1, 24, 1),
+    Layout("8B", 1, 80, 1),
+    Layout("8B", 8, 80, 1),
+    Layout("8B", 8, 80, 4),
+    Layout("70B", 8, 80, 8),
+    Layout("70B", 16, 80, 8),
+    Layout("405B", 16, 80, 16),
+)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of this command."""
+
+    json: str | None = knob(None, help="write the figures, in bytes, to this file too")
+
+
+class Memory(NamedTuple):
+    """Of one GPU, in bytes. activations: of two rows and of three, plain and checkpointed; a row more takes the same
+    again."""
+
+    held: dict[str, int]
+    activations: dict[str, tuple[int, int]]
+    temporary: Callable[[int], int]  # of so many tokens
+    cache: int
+
+    def of(self, n_rows: int, name: str) -> int:
+        """Activations of so many rows of LENGTH tokens; a single one counts as half of two."""
+        two, three = self.activations[name]
+        return two + (n_rows - 2) * (three - two)
+
+    def total(self, n_rows: int, name: str) -> int:
+        return sum(self.held.values()) + self.of(n_rows, name) + self.temporary(n_rows * LENGTH)
+
+    def largest_batch_size(self, name: str, card: int) -> int:
+        """The most rows whose step fits `card` bytes; 0 where a single one does not."""
+        n = 0
+        while self.total(n + 1, name) <= card:
+            n += 1
+        return n
+
+
+@cache
+def memory_of(model: str, share: int, method: str) -> Memory:
+    """The same whatever the number of replicas."""
+    with first_rank(share, share):
+        rank = model_of(model, method)
+        rows = [kept(rank, uneven(n, LENGTH), GPU) for n in (2, 3)]
+        activations = {name: tuple(activation_bytes(k, again) for k in rows) for name, again in KINDS.items()}
+        temporary = partial(temporary_bytes, rank)
+        return Memory(held_bytes(rank), activations, temporary, cache_bytes(rank, ANSWERS, ANSWER_LENGTH))
+
+
+def model_of(model: str, method: str) -> Transformer:
+    args = ModelArgs(**LLAMA_3_1[model])
+    return unfilled_model(args, AdapterConfig.from_flat({"method": method}, args.n_layers), bf16=True)
+
+
+def compute(layout: Layout, method: str) -> dict[str, Any]:
+    """All figures of one GPU, in bytes."""
+    memory = memory_of(layout.model, layout.share, method)
+    micro_batches = ROWS_PER_STEP // (BATCH_SIZE * layout.gpus // layout.share)
+    figures: dict[str, Any] = {
+        **layout._asdict(),
+        "method": method,
+        "batch_size": BATCH_SIZE,
+        "micro_batches": micro_batches,
+        "held": memory.held,
+        "temporary": memory.temporary(BATCH_SIZE * LENGTH),
+    }
+    with first_rank(layout.gpus, layout.share) as notes:
+        model = model_of(layout.model, method)
+        for name, again in KINDS.items():
+            model.activation_checkpointing = again
+            figures[name] = {
+                "activations": memory.of(BATCH_SIZE, name),
+                "total": memory.total(BATCH_SIZE, name),
+                "largest_batch_size": memory.largest_batch_size(name, layout.card * 2**30 - RESERVED),
+                "step": traffic(messages_of_step(model, uneven(BATCH_SIZE, LENGTH), notes), micro_batches),
+            }
+        figures["generation"] = {
+            "rows": ANSWERS,
+            "length": ANSWER_LENGTH,
+            "kv_cache": memory.cache,
+            "total": memory.held["base"] + memory.held["adapters"] + memory.cache,
+            "decode_step": summed(messages_of_generation(model, ANSWERS, 1, notes).decode),
+        }
+    return figures
+
+
+def _gb(n: float) -> str:
+    return f"{n / 2**30:.2f}"
+
+
+def _mb(n: float) -> str:
+    return f"{n / 2**20:,.1f}" if n else "-"
+
+
+def _table(heads: str, rows: Iterable[Iterable[str]]) -> str:
+    lines = [heads, "|" + "---|" * (heads.count("|") - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """Three tables: memory in training, what is sent in a step, generation."""
+
+    def rows(cells: Callable[[dict[str, Any]], list[str]]) -> Iterable[list[str]]:
+        for figures in found:
+            layout = Layout(**{name: figures[name] for name in Layout._fields})
+            yield [str(layout), figures["method"], *cells(figures)]
+
+    def memory(f: dict[str, Any]) -> list[str]:
+        held = [_gb(size) for size in f["held"].values()]
+        plain, checkpointed = f["plain"], f["checkpointed"]
+        activations = f"{_gb(plain['activations'])} / {_gb(checkpointed['activations'])}"
+        totals = f"{_gb(plain['total'])} / {_gb(checkpointed['total'])}"
+        largest = f"{plain['largest_batch_size'] or 'none'} / {checkpointed['largest_batch_size'] or 'none'}"
+        return [*held, activations, _gb(f["temporary"]), totals, f"{f['card']}", largest]
+
+    def sent(f: dict[str, Any]) -> list[str]:
+        step, again = f["plain"]["step"], f["checkpointed"]["step"]
+        once = [f"{step['gradients']['messages'] or '-'}", _mb(step["gradients"]["bytes"])]
+        parts = step["micro_batch"].values()
+        inside = [f"{part['messages']}, {_mb(part['bytes'])}" if part["messages"] else "-" for part in parts]
+        return [*once, f"{f['micro_batches']}", *inside, f"{_mb(step['sent_bytes'])} / {_mb(again['sent_bytes'])}"]
+
+    def generation(f: dict[str, Any]) -> list[str]:
+        g, decode = f["generation"], f["generation"]["decode_step"]
+        return [_gb(g["kv_cache"]), _gb(g["total"]), f"{decode['messages'] or '-'}", _mb(decode["sent_bytes"])]
+
+    return "\n\n".join(
+        [
+            f"Training, GiB of one GPU, batch_size {BATCH_SIZE}. 2 x 4: two replicas, each shared by four GPUs. After "
+            "a slash: with --activation_checkpointing. The largest batch_size is the most rows that fit when "
+            f"{RESERVED / 2**30:.0f} GiB of a card are left to the libraries.",
+            _table(
+                "| layout | method | base | adapters | gradients | optimizer | activations | temporary | total | card "
+                "| largest batch_size |",
+                rows(memory),
+            ),
+            f"Sent in an optimizer step of {ROWS_PER_STEP} rows, MiB: between replicas, once; within a model, in each "
+            "micro-batch (messages, size). The last column is all that a GPU sends, in a ring.",
+            _table(
+                "| layout | method | gradients: messages | size | micro-batches | forward | loss | backward "
+                "| sent by a GPU |",
+                rows(sent),
+            ),
+            f"Generation, {ANSWERS} rows of up to {ANSWER_LENGTH} tokens at once: GiB of one GPU, and MiB that it "
+            "sends for one more token of each row.",
+            _table("| layout | method | KV cache | base, adapters and cache | messages | sent |", rows(generation)),
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(Flags, argv, prog="python -m benchmarks.layouts", description=__doc__)
+    with errors():
+        found = [compute(layout, method) for layout in LAYOUTS for method in METHODS]
+        if flags.json:
+            Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
+        print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()

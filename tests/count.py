@@ -1,0 +1,129 @@
+"""What two processes really exchange and hold: the program that one of them runs.
+
+`python tests/count.py RANK FOLDER`, RANK of 2, writes FOLDER/rank{RANK}.json.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
+
+from llama import ModelArgs, Transformer
+from llama.engine import decode, prefill
+from llama.parallel import start_processes, stop_processes
+from moa.rows import Rows
+from moa.state import adapter_parameters, freeze_base, initialise
+from tiny import ARGS, METHODS, config
+from training.exchange import GradientSum
+
+LENGTHS = [7, 9, 4]
+PROMPT = 6  # tokens of each of two rows that are generated
+# Name -> method, shape, bf16; the last one's key/value head is held by both ranks
+CASES: dict[str, tuple[str, ModelArgs, bool]] = {name: (name, ARGS, False) for name in METHODS}
+CASES["bf16"] = ("soft_moa", ARGS, True)
+CASES["shared heads"] = ("custom", replace(ARGS, n_kv_heads=1), False)
+
+
+def zeros(method: str, args: ModelArgs, bf16: bool) -> Transformer:
+    """A model whose base is zero: what is kept and exchanged does not depend on values."""
+    model = Transformer(args, config(method))
+    base = {name: t for name, t in model.named_parameters() if t.is_meta}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model.load_state_dict({name: torch.zeros(t.shape, dtype=dtype) for name, t in base.items()}, False, assign=True)
+    initialise(model, 0)
+    freeze_base(model)
+    return model.train()
+
+
+def kept_bytes(model: Transformer, lengths: list[int]) -> tuple[int, torch.Tensor]:
+    """Bytes that autograd keeps beside the model's own tensors, by their addresses; and the loss."""
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    tokens = torch.ones(sum(lengths), dtype=torch.int64)
+    with saved_tensors_hooks(note, lambda t: t):
+        losses = model.losses(tokens, tokens.clone(), Rows(lengths, "cpu"))
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    return sum(s.nbytes() for address, s in found.items() if address not in own), losses.labels + losses.auxiliary
+
+
+class Counted:
+    """All exchanges from now on, as [kind, ranks, bytes]."""
+
+    def __init__(self) -> None:
+        self.all: list[list[Any]] = []
+        for kind, which in (("all_reduce", 0), ("all_gather", 1)):
+            self._count(kind, which)
+
+    def _count(self, kind: str, which: int) -> None:
+        real = getattr(dist, kind)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            size = args[which].numel() * args[which].element_size()
+            self.all.append([kind, dist.get_world_size(kwargs.get("group")), size])
+            return real(*args, **kwargs)
+
+        setattr(dist, kind, counting)
+
+    def take(self) -> list[list[Any]]:
+        taken, self.all = self.all, []
+        return taken
+
+
+def observe(name: str, counted: Counted) -> dict[str, Any]:
+    model = zeros(*CASES[name])
+    found: dict[str, Any] = {}
+    for kind, again in (("plain", False), ("checkpointed", True)):
+        model.activation_checkpointing = again
+        counted.take()
+        kept, loss = kept_bytes(model, LENGTHS)
+        forward = counted.take()
+        loss.backward()
+        found[kind] = {"kept": kept, "forward": forward, "backward": counted.take()}
+    adapters = [entry.parameter for entry in adapter_parameters(model).values()]
+    found["adapters"] = sum(p.numel() * 4 for p in adapters)
+    found["base"] = sum(p.numel() * p.element_size() for p in model.parameters()) - found["adapters"]
+    model.eval()
+    with torch.inference_mode():
+        cache = model.make_cache(2, PROMPT + 1)
+        found["cache"] = sum(t.nbytes for t in (*cache.k, *cache.v))
+        prefill(model, cache, [[1] * PROMPT] * 2, torch.device("cpu"))
+        found["prefill"] = counted.take()
+        decode(model, cache, [1, 1], torch.device("cpu"))
+        found["decode"] = counted.take()
+    return found
+
+
+def observe_gradients(name: str, counted: Counted) -> list[list[Any]]:
+    """What two replicas exchange at a step's end."""
+    exchange = GradientSum([entry.parameter for entry in adapter_parameters(zeros(*CASES[name])).values()])
+    counted.take()
+    exchange.finish()
+    exchange.close()
+    return counted.take()
+
+
+def main(rank: int, folder: Path) -> None:
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", rendezvous, timeout=timedelta(seconds=60), rank=rank, world_size=2)
+    start_processes(torch.device("cpu"), 2)
+    counted = Counted()
+    found = {name: observe(name, counted) for name in CASES}
+    start_processes(torch.device("cpu"), 1)
+    for name in CASES:
+        found[name]["gradients"] = observe_gradients(name, counted)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
