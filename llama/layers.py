@@ -2,12 +2,15 @@
 (`load_state_dict(assign=True)`).
 
 fairscale's own constructors make each matrix whole on every rank and fill it before they cut it, gigabytes for nothing.
-These take no memory, and know the whole sizes as well as this rank's. Forward passes are fairscale's.
+These take no memory, and know the whole sizes as well as this rank's. Forward passes are fairscale's, but for the sum of
+an input's gradients over the ranks: layers that share an input share one (`moa.parallel.copy_to_ranks`, before them).
 """
 
 import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from torch import nn
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moa.parallel import mp_rank, mp_size, parts_of_heads, share
 
@@ -19,7 +22,8 @@ def unfilled(*shape: int) -> nn.Parameter:
 
 class ColumnParallel(ColumnParallelLinear):
     """y = W x, (N, in) whole -> (N, out / parts), this rank's part; `gather`: whole. heads: the outputs are so many
-    key/value heads, each of which several ranks hold where there are more ranks (`moa.parallel.parts_of_heads`)."""
+    key/value heads, each of which several ranks hold where there are more ranks (`moa.parallel.parts_of_heads`). The
+    gradient of x is this rank's part of a sum."""
 
     def __init__(self, in_features: int, out_features: int, heads: int | None = None, gather: bool = False):
         nn.Module.__init__(self)
@@ -27,6 +31,10 @@ class ColumnParallel(ColumnParallelLinear):
         parts = mp_size() if heads is None else parts_of_heads(heads)
         self.weight = unfilled(share(out_features, "output width", parts), in_features)
         self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        return gather_from_model_parallel_region(y) if self.gather_output else y
 
 
 class RowParallel(RowParallelLinear):

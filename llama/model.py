@@ -28,7 +28,7 @@ from moa.adapter import AdapterModule, Site
 from moa.base import NormWeight
 from moa.block import Adapters, Mixing, build_router
 from moa.config import AdapterConfig, Slot
-from moa.parallel import parts_of_heads, share
+from moa.parallel import copy_to_ranks, parts_of_heads, share
 from moa.routers import Gates
 from moa.rows import Rows
 
@@ -71,9 +71,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mixing: Mixing, step: "Step", layer: int) -> Tensor:
         """x (N, D), normed -> (N, D)."""
-        q = self.adapters.add("Q", self.wq(x), mixing, x)
-        k = self.adapters.add("K", self.wk(x), mixing, x)
-        v = self.adapters.add("V", self.wv(x), mixing, x)
+        shared = copy_to_ranks(x)
+        q = self.adapters.add("Q", self.wq(shared), mixing, x)
+        k = self.adapters.add("K", self.wk(shared), mixing, x)
+        v = self.adapters.add("V", self.wv(shared), mixing, x)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (N, H or K, h)
         q, k = step.rope(q), step.rope(k)
         heads = step.attend(q, k, v, layer)
@@ -101,8 +102,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, mixing: Mixing) -> Tensor:
         """x (N, D), normed -> (N, D)."""
-        up = self.adapters.add("FFN_UP", self.w3(x), mixing, x)
-        gate = self.adapters.add("FFN_GATE", self.w1(x), mixing, x)
+        shared = copy_to_ranks(x)
+        up = self.adapters.add("FFN_UP", self.w3(shared), mixing, x)
+        gate = self.adapters.add("FFN_GATE", self.w1(shared), mixing, x)
         hidden = F.silu(gate) * up
         return self.adapters.add("FFN_DOWN", self.w2(hidden), mixing, hidden)
 
@@ -199,7 +201,7 @@ class Transformer(nn.Module):
         prompt_lens: prompt tokens of each row (default: the whole row), for methods that look at the prompt alone.
         """
         rows = Rows([tokens.shape[1]] * len(tokens), tokens.device, prompt_lens)
-        return self.output(self.hidden(tokens.flatten(), rows)).float().unflatten(0, tokens.shape)
+        return self.output(copy_to_ranks(self.hidden(tokens.flatten(), rows))).float().unflatten(0, tokens.shape)
 
     def loss(self, tokens: Tensor, labels: Tensor, prompt_lens: list[int] | None = None) -> Tensor:
         """Mean cross-entropy over the label tokens plus the method's auxiliary loss, a float32 scalar.

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +16,11 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
 
 from llama.watch import Watch
+from moa.reading import shown
 
 T = TypeVar("T")
+# Replicas may load, or end their share of rows, at very different times; that one is gone is noticed by other means
+PATIENCE = timedelta(hours=2)
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -93,9 +97,9 @@ def start_processes(device: torch.device, model_parallel_size: int = 1) -> None:
     """
     if not dist.is_initialized():
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         else:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            start_alone()
     world = dist.get_world_size()
     if model_parallel_size < 1 or world % model_parallel_size:
         raise ValueError(f"model_parallel_size {model_parallel_size} does not divide the {world} processes of this run")
@@ -105,6 +109,11 @@ def start_processes(device: torch.device, model_parallel_size: int = 1) -> None:
         mp.destroy_model_parallel()
     with redirect_stdout(io.StringIO()):  # fairscale announces its groups
         mp.initialize_model_parallel(model_parallel_size)
+
+
+def start_alone() -> None:
+    """A process group of one, whatever the environment says."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def stop_processes() -> None:
@@ -131,7 +140,7 @@ def require_same(facts: dict[str, Any]) -> None:
     for rank, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
             if theirs[name] != value:
-                raise ValueError(f"{name}: process {rank} has {theirs[name]}, process 0 has {value}")
+                raise ValueError(f"{name}: process {rank} has {shown(theirs[name], 80)}, process 0 {shown(value, 80)}")
 
 
 def data_rank() -> int:

@@ -37,10 +37,10 @@ class Prompt(AdapterModule):
         """query (N, H, h), rotated -> what to add to the heads' output (N, H, h). gate: (N, E). wk, wv: the frozen
         projections. u (N, D), the attention's input, is for the router of experts alone.
 
-        Heads here are this rank's heads. P is whole on every rank; wk and wv see to its gradient.
+        Heads here are this rank's heads. P is whole on every rank.
         """
         n, n_heads, width = query.shape
-        prompt = self.P.to(query.dtype)
+        prompt = copy_to_ranks(self.P.to(query.dtype))
         keys = wk(prompt).view(len(prompt), -1, width).permute(1, 2, 0)  # (K, h, E L)
         values = wv(prompt).view(len(prompt), -1, width).transpose(0, 1)  # (K, E L, h)
         # Query heads that share a key head lie side by side: (N, H, h) -> (K, N * H/K, h)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 
-from llama.parallel import start_processes, stop_processes
+from llama.parallel import start_alone, start_processes, stop_processes
 
 BACKEND = "notebook"
 
@@ -75,4 +75,5 @@ def first_rank(processes: int, model_parallel_size: int) -> Iterator[list[Messag
     finally:
         stop_processes()
         if alone:
+            start_alone()
             start_processes(torch.device("cpu"))

@@ -180,15 +180,13 @@ class _Kernels(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
+    """Of a forward pass alone; so is the one below."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # rows, heads, tokens, width
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
 class _Norm(torch.autograd.Function):
@@ -196,8 +194,3 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(len(x), dtype=torch.float32))
         return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight) if weight.requires_grad else None
