@@ -118,6 +118,7 @@ def answer_rows(flags: Flags, ckpt_dir: str, data_path: str, device) -> None:
     if is_main():
         predictions.start()
     dist.barrier()
+    predictions.require_started()
     try:
         answer_missing(flags, llm, rows, predictions)
         predictions.close()

@@ -60,6 +60,11 @@ class Predictions:
                 file.unlink(missing_ok=True)
         write_json(self._beside("settings.json"), self.settings)
 
+    def require_started(self) -> None:
+        """On every process, after `start`: ValueError where this one does not see the main one's folder."""
+        if not self._beside("settings.json").exists():
+            raise ValueError(f"{self.path.parent}: not the folder that the first process writes; all must share it")
+
     def add(self, index: int, answer: Answer) -> None:
         """Keep an answer; once this returns, it survives the process."""
         if self._part is None:

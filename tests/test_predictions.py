@@ -187,3 +187,9 @@ def test_settings_are_shown_in_few_words(path):
     crash(start(path, SETTINGS | {"seed": [[0] * 10**5]}))
     with pytest.raises(ValueError, match="made with seed a list, now it is 0; give --overwrite"):
         Predictions(path, ROWS, SETTINGS, 0, False)
+
+
+def test_a_folder_that_not_all_processes_see_is_told(path, tmp_path):
+    start(path).require_started()
+    with pytest.raises(ValueError, match=f"{tmp_path / 'elsewhere'}: not the folder that the first process writes"):
+        Predictions(tmp_path / "elsewhere" / path.name, ROWS, SETTINGS, 1, False).require_started()
