@@ -3,7 +3,7 @@
 
 fairscale's own constructors make each matrix whole on every rank and fill it before they cut it, gigabytes for nothing.
 These take no memory, and know the whole sizes as well as this rank's. Forward passes are fairscale's, but for the sum
-of an input's gradients over the ranks: layers that share an input share one (`moa.parallel.copy_to_ranks`, before them).
+of an input's gradients over the ranks: layers that share an input share one (`moa.parallel.copy_to_ranks`, outside).
 """
 
 import torch
