@@ -15,6 +15,7 @@ FREE = {"seed", "ckpt_dir", "data_path", "output_dir", "save_every", "resume", "
 FREE |= {"device", "model_parallel_size", "batch_size", "accum_iter", "activation_checkpointing", "flash_attention2"}
 FREE |= {
     "adapter_config",
+    "keep_checkpoints",
     "epochs",
     "max_steps",
     "lr",
