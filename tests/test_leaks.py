@@ -262,6 +262,7 @@ def test_a_run_tells_of_leaks_first_and_records_them(tmp_path):
     assert result.returncode == 0 and "leak check: none of the 1 rows of" in result.stderr, result.stderr
     resumed = json.loads((tmp_path / "out/config.json").read_text())
     assert [found["exact"] for found in resumed.pop("leaks")["tests"]] == [0]
+    assert [entry["step"] for entry in resumed.pop("resumed")] == [1]
     assert resumed == {name: value for name, value in record.items() if name != "leaks"}
 
 
