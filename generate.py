@@ -141,13 +141,13 @@ def answer_missing(flags: Flags, llm, rows: list[dict], predictions) -> None:
     mine = predictions.missing[data_rank() :: data_size()]
     prompts = {i: encode_prompt(llm.tokenizer, rows[i], flags.max_seq_len - flags.min_gen_len) for i in mine}
     too_long = {i for i in mine if len(prompts[i]) >= flags.max_seq_len}
-    if too_long:
-        listed = ", ".join(str(i + 1) for i in sorted(too_long)[:5])
-        print(f"{len(too_long)} rows leave no room for an answer (rows {listed})", file=sys.stderr)
     order = [i for i in mine if i not in too_long for _ in range(flags.num_samples)]
     samples = [s for i in mine if i not in too_long for s in range(flags.num_samples)]
     answers: dict[int, list[str | None]] = {i: [None] * flags.num_samples for i in mine}
     writes = mp_rank() == 0  # the ranks of a model-parallel group generate the same
+    if too_long and writes:
+        listed = ", ".join(str(i + 1) for i in sorted(too_long)[:5])
+        print(f"{len(too_long)} rows leave no room for an answer (rows {listed})", file=sys.stderr)
     bar = tqdm(total=len(mine), unit="row", disable=None if is_main() else True)
 
     def keep(i: int) -> None:

@@ -68,12 +68,16 @@ class Watch:
 
     def _run(self) -> None:
         beats, seen, count = {r: b"" for r in range(self.size) if r != self.rank}, {}, 0
+        last = time.monotonic()
         while not self._over.wait(BEAT if count else 0):
             count += 1
             try:
                 self.store.set(f"moa/alive/{self.rank}", str(count))
                 problem = self._failed()
                 now = time.monotonic()
+                if now - last > 3 * BEAT:
+                    seen.clear()  # this process has slept itself, perhaps with all the others
+                last = now
                 for rank, beat in beats.items():
                     name = f"moa/alive/{rank}"
                     found = self.store.get(name) if self.store.check([name]) else b""
@@ -91,4 +95,7 @@ class Watch:
         if " failed: " in problem:
             time.sleep(0.5)  # it speaks first
         print(f"error: process {self.rank} stops: {problem}", file=sys.stderr, flush=True)
+        for thread in threading.enumerate():  # what is being written gets to its end
+            if not thread.daemon and thread is not threading.main_thread():
+                thread.join(10)
         os._exit(1)  # the main thread may wait in an exchange for ever

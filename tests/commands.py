@@ -2,11 +2,15 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from llama.parallel import start_processes
 from tiny import BASE
 
 REPO = Path(__file__).resolve().parent.parent
@@ -21,6 +25,12 @@ def torchrun(n: int, *words: object, timeout: float = 240) -> subprocess.Complet
     """The same under torchrun with `n` processes, on a port of its own."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
     return _run([*launch, *map(str, words)], None, timeout)
+
+
+def script(name: str, *words: object) -> None:
+    """An entry script's own main, in this process: a new one takes seconds to load torch."""
+    runpy.run_path(str(REPO / name))["main"]([str(word) for word in words])
+    start_processes(torch.device("cpu"))  # a run leaves the process group at its end; other tests' models need it
 
 
 def _run(command: Sequence[str], env: dict[str, str] | None, timeout: float) -> subprocess.CompletedProcess:

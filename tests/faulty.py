@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 import llama.watch
-import training.run  # noqa: F401 - loaded once, before the processes are forked
+import training.checkpoint
+import training.run
 from commands import train_flags, write_rows
 from finetune import main as finetune
 from forked import forked, wait
@@ -48,6 +49,9 @@ FAULTS = {
     "gradient": Fault("gradient", 0, (3,)),
     "nothing": Fault("nothing", 0, ()),
     "clock": Fault("clock", -1, (2,)),
+    "loss, twice, slow disk": Fault("loss slowly", 1, (3, 4)),
+    "paused": Fault("SIGSTOP", -1, (3,)),
+    "told thrice": Fault("SIGSTOP", 1, (3,)),
     "other base": Fault("other base", 1, ()),
 }
 
@@ -66,7 +70,7 @@ def happen(what: str, losses: Losses) -> Losses:
     if what == "clock":  # set back by two hours
         now = time.time
         time.time = lambda: now() - 7200
-    if what == "loss":
+    if name == "loss":
         return Losses(losses.labels * torch.nan, losses.auxiliary)
     if what == "gradient":  # of a finite loss: that of the square root at 0
         return Losses(losses.labels + (losses.labels - losses.labels.detach()).sqrt(), losses.auxiliary)
@@ -85,18 +89,31 @@ def faulty(fault: Fault, flags: list[str]) -> None:
 
     Transformer.losses = losses
     llama.watch.BEAT, llama.watch.SILENCE = 0.5, 5.0
+    if fault.what == "loss slowly":
+        write = training.checkpoint.write_torch
+        training.checkpoint.write_torch = lambda *file: (time.sleep(5), write(*file))
     if fault.what == "other base" and here:
         training.run.fingerprint = lambda folder: "another"
     finetune(flags)
 
 
-def result(fault: Fault, folder: Path, data: Path) -> dict[str, Any]:
+def result(name: str, fault: Fault, folder: Path, data: Path) -> dict[str, Any]:
     """Exit statuses (None: still there after a minute), what each process said, and what the run left."""
     folder.mkdir()
     logs = [folder / f"said{rank}.txt" for rank in (0, 1)]
     flags = train_flags(data, folder / "out", accum_iter=1, save_every=2)
     with forked(partial(faulty, fault, flags), logs) as pids:
         began = time.monotonic()
+        if name == "paused":
+            until_stopped(pids)
+            time.sleep(7)  # longer than any silence
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        if name == "told thrice":  # the first, while it waits for the second
+            until_stopped(pids[1:])
+            for _ in range(3):
+                time.sleep(0.5)
+                os.kill(pids[0], signal.SIGTERM)
         statuses = wait([pid for rank, pid in enumerate(pids) if (fault.what, fault.rank) != ("SIGSTOP", rank)], 60)
     out = folder / "out"
     return {
@@ -107,9 +124,14 @@ def result(fault: Fault, folder: Path, data: Path) -> dict[str, Any]:
     }
 
 
+def until_stopped(pids: list[int]) -> None:
+    for pid in pids:
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def main(folder: Path) -> None:
     data = write_rows(folder / "rows.json")
-    results = {name: result(fault, folder / name.replace(" ", "_"), data) for name, fault in FAULTS.items()}
+    results = {name: result(name, fault, folder / name.replace(" ", "_"), data) for name, fault in FAULTS.items()}
     (folder / "results.json").write_text(json.dumps(results))
 
 

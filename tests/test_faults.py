@@ -1,4 +1,4 @@
-"""What goes wrong with a machine, and what then becomes of a run: the table of docs/distributed.md, line by line.
+"""What goes wrong with a machine, and what then becomes of a run: the table of docs/failures.md, line by line.
 
 Damaged files are in test_hostile.py, kills by the dozen in test_kills.py.
 """
@@ -71,6 +71,7 @@ def test_no_process_outlives_another(came_of):
         ("out of memory", ["error: out of memory: CUDA out", "process 0 stops: process 1 failed: CUDA"]),
         ("both refuse", ["row 7 is not to its taste"]),
         ("loss, twice", ["step 4: the loss is not finite (loss nan; rows ", ", nor was it in step 3;"]),
+        ("loss, twice, slow disk", ["step 4: the loss is not finite (loss nan; rows "]),
     ],
 )
 def test_a_process_that_fails_is_named_and_takes_the_others_along(came_of, name, words):
@@ -79,7 +80,7 @@ def test_a_process_that_fails_is_named_and_takes_the_others_along(came_of, name,
     said = [line for process in reversed(errors(result)) for line in process]
     assert all(any(word in line for line in said) for word in words), said
     if not name.startswith("both"):  # of which either may hear of the other's before it speaks
-        assert len(said) == len(words) or name == "loss, twice"
+        assert len(said) == len(words) or name == "loss, twice"  # of one line
     tracebacks = ["Traceback" in process for process in result["said"]]
     assert tracebacks == [False, name == "fault of the program"]
     assert set(SAVED) <= set(result["left"]) <= {*SAVED, ".lock", "checkpoint-3.pth"}
@@ -100,9 +101,8 @@ def test_the_process_that_keeps_the_store_may_be_the_one_that_dies(came_of):
 def test_another_base_on_one_machine_is_told_before_anything_is_made(came_of):
     result = came_of["other base"]
     assert result["statuses"] == [1, 1] and result["left"] == []
-    assert ["base_fingerprint: process 1 has another, process 0 has " in line for line in sum(errors(result), [])] == [
-        True
-    ]
+    (line,) = sum(errors(result), [])
+    assert line.startswith("error: base_fingerprint: process 1 has 'another', process 0 '")
 
 
 @pytest.mark.parametrize(("name", "status"), [("taken away", 143), ("Ctrl-C", 130), ("told twice", 143)])
@@ -116,6 +116,15 @@ def test_a_signal_to_any_process_ends_the_run_with_a_checkpoint_to_go_on_from(ca
     assert [entry["loss"] for entry in log(out(folder, name))] == [e["loss"] for e in log(out(folder, "nothing"))][:3]
 
 
+def test_the_third_signal_ends_a_process_that_waits_for_another(came_of):
+    assert came_of["told thrice"]["statuses"] == [143] and not any(errors(came_of["told thrice"]))
+
+
+def test_a_pause_of_all_processes_is_no_sign_of_death(came_of, folder):
+    assert came_of["paused"]["statuses"] == [0, 0]
+    assert log(out(folder, "paused"))[-1]["loss"] == log(out(folder, "nothing"))[-1]["loss"]
+
+
 @pytest.mark.parametrize("name", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(came_of, folder, name):
     result, found = came_of[name], log(out(folder, name))
@@ -127,10 +136,11 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(came_of, fol
     assert content["skipped"] == [3]
 
 
-def test_a_loss_that_stays_not_finite_leaves_a_checkpoint_of_the_last_good_step(came_of, folder):
-    assert came_of["loss, twice"]["left"] == sorted([*SAVED, "checkpoint-3.pth"])
-    assert "(checkpoint-3.pth is saved)" in "".join(sum(errors(came_of["loss, twice"]), []))
-    at_2, at_3 = (tensors(out(folder, "loss, twice"), step) for step in (2, 3))
+@pytest.mark.parametrize("name", ["loss, twice", "loss, twice, slow disk"])
+def test_a_loss_that_stays_not_finite_leaves_a_checkpoint_of_the_last_good_step(came_of, folder, name):
+    assert came_of[name]["left"] == sorted([*SAVED, "checkpoint-3.pth"])
+    assert "(checkpoint-3.pth is saved)" in "".join(sum(errors(came_of[name]), []))
+    at_2, at_3 = (tensors(out(folder, name), step) for step in (2, 3))
     assert all(torch.equal(at_2[key], at_3[key]) for key in at_2)
 
 
@@ -178,9 +188,9 @@ def test_a_checkpoint_that_is_damaged_is_set_aside_and_the_one_before_is_taken(c
     refused(result, "no checkpoint can be read", "checkpoint-2.pth", "checkpoint-6.pth")
 
 
-@pytest.mark.parametrize(("size", "processes"), [(2, 2), (1, 3), (2, 4)])
+@pytest.mark.parametrize(("size", "processes"), [(1, 3), (2, 4)])
 def test_a_run_goes_on_with_other_numbers_of_processes(came_of, folder, tmp_path, size, processes):
-    """Of data-parallel ranks 2 -> 1, 3 and 2, of model-parallel ones 1 -> 2, 1 and 2."""
+    """Of data-parallel ranks 2 -> 3 and 2, of model-parallel ones 1 -> 1 and 2."""
     whole, other = out(folder, "nothing"), tmp_path / "out"
     shutil.copytree(whole, other)
     for step in (4, 6):

@@ -3,7 +3,6 @@ format there and back. (Gradients, formulas, numbers and processes: test_adapter
 test_parallel, over the same methods.)"""
 
 import json
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from commands import REPO, train_flags, write_rows
+from commands import script, train_flags, write_rows
 from evaluate.scoring import score_file
 from llama import Llama
-from llama.parallel import start_processes
 from moa.adapter_file import save_authors_adapter
 from moa.knobs import METHODS as PRESETS
 from moa.state import adapter_state
@@ -25,12 +23,6 @@ LENGTHS = (3, 11, 7)
 
 def test_every_method_is_here() -> None:
     assert {flat["method"] for flat in METHODS.values()} == set(PRESETS)
-
-
-def script(name: str, *words: object) -> None:
-    """An entry script's own main, in this process: a new one takes seconds to load torch."""
-    runpy.run_path(str(REPO / name))["main"]([str(word) for word in words])
-    start_processes(torch.device("cpu"))  # a run leaves the process group at its end; other tests' models need it
 
 
 @pytest.fixture(scope="module", params=METHODS)

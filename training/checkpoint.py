@@ -34,17 +34,15 @@ def pack(
     model: nn.Module, optimizer: torch.optim.AdamW, progress: Progress, params: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of a checkpoint, a copy on the CPU. Every rank of a model-parallel group must call it. ValueError
-    where the adapter has numbers that are not finite: nobody could go on from it."""
+    where it has numbers that are not finite: nobody could go on from it."""
     entries = adapter_parameters(model)
     adapter = adapter_state(model)
-    require_tensors(adapter, f"the adapter after step {progress.done}")
-    moments = {}
-    for name in MOMENTS:
-        state = {key: optimizer.state.get(entry.parameter, {}).get(name) for key, entry in entries.items()}
-        # Before the first update there is none
-        moments[name] = whole(
-            {k: torch.zeros_like(entries[k].parameter) if t is None else t for k, t in state.items()}, model
-        )
+    moments = {
+        name: whole({key: _moment(optimizer, entry.parameter, name) for key, entry in entries.items()}, model)
+        for name in MOMENTS
+    }
+    for what, tensors in {"adapter": adapter, **moments}.items():
+        require_tensors(tensors, f"the {what} after step {progress.done}")
     return {
         "adapter": adapter,
         "adapter_params": dict(params),
@@ -72,19 +70,25 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, content: dict[str, Any]) -> None:
-        """Begin to write; `content` must not change from now on. Raises what went wrong with the one before."""
-        self.wait()
+        """Begin to write; `content` must not change from now on. Then raises what went wrong with the one before: this
+        one may still be the last."""
+        before = self._join()
         self._thread = threading.Thread(target=self._write, args=(content,), name="save")
         self._thread.start()
+        if before is not None:
+            raise before
 
     def wait(self) -> None:
         """Until what was begun is on the disk. Raises OSError where it could not be written."""
+        error = self._join()
+        if error is not None:
+            raise error
+
+    def _join(self) -> BaseException | None:
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self._thread, error, self._error = None, self._error, None
+        return error
 
     def _write(self, content: dict[str, Any]) -> None:
         try:

@@ -128,7 +128,7 @@ def _agree(losses: torch.Tensor, parameters: list[nn.Parameter], signum: int) ->
     if data_size() > 1:
         dist.all_reduce(losses, group=mp.get_data_parallel_group())
     largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], torch.inf)
-    bad = ~torch.isfinite(torch.stack([largest, *losses])).all()
+    bad = ~torch.isfinite(torch.stack([largest.square(), *losses])).all()  # squares are what AdamW keeps
     # Ranks of a model hold different gradients, and a signal comes to each process at its own time
     decided = torch.stack([bad, torch.tensor(signum, device=losses.device)]).to(torch.int64)
     if dist.get_world_size() > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import fingerprint, read_base
@@ -22,7 +23,7 @@ from llama.parallel import (
     require_same,
 )
 from llama.tokenizer import Tokenizer
-from moa.adapter_file import adapter_params
+from moa.adapter_file import PARAMS, adapter_params
 from moa.files import claim, file_hash, read_json, release, remove_leftovers, write_json
 from moa.reading import shown
 from moa.replicas import require_equal_replicas
@@ -59,6 +60,7 @@ def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torc
     folder = output_folder(settings)
     contents = {"base_fingerprint": fingerprint(flags.ckpt_dir), "data_sha256": file_hash(flags.data_path)}
     resumed = from_main(lambda: _run_to_resume(settings, folder, contents))
+    begun = resumed is not None and resumed["begun"]
     if flags.bf16 is None:
         flags = replace(flags, bf16=bf16_is_fast(device))
         settings = replace(settings, train=flags)
@@ -88,18 +90,20 @@ def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torc
     model.activation_checkpointing = flags.activation_checkpointing
     optimizer = make_optimizer(model, flags.weight_decay)
     with _claimed(folder) if is_main() else nullcontext():
+        if is_main() and not begun and not flags.overwrite and checkpoints(folder):
+            raise ValueError(f"{folder}: another run has been there in the meantime; give --resume to go on with it")
         progress = Progress()
-        if resumed:
+        if begun:
             progress = restore(_newest(folder, model) if is_main() else None, model, optimizer)
         require_equal_replicas(model)
         if progress.done >= plan.steps:
             say(f"{folder}: the run is complete, all {plan.steps} steps are done")
-        if is_main() and resumed:
+        if is_main() and begun:
             _add_to_record(folder, leaks, progress.done if progress.done < plan.steps else None)
         if progress.done >= plan.steps:
             return folder
         trained = count(model)["total"]
-        if is_main() and not resumed:
+        if is_main() and not begun:
             record = start_record(settings, config, args, plan, contents)
             _prepare(folder, record | {"trainable_parameters": trained} | leaks)
         say(
@@ -150,6 +154,7 @@ def _train(
         except (NotFinite, Stopped) as end:
             save()
             saver.wait()
+            dist.barrier()  # nobody goes, and takes the others along, before it is on the disk
             at = f"checkpoint-{progress.done}.pth is saved" if progress.done else "no step was done"
             if isinstance(end, NotFinite):
                 raise NotFinite(f"{end} ({at})") from None
@@ -168,33 +173,36 @@ def say(text: str) -> None:
 
 
 def _run_to_resume(settings: Settings, folder: Path, contents: dict[str, str]) -> dict[str, Any] | None:
-    """The record of the run to go on with, None where one begins. ValueError where the folder holds a run and neither
-    --resume nor --overwrite is given, or where its run had another base, other rows or other numbers of them."""
+    """The record of the run to go on with, None where one begins; "begun": whether it has a checkpoint. ValueError
+    where the folder holds a run and neither --resume nor --overwrite is given, or where its run had another base, other
+    rows or other numbers of them."""
+    flags = settings.train
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: --output_dir is a file, expected a folder")
     found = checkpoints(folder)
-    if not found or settings.train.overwrite:
+    if flags.overwrite or not (found or (flags.resume and (folder / CONFIG).exists())):
         return None
-    if not settings.train.resume:
+    if not flags.resume:
         raise ValueError(
             f"{folder}: holds a run already ({found[-1][1].name}); give --resume to go on with it, --overwrite to "
             "begin anew, or another --output_dir"
         )
     record = read_json(folder / CONFIG)
     if contents["data_sha256"] != record.get("data_sha256"):
-        raise ValueError(f"{settings.train.data_path}: not the rows that the run in {folder} was started with")
+        raise ValueError(f"{flags.data_path}: not the rows that the run in {folder} was started with")
     if contents["base_fingerprint"] != record.get("base_fingerprint"):
-        raise ValueError(f"{settings.train.ckpt_dir}: not the base that the run in {folder} was started with")
+        raise ValueError(f"{flags.ckpt_dir}: not the base that the run in {folder} was started with")
     rows = record.get("rows_per_step")
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-        raise ValueError(f"{folder / CONFIG}: rows_per_step must be a positive whole number, not {shown(rows)}")
-    flags = settings.train
+    if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows <= 10**9:
+        raise ValueError(f"{folder / CONFIG}: rows_per_step must be a number from 1 to 10**9, not {shown(rows)}")
+    if not isinstance(record.get("resumed", []), list):
+        raise ValueError(f"{folder / CONFIG}: resumed must be a list, not {shown(record['resumed'])}")
     if "accum_iter" in settings.given and rows != plan_of(flags, 1, data_size()).rows_per_step:
         raise ValueError(
             f"{folder}: the run takes {rows} rows per step, not --batch_size {flags.batch_size} x --accum_iter "
             f"{flags.accum_iter} x {data_size()} data-parallel ranks; leave --accum_iter out"
         )
-    return record
+    return record | {"begun": bool(found)}
 
 
 @contextmanager
@@ -219,10 +227,10 @@ def _newest(folder: Path, model: Transformer) -> dict[str, Any]:
 
 
 def _prepare(folder: Path, record: dict[str, Any]) -> None:
-    """Write the run's record; an earlier run's checkpoints and log go (--overwrite)."""
-    for file in [*(file for _, file in reversed(checkpoints(folder))), *folder.glob(f"checkpoint-*{DAMAGED}")]:
-        file.unlink()
-    (folder / "log.jsonl").unlink(missing_ok=True)
+    """Write the run's record; an earlier run's checkpoints, adapter and log go (--overwrite)."""
+    old = [*(file for _, file in reversed(checkpoints(folder))), *folder.glob(f"checkpoint-*{DAMAGED}")]
+    for file in [*old, *(folder / name for name in ("adapter.pth", PARAMS, "log.jsonl"))]:
+        file.unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     write_json(folder / CONFIG, record)
 

@@ -1,0 +1,113 @@
+"""Going on with a run: what is kept, what is refused, what happens when somebody else was there."""
+
+import json
+
+import pytest
+import torch
+
+import training.run
+from commands import script, train_flags, write_rows
+from llama import Llama
+from tiny import BASE
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "train.json")
+
+
+def steps(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def begun(data, out):
+    """A run of four steps that ends before its first checkpoint."""
+
+    def end(*arguments):
+        raise OSError("the disk is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.run, "pack", end)
+        with pytest.raises(SystemExit):
+            script("finetune.py", *train_flags(data, out, max_steps=4))
+    return out
+
+
+def refused(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as end:
+        script("finetune.py", *words)
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_before_the_first_checkpoint_the_rows_of_a_step_are_those_of_the_start(data, tmp_path):
+    """... also where micro-batches are of another size, as they may be on other processes."""
+    out = begun(data, tmp_path / "out")
+    before = json.loads((out / "config.json").read_text())
+    flags = ("--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu")
+    script("finetune.py", *flags, "--batch_size", 1)
+    after = json.loads((out / "config.json").read_text())
+    assert [entry["rows"] for entry in steps(out)] == [4] * 4
+    for name in ("rows_per_step", "lr", "steps", "warmup_steps"):
+        assert after[name] == before[name], name
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_that_came_in_between_is_left_alone(data, tmp_path, monkeypatch, capsys, resume):
+    """It began when this one had looked into the folder, and was over before this one had loaded its model."""
+    out, build = tmp_path / "out", Llama.build
+
+    def slow(*arguments, **settings):
+        monkeypatch.setattr(Llama, "build", build)
+        script("finetune.py", *train_flags(data, out, max_steps=1))
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(Llama, "build", slow)
+    told = refused(capsys, *train_flags(data, out, max_steps=2), *resume)
+    assert f"{out}: another run has been there in the meantime" in told
+    assert (out / "checkpoint-1.pth").exists() and len(steps(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("resumed", 5), ("resumed", None), ("rows_per_step", 0), ("rows_per_step", 10**30), ("steps", 9)],
+)
+def test_a_record_that_cannot_be_is_refused(data, tmp_path, capsys, name, value):
+    out = begun(data, tmp_path / "out")
+    record = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(record | {name: value}))
+    flags = ("--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu")
+    assert f"{out / 'config.json'}: {name} " in refused(capsys, *flags)
+
+
+def test_beginning_anew_takes_everything_of_the_old_run_away(data, tmp_path):
+    out = tmp_path / "out"
+    script("finetune.py", *train_flags(data, out, max_steps=2, save_every=1))
+    script("extract_adapter.py", out)
+    (out / "checkpoint-9.pth.damaged").write_text("")
+    (out / "mine.txt").write_text("")
+    script("finetune.py", *train_flags(data, out, max_steps=1), "--overwrite")
+    left = {f.name for f in out.iterdir()}
+    assert left == {"checkpoint-1.pth", "config.json", "log.jsonl", "tensorboard", "mine.txt"} and len(steps(out)) == 1
+
+
+def test_only_the_newest_checkpoints_are_kept_when_asked(data, tmp_path):
+    out = tmp_path / "out"
+    script("finetune.py", *train_flags(data, out, max_steps=5, save_every=1, keep_checkpoints=2))
+    assert sorted(f.name for f in out.glob("checkpoint*")) == ["checkpoint-4.pth", "checkpoint-5.pth"]
+
+
+def test_a_gradient_whose_square_is_too_large_is_not_taken(data, tmp_path, monkeypatch):
+    """AdamW keeps squares: one such step, and no checkpoint could be gone on from any more."""
+    losses, count = training.run.Transformer.losses, iter(range(1, 100))
+
+    def large(model, *arguments):
+        found = losses(model, *arguments)
+        return found._replace(labels=found.labels * 1e22) if next(count) == 3 else found
+
+    monkeypatch.setattr(training.run.Transformer, "losses", large)
+    out = tmp_path / "out"
+    script("finetune.py", *train_flags(data, out, max_steps=4, batch_size=4, accum_iter=1))
+    assert ["skipped" in entry for entry in steps(out)] == [False, False, True, False]
+    moments = torch.load(out / "checkpoint-4.pth", weights_only=True)["optimizer"]["exp_avg_sq"]
+    assert all(torch.isfinite(tensor).all() for tensor in moments.values())
