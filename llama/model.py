@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llama.args import ModelArgs
@@ -23,6 +22,7 @@ from llama.cache import Cache
 from llama.data import IGNORE
 from llama.layers import ColumnParallel, RowParallel, VocabParallel, unfilled
 from llama.loss import label_loss
+from llama.pointwise import rms_norm, swiglu
 from llama.rope import Rope, frequencies
 from moa.adapter import AdapterModule, Site
 from moa.base import NormWeight
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.adapters["norm"].weight.to(x.dtype) if self.adapters else self.weight
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
         shared = copy_to_ranks(x)
         up = self.adapters.add("FFN_UP", self.w3(shared), mixing, x)
         gate = self.adapters.add("FFN_GATE", self.w1(shared), mixing, x)
-        hidden = F.silu(gate) * up
+        hidden = swiglu(gate, up)
         return self.adapters.add("FFN_DOWN", self.w2(hidden), mixing, hidden)
 
 

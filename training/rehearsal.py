@@ -1,7 +1,7 @@
 """A training step on tensors without contents: what autograd keeps of it, and what is sent.
 
-Nothing is known here of single adapters or routers: the model itself runs, on torch's meta device. Two operations keep
-other tensors on a real device than there, so stand-ins keep what the device's kernels keep.
+Nothing is known here of single adapters or routers: the model itself runs, on torch's meta device. Attention keeps
+other tensors on a real device than there, so a stand-in keeps what the device's kernels keep.
 """
 
 from collections.abc import Callable
@@ -155,11 +155,11 @@ class _Storages:
 
 
 class _Kernels(TorchFunctionMode):
-    """Attention and norms as a device's kernels keep them.
+    """Attention as a device's kernels keep it.
 
-    Attention: query, key, value, output and a float32 per query and head, in float32 on a CPU (`llama.attention`).
+    Query, key, value, output and a float32 per query and head, in float32 on a CPU (`llama.attention`).
     PyTorch's kernels for GPUs do so in bf16; in float32 with shared key heads there is none, and all weights are kept,
-    as on the meta device. Norms: on a GPU the input and a float32 per token; on a CPU as on the meta device.
+    as on the meta device.
     """
 
     def __init__(self, model: Transformer, device: torch.device):
@@ -167,30 +167,20 @@ class _Kernels(TorchFunctionMode):
         bf16 = model.output.weight.dtype == torch.bfloat16
         self.attention = device.type != "cuda" or bf16 or model.args.n_heads == model.args.n_kv_heads
         self.dtype = torch.float32 if device.type == "cpu" else model.output.weight.dtype
-        self.norms = device.type == "cuda"
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self.attention:
             q, k, v = (t.to(self.dtype) for t in args)
             return _Attention.apply(q, k, v).to(args[0].dtype)
-        if func is F.rms_norm and self.norms:
-            return _Norm.apply(args[0], kwargs["weight"])
         return func(*args, **kwargs)
 
 
 class _Attention(torch.autograd.Function):
-    """Of a forward pass alone; so is the one below."""
+    """Of a forward pass alone."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # rows, heads, tokens, width
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(len(x), dtype=torch.float32))
-        return torch.empty_like(x)
