@@ -128,8 +128,8 @@ def test_memory_of_a_gpu() -> None:
         model = unfilled_model(args, tiny.AdapterConfig.from_flat(flat, args.n_layers), bf16=True)
         found = kept(model, lengths, GPU)
     kv, n = args.n_kv_heads * args.head_dim, sum(lengths)
-    # both norms' inputs; LoRA's input and its middle; q, k, v, heads; gate, silu, up
-    numbers = 2 * args.dim + args.dim + 16 + 2 * args.dim + 2 * kv + 3 * args.ffn_dim
+    # both norms' inputs; LoRA's input and its middle; q, k, v, heads; gate, up
+    numbers = 2 * args.dim + args.dim + 16 + 2 * args.dim + 2 * kv + 2 * args.ffn_dim
     floats = 2 + args.n_heads  # of each norm; of each head's attention
     lora = 2 * 16 * 2 * args.dim  # copies of A and B in bf16
     assert found.blocks[1:-1] == [n * (2 * numbers + 4 * floats) + lora] * (args.n_layers - 2)
