@@ -35,7 +35,7 @@ RULES = {
     "convert": allowed("llama moa cli", libraries="torch numpy tqdm", late="gguf safetensors"),
     "demo": allowed("convert llama cli", libraries="torch numpy tqdm"),
     "evaluate": allowed(),
-    "benchmarks": allowed("training llama moa cli", libraries="torch"),
+    "benchmarks": allowed("training llama moa cli convert demo", libraries="torch", late="transformers peft"),
 }
 
 
