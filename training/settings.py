@@ -40,7 +40,7 @@ class TrainFlags:
     seed: int = knob(0, help="seed of the adapters' start and of the order of rows", group=RUN)
     save_every: int | None = knob(None, help="steps between checkpoints; default: one per epoch", group=RUN)
     keep_checkpoints: int | None = knob(None, help="only the newest so many stay; default: all", group=RUN)
-    resume: bool = knob(False, help="go on from the output folder's last checkpoint, if it has one", group=RUN)
+    resume: bool = knob(False, help="go on from the output folder's last whole checkpoint, if it has one", group=RUN)
     overwrite: bool = knob(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
     dry_run: bool = knob(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
     epochs: float = knob(2.0, help="passes over the data", group=STEPS)
