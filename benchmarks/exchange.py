@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from benchmarks.flags import methods_named
 from benchmarks.shapes import SMOLLM2_135M
 from cli import errors, knob, parse
 from llama import ModelArgs, Transformer
 from llama.parallel import start_processes, stop_processes
 from moa.config import AdapterConfig
-from moa.knobs import METHODS as KNOWN
 from moa.rows import Rows
 from moa.state import adapter_parameters, freeze_base, initialise
 from training.exchange import GradientSum
@@ -49,9 +49,7 @@ class Flags:
         for name in ("processes", "tokens", "layers", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for method in self.methods.split(","):
-            if method not in KNOWN or method == "custom":
-                raise ValueError(f"--methods: {method!r} is none of {', '.join(m for m in KNOWN if m != 'custom')}")
+        methods_named(self.methods)
 
 
 def build(method: str, n_layers: int) -> Transformer:
@@ -85,7 +83,7 @@ def measure(rank: int, flags: Flags, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=flags.processes)
     start_processes(torch.device("cpu"))
     results = []
-    for method in flags.methods.split(","):
+    for method in methods_named(flags.methods):
         model = build(method, flags.layers)
         parameters = [entry.parameter for entry in adapter_parameters(model).values()]
         n = sum(parameter.numel() for parameter in parameters)

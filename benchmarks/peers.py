@@ -35,7 +35,7 @@ def transformers_model(ckpt_dir: str | Path, dtype: torch.dtype) -> nn.Module:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    state = {_name(key): _weight(key, tensor, args).to(dtype) for key, tensor in shards[0].items() if key in WHOLE}
+    state = {WHOLE[key]: _weight(key, tensor, args).to(dtype) for key, tensor in shards[0].items() if key in WHOLE}
     for layer in range(args.n_layers):
         for key, name in BLOCK.items():
             weight = _weight(key, shards[0][f"layers.{layer}.{key}"], args)
@@ -53,10 +53,6 @@ def peft_lora(ckpt_dir: str | Path, dtype: torch.dtype, rank: int = 16) -> nn.Mo
         raise ValueError("peft is not installed (pip install -r requirements-dev.txt)") from None
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, lora_dropout=0.0, bias="none")
     return get_peft_model(transformers_model(ckpt_dir, dtype), config)
-
-
-def _name(key: str) -> str:
-    return WHOLE[key]
 
 
 def _weight(key: str, tensor: torch.Tensor, args: ModelArgs) -> torch.Tensor:

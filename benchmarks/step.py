@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.flags import methods_named
 from benchmarks.peers import peft_lora
 from cli import errors, knob, parse
 from demo.model import ensure_model
@@ -28,7 +29,6 @@ from llama.checkpoint import read_base
 from llama.data import IGNORE, Example
 from llama.parallel import bf16_is_fast
 from moa.config import AdapterConfig
-from moa.knobs import METHODS
 from training.data import label_count, load_examples, micro_batches
 from training.loop import make_optimizer
 
@@ -53,9 +53,7 @@ class Flags:
         for name in ("rows", "repeats", "max_seq_len", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for method in self.methods.split(","):
-            if method not in METHODS or method == "custom":
-                raise ValueError(f"--methods: {method!r} is none of {', '.join(m for m in METHODS if m != 'custom')}")
+        methods_named(self.methods)
 
 
 def our_step(ckpt_dir: str, method: str | None, bf16: bool) -> Step:
@@ -147,7 +145,7 @@ def main(argv: list[str]) -> None:
                 step(batch)
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             return
-        kinds = [BASE, *flags.methods.split(","), *([PEFT] if flags.peft else [])]
+        kinds = [BASE, *methods_named(flags.methods), *([PEFT] if flags.peft else [])]
         memory = {kind: peak_memory(kind, argv) for kind in kinds}
         seconds = measure(kinds, ckpt_dir, bf16, batches)
         report(flags, batches, bf16, seconds, memory)

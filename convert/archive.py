@@ -1,45 +1,14 @@
-"""The zip archive that `torch.save` writes, seen as bytes: what lies where, and whether it is what was written."""
+"""The zip archive that `torch.save` writes, read through once: what is as it was written, and whose numbers it is."""
 
-import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
+from moa.archive import Member
+
 CHUNK = 1 << 22  # bytes read at a time
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field; the content follows these
-
-
-class Member(NamedTuple):
-    """A stored file of the archive."""
-
-    name: str  # without the archive's own folder: data.pkl (which tensors there are), data/0 (numbers of one), ...
-    begin: int  # of its content in the archive, bytes
-    size: int
-    crc: int  # CRC-32 when it was written
-
-
-def members(file: Path) -> list[Member]:
-    """What an archive holds, in the order in which it lies there. ValueError naming the file where that cannot be."""
-    found, end = [], 0
-    try:
-        with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
-            for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
-                raw.seek(info.header_offset)
-                signature, name, extra = LOCAL_HEADER.unpack(raw.read(LOCAL_HEADER.size))
-                begin = info.header_offset + LOCAL_HEADER.size + name + extra
-                if signature != b"PK\3\4" or info.header_offset < end or info.compress_type != zipfile.ZIP_STORED:
-                    raise zipfile.BadZipFile
-                end = begin + info.file_size
-                found.append(Member(info.filename.partition("/")[2], begin, info.file_size, info.CRC))
-        if end > file.stat().st_size:
-            raise zipfile.BadZipFile
-    except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError):
-        raise ValueError(f"{file}: damaged, or not an archive of torch.save's") from None
-    return found
 
 
 def read_through(

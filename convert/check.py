@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from convert.archive import Member, homes, members, read_through
+from convert.archive import homes, read_through
 from convert.shards import State, bare_model, require_fit, require_keys, require_plain
 from llama.args import ModelArgs
 from llama.checkpoint import open_shard, placements, read_base, shard_files
 from llama.tokenizer import Tokenizer
-from moa.archive import SMALL
+from moa.archive import SMALL, Member, members
 
 PARAMS, TOKENIZER, SUMS = "params.json", "tokenizer.model", "checklist.chk"
 SUM = re.compile(r"([0-9a-fA-F]{32})[ \t]+\*?(\S.*)")  # a line of md5sum's
@@ -88,7 +88,9 @@ class _Opened(NamedTuple):
 
 def _open(file: Path, problems: _Problems) -> _Opened:
     refused = _Problems()
-    state, held = refused.attempt(open_shard, file), _Problems().attempt(members, file) or []
+    state, held = refused.attempt(open_shard, file), []
+    with contextlib.suppress(OSError, ValueError), open(file, "rb") as opened:  # then it is refused already
+        held = members(opened)
     if refused and CHECKSUM in refused[0]:  # all else is in order, so it can be said which tensor it is
         with contextlib.suppress(Exception):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -138,7 +140,7 @@ def _bad_numbers(
         keys = home.get(member.name, [])
         if not intact:
             damaged = damaged or member.size <= SMALL
-            for what in keys or [f"the archive's {member.name}"]:
+            for what in keys or [f"the archive's {member.name.partition('/')[2]}"]:
                 yield f"{file}: {what} is damaged: its CRC-32 is not that of what was written"
         yield from _not_finite(file, {key: shard.state[key] for key in keys})
     looked_at = {key for keys in home.values() for key in keys}

@@ -15,11 +15,13 @@ SMALL = 2**20  # bytes; members up to this size are checked even where the tenso
 _END, _LOCATOR, _END64, _LOCAL = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06", b"PK\x03\x04"
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
+    """A stored file of the archive."""
+
     name: str
-    start: int  # of its content, in bytes from the file's beginning
+    begin: int  # of its content, in bytes from the archive's beginning
     size: int
-    crc: int
+    crc: int  # CRC-32 when it was written
 
 
 def require_intact(path: Path, whole: bool = True) -> None:
@@ -35,21 +37,32 @@ def require_intact(path: Path, whole: bool = True) -> None:
 def checksum_problem(path: Path, whole: bool = True) -> str | None:
     """What is wrong with such an archive, None where nothing is; as `require_intact`."""
     with open(path, "rb") as file:
-        if file.read(4) != _LOCAL:
-            return "not a file that torch.save writes (or by a torch before 1.6: load and save it with a newer one)"
         try:
-            members = _members(file)
-        except struct.error:
-            return "damaged (cut short)"
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            return f"damaged ({error})"
-        for member in members:
+            held = members(file)
+        except ValueError as error:
+            return str(error)
+        for member in held:
             if (whole or member.size <= SMALL) and _crc(file, member) != member.crc:
                 return f"damaged (checksum of {member.name} does not match)"
     return None
 
 
-def _members(file: IO[bytes]) -> list[_Member]:
+def members(file: IO[bytes]) -> list[Member]:
+    """What such an archive holds, in the order in which it lies there. ValueError with what is wrong where it cannot be
+    taken."""
+    file.seek(0)
+    if file.read(4) != _LOCAL:
+        older = "or by a torch before 1.6: load and save it with a newer one"
+        raise ValueError(f"not a file that torch.save writes ({older})")
+    try:
+        return _members(file)
+    except struct.error:
+        raise ValueError("damaged (cut short)") from None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"damaged ({error})") from None
+
+
+def _members(file: IO[bytes]) -> list[Member]:
     """All members, in the order in which they lie. ValueError and BadZipFile with what is wrong."""
     directory, n = _directory(file)
     with zipfile.ZipFile(file) as archive:
@@ -57,7 +70,7 @@ def _members(file: IO[bytes]) -> list[_Member]:
     names = {info.filename.lower() for info in infos if info.filename.isprintable()}
     if len(infos) != n or len(names) != n:
         raise ValueError("its directory is not in order")
-    members, free = [], 0  # the first byte behind the last member
+    found, free = [], 0  # the first byte behind the last member
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise ValueError(f"{info.filename} is compressed, which torch.save does not do")
@@ -69,9 +82,9 @@ def _members(file: IO[bytes]) -> list[_Member]:
         same = name == info.orig_filename.encode() and method == zipfile.ZIP_STORED and not flags & 1
         if signature != _LOCAL or not same or info.header_offset < free or start + info.file_size > directory:
             raise ValueError(f"{info.filename} is not where the directory says")
-        members.append(_Member(info.filename, start, info.file_size, info.CRC))
+        found.append(Member(info.filename, start, info.file_size, info.CRC))
         free = start + info.file_size
-    return members
+    return found
 
 
 def _directory(file: IO[bytes]) -> tuple[int, int]:
@@ -95,8 +108,8 @@ def _directory(file: IO[bytes]) -> tuple[int, int]:
     return begin, n
 
 
-def _crc(file: IO[bytes], member: _Member) -> int:
-    file.seek(member.start)
+def _crc(file: IO[bytes], member: Member) -> int:
+    file.seek(member.begin)
     crc, left = 0, member.size
     while left and (content := file.read(min(left, 2**20))):
         crc, left = zlib.crc32(content, crc), left - len(content)

@@ -98,14 +98,21 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], origin: st
     """Put a whole adapter into `model`. Raises ValueError naming `origin` and the tensors that do not fit; then the
     model is unchanged."""
     entries = adapter_parameters(model)
+    require_fit(model, state, origin)
+    with torch.no_grad():
+        for key, part in parts({key: state[key] for key in entries}, model).items():
+            entries[key].parameter.copy_(part)
+
+
+def require_fit(model: nn.Module, state: Any, origin: str) -> None:
+    """ValueError naming `origin` and the tensors at fault, unless `state` holds whole tensors of the shapes of the
+    adapter's, by their keys: the adapter itself, or moments of its optimizer."""
+    entries = adapter_parameters(model)
     require_tensors(state, origin)
     require_same_keys(entries, state, origin, "adapter tensor")
     for key, (_, declared, _) in entries.items():
         if tuple(state[key].shape) != declared.shape:
             raise ValueError(f"{origin}: {key} has shape {tuple(state[key].shape)}, the model's is {declared.shape}")
-    with torch.no_grad():
-        for key, part in parts({key: state[key] for key in entries}, model).items():
-            entries[key].parameter.copy_(part)
 
 
 def require_tensors(state: Any, origin: str) -> None:

@@ -14,11 +14,39 @@ from llama.parallel import start_processes
 from tiny import BASE
 
 REPO = Path(__file__).resolve().parent.parent
+PATHS = {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}  # of a program among the tests
+PROGRAM = PATHS | {"OMP_NUM_THREADS": "1"}
 
 
 def run(*words: object, env: dict[str, str] | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
     """`python WORDS...` in the repository; nothing is raised for its exit status."""
     return _run([sys.executable, *map(str, words)], env, timeout)
+
+
+def program(file: str, *words: object, timeout: float = 400) -> subprocess.CompletedProcess:
+    """A program among the tests, as `run` runs a command; with one thread."""
+    return run(file, *words, env=PROGRAM, timeout=timeout)
+
+
+def side_by_side(file: str, n: int, folder: Path, timeout: float) -> list[str]:
+    """Such a program as `n` processes at once, each given its number and the folder. What each printed, once all have
+    ended well; none is left."""
+    outputs = [folder / f"output{rank}" for rank in range(n)]
+    processes, environment = [], os.environ | PATHS
+    try:
+        for rank, output in enumerate(outputs):
+            command = [sys.executable, file, str(rank), str(folder)]
+            with output.open("w") as log:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=REPO)
+            processes.append(process)
+        for process in processes:
+            process.wait(timeout=timeout)
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.wait() == 0, output.read_text()[-3000:]
+    return [output.read_text() for output in outputs]
 
 
 def torchrun(n: int, *words: object, timeout: float = 240) -> subprocess.CompletedProcess:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convert.__main__ import main
 from convert.check import check
-from tiny import BASE, PARAMS, golden_state, write_base
+from tiny import BASE, PARAMS, golden_state, golden_with_large_tensors, write_base
 
 State = dict[str, Tensor]
 W2, NORM = "layers.1.feed_forward.w2.weight", "layers.2.ffn_norm.weight"
@@ -103,11 +103,7 @@ def test_a_flipped_bit(key: str, folder: Path) -> None:
 
 def test_a_flipped_bit_in_a_large_tensor(tmp_path: Path) -> None:
     """Above 1 MiB tensors are not looked at when a shard is opened."""
-    state = golden_state() | {W2: torch.randn(64, 2**13)}
-    params = PARAMS | {"multiple_of": 1, "ffn_dim_multiplier": 2**13 / int(8 * 64 / 3) + 1e-4}
-    for key, tensor in golden_state().items():
-        if "feed_forward" in key:
-            state[key] = torch.randn(64, 2**13) if ".w2." in key else torch.randn(2**13, tensor.shape[1])
+    params, state = golden_with_large_tensors()
     folder = write_base(tmp_path / "base", params, state)
     assert not found(folder)
     flip(folder / FIRST, state[W2])

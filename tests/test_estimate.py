@@ -1,11 +1,7 @@
 """What is computed of a layout beside what processes really hold and exchange."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +10,13 @@ import torch
 import count
 import tiny
 from benchmarks.shapes import LLAMA_3_1, SMOLLM2_135M
+from commands import side_by_side
 from count import CASES, LENGTHS, PROMPT
 from llama import ModelArgs
 from training.estimate import activation_bytes, cache_bytes, estimate, held_bytes, traffic, uneven
 from training.layout import Message, first_rank
 from training.rehearsal import kept, messages_of_generation, messages_of_step, unfilled_model
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -28,20 +24,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     """What each of two processes counted."""
     folder = tmp_path_factory.mktemp("count")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    processes, outputs = [], [folder / f"output{rank}" for rank in (0, 1)]
-    try:
-        for rank, output in enumerate(outputs):
-            command = [sys.executable, str(Path(count.__file__)), str(rank), str(folder)]
-            with output.open("w") as file:
-                processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-        for process in processes:
-            process.wait(timeout=200)
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.wait() == 0, output.read_text()[-3000:]
+    side_by_side(count.__file__, 2, folder, timeout=200)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -146,7 +129,7 @@ def test_an_estimate_is_the_sum_of_its_parts_and_more_ranks_need_less() -> None:
     for size in (1, 2, 8):
         with first_rank(size, size):
             model = unfilled_model(args, config, bf16=True)
-            found = estimate(model, uneven(2, 300), GPU, recompute=False)
+            found = estimate(model, kept(model, uneven(2, 300), GPU), sum(uneven(2, 300)), recompute=False)
         assert found["total"] == sum(size for name, size in found.items() if name != "total")
         totals.append(found["total"])
     assert totals[0] > 1.7 * totals[1] > 1.7 * 2.5 * totals[2]

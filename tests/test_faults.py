@@ -4,7 +4,6 @@ Damaged files are in test_hostile.py, kills by the dozen in test_kills.py.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 import faulty
-from commands import REPO, refused, run, torchrun, train_flags, write_rows
+from commands import REPO, program, refused, run, torchrun, train_flags, write_rows
 from faulty import FAULTS
 
 SAVED = ["checkpoint-2.pth", "config.json", "log.jsonl", "tensorboard"]
@@ -26,8 +25,7 @@ SAVED = ["checkpoint-2.pth", "config.json", "log.jsonl", "tensorboard"]
 def folder(tmp_path_factory):
     """All of FAULTS, done by one program: starting processes is what takes the time."""
     folder = tmp_path_factory.mktemp("faults")
-    paths = os.pathsep.join([str(REPO), str(REPO / "tests")])
-    result = run(faulty.__file__, folder, env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, timeout=400)
+    result = program(faulty.__file__, folder)
     assert result.returncode == 0, result.stderr
     return folder
 

@@ -1,9 +1,6 @@
 """Four processes (gloo, CPU) that share one model, and two pairs that each share one and divide the rows, against one
 process that holds it all."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 
 import observe
+from commands import side_by_side
 from llama import Llama, Transformer
 from llama.parallel import pick_device, start_processes
 from moa.replicas import require_equal_replicas
@@ -18,7 +16,6 @@ from moa.state import adapter_state
 from observe import DRIFTING, EVERYTHING, IMPOSSIBLE, LARGE, SIZES, WORLD
 from tiny import BASE, METHODS, PARAMS, build, golden_state, relative, save, write_base
 
-ROOT = Path(__file__).resolve().parent.parent
 Found = dict[str, Any]
 
 
@@ -53,25 +50,8 @@ def folder(tmp_path_factory) -> Path:
     """Where four processes found their checkpoints and left what they observed. Starting them takes seconds: once."""
     folder = tmp_path_factory.mktemp("ranks")
     write_folders(folder)
-    command = [sys.executable, str(Path(observe.__file__))]
-    outputs = [folder / f"output{rank}" for rank in range(WORLD)]
-    processes = []
-    try:
-        for rank, output in enumerate(outputs):
-            with output.open("w") as file:
-                arguments = [*command, str(rank), str(folder)]
-                environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-                processes.append(
-                    subprocess.Popen(arguments, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-                )
-        for process in processes:
-            process.wait(timeout=600)
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.wait() == 0, output.read_text()[-3000:]
-        assert "Traceback" not in output.read_text()
+    for said in side_by_side(observe.__file__, WORLD, folder, timeout=600):
+        assert "Traceback" not in said
     return folder
 
 

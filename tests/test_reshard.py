@@ -14,7 +14,7 @@ from convert import layout
 from convert.__main__ import main
 from convert.reshard import reshard
 from llama import Llama
-from tiny import PARAMS, golden_state, shared, tokens, write_base
+from tiny import PARAMS, golden_state, golden_with_large_tensors, shared, tokens, write_base
 
 State = dict[str, Tensor]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -180,11 +180,7 @@ def test_damaged_shards(case: str, tmp_path: Path) -> None:
 
 def test_a_large_tensor_is_checked_too(tmp_path: Path) -> None:
     """Tensors above 1 MiB are not read when a shard is opened."""
-    state = golden_state() | {W2: torch.randn(64, 2**13)}
-    params = PARAMS | {"multiple_of": 1, "ffn_dim_multiplier": 2**13 / int(8 * 64 / 3) + 1e-4}
-    for key, tensor in golden_state().items():
-        if "feed_forward" in key:
-            state[key] = torch.randn(64, 2**13) if ".w2." in key else torch.randn(2**13, tensor.shape[1])
+    params, state = golden_with_large_tensors()
     base = write_base(tmp_path / "base", params, state)
     flip(base / "consolidated.00.pth", state[W2])
     with pytest.raises(ValueError, match=r"00.pth: damaged \(checksum"):

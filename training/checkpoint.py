@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama.parallel import is_main
+from llama.parallel import from_main, is_main
 from moa.files import read_torch, write_torch
 from moa.reading import shown
 from moa.state import (
@@ -20,6 +20,7 @@ from moa.state import (
     adapter_state,
     load_adapter_state,
     parts,
+    require_fit,
     require_same_keys,
     require_tensors,
     whole,
@@ -110,13 +111,8 @@ def read(path: Path, model: nn.Module) -> dict[str, Any]:
     if not isinstance(optimizer_state, dict):
         raise ValueError(f"{path}: optimizer must be a dictionary, not {type(optimizer_state).__name__}")
     require_same_keys(MOMENTS, optimizer_state, str(path), "optimizer entry")
-    entries = adapter_parameters(model)
     for what, tensors in {"adapter": content["adapter"], **optimizer_state}.items():
-        require_tensors(tensors, f"{path}: {what}")
-        require_same_keys(entries, tensors, f"{path}: {what}", "tensor")
-        for key, tensor in tensors.items():
-            if tuple(tensor.shape) != entries[key].declared.shape:
-                raise ValueError(f"{path}: {what} of {key} has shape {tuple(tensor.shape)}")
+        require_fit(model, tensors, f"{path}: {what}")
     return content
 
 
@@ -136,13 +132,10 @@ def restore(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.o
     """Put a checkpoint (`read`) back. The main process has it and hands it to all others, which give None: they need
     not see its file."""
     entries = adapter_parameters(model)
-    position = [(content["step"], content["skipped"]) if content else None]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(position)
-    step, skipped = position[0]
-    load_adapter_state(model, _from_main(content and content["adapter"], model), "checkpoint")
+    step, skipped = from_main(lambda: (content["step"], content["skipped"]))
+    load_adapter_state(model, _hand_out(content and content["adapter"], model), "checkpoint")
     for name in MOMENTS:
-        moments = _from_main(content and content["optimizer"][name], model)
+        moments = _hand_out(content and content["optimizer"][name], model)
         for key, part in parts(moments, model).items():
             parameter = entries[key].parameter
             state = optimizer.state[parameter]
@@ -157,7 +150,7 @@ def _moment(optimizer: torch.optim.AdamW, parameter: nn.Parameter, name: str) ->
     return state[name] if state else torch.zeros_like(parameter)
 
 
-def _from_main(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping[str, Tensor]:
+def _hand_out(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping[str, Tensor]:
     """Whole tensors, keyed as the adapter's are, from the main process on every one, in one message."""
     if dist.get_world_size() == 1:
         return tensors

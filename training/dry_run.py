@@ -20,7 +20,7 @@ from training.data import FIELDS, load_examples
 from training.estimate import base_parameters, cache_bytes, estimate, traffic, uneven
 from training.layout import first_rank
 from training.leaks import check_leaks
-from training.rehearsal import messages_of_step, unfilled_model
+from training.rehearsal import kept, messages_of_step, unfilled_model
 from training.schedule import plan_of
 from training.settings import Settings, TrainFlags
 
@@ -68,7 +68,7 @@ def dry_run(settings: Settings) -> dict[str, Any]:
         n_rows = _rows(flags)
         plan = plan_of(flags, n_rows or 1, data_size())
         known = n_rows is not None
-        memory = estimate(model, lengths, device, flags.activation_checkpointing)
+        memory = estimate(model, kept(model, lengths, device), sum(lengths), flags.activation_checkpointing)
         model.activation_checkpointing = flags.activation_checkpointing
         return {
             "method": config.method,

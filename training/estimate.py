@@ -9,14 +9,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from llama.checkpoint import placements
 from llama.loss import CHUNK_ELEMENTS
 from llama.model import Transformer
 from moa.state import adapter_parameters
 from training.layout import Message
-from training.rehearsal import Kept, StepMessages, kept
+from training.rehearsal import Kept, StepMessages
 
 
 def base_parameters(model: Transformer) -> int:
@@ -58,11 +56,11 @@ def temporary_bytes(model: Transformer, n_tokens: int) -> int:
     return max(logits, n_tokens * width * (3 * hidden + 4 * dim))
 
 
-def estimate(model: Transformer, lengths: list[int], device: torch.device, recompute: bool) -> dict[str, int]:
-    """Bytes on this rank, by what takes them, for micro-batches of rows of these lengths."""
+def estimate(model: Transformer, found: Kept, n_tokens: int, recompute: bool) -> dict[str, int]:
+    """Bytes on this rank, by what takes them, for micro-batches of so many tokens, of which `found` is kept."""
     parts = held_bytes(model) | {
-        "activations": activation_bytes(kept(model, lengths, device), recompute),
-        "temporary": temporary_bytes(model, sum(lengths)),
+        "activations": activation_bytes(found, recompute),
+        "temporary": temporary_bytes(model, n_tokens),
     }
     return parts | {"total": sum(parts.values())}
 

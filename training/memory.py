@@ -9,7 +9,7 @@ import torch
 from cli import out_of_memory
 from llama.args import ModelArgs
 from llama.parallel import bf16_is_fast
-from training.estimate import activation_bytes, estimate, uneven
+from training.estimate import estimate, uneven
 from training.layout import first_rank
 from training.rehearsal import kept, unfilled_model
 from training.settings import Settings
@@ -23,9 +23,9 @@ def needed(settings: Settings, args: ModelArgs, device: torch.device) -> dict[st
     lengths = uneven(flags.batch_size, flags.max_seq_len)
     with first_rank(int(os.environ.get("WORLD_SIZE", 1)), flags.model_parallel_size):
         model = unfilled_model(args, settings.config(args), bf16)
-        parts = estimate(model, lengths, device, flags.activation_checkpointing)
-        least = activation_bytes(kept(model, lengths, device), True)
-    return parts | {"recomputed": parts["total"] - parts["activations"] + least}
+        found, n_tokens = kept(model, lengths, device), sum(lengths)
+        parts = estimate(model, found, n_tokens, flags.activation_checkpointing)
+        return parts | {"recomputed": estimate(model, found, n_tokens, True)["total"]}
 
 
 def in_words(parts: dict[str, int]) -> str:

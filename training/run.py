@@ -96,16 +96,15 @@ def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torc
         if begun:
             progress = restore(_newest(folder, model) if is_main() else None, model, optimizer)
         require_equal_replicas(model)
-        if progress.done >= plan.steps:
-            say(f"{folder}: the run is complete, all {plan.steps} steps are done")
+        complete, trained = progress.done >= plan.steps, count(model)["total"]
         if is_main() and begun:
-            _add_to_record(folder, leaks, progress.done if progress.done < plan.steps else None)
-        if progress.done >= plan.steps:
-            return folder
-        trained = count(model)["total"]
-        if is_main() and not begun:
+            _add_to_record(folder, leaks, None if complete else progress.done)
+        elif is_main():
             record = start_record(settings, config, args, plan, contents)
             _prepare(folder, record | {"trainable_parameters": trained} | leaks)
+        if complete:
+            say(f"{folder}: the run is complete, all {plan.steps} steps are done")
+            return folder
         say(
             f"{config.method}: {trained:,} trainable parameters ({100 * trained / base_parameters(model):.2f} % of the "
             f"base), {len(examples)} rows, {plan.steps} steps of {plan.rows_per_step} rows, "
