@@ -3,12 +3,16 @@
 Shapes: N tokens, R rows, H query heads, K key/value heads (each serves H/K query heads), h head width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llama.cache import Cache
 from moa.rows import Rows
+
+aten = torch.ops.aten
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -> Tensor:
@@ -22,11 +26,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -
 
         longest = max(rows.lengths)
         return flash_attn_varlen_func(q, k, v, rows.boundaries, rows.boundaries, longest, longest, causal=True)
+    if q.device.type == "cpu":
+        return _CPUAttention.apply(q, k, v, rows)
     if rows.uniform:
         shape = (len(rows.lengths), rows.lengths[0])
-        return _sdpa(*(t.unflatten(0, shape) for t in (q, k, v)), is_causal=True).flatten(0, 1)
-    out = [_sdpa(q[None, a:b], k[None, a:b], v[None, a:b], is_causal=True)[0] for a, b in rows.spans]
-    return torch.cat(out)
+        return _sdpa(*(t.unflatten(0, shape) for t in (q, k, v))).flatten(0, 1)
+    return torch.cat([_sdpa(q[None, a:b], k[None, a:b], v[None, a:b])[0] for a, b in rows.spans])
 
 
 def cached_attention(q: Tensor, cache: Cache, layer: int) -> Tensor:
@@ -40,11 +45,50 @@ def cached_attention(q: Tensor, cache: Cache, layer: int) -> Tensor:
     return out.flatten(1, 2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(R, T, heads, h) in and out."""
-    dtype = q.dtype
-    if q.device.type == "cpu":  # its bf16 kernel's backward pass takes three to five times as long as float32's
-        q, k, v = q.float(), k.float(), v.float()
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
-    return out.transpose(1, 2).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+class _CPUAttention(torch.autograd.Function):
+    """PyTorch's kernels for a CPU, in float32 (in bf16 their backward pass takes three to five times as long), row by
+    row into tensors of the whole batch. Kept are the inputs and the output in their own type."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+        out, sums = torch.empty_like(q), []
+        wide = [_wide(t) for t in (q, k, v)]
+        for row in _pieces(rows):
+            part, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(*(row(t) for t in wide), is_causal=True)
+            row(out).copy_(part)
+            sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, out, *sums)
+        ctx.rows = rows
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, *sums = ctx.saved_tensors  # to be read once: recomputation hands them out only once
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        q, k, v, out, grad = (_wide(t) for t in (q, k, v, out, grad))
+        for row, log_sum in zip(_pieces(ctx.rows), sums, strict=True):
+            found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                row(grad), row(q), row(k), row(v), row(out), log_sum, 0.0, True
+            )
+            for whole, part in zip(grads, found, strict=True):
+                row(whole).copy_(part)
+        return *grads, None
+
+
+def _pieces(rows: Rows) -> list[Callable[[Tensor], Tensor]]:
+    """Views (R, heads, T, h) of (N, heads, h) tensors: of all rows at once where they are of one length, else of one
+    row each."""
+    if rows.uniform:
+        shape = (len(rows.lengths), rows.lengths[0])
+        return [lambda t: t.unflatten(0, shape).transpose(1, 2)]
+    return [lambda t, a=a, b=b: t[a:b].transpose(0, 1)[None] for a, b in rows.spans]
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype.itemsize < 4 else t

@@ -12,7 +12,7 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.parallel import mp_rank, mp_size, parts_of_heads, share
+from moa.parallel import mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
 
 
 def unfilled(*shape: int) -> nn.Parameter:
@@ -45,6 +45,9 @@ class RowParallel(RowParallelLinear):
         self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
         self.weight = unfilled(out_features, share(in_features, "input width"))
         self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum_over_ranks(F.linear(x, self.weight))
 
 
 class VocabParallel(VocabParallelEmbedding):

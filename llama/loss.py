@@ -12,10 +12,11 @@ from torch import Tensor
 
 from moa.parallel import mp_rank, mp_size
 
-CHUNK_ELEMENTS = 32 * 1024 * 1024  # logits held at a time
+CHUNK_ELEMENTS = 32 * 1024 * 1024  # logits held at a time on a GPU
+CHUNK_LABELS = 128  # and labels at a time on a CPU, where large pieces of memory are slow to come by
 
 
-def _reduce(x: Tensor, op) -> Tensor:
+def _reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
     if mp_size() > 1:
         dist.all_reduce(x, op, group=mp.get_model_parallel_group())
     return x
@@ -27,21 +28,17 @@ class _LabelLoss(torch.autograd.Function):
         first = mp_rank() * len(weight)  # this rank's part of the vocabulary
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        chunk = max(1, CHUNK_ELEMENTS // len(weight))
+        chunk = CHUNK_LABELS if hidden.device.type == "cpu" else max(1, CHUNK_ELEMENTS // len(weight))
         for begin in range(0, len(hidden), chunk):
             h = hidden[begin : begin + chunk]
-            logits = (h @ weight.T).float()
+            log_p = _log_softmax((h @ weight.T).float())
             local = labels[begin : begin + chunk, None] - first
             mine = (local >= 0) & (local < len(weight))
             local = local.clamp(0, len(weight) - 1)
-            top = _reduce(logits.amax(1, keepdim=True), dist.ReduceOp.MAX)
-            chosen = _reduce((logits.gather(1, local) - top) * mine, dist.ReduceOp.SUM)
-            exp = logits.sub_(top).exp_()
-            norm = _reduce(exp.sum(1, keepdim=True), dist.ReduceOp.SUM)
-            total += (norm.log() - chosen).sum()
+            total -= _reduce((log_p.gather(1, local) * mine).sum())
             if gradient is not None:  # softmax - one_hot, back through the output matrix
-                exp.div_(norm).scatter_add_(1, local, -mine.to(exp.dtype))
-                gradient[begin : begin + chunk] = _reduce(exp.to(h.dtype) @ weight, dist.ReduceOp.SUM)
+                p = log_p.exp_().scatter_add_(1, local, -mine.to(log_p.dtype))
+                gradient[begin : begin + chunk] = _reduce(p.to(h.dtype) @ weight)
         ctx.save_for_backward(gradient)
         return total
 
@@ -49,6 +46,16 @@ class _LabelLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """log softmax over the whole vocabulary, of this rank's part of it."""
+    log_p = logits.log_softmax(1)
+    if mp_size() > 1:
+        mine = logits[:, :1] - log_p[:, :1]  # the logarithm of the part's sum of exponentials
+        top = _reduce(mine.clone(), dist.ReduceOp.MAX)
+        log_p += mine - (top + _reduce((mine - top).exp()).log())
+    return log_p
 
 
 def label_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ width, F hidden width of the feed-forward block, V vocabulary. Under model paral
 ranks than key/value heads K is 1, and neighbouring ranks hold the same one.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from moa.config import AdapterConfig, Slot
 from moa.parallel import copy_to_ranks, parts_of_heads, share
 from moa.routers import Gates
 from moa.rows import Rows
+
+Outputs = tuple[Tensor, list[Tensor]]  # hidden states (N, D), and load-balancing losses
 
 
 class RMSNorm(nn.Module):
@@ -71,16 +74,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mixing: Mixing, step: "Step", layer: int) -> Tensor:
         """x (N, D), normed -> (N, D)."""
-        shared = copy_to_ranks(x)
-        q = self.adapters.add("Q", self.wq(shared), mixing, x)
-        k = self.adapters.add("K", self.wk(shared), mixing, x)
-        v = self.adapters.add("V", self.wv(shared), mixing, x)
+        shared, read = copy_to_ranks(x), self.adapters.read(x, "Q", "K", "V", "attention")
+        q = self.adapters.add("Q", self.wq(shared), mixing, read)
+        k = self.adapters.add("K", self.wk(shared), mixing, read)
+        v = self.adapters.add("V", self.wv(shared), mixing, read)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (N, H or K, h)
         q, k = step.rope(q), step.rope(k)
         heads = step.attend(q, k, v, layer)
-        heads = self.adapters.add("attention", heads, mixing, x, q, self.wk, self.wv)
+        heads = self.adapters.add("attention", heads, mixing, read, q, self.wk, self.wv)
         heads = heads.flatten(1)
-        return self.adapters.add("O", self.wo(heads), mixing, heads)
+        return self.adapters.add("O", self.wo(heads), mixing, self.adapters.read(heads, "O"))
 
 
 class FeedForward(nn.Module):
@@ -102,11 +105,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, mixing: Mixing) -> Tensor:
         """x (N, D), normed -> (N, D)."""
-        shared = copy_to_ranks(x)
-        up = self.adapters.add("FFN_UP", self.w3(shared), mixing, x)
-        gate = self.adapters.add("FFN_GATE", self.w1(shared), mixing, x)
+        shared, read = copy_to_ranks(x), self.adapters.read(x, "FFN_UP", "FFN_GATE")
+        up = self.adapters.add("FFN_UP", self.w3(shared), mixing, read)
+        gate = self.adapters.add("FFN_GATE", self.w1(shared), mixing, read)
         hidden = swiglu(gate, up)
-        return self.adapters.add("FFN_DOWN", self.w2(hidden), mixing, hidden)
+        return self.adapters.add("FFN_DOWN", self.w2(hidden), mixing, self.adapters.read(hidden, "FFN_DOWN"))
 
 
 class TransformerBlock(nn.Module):
@@ -121,12 +124,23 @@ class TransformerBlock(nn.Module):
         self.adapters = Adapters(config, slots, {"block": Site(args.dim, args.dim, None, args.n_heads)})
         self.router = build_router(config, slots, args.dim)
 
-    def forward(self, x: Tensor, step: "Step") -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, step: "Step") -> Outputs:
         """x (N, D) -> (N, D), and the load-balancing losses of the block's routers of experts."""
         mixing = Mixing(step.route(self.router, x, self.layer) if self.router is not None else {})
         y = x + self.attention(self.attention_norm(x), mixing, step, self.layer)
-        z = self.ffn_norm(y)
-        return self.adapters.add("block", y + self.feed_forward(z, mixing), mixing, z), mixing.balance
+        out, balance = _run_again_later(self._second_half, y, mixing.gates, when=step.recompute == "ffn")
+        return out, mixing.balance + balance
+
+    def _second_half(self, y: Tensor, gates: Gates) -> Outputs:
+        """From what the attention makes, (N, D), on."""
+        mixing, z = Mixing(gates), self.ffn_norm(y)
+        out = y + self.feed_forward(z, mixing)
+        return self.adapters.add("block", out, mixing, self.adapters.read(z, "block")), mixing.balance
+
+
+def _run_again_later(part: Callable[..., Outputs], *inputs: Any, when: bool) -> Outputs:
+    """What `part` makes of its inputs. when: they alone are kept, and the backward pass runs it once more."""
+    return checkpoint(part, *inputs, use_reentrant=False) if when else part(*inputs)
 
 
 def _require_divisible(args: ModelArgs) -> None:
@@ -142,10 +156,14 @@ def _norm(args: ModelArgs, config: AdapterConfig | None) -> RMSNorm:
 
 
 class Step:
-    """What all blocks of one forward pass share: the rows, the rotary angles, the cache if there is one."""
+    """What all blocks of one forward pass share: the rows, the rotary angles, the cache if there is one, and what the
+    backward pass is to work out again (`Transformer.activation_checkpointing`)."""
 
-    def __init__(self, rows: Rows, rope: Rope, flash: bool, cache: Cache | None, places: list[int] | None):
+    def __init__(
+        self, rows: Rows, rope: Rope, flash: bool, cache: Cache | None, places: list[int] | None, recompute: str
+    ):
         self.rows, self.rope, self.flash, self.cache, self.places = rows, rope, flash, cache, places
+        self.recompute = recompute
 
     def route(self, router: AdapterModule, x: Tensor, layer: int) -> Gates:
         """A block's gates (N, 1) by slot. A router of whole rows is asked when a row begins; then the cache knows."""
@@ -180,14 +198,18 @@ class Losses(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """The model. Base weights are unfilled until a checkpoint is loaded, adapters until `moa.state.initialise`."""
+    """The model. Base weights are unfilled until a checkpoint is loaded, adapters until `moa.state.initialise`.
+
+    activation_checkpointing: what is not kept for the backward pass but worked out again there: nothing ("off"), the
+    second half of each block, from the feed-forward part's norm on ("ffn"), or whole blocks ("all").
+    """
 
     def __init__(self, args: ModelArgs, config: AdapterConfig | None = None, flash_attention2: bool = False):
         super().__init__()
         assert args.vocab_size > 0, "vocab_size must be known here"
         assert config is None or config.n_layers == args.n_layers
         self.args, self.config, self.flash = args, config, flash_attention2
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "off"
         _require_divisible(args)
         self.tok_embeddings = VocabParallel(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, args, config) for i in range(args.n_layers))
@@ -247,13 +269,11 @@ class Transformer(nn.Module):
         """Final hidden states, and the load-balancing losses of all blocks."""
         if self.freqs.device != tokens.device:
             self.freqs = self.freqs.to(tokens.device)
-        step = Step(rows, Rope(self.freqs, rows.positions), self.flash, cache, places)
+        recompute = self.activation_checkpointing if torch.is_grad_enabled() else "off"
+        step = Step(rows, Rope(self.freqs, rows.positions), self.flash, cache, places, recompute)
         x, losses = self.tok_embeddings(tokens), []
         for block in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, balance = checkpoint(block, x, step, use_reentrant=False)
-            else:
-                x, balance = block(x, step)
+            x, balance = _run_again_later(block, x, step, when=recompute == "all")
             losses += balance
         return self.norm(x), losses
 

@@ -25,16 +25,32 @@ def frequencies(args: ModelArgs) -> Tensor:
 
 
 class Rope:
-    """cos and sin of the batch's positions, worked out once per forward pass and shared by all layers.
+    """The batch's rotations, worked out once per forward pass and shared by all layers.
 
-    positions: (N,). The result turns (N, heads, h) tensors; in Meta's layout components 2i and 2i + 1 form a pair.
+    positions: (N,). The result turns (N, heads, h) tensors; in Meta's layout components 2i and 2i + 1 form a pair, read
+    as a complex number and multiplied by one of length 1.
     """
 
     def __init__(self, freqs: Tensor, positions: Tensor):
         angles = positions.float()[:, None] * freqs
-        self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, h/2)
+        self.forth = torch.complex(angles.cos(), angles.sin())[:, None]  # (N, 1, h/2)
+        self.back = self.forth.conj().resolve_conj()
 
     def __call__(self, x: Tensor) -> Tensor:
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1)
-        return turned.flatten(-2).to(x.dtype)
+        return _Turn.apply(x, self.forth, self.back)
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, forth: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return _turn(x, forth)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(grad, ctx.back), None, None
+
+
+def _turn(x: Tensor, by: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * by).flatten(-2).to(x.dtype)

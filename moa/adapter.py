@@ -1,6 +1,8 @@
 """What an adapter is: a module that declares each of its trained parameters once, with all that others need to know."""
 
 import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -47,7 +49,34 @@ class Declared:
     decay: bool
 
 
-class AdapterModule(nn.Module):
+class Deriving(nn.Module):
+    """A module that works things out from its weights alone, for every forward pass anew while they train; while they
+    stand still (`weights_stand_still`) once."""
+
+    _derived: dict[Hashable, Tensor] | None = None
+
+    def derived(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if self._derived is None:
+            return make()
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+
+@contextmanager
+def weights_stand_still(model: nn.Module) -> Iterator[None]:
+    """Meanwhile no weight changes, and nothing is differentiated: a run of generation."""
+    modules = [module for module in model.modules() if isinstance(module, Deriving)]
+    for module in modules:
+        module._derived = {}
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._derived = None
+
+
+class AdapterModule(Deriving):
     """Base of adapters and routers. All parameters are float32 and made by `declare`: freezing, counting, saving,
     loading, initialising, optimizer groups and model parallelism all read `declared`."""
 
@@ -77,6 +106,16 @@ class AdapterModule(nn.Module):
         self.register_parameter(name, parameter)
         self.declared[name] = Declared(shape, init, cut, len(shape) > 1 if decay is None else decay)
 
+    def reads(self) -> list[Tensor]:
+        """Weights (k, in) whose products with its input u are all that an adapter, or a router of experts, wants of it.
+        `forward` then gets these products, (N, k) each, in the place of u: those of all adapters that share an input
+        are one product (`moa.block`). Default: none, and `forward` gets u."""
+        return []
+
+    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter in the type of the activations."""
+        return self.derived((name, dtype), lambda: self.get_parameter(name).to(dtype))
+
 
 @dataclass(frozen=True)
 class Site:
@@ -101,12 +140,13 @@ class Site:
 
 def project_in(site: Site, u: Tensor, weight: Tensor) -> Tensor:
     """(N, in) -> (N, k), whole on every rank, by a (k, in) weight that is cut as the site's inputs are."""
-    y = F.linear(u, weight.to(u.dtype))
+    y = F.linear(u, weight)
     return sum_over_ranks(y) if site.cut == "in" else y
 
 
-def project_out(site: Site, a: Tensor, weight: Tensor) -> Tensor:
-    """(N, k) -> (N, out), cut as the site's outputs are, by an (out, k) weight that is cut so too."""
+def add_product(output: Tensor, site: Site, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """output (N, out) += scale * a W^T, in its place: a (N, k) is whole on every rank, W (out, k) and the output are
+    cut as the site's outputs are. The output must be one that autograd does not keep, as a linear layer's."""
     if site.cut == "out":
         a = copy_to_ranks(a)
-    return F.linear(a, weight.to(a.dtype))
+    return output.addmm_(a, weight.T, alpha=scale)

@@ -17,8 +17,8 @@ class Bias(AdapterModule):
         super().__init__()
         self.declare("bias", (site.out_features,), zeros, site.outputs(0))
 
-    def forward(self, u: Tensor, gate: None) -> Tensor:
-        return self.bias.to(u.dtype)
+    def forward(self, output: Tensor, u: Tensor, gate: None) -> Tensor:
+        return output + self.cast("bias", output.dtype)
 
 
 class NormWeight(AdapterModule):

@@ -1,10 +1,13 @@
 """The adapters of a transformer block, composed from the configuration."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from moa.adapter import AdapterModule, Site
+from moa.adapter import AdapterModule, Deriving, Site, project_in
 from moa.base import BIASED_SITES, Bias
 from moa.config import AdapterConfig, Slot
 from moa.knobs import ADAPTERS, BLOCK_ROUTERS
@@ -21,11 +24,22 @@ class Mixing:
     balance: list[Tensor] = field(default_factory=list)
 
 
-class Adapters(nn.ModuleDict):
+class Read(NamedTuple):
+    """An input u (N, in) of some sites, and what those that stand there read of it (`AdapterModule.reads`)."""
+
+    u: Tensor
+    products: dict[AdapterModule, tuple[Tensor, ...]]
+
+    def by(self, module: AdapterModule) -> tuple[Tensor, ...]:
+        return self.products.get(module, (self.u,))
+
+
+class Adapters(nn.ModuleDict, Deriving):
     """Those of a block's adapters that stand at some of its sites, by slot name."""
 
     def __init__(self, config: AdapterConfig | None, slots: list[Slot], sites: dict[str, Site]):
         super().__init__()
+        self.sites = sites
         self.slots_at: dict[str, list[str]] = {name: [] for name in sites}
         if config is not None and config.base.train_bias_norm:
             for name in (name for name in sites if name in BIASED_SITES):
@@ -36,17 +50,36 @@ class Adapters(nn.ModuleDict):
                 self[slot.name] = load_class(ADAPTERS[slot.kind].module)(sites[slot.site], config)
                 self.slots_at[slot.site].append(slot.name)
 
-    def add(self, site: str, output: Tensor, mixing: Mixing, *inputs) -> Tensor:
-        """`output` plus what the adapters at `site` make of `inputs`, each weighed by its gate times the weights of its
-        experts, (N, E). The first of the inputs is what the routers of experts look at."""
+    def read(self, u: Tensor, *sites: str) -> Read:
+        """What all that stands at `sites`, which share the input u (N, in), reads of it: one product of its weights,
+        one above the other."""
+        wanted = {module: module.reads() for module in self._standing_at(sites)}
+        weights = [weight for reads in wanted.values() for weight in reads]
+        if not weights:
+            return Read(u, {})
+        stack = self.derived((sites, u.dtype), lambda: torch.cat(weights).to(u.dtype))
+        products = project_in(self.sites[sites[0]], u, stack).split([len(weight) for weight in weights], -1)
+        each = iter(products)
+        return Read(u, {module: tuple(next(each) for _ in reads) for module, reads in wanted.items() if reads})
+
+    def _standing_at(self, sites: tuple[str, ...]) -> Iterator[AdapterModule]:
+        """Adapters and their routers of experts."""
+        for slot in (slot for site in sites for slot in self.slots_at[site]):
+            yield self[slot]
+            if self[slot].expert_router is not None:
+                yield self[slot].expert_router
+
+    def add(self, site: str, output: Tensor, mixing: Mixing, read: Read, *inputs) -> Tensor:
+        """`output` with what the adapters at `site` add to it, each weighed by its gate times the weights of its
+        experts, (N, E); it may be changed in its place. read: of the site's input; inputs: what else there is."""
         for slot in self.slots_at[site]:
             adapter, gate = self[slot], mixing.gates.get(slot)
             if adapter.expert_router is not None:
-                weights, balance = adapter.expert_router(inputs[0])
+                weights, balance = adapter.expert_router(*read.by(adapter.expert_router))
                 gate = weights if gate is None else gate * weights
                 if balance is not None:
                     mixing.balance.append(balance)
-            output = output + adapter(*inputs, gate)
+            output = adapter(output, *read.by(adapter), *inputs, gate)
         return output
 
 

@@ -1,10 +1,11 @@
 """Routers of experts: from an adapter's own input to the weight of each of its E experts, per token.
 
-u (N, in) is the input of the layer that the adapter stands beside. A router that chooses may let its experts wither;
-its load-balancing loss, E sum_e f_e p_e, keeps them in use: f_e is the share of tokens that chose expert e, p_e the
-mean weight that the router would give it.
+u (N, in) is the input of the layer that the adapter stands beside; a router gets the products of u that it reads. One
+that chooses may let its experts wither; its load-balancing loss, E sum_e f_e p_e, keeps them in use: f_e is the share
+of tokens that chose expert e, p_e the mean weight that the router would give it.
 
-Each returns the weights (N, E) in u's dtype and, where it is one that chooses, its load-balancing loss.
+Each returns the weights (N, E) in u's dtype and, where it is one that chooses, its load-balancing loss (none in
+inference mode).
 """
 
 import torch
@@ -23,15 +24,22 @@ def balance_loss(chosen: Tensor, p: Tensor) -> Tensor:
     return p.shape[1] * (chosen.float().mean(0) * p.mean(0)).sum()
 
 
+def _balance(chosen: Tensor, p: Tensor) -> Tensor | None:
+    return None if torch.is_inference_mode_enabled() else balance_loss(chosen, p)
+
+
 class SoftExperts(AdapterModule):
     """softmax(R u), with a bias where `soft_bias` says so."""
 
     def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
         super().__init__()
-        self.linear = Linear(site.in_features, config.experts.expert_num, bias=soft_bias, cut=site.cut)
+        self.linear = Linear(site.in_features, config.experts.expert_num, bias=soft_bias, cut=site.inputs(1))
 
-    def forward(self, u: Tensor) -> tuple[Tensor, None]:
-        return self.linear(u).softmax(-1).to(u.dtype), None
+    def reads(self) -> list[Tensor]:
+        return [self.linear.weight]
+
+    def forward(self, y: Tensor) -> tuple[Tensor, None]:
+        return self.linear.finish(y).softmax(-1).to(y.dtype), None
 
 
 class TopKExperts(AdapterModule):
@@ -41,18 +49,23 @@ class TopKExperts(AdapterModule):
     def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
         super().__init__()
         self.top_k = config.experts.top_k
-        self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.cut)
+        self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.inputs(1))
         noisy = config.experts.noisy_router
-        self.noise = Linear(site.in_features, config.experts.expert_num, cut=site.cut) if noisy else None
+        self.noise = Linear(site.in_features, config.experts.expert_num, cut=site.inputs(1)) if noisy else None
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.linear(u)
+    def reads(self) -> list[Tensor]:
+        return [self.linear.weight] + ([self.noise.weight] if self.noise is not None else [])
+
+    def forward(self, y: Tensor, y_noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = self.linear.finish(y)
         if self.noise is not None and self.training:
-            logits = logits + torch.randn_like(logits) * F.softplus(self.noise(u))
+            logits = logits + torch.randn_like(logits) * F.softplus(self.noise.finish(y_noise))
         best = logits.topk(self.top_k, -1).indices
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
         weights = logits.masked_fill(~chosen, -torch.inf).softmax(-1)
-        return weights.to(u.dtype), balance_loss(chosen, logits.softmax(-1))
+        return weights.to(y.dtype), balance_loss(
+            chosen, logits.softmax(-1)
+        ) if not torch.is_inference_mode_enabled() else None
 
 
 class AdaMoLEExperts(AdapterModule):
@@ -61,17 +74,20 @@ class AdaMoLEExperts(AdapterModule):
 
     def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
         super().__init__()
-        self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.cut)
-        self.threshold = Linear(site.in_features, 1, cut=site.cut)
+        self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.inputs(1))
+        self.threshold = Linear(site.in_features, 1, cut=site.inputs(1))
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        p = self.linear(u).softmax(-1)
-        d = p - torch.sigmoid(self.threshold(u)) / p.shape[1]
+    def reads(self) -> list[Tensor]:
+        return [self.linear.weight, self.threshold.weight]
+
+    def forward(self, y: Tensor, y_threshold: Tensor) -> tuple[Tensor, Tensor | None]:
+        p = self.linear.finish(y).softmax(-1)
+        d = p - torch.sigmoid(self.threshold.finish(y_threshold)) / p.shape[1]
         chosen = d >= 0
         weights = d.masked_fill(~chosen, 0)
         total = weights.sum(-1, keepdim=True)
         weights = weights / total.masked_fill(total == 0, 1)  # all zero where no expert is chosen
-        return weights.to(u.dtype), balance_loss(chosen, d)
+        return weights.to(y.dtype), _balance(chosen, d)
 
 
 def build_expert_router(site: Site, config: AdapterConfig, soft_bias: bool = True) -> AdapterModule | None:

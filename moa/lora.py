@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from moa.adapter import AdapterModule, Site, like_linear, project_in, project_out, zeros
+from moa.adapter import AdapterModule, Site, add_product, like_linear, zeros
 from moa.config import AdapterConfig
 from moa.experts import build_expert_router
 
@@ -26,12 +26,13 @@ class LoRA(AdapterModule):
         self.declare("B", (site.out_features, width), zeros, site.outputs(0))
         self.expert_router = build_expert_router(site, config, soft_bias=False)
 
-    def forward(self, u: Tensor, gate: Tensor | None) -> Tensor:
-        """u (N, in) -> what to add to the layer's output (N, out). The gate (N, E) weighs the r-wide middles: the same
-        product for a fraction of the work, and whole on every model-parallel rank."""
-        a = project_in(self.site, u, self.A)
-        if gate is None:
-            a = a * self.scale
-        else:
-            a = (a.unflatten(-1, (-1, self.rank)) * (gate * self.scale)[:, :, None]).flatten(1)  # (N, E r)
-        return project_out(self.site, a, self.B)
+    def reads(self) -> list[Tensor]:
+        return [self.A]
+
+    def forward(self, output: Tensor, a: Tensor, gate: Tensor | None) -> Tensor:
+        """The layer's output (N, out) and a = A u, (N, E r) or (N, r) -> the output with the update. The gate (N, E)
+        weighs the r-wide middles: the same product for a fraction of the work, and whole on every model-parallel
+        rank."""
+        if gate is not None:
+            a = (a.unflatten(-1, (-1, self.rank)) * gate[:, :, None]).flatten(1)  # (N, E r)
+        return add_product(output, self.site, a, self.cast("B", a.dtype), self.scale)

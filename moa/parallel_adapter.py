@@ -5,10 +5,11 @@ sum_e g_e (U_e f(V_e u + b_V) + b_U); f is silu unless `p_adapter_activation` sa
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site, uniform, zeros
+from moa.adapter import AdapterModule, Site, add_product, uniform, zeros
 from moa.config import AdapterConfig
 from moa.experts import build_expert_router
 
@@ -22,7 +23,7 @@ class ParallelAdapter(AdapterModule):
     def __init__(self, site: Site, config: AdapterConfig):
         super().__init__()
         knobs, n_experts, dim = config.adapters["p_adapter"], config.experts.expert_num, site.in_features
-        self.size, self.activation = knobs.size, ACTIVATIONS[knobs.activation]
+        self.site, self.size, self.activation = site, knobs.size, ACTIVATIONS[knobs.activation]
         middle = knobs.size if knobs.hydra else knobs.size * n_experts
         xavier = uniform(1e-4 * math.sqrt(6 / (dim + knobs.size)))  # so small a start hardly touches the base
         self.declare("down", (middle, dim), xavier)
@@ -31,12 +32,17 @@ class ParallelAdapter(AdapterModule):
         self.declare("up_bias", (n_experts, dim), zeros, decay=False)
         self.expert_router = build_expert_router(site, config)
 
-    def forward(self, u: Tensor, gate: Tensor | None) -> Tensor:
-        """u (N, D), the normed input of the feed-forward block -> what to add to the block's output (N, D). The gate
-        (N, E) weighs the narrow middles, and the biases beside them."""
-        down, down_bias, up, up_bias = (w.to(u.dtype) for w in (self.down, self.down_bias, self.up, self.up_bias))
-        hidden = self.activation(F.linear(u, down, down_bias))
+    def reads(self) -> list[Tensor]:
+        return [self.down]
+
+    def forward(self, output: Tensor, down: Tensor, gate: Tensor | None) -> Tensor:
+        """The block's output (N, D) and V u, (N, E size) or (N, size), u being the normed input of the feed-forward
+        block -> the output with the adapter's. The gate (N, E) weighs the narrow middles, and the biases beside them:
+        both in one product."""
+        hidden = self.activation(down + self.cast("down_bias", down.dtype))
         if gate is None:
-            return F.linear(hidden, up, up_bias[0])
-        hidden = (hidden.unflatten(-1, (-1, self.size)) * gate[:, :, None]).flatten(1)  # (N, E size)
-        return F.linear(hidden, up) + gate @ up_bias
+            gate = down.new_ones(1, 1).expand(len(down), -1)
+        else:
+            hidden = (hidden.unflatten(-1, (-1, self.size)) * gate[:, :, None]).flatten(1)  # (N, E size)
+        up = self.derived(("up", down.dtype), lambda: torch.cat([self.up, self.up_bias.T], 1).to(down.dtype))
+        return add_product(output, self.site, torch.cat([hidden, gate], 1), up)

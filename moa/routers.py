@@ -11,29 +11,31 @@ from torch.nn import functional as F
 
 from moa.adapter import AdapterModule, like_linear, zeros
 from moa.config import AdapterConfig, Slot
-from moa.parallel import Cut, mp_size, sum_over_ranks
+from moa.parallel import Cut
 
-Gates = dict[str, Tensor]  # slot -> (N, 1), float32 from the router
+Gates = dict[str, Tensor]  # slot -> (N, 1), in the type of the router's input; worked out in float32
 
 
 class Linear(AdapterModule):
-    """W x + b, b zero at the start. Computes in x's dtype, returns float32. cut "in": x is this rank's part."""
+    """W x + b, b zero at the start; cut as a site's inputs where it reads one. `finish` makes it of the product W x: in
+    float32, whatever the product's type."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, cut: str | None = None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, cut: Cut | None = None):
         super().__init__()
-        self.input_is_cut = cut == "in"
-        weight_cut = Cut(1, mp_size()) if self.input_is_cut else None
-        self.declare("weight", (out_features, in_features), like_linear(in_features), weight_cut)
+        self.declare("weight", (out_features, in_features), like_linear(in_features), cut)
         if bias:
             self.declare("bias", (out_features,), zeros)
         else:
             self.register_parameter("bias", None)
 
+    def reads(self) -> list[Tensor]:
+        return [self.weight]
+
+    def finish(self, y: Tensor) -> Tensor:
+        return y.float() if self.bias is None else y + self.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype)).float()
-        if self.input_is_cut:
-            y = sum_over_ranks(y)
-        return y if self.bias is None else y + self.bias
+        return self.finish(F.linear(x, self.cast("weight", x.dtype)))
 
 
 class SwiGLU(AdapterModule):
@@ -45,8 +47,11 @@ class SwiGLU(AdapterModule):
         self.w2 = Linear(hidden, out_features)
         self.w3 = Linear(in_features, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def reads(self) -> list[Tensor]:
+        return [self.w1.weight, self.w3.weight]
+
+    def finish(self, y1: Tensor, y3: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1.finish(y1)) * self.w3.finish(y3))
 
 
 class SoftRouter(AdapterModule):
@@ -60,11 +65,18 @@ class SoftRouter(AdapterModule):
         self.compete = config.router.gate_activation == "softmax"
 
     def forward(self, x: Tensor) -> Gates:
-        y = self.router(x)
-        return self._by_name(y.softmax(-1) if self.compete else torch.sigmoid(y))
+        (y,) = self._read(x, self.router)
+        return self._by_name(y.softmax(-1) if self.compete else torch.sigmoid(y), x.dtype)
 
-    def _by_name(self, gates: Tensor) -> Gates:
-        return dict(zip(self.slots, gates.split(1, dim=-1), strict=True))
+    def _read(self, x: Tensor, *layers: Linear | SwiGLU) -> list[Tensor]:
+        """What each of these makes of x, (N, ...) float32: one product for all."""
+        weights = [weight for layer in layers for weight in layer.reads()]
+        stack = self.derived(x.dtype, lambda: torch.cat(weights).to(x.dtype))
+        products = iter(F.linear(x, stack).split([len(weight) for weight in weights], -1))
+        return [layer.finish(*(next(products) for _ in layer.reads())) for layer in layers]
+
+    def _by_name(self, gates: Tensor, dtype: torch.dtype) -> Gates:
+        return dict(zip(self.slots, gates.to(dtype).split(1, dim=-1), strict=True))
 
 
 class InstanceRouter(SoftRouter):
@@ -104,12 +116,17 @@ class SparseRouter(SoftRouter):
         self.straight_through = knobs.threshold_gradient == "straight_through" and not knobs.const_threshold
         self.threshold = None if knobs.const_threshold else Linear(dim, 1)
 
+    def limit(self, x: Tensor) -> Tensor | float:
+        """G of each token, (N, 1), or the constant that it is for all."""
+        return self.max_threshold if self.threshold is None else self._limit(self.threshold(x))
+
+    def _limit(self, y: Tensor) -> Tensor:
+        return self.max_threshold * torch.sigmoid(y)
+
     def forward(self, x: Tensor) -> Gates:
-        gates = torch.sigmoid(self.router(x))
-        limit = self.max_threshold
-        if self.threshold is not None:
-            limit = self.max_threshold * torch.sigmoid(self.threshold(x))
+        y, *threshold = self._read(x, self.router, *([] if self.threshold is None else [self.threshold]))
+        gates, limit = torch.sigmoid(y), self._limit(*threshold) if threshold else self.max_threshold
         mask = (gates >= limit).to(gates.dtype)
         if self.straight_through:
             mask = mask - (limit - limit.detach())
-        return self._by_name(gates * mask)
+        return self._by_name(gates * mask, x.dtype)

@@ -34,9 +34,9 @@ class Scale(AdapterModule):
         self.factor = config.adapters["scale"].factor
         self.declare("s", (site.in_features,), normal)
 
-    def forward(self, u: Tensor, gate: Tensor | None) -> Tensor:
+    def forward(self, output: Tensor, u: Tensor, gate: Tensor | None) -> Tensor:
         y = self.factor * self.s.to(u.dtype) * u
-        return y if gate is None else y * gate
+        return output + (y if gate is None else y * gate)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Adapters as parameters: which they are, what they cost, how they start and how they train."""
 
 import resource
+import statistics
 
 import pytest
 import torch
@@ -58,9 +59,12 @@ def test_adapters_stay_float32_beside_a_bf16_base(name: str) -> None:
     in_float = build(name)
     in_float.model.loss(batch, batch).backward()
     expected = gradients(in_float.model)
+    off = []
     for key, grad in gradients(llm.model).items():
         assert grad.dtype == torch.float32 and torch.isfinite(grad).all()
-        assert relative(grad, expected[key]) < 0.3, key
+        off.append(relative(grad, expected[key]))
+        assert off[-1] < 0.5, key  # small rests of large sums are far off
+    assert statistics.median(off) < 0.15
     assert len(llm.generate([[256, 5, 6]], max_gen_len=4)[0]) == 4
 
 

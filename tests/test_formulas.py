@@ -46,7 +46,8 @@ def test_model_equals_the_formulas(name: str | None) -> None:
     for key, found in gradients(model).items():
         grad = by_hand.w[key].grad
         assert grad is not None and grad.norm() > 0, key
-        assert relative(found.double(), grad) < 5e-4, key  # float32 against float64
+        # float32 against float64; thresholds see differences of nearly equal numbers
+        assert relative(found.double(), grad) < (1e-3 if "threshold" in key else 5e-4), key
 
 
 def test_adapters_matter() -> None:
@@ -141,16 +142,22 @@ def test_packed_rows_equal_each_row_alone_and_padded_rows(name: str) -> None:
         assert relative(found, grads[key]) < (1e-4 if found.numel() > 1 else 1e-3), key
 
 
-def test_activation_checkpointing_changes_nothing(monkeypatch) -> None:
-    model, batch = shared("soft_moa").model, tokens(2, 7)
+@pytest.mark.parametrize("method", ["soft_moa", "custom"])
+@pytest.mark.parametrize(("choice", "blocks", "second_halves"), [("off", 1, 1), ("ffn", 1, 2), ("all", 2, 2)])
+def test_activation_checkpointing_changes_nothing(monkeypatch, method, choice, blocks, second_halves) -> None:
+    model, batch = shared(method).model, tokens(2, 7)
     model.loss(batch, batch).backward()
     expected = gradients(model)
-    monkeypatch.setattr(model, "activation_checkpointing", True)
-    runs = []
-    hook = model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    monkeypatch.setattr(model, "activation_checkpointing", choice)
+    block, runs = model.layers[0], {"blocks": 0, "second halves": 0}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
+        for name, module in {"blocks": block, "second halves": block.ffn_norm}.items()
+    ]
     model.loss(batch, batch).backward()
-    hook.remove()
-    assert len(runs) == 2  # once more in the backward pass
+    for hook in hooks:
+        hook.remove()
+    assert runs == {"blocks": blocks, "second halves": second_halves}  # once more in the backward pass
     for key, found in gradients(model).items():
         assert relative(found, expected[key]) < 1e-6, key
 
@@ -175,7 +182,7 @@ def test_straight_through_leaves_the_forward_as_it_is_and_teaches_the_threshold(
     for values in out.values():
         (values * upstream).sum().backward()
     st, none = routers["straight_through"], routers["none"]
-    assert none.threshold.weight.grad is None and none.threshold.bias.grad is None
+    assert not any(p.grad is not None and p.grad.any() for p in none.threshold.parameters())
 
     # weight = g m with dm = -dG: d/dg = m, d/dG = -g
     g = torch.sigmoid(st.router(x)).detach()

@@ -83,13 +83,13 @@ def compared(one, ranks) -> tuple[Found, list[Found]]:
 def require_equal(found: Found, wanted: Found, bound: float, exact: Found | None = None) -> None:
     """Every tensor by its norm. exact: the same in float64; where it shows `wanted` to be some way off by rounding
     alone (the small rest of large sums), `found` may be five times as far. Of a single number that may be luck: it may
-    also be off by a last bit of what was summed, which is of the size of one."""
+    also be off by a few last bits of what was summed, which is of the size of one."""
     assert found.keys() == wanted.keys()
     for key, tensor in wanted.items():
         assert tensor.norm() > 0, key
         rounding = relative(tensor, exact[key]) if exact else 0.0
-        one_bit = exact is not None and tensor.numel() == 1 and (found[key] - tensor).norm() < 1.2e-7
-        assert one_bit or relative(found[key], tensor) < max(bound, 5 * rounding), key
+        few_bits = exact is not None and tensor.numel() == 1 and (found[key] - tensor).norm() < 1.5e-6
+        assert few_bits or relative(found[key], tensor) < max(bound, 5 * rounding), key
 
 
 def test_logits_and_loss(compared) -> None:
@@ -108,7 +108,7 @@ def test_every_gradient_in_float32(compared) -> None:
         require_equal(rank["float32"]["gradients"], alone["float32"]["gradients"], 1e-5, exact)
 
 
-@pytest.mark.parametrize("kind", ["float64", "checkpointed"])
+@pytest.mark.parametrize("kind", ["float64", "ffn", "all"])
 def test_every_gradient(compared, kind: str) -> None:
     """To a bound far below what any mistake would do."""
     alone, shared = compared
