@@ -3,6 +3,7 @@
 Shapes: N tokens, R rows, H query heads, K key/value heads (each serves H/K query heads), h head width.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -39,10 +40,20 @@ def cached_attention(q: Tensor, cache: Cache, layer: int) -> Tensor:
 
     The H/K query heads that share a key head are treated as that many queries of one head: nothing is repeated.
     """
-    k, v = cache.filled(layer)  # (R, T, K, h)
-    grouped = q.unflatten(1, (k.shape[2], -1))  # (R, K, H/K, h)
-    out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=cache.visible)
-    return out.flatten(1, 2)
+    k, v = cache.filled(layer)  # (R, K, T, h)
+    grouped = q.unflatten(1, (k.shape[1], -1))  # (R, K, H/K, h)
+    if q.device.type == "cpu":
+        return _decode_on_cpu(grouped, k, v, cache.visible).flatten(1, 2)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=cache.visible).flatten(1, 2)
+
+
+def _decode_on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """q (R, K, H/K, h), k and v (R, K, T, h) -> (R, K, H/K, h), scores in float32. Two plain products: PyTorch's kernel
+    takes twice as long for so few queries."""
+    scores = _wide(q) @ _wide(k).mT / math.sqrt(q.shape[-1])
+    if visible is not None:
+        scores = scores.masked_fill_(~visible, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

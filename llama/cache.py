@@ -13,15 +13,20 @@ from moa.routers import Gates
 class Cache:
     """Keys and values of up to `max_rows` rows of up to `max_len` tokens each, for every layer.
 
-    k, v: one (max_rows, max_len, K, h) tensor per layer. lengths: tokens held of each row. gates: per layer, those that
-    its router gave a row for good, (max_rows, 1) by slot.
+    k, v: one (max_rows, K, max_len, h) tensor per layer; on a CPU the keys' tokens lie innermost in memory, as its
+    product with a query wants them. lengths: tokens held of each row. gates: per layer, those that its router gave a
+    row for good, (max_rows, 1) by slot.
     """
 
     def __init__(
         self, n_layers: int, max_rows: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device
     ):
-        shape = (max_rows, max_len, n_kv_heads, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        shape = (max_rows, n_kv_heads, max_len, head_dim)
+        turned = (max_rows, n_kv_heads, head_dim, max_len)
+        if torch.device(device).type == "cpu":
+            self.k = [torch.zeros(turned, dtype=dtype).mT for _ in range(n_layers)]
+        else:
+            self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.gates: list[Gates] = [{} for _ in range(n_layers)]
         self.max_rows, self.max_len, self.device = max_rows, max_len, device
@@ -37,8 +42,8 @@ class Cache:
     def fill(self, layer: int, places: list[int], spans: list[tuple[int, int]], k: Tensor, v: Tensor) -> None:
         """Prefill: put the packed keys and values (N, K, h) of newly admitted rows into their places."""
         for place, (begin, end) in zip(places, spans, strict=True):
-            self.k[layer][place, : end - begin] = k[begin:end]
-            self.v[layer][place, : end - begin] = v[begin:end]
+            self.k[layer][place, :, : end - begin] = k[begin:end].transpose(0, 1)
+            self.v[layer][place, :, : end - begin] = v[begin:end].transpose(0, 1)
 
     def keep_gates(self, layer: int, places: list[int], gates: Gates) -> None:
         """Prefill: put the gates (R, 1) of newly admitted rows into their places."""
@@ -55,7 +60,7 @@ class Cache:
         self.lengths = [n + 1 for n in self.lengths]
         assert max(self.lengths) <= self.max_len
         ends = torch.tensor(self.lengths, device=self.device)
-        self._where = (torch.arange(len(self.lengths), device=self.device), ends - 1)
+        self._where = (torch.arange(len(self.lengths), device=self.device), slice(None), ends - 1)
         self.longest = max(self.lengths)
         inside = torch.arange(self.longest, device=self.device) < ends[:, None]
         self.visible = None if min(self.lengths) == self.longest else inside[:, None, None]  # (R, 1, 1, T)
@@ -66,9 +71,9 @@ class Cache:
         self.v[layer][self._where] = v
 
     def filled(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(R, T, K, h) keys and values up to the longest row; `visible` masks what lies beyond a shorter one."""
+        """(R, K, T, h) keys and values up to the longest row; `visible` masks what lies beyond a shorter one."""
         rows = len(self.lengths)
-        return self.k[layer][:rows, : self.longest], self.v[layer][:rows, : self.longest]
+        return self.k[layer][:rows, :, : self.longest], self.v[layer][:rows, :, : self.longest]
 
     @torch.inference_mode()  # what `keep_gates` made, it made in this mode
     def drop(self, place: int) -> None:
@@ -77,7 +82,7 @@ class Cache:
         if place != last:
             n = self.lengths[last]
             for tensor in (*self.k, *self.v):
-                tensor[place, :n] = tensor[last, :n]
+                tensor[place, :, :n] = tensor[last, :, :n]
             for gate in (gate for layer in self.gates for gate in layer.values()):
                 gate[place] = gate[last]
             self.lengths[place] = n

@@ -14,6 +14,7 @@ from llama.parallel import pick_device, start_processes
 from llama.sampling import row_uniforms
 from llama.tokenizer import Tokenizer
 from moa import state
+from moa.adapter import weights_stand_still
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 
@@ -106,9 +107,10 @@ class Llama:
         training = self.model.training
         self.model.eval()  # no noise in a router
         try:
-            for answer in run(self.model, answers, self.max_batch_size, rules):
-                if on_finish is not None:
-                    on_finish(answer.index, answer.tokens)
+            with weights_stand_still(self.model, may_copy=True):
+                for answer in run(self.model, answers, self.max_batch_size, rules):
+                    if on_finish is not None:
+                        on_finish(answer.index, answer.tokens)
         finally:
             self.model.train(training)
         return [answer.tokens for answer in answers]

@@ -6,13 +6,17 @@ These take no memory, and know the whole sizes as well as this rank's. Forward p
 of an input's gradients over the ranks: layers that share an input share one (`moa.parallel.copy_to_ranks`, outside).
 """
 
+from collections.abc import Callable, Hashable
+
 import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.parallel import mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
+from moa.adapter import Deriving
+from moa.block import Adapters, Read
+from moa.parallel import copy_to_ranks, mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
 
 
 def unfilled(*shape: int) -> nn.Parameter:
@@ -20,7 +24,7 @@ def unfilled(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
-class ColumnParallel(ColumnParallelLinear):
+class ColumnParallel(Deriving, ColumnParallelLinear):
     """y = W x, (N, in) whole -> (N, out / parts), this rank's part; `gather`: whole. heads: the outputs are so many
     key/value heads, each of which several ranks hold where there are more ranks (`moa.parallel.parts_of_heads`). The
     gradient of x is this rank's part of a sum."""
@@ -33,7 +37,7 @@ class ColumnParallel(ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = product(self, x, lambda: [self.weight])
         return gather_from_model_parallel_region(y) if self.gather_output else y
 
 
@@ -62,3 +66,37 @@ class VocabParallel(VocabParallelEmbedding):
         # What fairscale passes on to torch's embedding, as it is there by default
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
+
+
+def side_by_side(
+    x: Tensor, layers: list[ColumnParallel] | list[RowParallel], adapters: Adapters, *sites: str
+) -> tuple[list[Tensor], Read]:
+    """What frozen layers make of the input x (N, in) that they share, and what the adapters at `sites`, beside them,
+    read of it. While all weights stand still, and there is memory for a copy, that is one product of all the weights,
+    one above the other."""
+    column = isinstance(layers[0], ColumnParallel)
+    if not adapters.may_copy:
+        shared = copy_to_ranks(x) if column else x
+        return [layer(shared) for layer in layers], adapters.read(x, *sites)
+    weights = [layer.weight for layer in layers]
+    y = product(adapters, x, lambda: [*weights, *adapters.reads(*sites)], sites)
+    y = y if column else sum_over_ranks(y)
+    widths = [len(weight) for weight in weights]
+    *outputs, read = y.split([*widths, y.shape[1] - sum(widths)], -1)
+    return outputs, adapters.read_of(x, read, *sites)
+
+
+def product(keeper: Deriving, x: Tensor, weights: Callable[[], list[Tensor]], name: Hashable = "stack") -> Tensor:
+    """x (N, in) times all `weights` (k, in), one above the other. A copy that `keeper` may keep of them is laid out, for
+    a CPU's bf16 kernels, in the order in which they read it: they would sort it anew for every product."""
+    sort = keeper.may_copy and x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+    def stack() -> Tensor:
+        stacked = torch.cat([weight.to(x.dtype) for weight in weights()])
+        return torch.ops.mkldnn._reorder_linear_weight(stacked, None) if sort else stacked
+
+    if not keeper.may_copy:
+        (weight,) = weights()
+        return F.linear(x, weight)
+    stacked = keeper.derived((name, x.dtype), stack)
+    return torch.ops.mkldnn._linear_pointwise(x, stacked, None, "none", [], "") if sort else F.linear(x, stacked)

@@ -21,10 +21,10 @@ from llama.args import ModelArgs
 from llama.attention import cached_attention, causal_attention
 from llama.cache import Cache
 from llama.data import IGNORE
-from llama.layers import ColumnParallel, RowParallel, VocabParallel, unfilled
+from llama.layers import ColumnParallel, RowParallel, VocabParallel, side_by_side, unfilled
 from llama.loss import label_loss
 from llama.pointwise import rms_norm, swiglu
-from llama.rope import Rope, frequencies
+from llama.rope import Rope, frequencies, rotations
 from moa.adapter import AdapterModule, Site
 from moa.base import NormWeight
 from moa.block import Adapters, Mixing, build_router
@@ -74,16 +74,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mixing: Mixing, step: "Step", layer: int) -> Tensor:
         """x (N, D), normed -> (N, D)."""
-        shared, read = copy_to_ranks(x), self.adapters.read(x, "Q", "K", "V", "attention")
-        q = self.adapters.add("Q", self.wq(shared), mixing, read)
-        k = self.adapters.add("K", self.wk(shared), mixing, read)
-        v = self.adapters.add("V", self.wv(shared), mixing, read)
+        (q, k, v), read = side_by_side(x, [self.wq, self.wk, self.wv], self.adapters, "Q", "K", "V", "attention")
+        q = self.adapters.add("Q", q, mixing, read)
+        k = self.adapters.add("K", k, mixing, read)
+        v = self.adapters.add("V", v, mixing, read)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (N, H or K, h)
         q, k = step.rope(q), step.rope(k)
         heads = step.attend(q, k, v, layer)
         heads = self.adapters.add("attention", heads, mixing, read, q, self.wk, self.wv)
-        heads = heads.flatten(1)
-        return self.adapters.add("O", self.wo(heads), mixing, self.adapters.read(heads, "O"))
+        (out,), read = side_by_side(heads.flatten(1), [self.wo], self.adapters, "O")
+        return self.adapters.add("O", out, mixing, read)
 
 
 class FeedForward(nn.Module):
@@ -105,11 +105,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, mixing: Mixing) -> Tensor:
         """x (N, D), normed -> (N, D)."""
-        shared, read = copy_to_ranks(x), self.adapters.read(x, "FFN_UP", "FFN_GATE")
-        up = self.adapters.add("FFN_UP", self.w3(shared), mixing, read)
-        gate = self.adapters.add("FFN_GATE", self.w1(shared), mixing, read)
-        hidden = swiglu(gate, up)
-        return self.adapters.add("FFN_DOWN", self.w2(hidden), mixing, self.adapters.read(hidden, "FFN_DOWN"))
+        (up, gate), read = side_by_side(x, [self.w3, self.w1], self.adapters, "FFN_UP", "FFN_GATE")
+        up = self.adapters.add("FFN_UP", up, mixing, read)
+        gate = self.adapters.add("FFN_GATE", gate, mixing, read)
+        (out,), read = side_by_side(swiglu(gate, up), [self.w2], self.adapters, "FFN_DOWN")
+        return self.adapters.add("FFN_DOWN", out, mixing, read)
 
 
 class TransformerBlock(nn.Module):
@@ -168,15 +168,13 @@ class Step:
     def route(self, router: AdapterModule, x: Tensor, layer: int) -> Gates:
         """A block's gates (N, 1) by slot. A router of whole rows is asked when a row begins; then the cache knows."""
         if not router.per_row:
-            gates = router(x)
-        elif self.cache is not None and self.places is None:
-            gates = self.cache.kept_gates(layer)
-        else:
-            gates = router(self.rows.prompt_means(x))
-            if self.cache is not None:
-                self.cache.keep_gates(layer, self.places, gates)
-            gates = {slot: self.rows.per_token(gate) for slot, gate in gates.items()}
-        return {slot: gate.to(x.dtype) for slot, gate in gates.items()}
+            return router(x)
+        if self.cache is not None and self.places is None:
+            return self.cache.kept_gates(layer)
+        gates = router(self.rows.prompt_means(x))
+        if self.cache is not None:
+            self.cache.keep_gates(layer, self.places, gates)
+        return {slot: self.rows.per_token(gate.to(x.dtype)) for slot, gate in gates.items()}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q (N, H, h), k and v (N, K, h) -> (N, H, h). With a cache: a prefill of the rows at `places`, or (None) one
@@ -216,6 +214,7 @@ class Transformer(nn.Module):
         self.norm = _norm(args, config)
         self.output = ColumnParallel(args.dim, args.vocab_size, gather=True)
         self.freqs = frequencies(args)
+        self.turns = self.freqs.new_empty(0, args.head_dim // 2, dtype=torch.complex64)
 
     def forward(self, tokens: Tensor, prompt_lens: list[int] | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V) float32; the whole sequence, causal, differentiable.
@@ -267,15 +266,22 @@ class Transformer(nn.Module):
         self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Final hidden states, and the load-balancing losses of all blocks."""
-        if self.freqs.device != tokens.device:
-            self.freqs = self.freqs.to(tokens.device)
         recompute = self.activation_checkpointing if torch.is_grad_enabled() else "off"
-        step = Step(rows, Rope(self.freqs, rows.positions), self.flash, cache, places, recompute)
+        step = Step(rows, self._rope(rows), self.flash, cache, places, recompute)
         x, losses = self.tok_embeddings(tokens), []
         for block in self.layers:
             x, balance = _run_again_later(block, x, step, when=recompute == "all")
             losses += balance
         return self.norm(x), losses
+
+    def _rope(self, rows: Rows) -> Rope:
+        """From a table of the rotations of all positions, which grows as they do."""
+        longest = max(start + length for start, length in zip(rows.starts, rows.lengths, strict=True))
+        if len(self.turns) < longest or self.turns.device != rows.device:
+            with torch.inference_mode(False):
+                positions = torch.arange(2 * longest, device=rows.device)
+                self.turns = rotations(self.freqs.to(rows.device), positions)
+        return Rope(self.turns[rows.positions])
 
     def make_cache(self, max_rows: int, max_len: int) -> Cache:
         """An empty KV cache in the base's dtype, on its device, for this rank's heads."""

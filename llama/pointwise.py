@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, in float32 inside. x (N, D), weight (D,)."""
-    if x.device.type == "cuda":  # has a kernel that does so
+    if x.device.type == "cuda" or not torch.is_grad_enabled():  # a kernel that does so; a CPU's keeps much
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -24,20 +24,24 @@ def frequencies(args: ModelArgs) -> Tensor:
     return freqs * (kept + (1 - kept) / args.rope_scaling_factor)
 
 
-class Rope:
-    """The batch's rotations, worked out once per forward pass and shared by all layers.
+def rotations(freqs: Tensor, positions: Tensor) -> Tensor:
+    """(..., h/2) complex64, of length 1: how far each pair of components turns at these positions (...)."""
+    angles = positions.float()[..., None] * freqs
+    return torch.complex(angles.cos(), angles.sin())
 
-    positions: (N,). The result turns (N, heads, h) tensors; in Meta's layout components 2i and 2i + 1 form a pair, read
-    as a complex number and multiplied by one of length 1.
+
+class Rope:
+    """The rotations of a batch, shared by all layers. turns: (N, h/2), of the batch's positions.
+
+    Turns (N, heads, h) tensors; in Meta's layout components 2i and 2i + 1 form a pair, read as a complex number.
     """
 
-    def __init__(self, freqs: Tensor, positions: Tensor):
-        angles = positions.float()[:, None] * freqs
-        self.forth = torch.complex(angles.cos(), angles.sin())[:, None]  # (N, 1, h/2)
-        self.back = self.forth.conj().resolve_conj()
+    def __init__(self, turns: Tensor):
+        self.forth = turns[:, None]
+        self.back = self.forth.conj().resolve_conj() if torch.is_grad_enabled() else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _Turn.apply(x, self.forth, self.back)
+        return _Turn.apply(x, self.forth, self.back) if torch.is_grad_enabled() else _turn(x, self.forth)
 
 
 class _Turn(torch.autograd.Function):

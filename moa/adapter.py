@@ -51,9 +51,14 @@ class Declared:
 
 class Deriving(nn.Module):
     """A module that works things out from its weights alone, for every forward pass anew while they train; while they
-    stand still (`weights_stand_still`) once."""
+    stand still (`weights_stand_still`) once. may_copy: meanwhile there is memory for copies of the frozen weights."""
 
     _derived: dict[Hashable, Tensor] | None = None
+    may_copy = False
+
+    @property
+    def stands_still(self) -> bool:
+        return self._derived is not None
 
     def derived(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         if self._derived is None:
@@ -64,16 +69,16 @@ class Deriving(nn.Module):
 
 
 @contextmanager
-def weights_stand_still(model: nn.Module) -> Iterator[None]:
+def weights_stand_still(model: nn.Module, may_copy: bool) -> Iterator[None]:
     """Meanwhile no weight changes, and nothing is differentiated: a run of generation."""
     modules = [module for module in model.modules() if isinstance(module, Deriving)]
     for module in modules:
-        module._derived = {}
+        module._derived, module.may_copy = {}, may_copy
     try:
         yield
     finally:
         for module in modules:
-            module._derived = None
+            module._derived, module.may_copy = None, False
 
 
 class AdapterModule(Deriving):
@@ -149,4 +154,21 @@ def add_product(output: Tensor, site: Site, a: Tensor, weight: Tensor, scale: fl
     cut as the site's outputs are. The output must be one that autograd does not keep, as a linear layer's."""
     if site.cut == "out":
         a = copy_to_ranks(a)
+    a = a.to(weight.dtype)
+    if weight.dtype != output.dtype:  # `narrow_type`
+        return output.add_(a @ weight.T, alpha=scale)
     return output.addmm_(a, weight.T, alpha=scale)
+
+
+def narrow_type(module: Deriving, a: Tensor) -> torch.dtype:
+    """In which type a narrow product a W^T of a (N, k) is quickest: its own, but for the few rows of a decode step on a
+    CPU, where bf16 kernels take longer to start than float32's to finish."""
+    few = module.stands_still and a.device.type == "cpu" and len(a) <= 64
+    return torch.float32 if few else a.dtype
+
+
+def weigh(a: Tensor, gate: Tensor, width: int) -> Tensor:
+    """a (N, E width), or (N, width) of all experts, times the gates (N, E) of the experts -> (N, E width)."""
+    if gate.shape[1] == 1:
+        return a * gate
+    return (a.unflatten(-1, (-1, width)) * gate[:, :, None]).flatten(1)

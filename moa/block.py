@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa.adapter import AdapterModule, Deriving, Site, project_in
+from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in
 from moa.base import BIASED_SITES, Bias
 from moa.config import AdapterConfig, Slot
 from moa.knobs import ADAPTERS, BLOCK_ROUTERS
@@ -53,14 +53,22 @@ class Adapters(nn.ModuleDict, Deriving):
     def read(self, u: Tensor, *sites: str) -> Read:
         """What all that stands at `sites`, which share the input u (N, in), reads of it: one product of its weights,
         one above the other."""
-        wanted = {module: module.reads() for module in self._standing_at(sites)}
-        weights = [weight for reads in wanted.values() for weight in reads]
+        weights = self.reads(*sites)
         if not weights:
             return Read(u, {})
-        stack = self.derived((sites, u.dtype), lambda: torch.cat(weights).to(u.dtype))
-        products = project_in(self.sites[sites[0]], u, stack).split([len(weight) for weight in weights], -1)
-        each = iter(products)
-        return Read(u, {module: tuple(next(each) for _ in reads) for module, reads in wanted.items() if reads})
+        dtype = narrow_type(self, u)
+        stack = self.derived((sites, dtype), lambda: torch.cat(weights).to(dtype))
+        return self.read_of(u, project_in(self.sites[sites[0]], u.to(dtype), stack), *sites)
+
+    def reads(self, *sites: str) -> list[Tensor]:
+        """The weights (k, in) of that product."""
+        return [weight for module in self._standing_at(sites) for weight in module.reads()]
+
+    def read_of(self, u: Tensor, product: Tensor, *sites: str) -> Read:
+        """The product (N, sum of k), worked out elsewhere, shared out."""
+        widths = {module: [len(weight) for weight in module.reads()] for module in self._standing_at(sites)}
+        parts = iter(product.split([width for of_one in widths.values() for width in of_one], -1))
+        return Read(u, {module: tuple(next(parts) for _ in of_one) for module, of_one in widths.items() if of_one})
 
     def _standing_at(self, sites: tuple[str, ...]) -> Iterator[AdapterModule]:
         """Adapters and their routers of experts."""

@@ -63,9 +63,7 @@ class TopKExperts(AdapterModule):
         best = logits.topk(self.top_k, -1).indices
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
         weights = logits.masked_fill(~chosen, -torch.inf).softmax(-1)
-        return weights.to(y.dtype), balance_loss(
-            chosen, logits.softmax(-1)
-        ) if not torch.is_inference_mode_enabled() else None
+        return weights.to(y.dtype), _balance(chosen, logits.softmax(-1))
 
 
 class AdaMoLEExperts(AdapterModule):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from moa.adapter import AdapterModule, Site, add_product, like_linear, zeros
+from moa.adapter import AdapterModule, Site, add_product, like_linear, narrow_type, weigh, zeros
 from moa.config import AdapterConfig
 from moa.experts import build_expert_router
 
@@ -34,5 +34,5 @@ class LoRA(AdapterModule):
         weighs the r-wide middles: the same product for a fraction of the work, and whole on every model-parallel
         rank."""
         if gate is not None:
-            a = (a.unflatten(-1, (-1, self.rank)) * gate[:, :, None]).flatten(1)  # (N, E r)
-        return add_product(output, self.site, a, self.cast("B", a.dtype), self.scale)
+            a = weigh(a, gate, self.rank)  # (N, E r)
+        return add_product(output, self.site, a, self.cast("B", narrow_type(self, a)), self.scale)

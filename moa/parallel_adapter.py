@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site, add_product, uniform, zeros
+from moa.adapter import AdapterModule, Site, add_product, narrow_type, uniform, weigh, zeros
 from moa.config import AdapterConfig
 from moa.experts import build_expert_router
 
@@ -43,6 +43,7 @@ class ParallelAdapter(AdapterModule):
         if gate is None:
             gate = down.new_ones(1, 1).expand(len(down), -1)
         else:
-            hidden = (hidden.unflatten(-1, (-1, self.size)) * gate[:, :, None]).flatten(1)  # (N, E size)
-        up = self.derived(("up", down.dtype), lambda: torch.cat([self.up, self.up_bias.T], 1).to(down.dtype))
+            hidden = weigh(hidden, gate, self.size)  # (N, E size)
+        dtype = narrow_type(self, down)
+        up = self.derived(("up", dtype), lambda: torch.cat([self.up, self.up_bias.T], 1).to(dtype))
         return add_product(output, self.site, torch.cat([hidden, gate], 1), up)

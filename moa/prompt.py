@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moa.adapter import AdapterModule, Site, normal, zeros
 from moa.config import AdapterConfig
@@ -45,13 +46,20 @@ class Prompt(AdapterModule):
         keys = self.derived(("keys", query.dtype), lambda: self._projected(wk, width, query.dtype) / math.sqrt(width))
         values = self.derived(("values", query.dtype), lambda: self._projected(wv, width, query.dtype))
         n_kv, length, _ = keys.shape
+        if self.stands_still and self.n_experts == 1 and n <= 64:  # a decode step: few tokens, one kernel
+            weight = self.cast("z", query.dtype)[:, None]  # (H, 1)
+            if gate is not None:
+                weight = (weight * gate[:, :, None]).to(query.dtype)  # (N, H, 1)
+            one_row = (query.transpose(0, 1)[None], keys[None], values[None])
+            out = F.scaled_dot_product_attention(*one_row, scale=1.0, enable_gqa=True)[0]
+            return torch.addcmul(output, out.transpose(0, 1), weight)
         # Query heads that share a key head lie side by side, tokens innermost: (N, H, h) -> (K, h, N * H/K). Then the
         # softmax runs along an outer dimension, which takes a tenth of the time.
         grouped = query.view(n, n_kv, -1, width).transpose(0, 1).reshape(n_kv, -1, width).mT
         attention = (keys @ grouped).softmax(1)  # (K, E L, N * H/K)
         weight = self.cast("z", query.dtype).view(n_kv, 1, 1, 1, -1)
         if gate is not None:
-            weight = weight * copy_to_ranks(gate).T[:, None, :, None]  # each rank's heads give part of its gradient
+            weight = weight * copy_to_ranks(gate.to(query.dtype)).T[:, None, :, None]  # each rank's heads give part of its gradient
         weighed = attention.view(n_kv, self.n_experts, -1, n, n_heads // n_kv) * weight  # (K, E, L, N, H/K)
         out = weighed.view(n_kv, length, -1).mT @ values
         return output + out.view(n_kv, n, -1, width).transpose(0, 1).reshape(n, n_heads, width)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, like_linear, zeros
+from moa.adapter import AdapterModule, like_linear, narrow_type, zeros
 from moa.config import AdapterConfig, Slot
 from moa.parallel import Cut
 
-Gates = dict[str, Tensor]  # slot -> (N, 1), in the type of the router's input; worked out in float32
+Gates = dict[str, Tensor]  # slot -> (N, 1), in the type of what they weigh; worked out in float32
 
 
 class Linear(AdapterModule):
@@ -66,17 +66,18 @@ class SoftRouter(AdapterModule):
 
     def forward(self, x: Tensor) -> Gates:
         (y,) = self._read(x, self.router)
-        return self._by_name(y.softmax(-1) if self.compete else torch.sigmoid(y), x.dtype)
+        return self._by_name(y.softmax(-1) if self.compete else torch.sigmoid(y), x)
 
     def _read(self, x: Tensor, *layers: Linear | SwiGLU) -> list[Tensor]:
         """What each of these makes of x, (N, ...) float32: one product for all."""
         weights = [weight for layer in layers for weight in layer.reads()]
-        stack = self.derived(x.dtype, lambda: torch.cat(weights).to(x.dtype))
-        products = iter(F.linear(x, stack).split([len(weight) for weight in weights], -1))
+        dtype = narrow_type(self, x)
+        stack = self.derived(dtype, lambda: torch.cat(weights).to(dtype))
+        products = iter(F.linear(x.to(dtype), stack).split([len(weight) for weight in weights], -1))
         return [layer.finish(*(next(products) for _ in layer.reads())) for layer in layers]
 
-    def _by_name(self, gates: Tensor, dtype: torch.dtype) -> Gates:
-        return dict(zip(self.slots, gates.to(dtype).split(1, dim=-1), strict=True))
+    def _by_name(self, gates: Tensor, x: Tensor) -> Gates:
+        return dict(zip(self.slots, gates.to(narrow_type(self, x)).split(1, dim=-1), strict=True))
 
 
 class InstanceRouter(SoftRouter):
@@ -129,4 +130,4 @@ class SparseRouter(SoftRouter):
         mask = (gates >= limit).to(gates.dtype)
         if self.straight_through:
             mask = mask - (limit - limit.detach())
-        return self._by_name(gates * mask, x.dtype)
+        return self._by_name(gates * mask, x)

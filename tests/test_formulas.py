@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import llama.loss
 from llama import ModelArgs
 from llama.model import RMSNorm
-from llama.rope import Rope, frequencies
+from llama.rope import Rope, frequencies, rotations
 from moa.config import AdapterConfig
 from moa.routers import SparseRouter
 from moa.rows import Rows
@@ -210,12 +210,12 @@ def test_rope_plain() -> None:
     torch.testing.assert_close(frequencies(args).tolist(), [10000.0 ** (-i / 128) for i in range(0, 128, 2)])
     x = torch.randn(4, 2, 128, generator=torch.Generator().manual_seed(0))
     positions = [0, 1, 7, 300]
-    turned = Rope(frequencies(args), torch.tensor(positions))(x)
+    turned = Rope(rotations(frequencies(args), torch.tensor(positions)))(x)
     for n, position in enumerate(positions):
         for head in range(2):
             expected = rotate(x[n, head].double(), position, 10000.0)
             torch.testing.assert_close(turned[n, head].double(), expected, rtol=1e-4, atol=1e-4)
-    assert Rope(frequencies(args), torch.tensor(positions))(x.bfloat16()).dtype == torch.bfloat16
+    assert Rope(rotations(frequencies(args), torch.tensor(positions)))(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("theta, factor, low, high, context", [(5e5, 8, 1, 4, 8192), (1e4, 32, 2, 5, 1000)])
