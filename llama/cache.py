@@ -76,14 +76,18 @@ class Cache:
         return self.k[layer][:rows, :, : self.longest], self.v[layer][:rows, :, : self.longest]
 
     @torch.inference_mode()  # what `keep_gates` made, it made in this mode
+    def copy(self, source: int, place: int) -> None:
+        """All that is held of the row at `source`, to `place`."""
+        n = self.lengths[source]
+        for tensor in (*self.k, *self.v):
+            tensor[place, :, :n] = tensor[source, :, :n]
+        for gate in (gate for layer in self.gates for gate in layer.values()):
+            gate[place] = gate[source]
+        self.lengths[place] = n
+
     def drop(self, place: int) -> None:
         """A row is finished: the last row moves to its place."""
         last = len(self.lengths) - 1
         if place != last:
-            n = self.lengths[last]
-            for tensor in (*self.k, *self.v):
-                tensor[place, :, :n] = tensor[last, :, :n]
-            for gate in (gate for layer in self.gates for gate in layer.values()):
-                gate[place] = gate[last]
-            self.lengths[place] = n
+            self.copy(last, place)
         self.lengths.pop()

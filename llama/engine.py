@@ -42,12 +42,23 @@ class Rules:
 
 
 def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], device: torch.device) -> Tensor:
-    """Admit new rows to the cache -> logits (R, V) of each row's first new token."""
-    rows = Rows([len(prompt) for prompt in prompts], device)
-    places = cache.admit(rows.lengths)
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    """Admit new rows to the cache -> logits (R, V) of each row's first new token. Rows of the same prompt, several
+    samples of an answer, share its pass."""
+    places = cache.admit([len(prompt) for prompt in prompts])
+    first: dict[tuple[int, ...], int] = {}  # of each prompt's rows
+    for i, prompt in enumerate(prompts):
+        first.setdefault(tuple(prompt), i)
+    different = list(first.values())
+    rows = Rows([len(prompts[i]) for i in different], device)
+    tokens = torch.tensor([token for i in different for token in prompts[i]], device=device)
     last = torch.tensor([end - 1 for _, end in rows.spans], device=device)
-    return model.output(model.hidden(tokens, rows, cache, places)[last])
+    logits = model.output(model.hidden(tokens, rows, cache, [places[i] for i in different])[last])
+    if len(different) == len(prompts):
+        return logits
+    for i, prompt in enumerate(prompts):
+        if first[tuple(prompt)] != i:
+            cache.copy(places[first[tuple(prompt)]], places[i])
+    return logits[[different.index(first[tuple(prompt)]) for prompt in prompts]]
 
 
 def decode(model: Transformer, cache: Cache, tokens: list[int], device: torch.device) -> Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.engine import decode, prefill
 from llama.sampling import choose, row_uniforms
-from tiny import METHODS, build, shared, tokens
+from moa.adapter import Deriving, weights_stand_still
+from tiny import METHODS, build, config, relative, shared, tokens
 
 EOS, EOT = 257, 265
 ALL = [None, *METHODS]
@@ -82,6 +84,45 @@ def test_a_row_depends_on_itself_alone(name: str | None, temperature: float) -> 
         with sizes(llm, max_batch_size=size, max_seq_len=16):
             assert llm.generate(rows, **settings) == alone, size
             assert llm.generate(rows[::-1], **settings) == alone[::-1], size
+
+
+@pytest.mark.parametrize("name", ["soft_moa", "soft_moa_instance", "adamole"])
+def test_samples_of_a_prompt_share_its_pass(name: str) -> None:
+    llm, (one, other) = shared(name), prompts(9, 5)
+    seen: list[int] = []
+    hook = llm.model.tok_embeddings.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    rows, samples = [one, other, one, one, other], [0, 0, 1, 2, 1]
+    settings = {"max_gen_len": 6, "temperature": 1.0, "min_new_tokens": 6}
+    try:
+        together = llm.generate(rows, samples=samples, **settings)
+    finally:
+        hook.remove()
+    assert seen == [9 + 5] + [5] * 5
+    alone = [llm.generate([row], samples=[sample], **settings)[0] for row, sample in zip(rows, samples, strict=True)]
+    assert together == alone and together[0] != together[2]
+
+
+@pytest.mark.parametrize("may_copy", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy: bool) -> None:
+    """With stacked and sorted copies of the weights as without, and however few rows there are."""
+    model, (long, short) = build(name, bf16=bf16).model.eval(), prompts(12, 8)
+    device, n = torch.device("cpu"), 5
+    with torch.inference_mode():
+        wanted = [model(torch.tensor([row]), [len(row) - n])[0] for row in (long, short)]
+        with weights_stand_still(model, may_copy):
+            cache = model.make_cache(2, 12)
+            found = [prefill(model, cache, [long[:-n], short[:-n]], device)]
+            found += [decode(model, cache, [long[-i], short[-i]], device) for i in range(n, 0, -1)]
+    assert all(module._derived is None for module in model.modules() if isinstance(module, Deriving))
+    off = [relative(torch.stack([step[i] for step in found]).float(), w[-n - 1 :]) for i, w in enumerate(wanted)]
+    chooses = name is not None and (config(name).router.block_router, config(name).experts.expert_router) != (
+        "soft",
+        "soft",
+    )
+    bound = (0.5 if chooses else 0.08) if bf16 else 1e-5  # rounding may choose other experts
+    assert max(off) < bound, off
 
 
 def test_seeds_and_samples_differ_and_repeat() -> None:
