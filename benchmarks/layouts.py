@@ -1,9 +1,11 @@
 """What layouts of LLaMA-3.1 over GPUs hold and send, computed from the models' sizes alone. No weight, no GPU.
 
     python -m benchmarks.layouts [--json FILE]
+    python -m benchmarks.layouts --data_path gsm8k/train.json [--ckpt_dir DIR]
 
 Training as in the published runs on math_14k: bf16 base, rows of 300 tokens, 32 rows a step, here in micro-batches of
-4. Figures are of one GPU; all are alike.
+4. Figures are of one GPU; all are alike. With --data_path instead: how evenly the tokens of such steps are shared out
+among data-parallel ranks.
 """
 
 import json
@@ -17,18 +19,23 @@ import torch
 
 from benchmarks.shapes import LLAMA_3_1
 from cli import errors, knob, parse
+from demo.model import ensure_model
 from llama import ModelArgs, Transformer
+from llama.checkpoint import read_base
 from moa.config import AdapterConfig
+from training.data import load_examples
 from training.estimate import activation_bytes, cache_bytes, held_bytes, summed, temporary_bytes, traffic, uneven
 from training.layout import first_rank
 from training.rehearsal import kept, messages_of_generation, messages_of_step, unfilled_model
+from training.schedule import make_plan, share_out
+from training.settings import RECOMPUTED
 
 METHODS = ("soft_moa", "molora")
 LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
 ANSWERS, ANSWER_LENGTH = 32, 512  # generated at once: generate.py's defaults
 RESERVED = 2 * 2**30  # of a GPU's memory: for CUDA, NCCL and what the allocator cannot use
 GPU = torch.device("cuda")
-KINDS = {"plain": False, "checkpointed": True}  # without and with --activation_checkpointing
+RANKS = (2, 4, 8)  # among which rows are shared out
 
 
 class Layout(NamedTuple):
@@ -59,12 +66,18 @@ LAYOUTS = (
 class Flags:
     """Flags of this command."""
 
+    data_path: str | None = knob(None, help="training rows to share out")
+    ckpt_dir: str | None = knob(None, help="base model whose tokenizer counts; default: the demo model")
     json: str | None = knob(None, help="write the figures, in bytes, to this file too")
+
+    def __post_init__(self):
+        if self.ckpt_dir and not self.data_path:
+            raise ValueError("--ckpt_dir has no effect without --data_path")
 
 
 class Memory(NamedTuple):
-    """Of one GPU, in bytes. activations: of two rows and of three, plain and checkpointed; a row more takes the same
-    again."""
+    """Of one GPU, in bytes. activations: of two rows and of three, by choice of --activation_checkpointing; a row more
+    takes the same again."""
 
     held: dict[str, int]
     activations: dict[str, tuple[int, int]]
@@ -93,8 +106,8 @@ def memory_of(model: str, share: int, method: str) -> Memory:
     with first_rank(share, share):
         rank = model_of(model, method)
         rows = [kept(rank, uneven(n, LENGTH), GPU) for n in (2, 3)]
-        activations = {name: tuple(activation_bytes(k, again) for k in rows) for name, again in KINDS.items()}
-        temporary = partial(temporary_bytes, rank)
+        activations = {choice: tuple(activation_bytes(k, choice) for k in rows) for choice in RECOMPUTED}
+        temporary = partial(temporary_bytes, rank, device=GPU)
         return Memory(held_bytes(rank), activations, temporary, cache_bytes(rank, ANSWERS, ANSWER_LENGTH))
 
 
@@ -117,8 +130,8 @@ def compute(layout: Layout, method: str) -> dict[str, Any]:
     }
     with first_rank(layout.gpus, layout.share) as notes:
         model = model_of(layout.model, method)
-        for name, again in KINDS.items():
-            model.activation_checkpointing = again
+        for name in RECOMPUTED:
+            model.activation_checkpointing = name
             figures[name] = {
                 "activations": memory.of(BATCH_SIZE, name),
                 "total": memory.total(BATCH_SIZE, name),
@@ -156,20 +169,23 @@ def markdown(found: list[dict[str, Any]]) -> str:
             layout = Layout(**{name: figures[name] for name in Layout._fields})
             yield [str(layout), figures["method"], *cells(figures)]
 
+    def by_choice(f: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
+        return " / ".join(cell(f[choice]) for choice in RECOMPUTED)
+
     def memory(f: dict[str, Any]) -> list[str]:
         held = [_gb(size) for size in f["held"].values()]
-        plain, checkpointed = f["plain"], f["checkpointed"]
-        activations = f"{_gb(plain['activations'])} / {_gb(checkpointed['activations'])}"
-        totals = f"{_gb(plain['total'])} / {_gb(checkpointed['total'])}"
-        largest = f"{plain['largest_batch_size'] or 'none'} / {checkpointed['largest_batch_size'] or 'none'}"
+        activations = by_choice(f, lambda found: _gb(found["activations"]))
+        totals = by_choice(f, lambda found: _gb(found["total"]))
+        largest = by_choice(f, lambda found: f"{found['largest_batch_size'] or 'none'}")
         return [*held, activations, _gb(f["temporary"]), totals, f"{f['card']}", largest]
 
     def sent(f: dict[str, Any]) -> list[str]:
-        step, again = f["plain"]["step"], f["checkpointed"]["step"]
+        step = f["off"]["step"]
         once = [f"{step['gradients']['messages'] or '-'}", _mb(step["gradients"]["bytes"])]
         parts = step["micro_batch"].values()
         inside = [f"{part['messages']}, {_mb(part['bytes'])}" if part["messages"] else "-" for part in parts]
-        return [*once, f"{f['micro_batches']}", *inside, f"{_mb(step['sent_bytes'])} / {_mb(again['sent_bytes'])}"]
+        in_all = by_choice(f, lambda found: _mb(found["step"]["sent_bytes"]))
+        return [*once, f"{f['micro_batches']}", *inside, in_all]
 
     def generation(f: dict[str, Any]) -> list[str]:
         g, decode = f["generation"], f["generation"]["decode_step"]
@@ -177,9 +193,9 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
     return "\n\n".join(
         [
-            f"Training, GiB of one GPU, batch_size {BATCH_SIZE}. 2 x 4: two replicas, each shared by four GPUs. After "
-            "a slash: with --activation_checkpointing. The largest batch_size is the most rows that fit when "
-            f"{RESERVED / 2**30:.0f} GiB of a card are left to the libraries.",
+            f"Training, GiB of one GPU, batch_size {BATCH_SIZE}. 2 x 4: two replicas, each shared by four GPUs. With "
+            "slashes: --activation_checkpointing off / ffn / all. The largest batch_size is the most rows that fit "
+            f"when {RESERVED / 2**30:.0f} GiB of a card are left to the libraries.",
             _table(
                 "| layout | method | base | adapters | gradients | optimizer | activations | temporary | total | card "
                 "| largest batch_size |",
@@ -199,13 +215,39 @@ def markdown(found: list[dict[str, Any]]) -> str:
     )
 
 
+def shares(lengths: list[int]) -> list[dict[str, Any]]:
+    """Tokens of the busiest rank beside the ranks' mean, over the whole steps of an epoch with rows of these lengths:
+    "in_turn" where ranks take a step's rows in turn, "shared_out" as a run does it; mean and largest."""
+    plan = make_plan(len(lengths), ROWS_PER_STEP, 1, None, None, None, 6e-3, 0.0, False)
+    steps = [[lengths[i] for i in plan.rows(step, seed=0)] for step in range(len(lengths) // ROWS_PER_STEP)]
+    found = []
+    for ranks in RANKS:
+        ways: dict[str, list[float]] = {"in_turn": [], "shared_out": []}
+        for step in steps:
+            tokens = [sum(step[i] for i in share) for share in share_out(step, ranks)]
+            ways["in_turn"].append(max(sum(step[r::ranks]) for r in range(ranks)) * ranks / sum(step))
+            ways["shared_out"].append(max(tokens) * ranks / sum(step))
+        found.append({"ranks": ranks} | {w: {"mean": sum(v) / len(v), "largest": max(v)} for w, v in ways.items()})
+    return found
+
+
+def shares_markdown(found: list[dict[str, Any]]) -> str:
+    heads = "| ranks | rows in turn: mean | largest | shared out: mean | largest |"
+    kinds = [(way, kind) for way in ("in_turn", "shared_out") for kind in ("mean", "largest")]
+    return _table(heads, ([f"{f['ranks']}", *(f"{f[way][kind]:.3f}" for way, kind in kinds)] for f in found))
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.layouts", description=__doc__)
     with errors():
-        found = [compute(layout, method) for layout in LAYOUTS for method in METHODS]
+        if flags.data_path:
+            _, tokenizer = read_base(flags.ckpt_dir or ensure_model())
+            found = shares([len(e.tokens) for e in load_examples(flags.data_path, tokenizer, LENGTH)])
+        else:
+            found = [compute(layout, method) for layout in LAYOUTS for method in METHODS]
         if flags.json:
             Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
-        print(markdown(found))
+        print(shares_markdown(found) if flags.data_path else markdown(found))
 
 
 if __name__ == "__main__":

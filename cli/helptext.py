@@ -33,7 +33,7 @@ def _paragraph(text: str) -> str:
 
 def _entry(knob: Knob) -> str:
     kind = "True|False" if knob.type is bool else knob.type.__name__
-    kind = f"[{kind}]" if knob.type is bool else kind  # in brackets, for `--x` alone means True
+    kind = f"[{kind}]" if knob.takes_bare else kind  # in brackets, for `--x` alone means True
     left = f"  {knob.name.upper() if knob.positional else '--' + knob.name} {kind}"
     # What leaving out an optional flag means, its own text says
     unset = knob.optional and knob.default is None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
 
+SWITCHED = ("false", "true")
 EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
 
 
@@ -19,14 +20,16 @@ def knob(
     choices: Sequence[Any] | None = None,
     group: str | None = None,
     positional: bool = False,
+    switch: tuple[str, str] | None = None,
 ) -> Any:
     """A dataclass field that is also a flag; without a `default` the flag is required.
 
     `group` is the heading it stands under in `--help`. A `positional` knob may be given without its name as well.
+    `switch`: two of the choices, which may also be typed as False and as True; the flag alone means True, as of a bool.
     The field is keyword-only, so required knobs may follow optional ones (also in a dataclass built from several).
     A plain `dataclasses.field` whose metadata has some of these keys, or none, makes a flag just as well.
     """
-    metadata = {"help": help, "choices": choices, "group": group, "positional": positional}
+    metadata = {"help": help, "choices": choices, "group": group, "positional": positional, "switch": switch}
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
@@ -42,6 +45,12 @@ class Knob:
     choices: tuple[Any, ...]
     group: str
     positional: bool
+    switch: tuple[str, str] | None
+
+    @property
+    def takes_bare(self) -> bool:
+        """The flag alone, without a value, means True."""
+        return self.type is bool or self.switch is not None
 
     @property
     def required(self) -> bool:
@@ -51,6 +60,8 @@ class Knob:
         """The value that `text` stands for; ValueError names the flag, the value and what was expected."""
         if self.optional and text in ("None", "none") and text not in self.choices:
             return None
+        if self.switch and text.lower() in SWITCHED:
+            text = self.switch[SWITCHED.index(text.lower())]
         try:
             value = _convert(self.type, text)
         except ValueError:
@@ -86,6 +97,8 @@ def _knob_of(cls: type, field: dataclasses.Field, hint: Any) -> Knob:
     # Choices bind what a user types; an optional knob may be None beside them.
     allowed = not choices or field.default in (*choices, MISSING) or (optional and field.default is None)
     assert allowed, f"{where}: the default {field.default!r} is not among the choices"
+    switch = field.metadata.get("switch")
+    assert switch is None or set(switch) <= set(choices), f"{where}: {switch} are not among the choices"
     return Knob(
         name=field.name,
         type=plain[0],
@@ -95,12 +108,13 @@ def _knob_of(cls: type, field: dataclasses.Field, hint: Any) -> Knob:
         choices=choices,
         group=field.metadata.get("group") or "flags",
         positional=bool(field.metadata.get("positional")),
+        switch=switch,
     )
 
 
 def _convert(kind: type, text: str) -> Any:
     if kind is bool:
-        if text.lower() not in ("true", "false"):
+        if text.lower() not in SWITCHED:
             raise ValueError(text)
         return text.lower() == "true"
     value = kind(text)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from cli.exits import fail
 from cli.helptext import help_text
-from cli.knobs import Knob, knobs_of, nearest
+from cli.knobs import SWITCHED, Knob, knobs_of, nearest
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class _Line:
             self.problems.append(self._unknown(word.partition("=")[0]))
         elif equals:
             self._set(knob, text)
-        elif knob.type is bool and not self._takes_next(rest):
+        elif knob.takes_bare and not self._takes_next(knob, rest):
             self._set(knob, "True")
         elif rest and not _is_flag(rest[0]):
             self._set(knob, rest.pop(0))
@@ -105,11 +105,12 @@ class _Line:
             dashed = f" (write --{name}=VALUE if it begins with a dash)" if rest and rest[0][:2] != "--" else ""
             self.problems.append(f"--{name} needs a value{dashed}")
 
-    def _takes_next(self, rest: list[str]) -> bool:
-        """Whether the word after a boolean flag is its value, and not the argument that some commands take."""
+    def _takes_next(self, knob: Knob, rest: list[str]) -> bool:
+        """Whether the word after a flag that may stand alone is its value, and not the argument that some commands
+        take."""
         if not rest or _is_flag(rest[0]):
             return False
-        return not self.free or rest[0].lower() in ("true", "false")
+        return not self.free or rest[0].lower() in SWITCHED or rest[0] in knob.choices
 
     def _argument(self, word: str) -> None:
         if self.free:
@@ -133,7 +134,7 @@ class _Line:
     def _unknown(self, flag: str) -> str:
         name = flag.lstrip("-")
         negated = self.knobs.get(re.sub("^no[_-]?", "", name))
-        if negated is not None and negated.type is bool:
+        if negated is not None and negated.takes_bare:
             return f"unknown flag {flag}; write --{negated.name} False"
         return f"unknown flag {flag}; the nearest is --{nearest(name, self.knobs)}"
 

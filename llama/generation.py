@@ -9,6 +9,7 @@ import torch
 
 from llama.checkpoint import load_base, read_base
 from llama.engine import Answer, Rules, run
+from llama.free_memory import free_memory
 from llama.model import Transformer
 from llama.parallel import pick_device, start_processes
 from llama.sampling import row_uniforms
@@ -19,6 +20,8 @@ from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
+COPIES_PAY_FROM = 16  # decode steps
+COPIES_SHARE = 4  # the free memory must be so many times their size
 
 
 class Llama:
@@ -107,13 +110,22 @@ class Llama:
         training = self.model.training
         self.model.eval()  # no noise in a router
         try:
-            with weights_stand_still(self.model, may_copy=True):
+            with weights_stand_still(self.model, self._copies_pay(max(limits))):
                 for answer in run(self.model, answers, self.max_batch_size, rules):
                     if on_finish is not None:
                         on_finish(answer.index, answer.tokens)
         finally:
             self.model.train(training)
         return [answer.tokens for answer in answers]
+
+    def _copies_pay(self, steps: int) -> bool:
+        """Whether copies of the frozen weights, sorted for a CPU, make up for their making and find room."""
+        device = self.model.output.weight.device
+        if device.type != "cpu" or steps < COPIES_PAY_FROM:
+            return False
+        frozen = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
+        free = free_memory(device)
+        return free is not None and COPIES_SHARE * frozen <= free
 
     def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:
         if max_gen_len < 1:

@@ -87,8 +87,8 @@ def side_by_side(
 
 
 def product(keeper: Deriving, x: Tensor, weights: Callable[[], list[Tensor]], name: Hashable = "stack") -> Tensor:
-    """x (N, in) times all `weights` (k, in), one above the other. A copy that `keeper` may keep of them is laid out, for
-    a CPU's bf16 kernels, in the order in which they read it: they would sort it anew for every product."""
+    """x (N, in) times all `weights` (k, in), one above the other. A copy that `keeper` may keep of them is laid out,
+    for a CPU's bf16 kernels, in the order in which they read it: they would sort it anew for every product."""
     sort = keeper.may_copy and x.device.type == "cpu" and x.dtype == torch.bfloat16
 
     def stack() -> Tensor:

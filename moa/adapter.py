@@ -5,13 +5,15 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moa.parallel import Cut, copy_to_ranks, mp_size, share, sum_over_holders, sum_over_ranks
+
+T = TypeVar("T")
 
 
 class Init(Protocol):
@@ -53,14 +55,14 @@ class Deriving(nn.Module):
     """A module that works things out from its weights alone, for every forward pass anew while they train; while they
     stand still (`weights_stand_still`) once. may_copy: meanwhile there is memory for copies of the frozen weights."""
 
-    _derived: dict[Hashable, Tensor] | None = None
+    _derived: dict[Hashable, Any] | None = None
     may_copy = False
 
     @property
     def stands_still(self) -> bool:
         return self._derived is not None
 
-    def derived(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         if self._derived is None:
             return make()
         if key not in self._derived:
@@ -121,6 +123,10 @@ class AdapterModule(Deriving):
         """A parameter in the type of the activations."""
         return self.derived((name, dtype), lambda: self.get_parameter(name).to(dtype))
 
+    def turned(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The same of a matrix, transposed and laid out so: its gradient is then the product that is quicker."""
+        return self.derived((name, dtype), lambda: laid_out(self.get_parameter(name).T, dtype))
+
 
 @dataclass(frozen=True)
 class Site:
@@ -150,14 +156,19 @@ def project_in(site: Site, u: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_product(output: Tensor, site: Site, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-    """output (N, out) += scale * a W^T, in its place: a (N, k) is whole on every rank, W (out, k) and the output are
-    cut as the site's outputs are. The output must be one that autograd does not keep, as a linear layer's."""
+    """output (N, out) += scale * a W, in its place: a (N, k) is whole on every rank, W (k, out) and the output are cut
+    as the site's outputs are. The output must be one that autograd does not keep, as a linear layer's."""
     if site.cut == "out":
         a = copy_to_ranks(a)
     a = a.to(weight.dtype)
     if weight.dtype != output.dtype:  # `narrow_type`
-        return output.add_(a @ weight.T, alpha=scale)
-    return output.addmm_(a, weight.T, alpha=scale)
+        return output.add_(a @ weight, alpha=scale)
+    return output.addmm_(a, weight, alpha=scale)
+
+
+def laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix in another type, its rows one after the other."""
+    return weight.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def narrow_type(module: Deriving, a: Tensor) -> torch.dtype:

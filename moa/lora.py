@@ -35,4 +35,4 @@ class LoRA(AdapterModule):
         rank."""
         if gate is not None:
             a = weigh(a, gate, self.rank)  # (N, E r)
-        return add_product(output, self.site, a, self.cast("B", narrow_type(self, a)), self.scale)
+        return add_product(output, self.site, a, self.turned("B", narrow_type(self, a)), self.scale)

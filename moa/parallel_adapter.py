@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site, add_product, narrow_type, uniform, weigh, zeros
+from moa.adapter import AdapterModule, Site, add_product, laid_out, narrow_type, uniform, weigh, zeros
 from moa.config import AdapterConfig
 from moa.experts import build_expert_router
 
@@ -45,5 +45,5 @@ class ParallelAdapter(AdapterModule):
         else:
             hidden = weigh(hidden, gate, self.size)  # (N, E size)
         dtype = narrow_type(self, down)
-        up = self.derived(("up", dtype), lambda: torch.cat([self.up, self.up_bias.T], 1).to(dtype))
+        up = self.derived(("up", dtype), lambda: laid_out(torch.cat([self.up.T, self.up_bias]), dtype))
         return add_product(output, self.site, torch.cat([hidden, gate], 1), up)

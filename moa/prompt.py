@@ -43,8 +43,7 @@ class Prompt(AdapterModule):
         Heads here are this rank's heads. P is whole on every rank.
         """
         n, n_heads, width = query.shape
-        keys = self.derived(("keys", query.dtype), lambda: self._projected(wk, width, query.dtype) / math.sqrt(width))
-        values = self.derived(("values", query.dtype), lambda: self._projected(wv, width, query.dtype))
+        keys, values = self.derived(query.dtype, lambda: self._keys_and_values(wk, wv, width, query.dtype))
         n_kv, length, _ = keys.shape
         if self.stands_still and self.n_experts == 1 and n <= 64:  # a decode step: few tokens, one kernel
             weight = self.cast("z", query.dtype)[:, None]  # (H, 1)
@@ -58,13 +57,16 @@ class Prompt(AdapterModule):
         grouped = query.view(n, n_kv, -1, width).transpose(0, 1).reshape(n_kv, -1, width).mT
         attention = (keys @ grouped).softmax(1)  # (K, E L, N * H/K)
         weight = self.cast("z", query.dtype).view(n_kv, 1, 1, 1, -1)
-        if gate is not None:
-            weight = weight * copy_to_ranks(gate.to(query.dtype)).T[:, None, :, None]  # each rank's heads give part of its gradient
+        if gate is not None:  # each rank's heads give part of its gradient
+            weight = weight * copy_to_ranks(gate.to(query.dtype)).T[:, None, :, None]
         weighed = attention.view(n_kv, self.n_experts, -1, n, n_heads // n_kv) * weight  # (K, E, L, N, H/K)
         out = weighed.view(n_kv, length, -1).mT @ values
         return output + out.view(n_kv, n, -1, width).transpose(0, 1).reshape(n, n_heads, width)
 
-    def _projected(self, projection: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> Tensor:
-        """Keys or values of the prompt, (K, E L, h)."""
-        prompt = copy_to_ranks(self.P.to(dtype))
-        return projection(prompt).view(len(prompt), -1, width).transpose(0, 1)
+    def _keys_and_values(
+        self, wk: Callable[[Tensor], Tensor], wv: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Of the prompt, (K, E L, h) each, the keys divided by sqrt(h)."""
+        prompt = copy_to_ranks(self.cast("P", dtype))
+        keys, values = (w(prompt).view(len(prompt), -1, width).transpose(0, 1) for w in (wk, wv))
+        return keys / math.sqrt(width), values

@@ -5,10 +5,14 @@
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,7 @@ from moa.rows import Rows
 from moa.state import adapter_parameters, freeze_base, initialise
 from tiny import ARGS, METHODS, config
 from training.exchange import GradientSum
+from training.settings import RECOMPUTED
 
 LENGTHS = [7, 9, 4]
 PROMPT = 6  # tokens of each of two rows that are generated
@@ -44,16 +49,47 @@ def zeros(method: str, args: ModelArgs, bf16: bool) -> Transformer:
 def kept_bytes(model: Transformer, lengths: list[int]) -> tuple[int, torch.Tensor]:
     """Bytes that autograd keeps beside the model's own tensors, by their addresses; and the loss."""
     found: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
     tokens = torch.ones(sum(lengths), dtype=torch.int64)
-    with saved_tensors_hooks(note, lambda t: t):
+    with saved_tensors_hooks(partial(note, found), lambda t: t):
         losses = model.losses(tokens, tokens.clone(), Rows(lengths, "cpu"))
     own = {t.untyped_storage().data_ptr() for t in model.parameters()}
     return sum(s.nbytes() for address, s in found.items() if address not in own), losses.labels + losses.auxiliary
+
+
+def kept_in_parts(model: Transformer, lengths: list[int]) -> int:
+    """Bytes that autograd keeps, beside what is kept anyway, of the largest part that the backward pass is to work out
+    again. The parts are run once, each under a note of its own."""
+    recompute, parts = model.activation_checkpointing, []
+    name = {"off": None, "ffn": "_second_half", "all": "forward"}[recompute]
+
+    def noted(part: Callable[..., Any]) -> Callable[..., Any]:
+        def run(x: torch.Tensor, *others: Any) -> Any:
+            parts.append({})
+            with saved_tensors_hooks(partial(note, parts[-1]), lambda t: t):
+                note(outside, x)
+                outputs = part(x, *others)
+            return outputs
+
+        return run
+
+    outside: dict[int, torch.UntypedStorage] = {}
+    tokens = torch.ones(sum(lengths), dtype=torch.int64)
+    with ExitStack() as stack:
+        for block in model.layers if name else ():
+            stack.enter_context(mock.patch.object(block, name, noted(getattr(block, name))))
+        model.activation_checkpointing = "off"
+        stack.enter_context(saved_tensors_hooks(partial(note, outside), lambda t: t))
+        losses = model.losses(tokens, tokens.clone(), Rows(lengths, "cpu"))
+    model.activation_checkpointing = recompute
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    assert losses.labels.requires_grad
+    sizes = [sum(s.nbytes() for address, s in part.items() if address not in own | {*outside}) for part in parts]
+    return max(sizes, default=0)
+
+
+def note(found: dict[int, torch.UntypedStorage], tensor: torch.Tensor) -> torch.Tensor:
+    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return tensor
 
 
 class Counted:
@@ -82,8 +118,8 @@ class Counted:
 def observe(name: str, counted: Counted) -> dict[str, Any]:
     model = zeros(*CASES[name])
     found: dict[str, Any] = {}
-    for kind, again in (("plain", False), ("checkpointed", True)):
-        model.activation_checkpointing = again
+    for kind in RECOMPUTED:
+        model.activation_checkpointing = kind
         counted.take()
         kept, loss = kept_bytes(model, LENGTHS)
         forward = counted.take()
@@ -96,7 +132,7 @@ def observe(name: str, counted: Counted) -> dict[str, Any]:
     with torch.inference_mode():
         cache = model.make_cache(2, PROMPT + 1)
         found["cache"] = sum(t.nbytes for t in (*cache.k, *cache.v))
-        prefill(model, cache, [[1] * PROMPT] * 2, torch.device("cpu"))
+        prefill(model, cache, [[1] * PROMPT, [2] * PROMPT], torch.device("cpu"))
         found["prefill"] = counted.take()
         decode(model, cache, [1, 1], torch.device("cpu"))
         found["decode"] = counted.take()

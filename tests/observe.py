@@ -76,9 +76,9 @@ def observe(name: str, model_parallel_size: int) -> dict[str, Any]:
         found["sampled"] = llm.generate(PROMPTS, max_gen_len=6, temperature=0.9, top_p=0.9, seed=2)
     with float64(model):
         found["float64"] = _backward(model, batch)
-        if model_parallel_size < 4:
-            model.activation_checkpointing = True
-            found["checkpointed"] = _backward(model, batch)
+        for choice in ("ffn", "all") if model_parallel_size < 4 else ():
+            model.activation_checkpointing = choice
+            found[choice] = _backward(model, batch)
     cuts = {key: entry.declared.cut for key, entry in adapter_parameters(model).items()}
     found["cut"] = {key: tuple(cut) for key, cut in cuts.items() if cut is not None}
     initialise(model, seed=3)

@@ -35,6 +35,7 @@ class Train:
     max_steps: int | None = knob(None, help="stop early")
     save: bool | None = knob(None, help="write checkpoints")
     gradient: str | None = knob(None, help="how it learns", choices=("on", "none"))
+    again: str = knob("auto", help="what is done again", choices=("auto", "off", "half", "all"), switch=("off", "all"))
 
 
 @dataclass
@@ -88,6 +89,10 @@ def refused(capsys: pytest.CaptureFixture, classes: type | list[type], argv: lis
         (["--save"], "save", True),
         (["--save", "none"], "save", None),
         (["--gradient", "none"], "gradient", "none"),
+        (["--again"], "again", "all"),
+        (["--again", "True"], "again", "all"),
+        (["--again", "false"], "again", "off"),
+        (["--again=half"], "again", "half"),
         (["--gradient", "None"], "gradient", None),
         (["--plain", "1"], "plain", 1.0),
         (["--described", "x y"], "described", "x y"),
@@ -123,6 +128,8 @@ def test_several_dataclasses_share_a_line() -> None:
         (["-lr", "8"], "unknown flag -lr; the nearest is --lr"),
         (["--nobf16"], "unknown flag --nobf16; write --bf16 False"),
         (["--no_bf16"], "unknown flag --no_bf16; write --bf16 False"),
+        (["--no_again"], "unknown flag --no_again; write --again False"),
+        (["--again", "maybe"], "--again: expected one of auto, off, half, all, got 'maybe'"),
         (["--", "--trace"], "unknown flag --"),
         (["--interactive"], "unknown flag --interactive"),
         (["--lora_rank", "8.0"], "--lora_rank: expected a whole number, got '8.0'"),
@@ -149,6 +156,10 @@ def test_what_is_wrong_is_named(capsys: pytest.CaptureFixture, argv: list[str], 
     message = refused(capsys, Everything, ["--data", "d.json", *argv])
     assert said in message
     assert message.endswith("`prog --help` lists the flags.\n")
+
+
+def test_a_switch_stands_alone_before_another_flag() -> None:
+    assert parse(Train, ["--again", "--data", "d.json"]) == Train(data="d.json", again="all")
 
 
 def test_a_required_flag_is_missed(capsys: pytest.CaptureFixture) -> None:
@@ -193,6 +204,7 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture, argv: list[str]) -
         "--lr float                    learning rate",
         "--data str                    training rows (required)",
         "--save [True|False]           write checkpoints",
+        "--again [str]                 what is done again (one of auto, off, half, all; default: auto)",
     ):
         assert f"\n  {said}\n" in out + "\n"
 

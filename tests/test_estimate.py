@@ -13,9 +13,10 @@ from benchmarks.shapes import LLAMA_3_1, SMOLLM2_135M
 from commands import side_by_side
 from count import CASES, LENGTHS, PROMPT
 from llama import ModelArgs
-from training.estimate import activation_bytes, cache_bytes, estimate, held_bytes, traffic, uneven
+from training.estimate import activation_bytes, cache_bytes, estimates, held_bytes, traffic, uneven
 from training.layout import Message, first_rank
-from training.rehearsal import kept, messages_of_generation, messages_of_step, unfilled_model
+from training.rehearsal import Kept, kept, messages_of_generation, messages_of_step, unfilled_model
+from training.settings import RECOMPUTED
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -38,17 +39,17 @@ def test_two_ranks_hold_and_exchange_what_is_computed(ranks, name: str) -> None:
     with first_rank(2, 2) as notes:
         model = unfilled_model(args, tiny.config(method), bf16)
         computed = {"held": held_bytes(model), "cache": cache_bytes(model, 2, PROMPT + 1)}
-        computed["kept"] = kept(model, LENGTHS, CPU).total
-        for kind, again in (("plain", False), ("checkpointed", True)):
-            model.activation_checkpointing = again
+        computed["kept"] = kept(model, LENGTHS, CPU)
+        for kind in RECOMPUTED:
+            model.activation_checkpointing = kind
             computed[kind] = messages_of_step(model, LENGTHS, notes)
         generation = messages_of_generation(model, 2, PROMPT, notes)
     for rank in (rank[name] for rank in ranks):
         assert computed["held"]["base"] == rank["base"]
         assert computed["held"]["adapters"] == computed["held"]["gradients"] == rank["adapters"]
         assert computed["cache"] == rank["cache"]
-        assert computed["kept"] == rank["plain"]["kept"]
-        for kind in ("plain", "checkpointed"):
+        for kind in RECOMPUTED:
+            assert computed["kept"].standing[kind] == rank[kind]["kept"], kind
             step = computed[kind]
             assert listed([*step.forward, *step.loss]) == rank[kind]["forward"]
             assert listed(step.backward) == rank[kind]["backward"] != []
@@ -72,16 +73,25 @@ def test_two_replicas_exchange_what_is_computed(ranks, name: str) -> None:
 @pytest.mark.parametrize("lengths", [LENGTHS, [5, 5]])
 def test_kept_activations_are_computed_to_the_byte(method: str, lengths: list[int], bf16: bool) -> None:
     with first_rank(1, 1):
-        found, _ = count.kept_bytes(count.zeros(method, tiny.ARGS, bf16), lengths)
-        assert kept(unfilled_model(tiny.ARGS, tiny.config(method), bf16), lengths, CPU).total == found
+        require_kept(method, tiny.ARGS, lengths, bf16)
+
+
+def require_kept(method: str, args: ModelArgs, lengths: list[int], bf16: bool) -> None:
+    """What is computed is what is really kept."""
+    found = kept(unfilled_model(args, tiny.config(method), bf16), lengths, CPU)
+    real = count.zeros(method, args, bf16)
+    for choice in RECOMPUTED:
+        real.activation_checkpointing = choice
+        standing, _ = count.kept_bytes(real, lengths)
+        assert found.standing[choice] == standing, choice
+        assert found.again[choice] == count.kept_in_parts(real, lengths), choice
 
 
 @pytest.mark.parametrize("method, bf16", [("soft_moa", False), ("molora", True)])
 def test_kept_activations_of_a_real_shape(method: str, bf16: bool) -> None:
     args = replace(ModelArgs(**SMOLLM2_135M), n_layers=tiny.ARGS.n_layers)
     with first_rank(1, 1):
-        found, _ = count.kept_bytes(count.zeros(method, args, bf16), [20, 17])
-        assert kept(unfilled_model(args, tiny.config(method), bf16), [20, 17], CPU).total == found
+        require_kept(method, args, [20, 17], bf16)
 
 
 def test_base_of_each_rank() -> None:
@@ -105,22 +115,27 @@ def test_base_of_each_rank() -> None:
 def test_memory_of_a_gpu() -> None:
     """By hand, per token and layer: what torch's kernels for GPUs keep of a base in bf16 with LoRA at Q alone."""
     args = ModelArgs(**LLAMA_3_1["8B"])
-    flat = {"method": "lora", "lora_targets": "Q", "lora_layers": "0-32"}
     lengths = [100, 99]
+
+    def found(n_layers: int) -> Kept:
+        flat = {"method": "lora", "lora_targets": "Q", "lora_layers": f"0-{n_layers}"}
+        shape = replace(args, n_layers=n_layers)
+        return kept(unfilled_model(shape, tiny.AdapterConfig.from_flat(flat, n_layers), bf16=True), lengths, GPU)
+
     with first_rank(1, 1):
-        model = unfilled_model(args, tiny.AdapterConfig.from_flat(flat, args.n_layers), bf16=True)
-        found = kept(model, lengths, GPU)
+        three, four = found(3), found(4)
+    layer = {choice: four.standing[choice] - three.standing[choice] for choice in RECOMPUTED}
     kv, n = args.n_kv_heads * args.head_dim, sum(lengths)
-    # both norms' inputs; LoRA's input and its middle; q, k, v, heads; gate, up
-    numbers = 2 * args.dim + args.dim + 16 + 2 * args.dim + 2 * kv + 2 * args.ffn_dim
-    floats = 2 + args.n_heads  # of each norm; of each head's attention
-    lora = 2 * 16 * 2 * args.dim  # copies of A and B in bf16
-    assert found.blocks[1:-1] == [n * (2 * numbers + 4 * floats) + lora] * (args.n_layers - 2)
-    assert found.inputs == args.n_layers * n * 2 * args.dim
+    # Its norm's input; LoRA's input and its middle; q, k, v, heads; a float of the norm, and of each head's attention
+    attention = n * (2 * (2 * args.dim + 16 + 2 * args.dim + 2 * kv) + 4 * (1 + args.n_heads))
+    attention += 2 * 16 * 2 * args.dim  # copies of A and B in bf16
+    given, gate_and_up = n * 2 * args.dim, n * (2 * 2 * args.ffn_dim + 4)  # the second half's input; with its norm's
+    assert layer == {"off": attention + given + gate_and_up, "ffn": attention + given, "all": given}
+    assert four.again == three.again == {"off": 0, "ffn": gate_and_up, "all": layer["off"] - given}
     # The last norm's input; of the loss, the gradient of its hidden states, and which they are
     rest = n * (2 * args.dim + 4) + (n - len(lengths)) * (2 * args.dim + 8)
-    assert activation_bytes(found, recompute=False) == sum(found.blocks) + rest
-    assert activation_bytes(found, recompute=True) == found.inputs + max(found.blocks) + rest
+    assert four.standing["all"] == 4 * given + rest
+    assert activation_bytes(four, "ffn") == four.standing["ffn"] + gate_and_up
 
 
 def test_an_estimate_is_the_sum_of_its_parts_and_more_ranks_need_less() -> None:
@@ -129,9 +144,10 @@ def test_an_estimate_is_the_sum_of_its_parts_and_more_ranks_need_less() -> None:
     for size in (1, 2, 8):
         with first_rank(size, size):
             model = unfilled_model(args, config, bf16=True)
-            found = estimate(model, kept(model, uneven(2, 300), GPU), sum(uneven(2, 300)), recompute=False)
-        assert found["total"] == sum(size for name, size in found.items() if name != "total")
-        totals.append(found["total"])
+            found = estimates(model, uneven(2, 300), GPU)
+        for parts in found.values():
+            assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
+        totals.append(found["off"]["total"])
     assert totals[0] > 1.7 * totals[1] > 1.7 * 2.5 * totals[2]
 
 

@@ -4,14 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from benchmarks.layouts import BATCH_SIZE, RESERVED, Layout, compute, markdown, memory_of
+from benchmarks.layouts import BATCH_SIZE, RESERVED, Layout, compute, markdown, memory_of, shares
+from benchmarks.layouts import main as layouts
 from benchmarks.shapes import LLAMA_3_1
 from commands import refused, run, write_rows
-from tiny import PARAMS
+from tiny import BASE, PARAMS
 from training.dry_run import dry_run, print_dry_run
-from training.settings import read_settings
+from training.settings import RECOMPUTED, read_settings
 
 
 @pytest.fixture
@@ -80,8 +82,8 @@ def test_a_gpu_can_be_planned_for_without_one(tmp_path, outside):
     found = dry_run(given)
     assert found["bf16"]
     on_cpu = dry_run(replace(given, train=replace(given.train, device="cpu", bf16=True)))
-    # On a CPU attention and norms keep float32
-    assert found["memory_bytes"]["activations"] < on_cpu["memory_bytes"]["activations"]
+    # A GPU's kernels keep the heads of each row, the layers behind them those of all rows once more
+    assert found["memory_bytes"]["activations"] > on_cpu["memory_bytes"]["activations"]
     assert found["memory_bytes"]["base"] == on_cpu["memory_bytes"]["base"]
 
 
@@ -101,19 +103,50 @@ def test_the_table_of_layouts(monkeypatch):
     layout = Layout("8B", 8, 24, 4)
     found = compute(layout, "soft_moa")
     memory = memory_of("8B", 4, "soft_moa")
-    for kind in ("plain", "checkpointed"):
+    for kind in RECOMPUTED:
         most, room = found[kind]["largest_batch_size"], 24 * 2**30 - RESERVED
         assert memory.total(most, kind) <= room < memory.total(most + 1, kind)
         assert found[kind]["total"] == memory.total(BATCH_SIZE, kind)
         assert found[kind]["step"]["micro_batches"] == 4  # 32 rows, 4 at a time on each of 2 replicas
-    assert found["plain"]["activations"] > 2 * found["checkpointed"]["activations"]
-    again, once = (found[kind]["step"]["micro_batch"]["backward"]["messages"] for kind in ("checkpointed", "plain"))
-    assert again > once  # what the forward pass exchanges is exchanged again
+    off, ffn, whole = (found[kind]["activations"] for kind in RECOMPUTED)
+    assert off > 1.4 * ffn > 1.4 * 1.4 * whole
+    off, ffn, whole = (found[kind]["step"]["micro_batch"]["backward"]["messages"] for kind in RECOMPUTED)
+    assert off < ffn < whole  # what the forward pass exchanges is exchanged again
     lines = [
         line for line in markdown([found]).splitlines() if line.startswith("| 8B on 8 x 24 GB, 2 x 4 | soft_moa |")
     ]
     assert len(lines) == 3 and f"{found['held']['base'] / 2**30:.2f}" in lines[0]
     memory_of.cache_clear()
+
+
+def test_rows_are_shared_out_more_evenly_than_in_turn():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(60, 301, (32 * 20 + 5,), generator=generator).tolist()
+    for found in shares(lengths):
+        in_turn, shared = found["in_turn"], found["shared_out"]
+        assert 1 <= shared["mean"] < 1.03 and shared["mean"] - 1 < (in_turn["mean"] - 1) / 5
+        assert shared["mean"] <= shared["largest"] < in_turn["mean"]
+
+
+def test_the_tables_of_layouts_need_no_tokenizer(capsys):
+    with pytest.raises(SystemExit):
+        layouts(["--ckpt_dir", "x"])
+    assert "--ckpt_dir has no effect without --data_path" in capsys.readouterr().err
+
+
+def test_the_shares_of_real_rows(tmp_path, capsys):
+    layouts(["--data_path", str(write_rows(tmp_path / "rows.json", 64)), "--ckpt_dir", str(BASE)])
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["2", "4", "8"]
+
+
+def test_a_dry_run_tells_all_choices_and_counts_the_one_that_is_asked_for(tmp_path, outside, capsys):
+    totals, used = {}, []
+    for words in (("--activation_checkpointing",), ("--activation_checkpointing", "ffn"), ()):
+        found = dry_run(settings(tmp_path, *words, params=PARAMS))
+        totals, used = found["activation_checkpointing"], [*used, found["memory_bytes"]["total"]]
+    assert used == [totals["all"], totals["ffn"], totals["off"]] == sorted(used) and len(set(used)) == 3
+    print_dry_run(settings(tmp_path, params=LLAMA_3_1["8B"]))
+    assert "total by --activation_checkpointing: off " in capsys.readouterr().out
 
 
 def test_the_sum_of_gradients_is_measured(tmp_path):

@@ -80,6 +80,22 @@ def test_a_record_that_cannot_be_is_refused(data, tmp_path, capsys, name, value)
     assert f"{out / 'config.json'}: {name} " in refused(capsys, *flags)
 
 
+@pytest.mark.parametrize(("recorded", "meant"), [(True, "all"), (False, "off"), ("ffn", "ffn")])
+def test_a_record_may_say_true_or_false_of_what_is_a_choice_now(data, tmp_path, monkeypatch, recorded, meant):
+    out, train, used = begun(data, tmp_path / "out"), training.run.train, []
+    record = json.loads((out / "config.json").read_text())
+    record["settings"]["activation_checkpointing"] = recorded
+    (out / "config.json").write_text(json.dumps(record))
+
+    def seen(model, *arguments):
+        used.append(model.activation_checkpointing)
+        return train(model, *arguments)
+
+    monkeypatch.setattr(training.run, "train", seen)
+    script("finetune.py", "--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu")
+    assert used == [meant] and len(steps(out)) == 4
+
+
 def test_beginning_anew_takes_everything_of_the_old_run_away(data, tmp_path):
     out = tmp_path / "out"
     script("finetune.py", *train_flags(data, out, max_steps=2, save_every=1))

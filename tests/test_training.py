@@ -4,21 +4,23 @@ import errno
 import json
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
 
 import tiny
+import training.loop
 from llama.data import IGNORE, Example
 from llama.model import Losses, Transformer
 from moa.files import read_torch, write_torch
 from moa.rows import Rows
-from moa.state import adapter_parameters, adapter_state
+from moa.state import adapter_parameters, adapter_state, optimizer_groups
 from training.checkpoint import Saver, newest, pack, read, restore, save
-from training.data import load_examples
+from training.data import load_examples, micro_batches
 from training.log import RunLog
 from training.loop import NotFinite, Progress, make_optimizer, train
-from training.schedule import make_plan
+from training.schedule import make_plan, share_out
 
 
 def plan(n_rows=10, rows_per_step=4, epochs=2.0, max_steps=None, warmup_epochs=None, lr=None, constant=False):
@@ -43,6 +45,45 @@ def test_every_epoch_is_a_new_order_of_all_rows():
     assert [sorted(rows) for rows in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1] and p.rows(0, seed=2) != p.rows(0, seed=1)
     assert [len(p.rows(step, 1)) for step in range(3)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("n", [1, 5, 8, 32])
+def test_rows_are_shared_out_in_equal_numbers_and_about_equal_tokens(n, ranks):
+    lengths = torch.randint(60, 301, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    shares = share_out(lengths, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(n))
+    assert all(share == sorted(share) for share in shares)
+    counts, tokens = [len(share) for share in shares], [sum(lengths[i] for i in share) for share in shares]
+    assert len(shares) == ranks and max(counts) - min(counts) == (n % ranks > 0)
+    if n % ranks == 0:  # no further apart than what a round can leave
+        assert max(tokens) - min(tokens) <= max(lengths) - min(lengths)
+
+
+def test_rows_that_can_be_shared_out_evenly_are():
+    assert share_out([8, 1, 7, 2, 6, 3, 5, 4], 2) == [[0, 3, 5, 6], [1, 2, 4, 7]]
+    assert share_out([5, 5, 5], 1) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "count", "sizes"),
+    [
+        (8, 4, None, [4, 4]),
+        (5, 4, None, [4, 1]),
+        (5, 4, 2, [4, 1]),
+        (4, 4, 2, [3, 1]),
+        (3, 1, 3, [1, 1, 1]),
+        (1, 4, 2, [1]),
+        (0, 4, 1, []),
+    ],
+)
+def test_micro_batches_hold_rows_in_their_order(n, batch_size, count, sizes):
+    rows = examples(n)
+    found = list(micro_batches(rows, batch_size, torch.device("cpu"), count))
+    assert [len(packed.lengths) for _, _, packed in found] == sizes
+    assert [t for tokens, _, _ in found for t in tokens.tolist()] == [t for row in rows for t in row.tokens]
+    assert [t for _, labels, _ in found for t in labels.tolist()] == [t for row in rows for t in row.labels]
+    assert [n for _, _, packed in found for n in packed.prompt_lens] == [row.prompt_len for row in rows]
 
 
 def examples(n=8, seed=0):
@@ -134,6 +175,31 @@ def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method)
     assert [e["loss"] for e in rest] == [e["loss"] for e in log[2:]]
     for key, tensor in adapter_state(unbroken.model).items():
         assert torch.equal(tensor, adapter_state(resumed.model)[key]), key
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
+def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, monkeypatch, first, second):
+    """Fused as it is here, or the plain form of earlier runs."""
+
+    def keep(entry, model, optimizer):
+        if entry["step"] == 2:
+            save(tmp_path, pack(model, optimizer, Progress(2), {}))
+
+    def use(fused):
+        adamw = partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.95), foreach=False)
+        name = f"{__name__}.make_optimizer"
+        monkeypatch.setattr(name, make_optimizer if fused else lambda m, decay: adamw(optimizer_groups(m, decay)))
+
+    make_optimizer = training.loop.make_optimizer
+    use(False)
+    expected, _, _ = trained("custom", steps=4)
+    use(first)
+    trained("custom", steps=2, on_step=keep)
+    use(second)
+    found, optimizer, _ = trained("custom", done=2, steps=4, state=tmp_path / "checkpoint-2.pth")
+    assert bool(optimizer.param_groups[0]["fused"]) == second
+    for key, tensor in adapter_state(expected.model).items():
+        assert tiny.relative(adapter_state(found.model)[key], tensor) < 1e-6, key
 
 
 def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):

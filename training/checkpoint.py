@@ -139,8 +139,8 @@ def restore(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.o
         for key, part in parts(moments, model).items():
             parameter = entries[key].parameter
             state = optimizer.state[parameter]
-            state[name] = part.to(parameter.device, torch.float32).clone()
-            state["step"] = torch.tensor(float(step - len(skipped)))  # of updates
+            state[name] = torch.empty_like(parameter).copy_(part)  # laid out as the parameter, as fused AdamW has it
+            state["step"] = torch.tensor(float(step - len(skipped)), device=parameter.device)  # of updates
     return Progress(step, list(skipped))
 
 

@@ -37,11 +37,23 @@ def label_count(example: Example) -> int:
 
 
 def micro_batches(
-    examples: Sequence[Example], batch_size: int, device: torch.device
+    examples: Sequence[Example], batch_size: int, device: torch.device, count: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Rows]]:
-    """(tokens (N,), labels (N,), rows) of every `batch_size` examples, packed."""
-    for begin in range(0, len(examples), batch_size):
-        batch = examples[begin : begin + batch_size]
-        tokens = torch.tensor([t for example in batch for t in example.tokens], device=device)
-        labels = torch.tensor([t for example in batch for t in example.labels], device=device)
+    """(tokens (N,), labels (N,), rows) of at most `batch_size` examples at a time, packed, in their order.
+
+    count: how many micro-batches, where there are so many examples; by default as few as can be.
+    """
+    begin, to_come = 0, count or -(-len(examples) // batch_size)
+    while begin < len(examples):
+        to_come -= 1
+        end = max(begin + 1, min(begin + batch_size, len(examples) - to_come))
+        batch, begin = examples[begin:end], end
+        tokens = _to_device([t for example in batch for t in example.tokens], device)
+        labels = _to_device([t for example in batch for t in example.labels], device)
         yield tokens, labels, Rows([len(e.tokens) for e in batch], device, [e.prompt_len for e in batch])
+
+
+def _to_device(numbers: list[int], device: torch.device) -> Tensor:
+    """A tensor of them, on a GPU without waiting for what is still under way there."""
+    tensor = torch.tensor(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

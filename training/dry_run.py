@@ -17,12 +17,12 @@ from llama.data import read_rows
 from llama.parallel import bf16_is_fast, data_size, pick_device
 from moa.state import count
 from training.data import FIELDS, load_examples
-from training.estimate import base_parameters, cache_bytes, estimate, traffic, uneven
+from training.estimate import base_parameters, cache_bytes, estimates, traffic, uneven
 from training.layout import first_rank
 from training.leaks import check_leaks
-from training.rehearsal import kept, messages_of_step, unfilled_model
+from training.rehearsal import messages_of_step, unfilled_model
 from training.schedule import plan_of
-from training.settings import Settings, TrainFlags
+from training.settings import RECOMPUTED, Settings, TrainFlags
 
 GENERATION = {"max_batch_size": 32, "max_seq_len": 512}  # what generate.py does by default
 
@@ -38,6 +38,8 @@ def print_dry_run(settings: Settings) -> None:
     if layout["processes"] > 1:
         print(f"each of {layout['processes']} processes, {layout['model_parallel_size']} to a model:")
     print("  ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in result["memory_bytes"].items()))
+    totals = [f"{choice} {size / 2**30:.2f} GiB" for choice, size in result["activation_checkpointing"].items()]
+    print("total by --activation_checkpointing: " + ", ".join(totals))
     if layout["data_parallel_size"] > 1:
         print("gradients between replicas, once a step: " + _messages(exchanged["gradients"]))
     if layout["model_parallel_size"] > 1:
@@ -68,8 +70,10 @@ def dry_run(settings: Settings) -> dict[str, Any]:
         n_rows = _rows(flags)
         plan = plan_of(flags, n_rows or 1, data_size())
         known = n_rows is not None
-        memory = estimate(model, kept(model, lengths, device), sum(lengths), flags.activation_checkpointing)
-        model.activation_checkpointing = flags.activation_checkpointing
+        memory = estimates(model, lengths, device)
+        # What is free when the run starts is not known here
+        recompute = RECOMPUTED[0] if flags.activation_checkpointing == "auto" else flags.activation_checkpointing
+        model.activation_checkpointing = recompute
         return {
             "method": config.method,
             "trainable_parameters": count(model),
@@ -79,7 +83,8 @@ def dry_run(settings: Settings) -> dict[str, Any]:
                 "model_parallel_size": flags.model_parallel_size,
                 "data_parallel_size": data_size(),
             },
-            "memory_bytes": memory,
+            "memory_bytes": memory[recompute],
+            "activation_checkpointing": {choice: parts["total"] for choice, parts in memory.items()},
             "exchanged_per_step": traffic(messages_of_step(model, lengths, notes), flags.accum_iter),
             "generation": GENERATION | {"kv_cache_bytes": cache_bytes(model, *GENERATION.values())},
             "bf16": bf16,

@@ -2,19 +2,22 @@
 
 Everything is worked out on the model that this rank would hold (`training.rehearsal.unfilled_model`), cut as it is cut.
 Left out: what the libraries take (on a GPU about a gigabyte), and what stands only while the activations do not: the
-message of gradients, and the optimizer's own temporaries.
+message of gradients.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from llama.checkpoint import placements
-from llama.loss import CHUNK_ELEMENTS
+from llama.loss import CHUNK_ELEMENTS, CHUNK_LABELS
 from llama.model import Transformer
 from moa.state import adapter_parameters
 from training.layout import Message
-from training.rehearsal import Kept, StepMessages
+from training.rehearsal import Kept, StepMessages, kept
+from training.settings import RECOMPUTED
 
 
 def base_parameters(model: Transformer) -> int:
@@ -36,33 +39,32 @@ def held_bytes(model: Transformer) -> dict[str, int]:
     return {"base": base, "adapters": trained, "gradients": trained, "optimizer": 2 * trained}
 
 
-def activation_bytes(found: Kept, recompute: bool) -> int:
-    """What this rank keeps for the backward pass of a micro-batch. recompute: only the blocks' inputs, and one block's
-    activations at a time."""
-    if not recompute:
-        return found.total
-    return found.total - sum(found.blocks) + found.inputs + max(found.blocks)
+def activation_bytes(found: Kept, recompute: str) -> int:
+    """What this rank keeps for the backward pass of a micro-batch, with the largest part that is worked out again."""
+    return found.standing[recompute] + found.again[recompute]
 
 
-def temporary_bytes(model: Transformer, n_tokens: int) -> int:
-    """The most that comes and goes while all activations stand: at the end of the forward pass a chunk of logits
-    (`llama.loss`; float32, and once more in the base's type where that is another), or at the start of the backward
-    pass the gradients inside a feed-forward block, three of its hidden width and four of the model's."""
+def temporary_bytes(model: Transformer, n_tokens: int, device: torch.device) -> int:
+    """The most that comes and goes while all activations stand: at the end of the forward pass the logits of a chunk of
+    labels and their logarithms (`llama.loss`, float32), or at the start of the backward pass the gradients inside a
+    feed-forward block, three of its hidden width and four of the model's."""
     weight = model.output.weight
     width, (vocab, dim) = weight.element_size(), weight.shape
-    chunk = min(n_tokens, max(1, CHUNK_ELEMENTS // vocab))
-    logits = chunk * vocab * (4 + (width if width < 4 else 0)) + n_tokens * dim * width
+    chunk = CHUNK_LABELS if device.type == "cpu" else max(1, CHUNK_ELEMENTS // vocab)
+    logits = min(n_tokens, chunk) * vocab * 2 * 4 + n_tokens * dim * width
     hidden = model.layers[0].feed_forward.w1.weight.shape[0]
     return max(logits, n_tokens * width * (3 * hidden + 4 * dim))
 
 
-def estimate(model: Transformer, found: Kept, n_tokens: int, recompute: bool) -> dict[str, int]:
-    """Bytes on this rank, by what takes them, for micro-batches of so many tokens, of which `found` is kept."""
-    parts = held_bytes(model) | {
-        "activations": activation_bytes(found, recompute),
-        "temporary": temporary_bytes(model, n_tokens),
-    }
-    return parts | {"total": sum(parts.values())}
+def estimates(model: Transformer, lengths: list[int], device: torch.device) -> dict[str, dict[str, int]]:
+    """Bytes on this rank, by what takes them, for micro-batches of rows of these lengths; for each choice of
+    --activation_checkpointing."""
+    found, temporary = kept(model, lengths, device), temporary_bytes(model, sum(lengths), device)
+    by_choice = {}
+    for choice in RECOMPUTED:
+        parts = held_bytes(model) | {"activations": activation_bytes(found, choice), "temporary": temporary}
+        by_choice[choice] = parts | {"total": sum(parts.values())}
+    return by_choice
 
 
 def cache_bytes(model: Transformer, n_rows: int, length: int) -> int:

@@ -4,15 +4,16 @@ Nothing is known here of single adapters or routers: the model itself runs, on t
 other tensors on a real device than there, so a stand-in keeps what the device's kernels keep.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+import llama.model
 from llama.args import ModelArgs
 from llama.checkpoint import placements
 from llama.loss import label_loss
@@ -22,6 +23,7 @@ from moa.rows import Rows
 from moa.state import adapter_parameters, freeze_base
 from training.exchange import GradientSum
 from training.layout import Message
+from training.settings import RECOMPUTED
 
 
 def unfilled_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool) -> Transformer:
@@ -36,34 +38,36 @@ def unfilled_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool) ->
 
 
 class Kept(NamedTuple):
-    """Bytes that a forward pass keeps for the backward pass. blocks: those that each block adds."""
+    """Bytes for the backward pass, by choice of `Transformer.activation_checkpointing`. standing: what a forward pass
+    keeps. again: of the parts that are then worked out again, one at a time, what the largest keeps beside that."""
 
-    total: int
-    blocks: list[int]
-    inputs: int  # of all blocks
+    standing: dict[str, int]
+    again: dict[str, int]
 
 
 def kept(model: Transformer, lengths: list[int], device: torch.device) -> Kept:
     """What autograd keeps on `device` of a micro-batch of rows of these lengths. The model's own tensors do not count,
     but copies of adapters in the base's type do."""
     found = _Storages(model)
-    marks, inputs = [], []
 
-    def note(_: nn.Module, block_inputs: tuple[Any, ...], __: Any) -> None:
-        marks.append(found.bytes)
-        inputs.append(_bytes(block_inputs[0]))
+    def begin(choice: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.begin(choice, inputs[0])
 
-    hooks = [block.register_forward_hook(note) for block in model.layers]
-    recompute, model.activation_checkpointing = model.activation_checkpointing, False
+    hooks = []
+    for block in model.layers:  # `TransformerBlock`: whole, and from the second norm on
+        hooks.append(block.register_forward_pre_hook(partial(begin, "all")))
+        hooks.append(block.ffn_norm.register_forward_pre_hook(partial(begin, "ffn")))
+        hooks.append(block.register_forward_hook(lambda *_: found.end()))
+    recompute, model.activation_checkpointing = model.activation_checkpointing, "off"
     try:
-        with saved_tensors_hooks(found.add, lambda t: t), _Kernels(model, device):
+        with saved_tensors_hooks(found.add, lambda t: t), _attention_of(device, model):
             loss = _loss(model, _hidden(model, lengths), len(lengths))
     finally:
         model.activation_checkpointing = recompute
         for hook in hooks:
             hook.remove()
     assert loss.requires_grad
-    return Kept(found.bytes, [end - begin for begin, end in zip([0, *marks], marks, strict=False)], sum(inputs))
+    return found.kept()
 
 
 class StepMessages(NamedTuple):
@@ -133,47 +137,68 @@ def _loss(model: Transformer, hidden: Tensor, n_rows: int) -> Tensor:
     return label_loss(hidden[labels], model.output.weight, labels)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 class _Storages:
-    """The memory behind the tensors that autograd keeps, each piece once."""
+    """The memory behind the tensors that autograd keeps, each piece once: of each choice, in parts that are worked out
+    again and outside of them."""
 
     def __init__(self, model: nn.Module):
-        self._seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         self._alive: list[Tensor] = []  # so that no address is given out twice
-        self.bytes = 0
+        self._outside: dict[str, dict[int, int]] = {choice: {} for choice in RECOMPUTED}
+        self._parts: dict[str, list[dict[int, int]]] = {choice: [{}] for choice in RECOMPUTED}
+        self._here = dict(self._outside)
+
+    def begin(self, choice: str, given: Tensor) -> None:
+        """From now on a part is worked out that keeps what it is given."""
+        self._note(given, self._outside[choice])
+        self._here[choice] = {}
+        self._parts[choice].append(self._here[choice])
+
+    def end(self) -> None:
+        """All parts end here."""
+        self._here = dict(self._outside)
 
     def add(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._alive.append(tensor)
-            self.bytes += storage.nbytes()
+        for pieces in self._here.values():
+            self._note(tensor, pieces)
         return tensor
 
+    def _note(self, tensor: Tensor, pieces: dict[int, int]) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._alive.append(tensor)
+            pieces[storage._cdata] = storage.nbytes()
 
-class _Kernels(TorchFunctionMode):
-    """Attention as a device's kernels keep it.
+    def kept(self) -> Kept:
+        standing = {choice: sum(pieces.values()) for choice, pieces in self._outside.items()}
+        again = {choice: max(map(partial(self._beside, choice), parts)) for choice, parts in self._parts.items()}
+        return Kept(standing, again)
 
-    Query, key, value, output and a float32 per query and head, in float32 on a CPU (`llama.attention`).
-    PyTorch's kernels for GPUs do so in bf16; in float32 with shared key heads there is none, and all weights are kept,
-    as on the meta device.
+    def _beside(self, choice: str, part: dict[int, int]) -> int:
+        return sum(size for piece, size in part.items() if piece not in self._outside[choice])
+
+
+@contextmanager
+def _attention_of(device: torch.device, model: Transformer) -> Iterator[None]:
+    """Meanwhile attention keeps what it keeps on a device: query, key, value, output, and a float32 per query and head;
+    of a GPU's kernels, each row its own output.
+
+    In float32 with shared key heads there is no such kernel for a GPU: all weights are kept, as on the meta device.
     """
 
-    def __init__(self, model: Transformer, device: torch.device):
-        super().__init__()
-        bf16 = model.output.weight.dtype == torch.bfloat16
-        self.attention = device.type != "cuda" or bf16 or model.args.n_heads == model.args.n_kv_heads
-        self.dtype = torch.float32 if device.type == "cpu" else model.output.weight.dtype
+    def attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -> Tensor:
+        if device.type != "cuda" or rows.uniform:
+            return _Attention.apply(q, k, v)
+        return torch.cat([_Attention.apply(q[a:b], k[a:b], v[a:b]) for a, b in rows.spans])
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and self.attention:
-            q, k, v = (t.to(self.dtype) for t in args)
-            return _Attention.apply(q, k, v).to(args[0].dtype)
-        return func(*args, **kwargs)
+    real, args = llama.model.causal_attention, model.args
+    bf16 = model.output.weight.dtype == torch.bfloat16
+    if device.type != "cuda" or bf16 or args.n_heads == args.n_kv_heads:
+        llama.model.causal_attention = attention
+    try:
+        yield
+    finally:
+        llama.model.causal_attention = real
 
 
 class _Attention(torch.autograd.Function):
@@ -181,6 +206,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # rows, heads, tokens, width
+        out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out

@@ -35,7 +35,7 @@ from training.folder import CONFIG, DAMAGED, LOCK, checkpoints
 from training.leaks import check_leaks
 from training.log import RunLog
 from training.loop import NotFinite, Progress, make_optimizer, train
-from training.memory import advice, in_words, needed
+from training.memory import Needed, advice, needed, needed_by_all
 from training.record import resume_record, start_record
 from training.schedule import Plan, plan_of
 from training.settings import HERE, Settings, TrainFlags, output_folder
@@ -51,11 +51,13 @@ def run(settings: Settings) -> Path:
     device = pick_device(settings.train.device)
     args, tokenizer = read_base(settings.train.ckpt_dir)
     memory = needed(settings, args, device)
-    with processes(device, settings.train.model_parallel_size), advice(settings, memory):
-        return _run(settings, args, tokenizer, device, in_words(memory))
+    with processes(device, settings.train.model_parallel_size):
+        memory = needed_by_all(memory)
+        with advice(settings, memory):
+            return _run(settings, args, tokenizer, device, memory)
 
 
-def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torch.device, memory: str) -> Path:
+def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torch.device, memory: Needed) -> Path:
     flags = settings.train
     folder = output_folder(settings)
     contents = {"base_fingerprint": fingerprint(flags.ckpt_dir), "data_sha256": file_hash(flags.data_path)}
@@ -87,7 +89,7 @@ def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torc
         flash_attention2=flags.flash_attention2,
     )
     model = llm.model
-    model.activation_checkpointing = flags.activation_checkpointing
+    model.activation_checkpointing = memory.choice
     optimizer = make_optimizer(model, flags.weight_decay)
     with _claimed(folder) if is_main() else nullcontext():
         if is_main() and not begun and not flags.overwrite and checkpoints(folder):
@@ -108,8 +110,10 @@ def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torc
         say(
             f"{config.method}: {trained:,} trainable parameters ({100 * trained / base_parameters(model):.2f} % of the "
             f"base), {len(examples)} rows, {plan.steps} steps of {plan.rows_per_step} rows, "
-            f"{'bf16' if flags.bf16 else 'fp32'} on {device}, in {folder}; estimated memory {memory}"
+            f"{'bf16' if flags.bf16 else 'fp32'} on {device}, in {folder}; estimated memory {memory.in_words()}"
         )
+        if memory.why():
+            say(memory.why())
         _train(flags, model, optimizer, examples, plan, progress, adapter_params(config, asdict(args)), folder)
     say(f"{folder / f'checkpoint-{plan.steps}.pth'}: done; python extract_adapter.py writes the adapter")
     return folder

@@ -15,6 +15,7 @@ from moa.knobs import METHODS, knob_fields
 from moa.reading import parse_json, plain, read_text, shown
 from training.folder import CONFIG, checkpoints
 
+RECOMPUTED = ("off", "ffn", "all")  # choices of what the backward pass works out again, each keeps less than the last
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
 
@@ -61,8 +62,13 @@ class TrainFlags:
     flash_attention2: bool = knob(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
     device: str = knob("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
     model_parallel_size: int = knob(1, help="processes that share one copy of the model", group=MACHINE)
-    activation_checkpointing: bool = knob(
-        False, help="recompute activations in the backward pass to save memory", group=MACHINE
+    activation_checkpointing: str = knob(
+        "auto",
+        help="what the backward pass works out again to save memory: nothing, the blocks' feed-forward parts, or whole "
+        "blocks (also the flag alone); auto: the least that fits into free memory",
+        choices=("auto", *RECOMPUTED),
+        switch=("off", "all"),
+        group=MACHINE,
     )
 
     def __post_init__(self):
