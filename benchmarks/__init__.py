@@ -1,1 +1,8 @@
-"""What a layout costs: computed (`benchmarks.layouts`) and measured (`benchmarks.exchange`)."""
+"""What layouts, steps and answers cost, computed and measured. docs/performance.md has the commands and their figures.
+
+Measured under the settings of the CPU libraries that the entry scripts have; they must stand before torch is loaded.
+"""
+
+from llama.cpu import prepare_cpu
+
+prepare_cpu()

@@ -2,11 +2,26 @@
 
 from moa.knobs import METHODS
 
+ALL = [method for method in METHODS if method != "custom"]
+
 
 def methods_named(text: str) -> list[str]:
-    """The methods that --methods names, with commas. ValueError for one that is none or has no preset."""
-    known = [method for method in METHODS if method != "custom"]
-    for method in text.split(","):
-        if method not in known:
-            raise ValueError(f"--methods: {method!r} is none of {', '.join(known)}")
-    return text.split(",")
+    """The methods that --methods names, with commas; every one for "all", none for "". ValueError for one that is none
+    or has no preset, or is there twice."""
+    if text in ("", "all"):
+        return list(ALL) if text else []
+    methods = text.split(",")
+    for method in methods:
+        if method not in ALL:
+            raise ValueError(f"--methods: {method!r} is none of {', '.join(ALL)} (or all)")
+        if methods.count(method) > 1:
+            raise ValueError(f"--methods: {method} is there twice")
+    return methods
+
+
+def require_positive(flags: object, *names: str) -> None:
+    """ValueError unless these flags, where they are given, are at least 1."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")

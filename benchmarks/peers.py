@@ -1,11 +1,13 @@
 """What a user would install instead: transformers' LLaMA with PEFT's LoRA, on the same weights."""
 
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from convert.hf import BLOCK, WHOLE, split_halves
+from convert.peft import to_peft
 from llama.args import ModelArgs
 from llama.checkpoint import open_shard, read_base, shard_files
 
@@ -45,12 +47,21 @@ def transformers_model(ckpt_dir: str | Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def peft_lora(ckpt_dir: str | Path, dtype: torch.dtype, rank: int = 16) -> nn.Module:
-    """The same with a LoRA of this rank beside the published targets, ready to train; adapters in float32."""
+def peft_lora(
+    ckpt_dir: str | Path, dtype: torch.dtype, rank: int = 16, adapter_path: str | Path | None = None
+) -> nn.Module:
+    """The same with a LoRA of this rank beside the published targets, ready to train; adapters in float32.
+
+    adapter_path: a trained adapter of ours in its place, which must be plain LoRA.
+    """
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError:
         raise ValueError("peft is not installed (pip install -r requirements-dev.txt)") from None
+    if adapter_path is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            converted = to_peft(adapter_path, Path(folder, "peft"), ckpt_dir=ckpt_dir)
+            return PeftModel.from_pretrained(transformers_model(ckpt_dir, dtype), converted)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, lora_dropout=0.0, bias="none")
     return get_peft_model(transformers_model(ckpt_dir, dtype), config)
 

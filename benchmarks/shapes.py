@@ -17,3 +17,5 @@ SMOLLM2_135M: dict[str, Any] = {
     **{"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49412, "multiple_of": 256},
     **{"ffn_dim_multiplier": 1.0, "norm_eps": 1e-5, "rope_theta": 100000.0},
 }
+TINY: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32}
+BY_NAME = {"8B": LLAMA_3_1["8B"], "SMOLLM2_135M": SMOLLM2_135M, "tiny": TINY}  # those that are measured

@@ -1,9 +1,66 @@
-"""Measurements run, and compare like with like: their figures are nobody's concern here."""
+"""Measurements run, and compare like with like: their figures are nobody's concern here, but for what is computed."""
 
+import importlib
+import io
 import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import gpu
+from benchmarks.decoding import decode_clock
+from benchmarks.flags import ALL, methods_named
+from benchmarks.floors import Work, generation_work, pairs, step_work
+from benchmarks.generators import agreement
+from benchmarks.machine import Machine, measure_machine
+from benchmarks.models import config_of, on_base, random_base
+from benchmarks.rows import LENGTHS, drawn_rows
+from benchmarks.shapes import TINY
 from commands import run, write_rows
-from tiny import BASE
+from llama import ModelArgs
+from llama.data import IGNORE
+from llama.parallel import start_processes
+from llama.tokenizer import Tokenizer
+from moa.rows import Rows
+from tiny import BASE, METHODS, build, save, shared, tokens
+
+Run = Callable[..., tuple[dict[str, Any], str]]
+MACHINE = Machine({"float32": 1e12}, 1e10)
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
+    """Runs `python -m benchmarks.NAME FLAGS --json FILE` in this process, with those that it starts, on a machine that
+    need not be measured -> what the file holds, and what was printed."""
+
+    def call(module: str, words: list[object]) -> str:
+        with redirect_stdout(io.StringIO()) as said:
+            importlib.import_module(module).main([str(word) for word in words])
+        return said.getvalue().splitlines()[-1]
+
+    def of(name: str, *words: object) -> tuple[dict[str, Any], str]:
+        module, figures = importlib.import_module(f"benchmarks.{name}"), tmp_path / "figures.json"
+        for patched, by in (("own_process", call), ("measure_machine", lambda *_: MACHINE)):
+            if hasattr(module, patched):
+                monkeypatch.setattr(module, patched, by)
+        module.main([*map(str, words), "--json", str(figures)])
+        return json.loads(figures.read_text()), capsys.readouterr().out
+
+    start_processes(torch.device("cpu"))
+    return of
+
+
+def table_rows(printed: str) -> list[list[str]]:
+    """Cells of the tables' lines, without the heads."""
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    return [line for line in lines if line[0].removeprefix("| ") not in ("step of", "answers of", "method", "loaded")]
 
 
 def test_a_step_is_measured_beside_pefts_on_the_same_task(tmp_path) -> None:
@@ -13,7 +70,226 @@ def test_a_step_is_measured_beside_pefts_on_the_same_task(tmp_path) -> None:
     result = run("-m", "benchmarks.step", *words, "--threads", 1, "--json", figures)
     assert result.returncode == 0, result.stderr
     found = json.loads(figures.read_text())
-    assert list(found["seconds"]) == list(found["memory"]) == ["base", "soft_moa", "PEFT lora"]
+    for figure in ("seconds", "memory", "floor"):
+        assert list(found[figure]) == ["base", "soft_moa", "PEFT lora"]
     assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
+    assert all(found["floor"]["base"][i] < found["floor"]["soft_moa"][i] for i in range(2))
     assert found["labels"] < found["tokens"] and all(found["memory"].values())
-    assert sum(line.startswith("| ") for line in result.stdout.splitlines()) == 4
+    assert found["machine"]["bandwidth"] > 0
+    assert len(table_rows(result.stdout)) == 3
+
+
+def test_generation_is_measured_beside_its_peers_on_the_same_task(tmp_path: Path, command: Run) -> None:
+    """Transformers and PEFT, on our weights, answer token by token as our base does: padding is masked."""
+    data = write_rows(tmp_path / "rows.json", 12)
+    words = ["--ckpt_dir", BASE, "--data_path", data, "--methods", "lora", "--prompts", 12, "--new_tokens", 8, "--peft"]
+    found, printed = command("generation", *words, "--repeats", 1, "--threads", 1, "--bf16", "False")
+    assert list(found["kinds"]) == ["base", "lora", "transformers", "PEFT lora"]
+    assert len(set(found["task"]["prompts"])) > 1, "no padding to be tested"
+    for figures in found["kinds"].values():
+        assert figures["same_tokens"] == {"first": 1.0, "all": 1.0}
+        assert figures["tokens"] == 12 * 8 and len(figures["seconds"]) == len(figures["decode_step"]) == 1
+        assert figures["peak_memory_bytes"] > 0 and figures["floor"] > 0
+    assert found["kinds"]["base"]["floor"] < found["kinds"]["lora"]["floor"] == found["kinds"]["PEFT lora"]["floor"]
+    assert len(table_rows(printed)) == 4
+
+
+def test_trained_adapters_answer_to_their_own_end(tmp_path: Path, command: Run, monkeypatch) -> None:
+    """PEFT gets the same LoRA as we have, and gives the same answers, whatever rows shared its batch."""
+    real = Tokenizer.__init__
+
+    def with_more_stops(self: Tokenizer, *words: Any) -> None:
+        real(self, *words)
+        self.stop_ids = tuple(range(0, 512, 7))  # or random weights would hardly ever stop
+
+    monkeypatch.setattr(Tokenizer, "__init__", with_more_stops)
+    data = write_rows(tmp_path / "rows.json", 7)
+    paths = [save(build(name), tmp_path / name) for name in ("soft_moa", "lora")]
+    words = ["--ckpt_dir", BASE, "--data_path", data, "--adapter_path", f"{paths[0]},{paths[1].parent}", "--peft"]
+    words += ["--natural_stops", "--prompts", 7, "--batch_size", 3, "--max_gen_len", 12]
+    found, _ = command("generation", *words, "--repeats", 1, "--threads", 1, "--bf16", "False")
+    kinds = found["kinds"]
+    assert list(kinds) == ["base", "soft_moa, trained", "lora, trained", "transformers", "PEFT lora"]
+    assert kinds["PEFT lora"]["same_tokens"] == kinds["transformers"]["same_tokens"] == {"first": 1.0, "all": 1.0}
+    assert 7 < kinds["PEFT lora"]["tokens"] == kinds["lora, trained"]["tokens"] < 7 * 12
+    assert kinds["base"]["decode_step"] == [] and found["task"]["min_new_tokens"] == 0
+
+
+def test_too_few_rows_and_a_second_adapter_of_a_method_are_refused(tmp_path: Path, command: Run, capsys) -> None:
+    data, path = write_rows(tmp_path / "rows.json", 2), save(build("lora"), tmp_path / "lora")
+    words = ["--ckpt_dir", BASE, "--data_path", data]
+    for more, told in (
+        (["--prompts", 3], "3 prompts are wanted, there are 2 rows"),
+        (["--prompts", 1, "--adapter_path", f"{path},{path}"], "second adapter of method lora"),
+    ):
+        with pytest.raises(SystemExit):
+            command("generation", *words, *more)
+        assert told in capsys.readouterr().err
+
+
+def test_agreement_counts_first_tokens_and_all() -> None:
+    assert agreement([[1, 2], [3]], [[1, 3], [3]]) == {"first": 1.0, "all": 2 / 3}
+    assert agreement([[1, 2], []], [[4, 2, 5], [6]]) == {"first": 0.0, "all": 1 / 4}
+
+
+def test_loading_is_measured_beside_from_pretrained(command: Run) -> None:
+    found, printed = command("load", "--ckpt_dir", BASE, "--repeats", 1, "--threads", 1)
+    measures = [f"{what}_{when}" for when in ("loaded", "used") for what in ("resident", "own")]
+    for kind in ("ours", "transformers"):
+        assert {*found["runs"][kind][0]} == {"seconds", "first_logits", *measures}
+        assert found["runs"][kind][0]["seconds"] > 0
+    assert [row[0] for row in table_rows(printed)] == ["| ours", "| transformers"]
+
+
+def test_growth_has_a_table_per_axis(command: Run) -> None:
+    axes = "length,experts,decode_rows"
+    found, printed = command("growth", "--shape", "tiny", "--repeats", 1, "--threads", 1, "--axes", axes)
+    assert list(found["axes"]) == axes.split(",")
+    for axis, entries in found["axes"].items():
+        assert len(entries) >= 4 and f"| {axis} | " in printed
+        floors = [entry["floor"] for entry in entries.values()]
+        assert floors == sorted(floors) and len(set(floors)) == len(floors)
+        kept = [entry["kept_bytes"] for entry in entries.values() if "kept_bytes" in entry]
+        assert kept == sorted(kept) and bool(kept) == (not axis.startswith("decode"))
+
+
+def test_cost_has_all_that_the_figure_needs(tmp_path: Path, command: Run) -> None:
+    data = write_rows(tmp_path / "rows.json", 8)
+    words = ["--ckpt_dir", BASE, "--data_path", data, "--test_path", data, "--rows", 2, "--repeats", 2, "--threads", 1]
+    found, printed = command(
+        "cost", *words, "--batch_size", 3, "--new_tokens", 4, "--methods", "lora,soft_moa", "--peft"
+    )
+    assert list(found["methods"]) == ["lora", "soft_moa"] and list(found["peers"]) == ["PEFT lora"]
+    for figures in (*found["methods"].values(), *found["peers"].values(), found["base"]):
+        for name in ("seconds_per_step", "seconds_per_epoch", "peak_memory_bytes", "seconds_per_answer"):
+            assert figures[name] > 0
+    assert found["base"]["trainable"] == 0
+    assert found["peers"]["PEFT lora"]["trainable"] == found["methods"]["lora"]["trainable"] == 35_328
+    assert found["task"]["training_rows"] == 8 and found["task"]["new_tokens"] == 4
+    assert len(table_rows(printed)) == 4
+
+
+GPU_FLAGS = ["--shape", "tiny", "--device", "cpu", "--rows", 2, "--decode_rows", "1,3", "--context", 5]
+GPU_FLAGS += ["--repeats", 1, "--decode_steps", 3]
+
+
+def test_the_gpus_command_runs_without_one(command: Run) -> None:
+    found, printed = command("gpu", *GPU_FLAGS)
+    assert not found["failed"]
+    for kind in ("soft_moa", "base"):
+        for choice in ("off", "ffn", "all"):
+            part = found[f"training, {kind}, {choice}"]
+            assert part["gsm8k"]["tokens_per_second"] > 0 and part["full"]["tokens"] == [600]
+        assert all(found[f"decoding, {kind}, {n}"]["floor"] > 0 for n in (1, 3))
+        for trace in (f"trace of a step, {kind}", f"trace of decoding, {kind}"):
+            top = found[trace]["top"]
+            assert top[0]["share"] >= top[-1]["share"] > 0 and sum(k["share"] for k in top) <= 1 + 1e-9
+            assert f"{trace}: " in printed
+    assert "| soft_moa, off | gsm8k | " in printed and "| base | 3 | " in printed
+
+
+def test_a_part_that_fails_on_the_gpu_leaves_the_others(tmp_path, command: Run, monkeypatch, capsys) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: so it goes\nat length")
+
+    monkeypatch.setattr(gpu.Bench, "decoding", broken)
+    with pytest.raises(SystemExit) as ended:
+        command("gpu", *GPU_FLAGS)
+    assert ended.value.code == 1 and "CUDA error" in capsys.readouterr().err
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["failed"]["decoding, soft_moa, 3"] == "RuntimeError: CUDA error: so it goes"
+    assert "trace of decoding, base" in found and "training, soft_moa, off" in found
+
+
+def test_methods_by_name() -> None:
+    assert methods_named("all") == ALL and len(ALL) == 13 and methods_named("") == []
+    for text in ("lora,", "custom", "lora,lora"):
+        with pytest.raises(ValueError, match="--methods"):
+            methods_named(text)
+
+
+@pytest.mark.parametrize("data", LENGTHS)
+def test_rows_are_drawn_as_the_data_has_them(data: str) -> None:
+    rows = drawn_rows(400, data, 300, 512)
+    assert rows == drawn_rows(400, data, 300, 512) != drawn_rows(400, data, 300, 512, seed=1)
+    prompts, lengths = sorted(row.prompt_len for row in rows), [len(row.tokens) for row in rows]
+    assert max(lengths) <= 300 and abs(prompts[200] - LENGTHS[data][0][5]) < 6  # the median
+    for row in rows[:20]:
+        assert row.labels == [IGNORE] * row.prompt_len + row.tokens[row.prompt_len :]
+
+
+def count_in_place(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def counter() -> FlopCounterMode:
+    """Counts products, those that add to a tensor in its place included."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: count_in_place})
+
+
+def require_counted(counted: FlopCounterMode, *works: Work, slack: float = 0.0) -> None:
+    """All products but attention's, own and to prompts, are counted. Of those torch's counter sees none where a CPU's
+    kernel does them, and where matrix products do, upper triangles and other rows' length too."""
+    attention = sum(part.get("attention", 0) for work in works for part in (work.forward, work.backward))
+    prompts = sum(part.get("prompt", 0) for work in works for part in (work.forward, work.backward))
+    total, found = sum(work.flops for work in works), counted.get_total_flops()
+    assert total - attention - prompts <= found <= (total + 2 * attention) * (1 + slack)
+    assert attention < 0.025 * total and prompts < 0.15 * total, "the check would be a loose one"
+
+
+@pytest.mark.parametrize("name", [None, *METHODS])
+def test_a_steps_products_are_those_that_torch_counts(name: str | None) -> None:
+    """But for one product that stands for a sum, where parallel adapters have no gate."""
+    model, lengths = build(name).model.train(), [3, 2, 4]
+    if name is None:
+        model.tok_embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+    row = tokens(sum(lengths))
+    with counter() as counted:
+        losses = model.losses(row, row.clone(), Rows(lengths, "cpu", [2, 1, 2]))
+        (losses.labels + losses.auxiliary).backward()
+    work = step_work(model, lengths, sum(lengths) - len(lengths))
+    require_counted(counted, work, slack=0.0025 if name == "parallel_adapter" else 0.0)
+
+
+@pytest.mark.parametrize("name", [None, "lora", "soft_moa", "soft_moa_instance", "molora"])
+def test_an_answers_products_are_those_that_torch_counts(name: str | None) -> None:
+    llm, prompts = build(name), [[1] * 5, [2] * 9, [3] * 4]
+    llm.model.requires_grad_(False)  # or the counter hangs itself on inference's tensors
+    with counter() as counted:
+        answers = llm.generate(prompts, 6, 6)
+    work = generation_work(llm.model, [len(p) for p in prompts], [len(a) for a in answers], 3)
+    require_counted(counted, *work)
+
+
+def test_attention_counts_each_tokens_earlier_ones_alone() -> None:
+    n, n_heads, width = 7, 4, 16
+    q = torch.randn(1, n_heads, n, width, requires_grad=True)
+    with counter() as counted, sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    model = shared(None).model.train()
+    work = step_work(model, [n], 1)
+    model.eval()
+    whole = counted.get_total_flops() * model.args.n_layers  # the upper triangle included
+    assert (work.forward["attention"] + work.backward["attention"]) * n * n == whole * pairs([n])
+
+
+def test_the_floor_is_the_slower_of_products_and_bytes() -> None:
+    work = Work({"wq": 3 * 10**12}, {"wq": 10**12}, 10**10)
+    assert work.seconds(MACHINE) == 4.0
+    assert work.seconds(Machine({"float32": 1e12, "bfloat16": 8e12}, 1e10)) == 1.0
+
+
+def test_a_decode_step_reads_all_weights_and_the_keys_and_values_of_its_rows() -> None:
+    args = ModelArgs(**TINY)
+    model = on_base(args, random_base(args, torch.float32, torch.device("cpu")), config_of("lora", args.n_layers))
+    prefill, decode = generation_work(model, [10, 20], [1, 4], 2)
+    read = sum(p.numel() for name, p in model.named_parameters() if "embeddings" not in name)
+    kv = 2 * args.n_layers * args.n_kv_heads * args.head_dim
+    assert prefill.bytes == 4 * read
+    assert decode.bytes == 4 * (3 * read + kv * (21 + 22 + 23))  # the first token of each came from the prefill
+    assert decode_clock(model, 2, 3, 2)() != 0
+
+
+def test_a_machine_can_do_something() -> None:
+    found = measure_machine(repeats=1)
+    assert found.flops["float32"] > 1e8 and found.bandwidth > 1e7 and "GB/s" in str(found)

@@ -1,0 +1,39 @@
+"""The time of a decode step, through the public interface alone."""
+
+import random
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.floors import generation_work
+from benchmarks.machine import Machine
+from benchmarks.measure import CPU, timed
+from benchmarks.models import generator_of
+from llama import Transformer
+
+EARLY = 4  # tokens of the shorter of two runs, so that both begin to decode
+
+
+def decode_clock(
+    model: Transformer, n_rows: int, context: int, steps: int, device: torch.device = CPU
+) -> Callable[[], float]:
+    """A clock that measures, at each call, the seconds of a decode step of `n_rows` rows behind prompts of `context`
+    tokens: what a run takes longer than one of `steps` tokens less, divided by these. It is tried once here."""
+    llm = generator_of(model, context + EARLY + steps, n_rows)
+    generator = random.Random(0)
+    prompts = [[generator.randrange(1, model.args.vocab_size) for _ in range(context)] for _ in range(n_rows)]
+
+    def seconds(new_tokens: int) -> float:
+        return timed(lambda: llm.generate(prompts, new_tokens, new_tokens), device)[0]
+
+    def clock() -> float:
+        return (seconds(EARLY + steps) - seconds(EARLY)) / steps
+
+    clock()
+    return clock
+
+
+def decode_floor(model: Transformer, n_rows: int, context: int, steps: int, machine: Machine) -> float:
+    """The least seconds of such a step, of those measured the middle one."""
+    behind = context + EARLY + steps // 2
+    return generation_work(model, [behind] * n_rows, [2] * n_rows, n_rows)[1].seconds(machine)

@@ -1,0 +1,193 @@
+"""Time, decode rate and memory of generation: our base and methods, and transformers with and without PEFT's LoRA.
+
+    python -m benchmarks.generation [--methods soft_moa,lora | all] [--peft] [--prompts 16] [--new_tokens 64]
+    python -m benchmarks.generation --natural_stops --prompts 200 --data_path gsm8k/test.json --peft \\
+        --adapter_path runs/gsm8k/lora/s0,runs/gsm8k/soft_moa/s0 [--batch_size 32] [--json FILE]
+
+Greedy, on the same weights and prompts, in turn; medians, and ratios within the run. Without --natural_stops each
+prompt is answered by --new_tokens tokens, all prompts at once, and a decode step's time is that of the last three
+quarters of the tokens. With it answers end where the model ends them, --batch_size rows at once: ours with rows that
+leave and come one by one, transformers in batches of prompts of like length, padded on the left. Answers of trained
+adapters differ in length, so look at the time per token; PEFT gets the first of --adapter_path that is plain LoRA (else
+one as it starts, which answers as the base does). Memory: each kind in a process of its own, the largest resident set
+of the task's first batch. "floor": the least that products and bytes take on this machine, measured in the same run
+(benchmarks/floors.py), for a kind's own answers. "same tokens": as the kind's counterpart of ours, first and all.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.flags import methods_named, require_positive
+from benchmarks.floors import generation_work
+from benchmarks.generators import PEERS, Generate, Kind, Task, agreement, kinds_of, make
+from benchmarks.machine import Machine, measure_machine
+from benchmarks.measure import CPU, figure, own_process, peak_memory, ratio, table, timed
+from benchmarks.models import shape_only
+from benchmarks.steps import BASE, PEFT
+from cli import errors, knob, parse
+from demo.model import ensure_model
+from demo.problems import ensure_data
+from llama.checkpoint import read_base
+from llama.data import encode_prompt, read_rows
+from llama.parallel import bf16_is_fast
+from moa.files import write_json
+
+WARM_UP = 4  # tokens
+WHOLE = 10**6  # tokens: room for any prompt
+
+
+@dataclass(frozen=True)
+class Flags:
+    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model")
+    data_path: str | None = knob(None, help="test rows; default: the demo's")
+    methods: str | None = knob(
+        None, help="methods with fresh adapters, with commas, or all; default: soft_moa,lora without --adapter_path"
+    )
+    adapter_path: str | None = knob(None, help="trained adapters, folders or files, with commas")
+    peft: bool = knob(False, help="also transformers + PEFT's LoRA (if installed)")
+    prompts: int = knob(16, help="prompts, the first of the test rows")
+    new_tokens: int = knob(64, help="tokens of each answer, without --natural_stops")
+    natural_stops: bool = knob(False, help="answers end where the model ends them")
+    max_gen_len: int = knob(200, help="new tokens at most, with --natural_stops")
+    batch_size: int = knob(32, help="rows at once, with --natural_stops")
+    repeats: int = knob(3, help="times that every kind does the task")
+    threads: int = knob(torch.get_num_threads(), help="threads")
+    bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16")
+    json: str | None = knob(None, help="write the figures to this file too")
+    memory_of: str | None = knob(None, help="only this one: the first batch, then the peak memory in bytes")
+
+    def __post_init__(self):
+        require_positive(self, "prompts", "new_tokens", "max_gen_len", "batch_size", "repeats", "threads")
+        self.fresh()
+        if self.new_tokens < 4:
+            raise ValueError(f"--new_tokens must be at least 4, not {self.new_tokens}")
+
+    def fresh(self) -> list[str]:
+        default = "" if self.adapter_path else "soft_moa,lora"
+        return methods_named(default if self.methods is None else self.methods)
+
+    def trained(self) -> list[str]:
+        return self.adapter_path.split(",") if self.adapter_path else []
+
+
+def prompts_of(path: str, ckpt_dir: str, n: int) -> list[list[int]]:
+    """Token ids of the first n rows' prompts. ValueError where there are fewer rows."""
+    _, tokenizer = read_base(ckpt_dir)
+    rows = read_rows(path, ("instruction", "input"))[:n]
+    if len(rows) < n:
+        raise ValueError(f"{path}: {n} prompts are wanted, there are {len(rows)} rows")
+    return [encode_prompt(tokenizer, row, WHOLE) for row in rows]
+
+
+def task_of(flags: Flags, ckpt_dir: str) -> Task:
+    prompts = prompts_of(flags.data_path or str(ensure_data()[1]), ckpt_dir, flags.prompts)
+    if flags.natural_stops:
+        return Task(prompts, flags.max_gen_len, 0, flags.batch_size)
+    return Task(prompts, flags.new_tokens, flags.new_tokens, len(prompts))
+
+
+def measure(generators: dict[str, Generate], task: Task, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Answers and figures by kind: seconds of the whole task and, where answers are of one length, of a decode step."""
+    fixed = task.min_new_tokens == task.max_gen_len
+    early = task.shorter(task.max_gen_len // 4)
+    for generate in generators.values():
+        generate(task.first_batch().shorter(WARM_UP))
+    answers: dict[str, list[list[int]]] = {}
+    figures: dict[str, dict[str, list[float]]] = {kind: {"seconds": [], "decode_step": []} for kind in generators}
+    for _ in range(repeats):
+        for kind, generate in generators.items():
+            seconds, answers[kind] = timed(lambda generate=generate: generate(task))
+            figures[kind]["seconds"].append(seconds)
+            if fixed:
+                to_early = timed(lambda generate=generate: generate(early))[0]
+                step = (seconds - to_early) / (task.max_gen_len - early.max_gen_len)
+                figures[kind]["decode_step"].append(step)
+    return answers, figures
+
+
+def floor(kind: Kind, args: Any, bf16: bool, task: Task, answers: list[list[int]], machine: Machine) -> float:
+    """Seconds, for the kind's own answers; an end token is one more that was chosen."""
+    model = shape_only(args, kind.config, bf16)
+    chosen = [min(len(answer) + 1, task.max_gen_len) for answer in answers]
+    work = generation_work(model, list(map(len, task.prompts)), chosen, task.batch_size)
+    return sum(part.seconds(machine) for part in work)
+
+
+def counterpart(kind: Kind, kinds: Sequence[Kind]) -> str:
+    """Which of ours is to give the same answers: the one with the same trained adapter, or the base."""
+    return next((k.name for k in kinds if k.adapter_path == kind.adapter_path and k.name not in PEERS), BASE)
+
+
+def main(argv: list[str]) -> None:
+    flags = parse(Flags, argv, prog="python -m benchmarks.generation", description=__doc__)
+    with errors():
+        torch.set_num_threads(flags.threads)
+        ckpt_dir = flags.ckpt_dir or str(ensure_model())
+        bf16 = bf16_is_fast(CPU) if flags.bf16 is None else flags.bf16
+        task = task_of(flags, ckpt_dir)
+        kinds = kinds_of(ckpt_dir, flags.fresh(), flags.trained(), flags.peft)
+        if flags.memory_of:
+            kind = next(kind for kind in kinds if kind.name == flags.memory_of)
+            make(kind, ckpt_dir, bf16, task)(task.first_batch())
+            print(peak_memory())
+            return
+        memory = {k.name: int(own_process("benchmarks.generation", [*argv, "--memory_of", k.name])) for k in kinds}
+        machine = measure_machine()
+        answers, figures = measure({k.name: make(k, ckpt_dir, bf16, task) for k in kinds}, task, flags.repeats)
+        args, _ = read_base(ckpt_dir)
+        for kind in kinds:
+            mine = answers[kind.name]
+            figures[kind.name] |= {
+                "floor": floor(kind, args, bf16, task, mine, machine),
+                "peak_memory_bytes": memory[kind.name],
+                "tokens": sum(map(len, mine)),
+                "same_tokens": agreement(mine, answers[counterpart(kind, kinds)]),
+            }
+        report(flags, task, bf16, machine, figures)
+
+
+def report(flags: Flags, task: Task, bf16: bool, machine: Machine, figures: dict[str, Any]) -> None:
+    """The table, and the JSON file."""
+    until = f"natural stops, at most {task.max_gen_len}" if flags.natural_stops else f"{task.max_gen_len}"
+    print(
+        f"{len(task.prompts)} prompts of {statistics.mean(map(len, task.prompts)):.0f} tokens in the mean, new tokens: "
+        f"{until}; {task.batch_size} rows at once, greedy, {'bf16' if bf16 else 'fp32'}, {flags.threads} threads; "
+        f"medians of {flags.repeats}; {machine}\n"
+    )
+    rows = []
+    for kind, found in figures.items():
+        seconds, per_token = statistics.median(found["seconds"]), _per_token(found)
+        steps = found["decode_step"]
+        others = [figures.get(other) for other in (BASE, *PEERS)]
+        rows.append(
+            [
+                *(kind, figure(seconds)),
+                *(figure(other and ratio(found["seconds"], other["seconds"])) for other in others),
+                *(figure(found["tokens"] / len(task.prompts), 1), figure(1000 * per_token)),
+                figure(per_token / _per_token(figures[PEFT]) if PEFT in figures else None),
+                figure(1000 * statistics.median(steps) if steps else None, 1),
+                *(figure(found["floor"]), figure(seconds / found["floor"], 1)),
+                figure(found["peak_memory_bytes"] / 1e9),
+                " / ".join(f"{100 * share:.0f} %" for share in found["same_tokens"].values()),
+            ]
+        )
+    heads = ["answers of", "seconds", "x base", "x transformers", "x PEFT", "tokens each", "ms per token", "x PEFT"]
+    print(table([*heads, "decode step, ms", "floor, s", "x floor", "peak memory, GB", "same tokens"], rows))
+    if flags.json:
+        said = {"prompts": [len(p) for p in task.prompts], "max_gen_len": task.max_gen_len, "bf16": bf16}
+        said |= {"min_new_tokens": task.min_new_tokens, "batch_size": task.batch_size, "threads": flags.threads}
+        write_json(Path(flags.json), {"task": said, "machine": machine._asdict(), "kinds": figures})
+
+
+def _per_token(found: dict[str, Any]) -> float:
+    return statistics.median(found["seconds"]) / max(1, found["tokens"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

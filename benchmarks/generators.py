@@ -1,0 +1,145 @@
+"""Answering prompts greedily: with our methods, our bare base, and with transformers and PEFT, as their users do it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.models import config_of
+from benchmarks.peers import peft_lora, transformers_model
+from benchmarks.steps import BASE, PEFT
+from convert.plain_lora import require_plain
+from llama import Llama
+from llama.checkpoint import read_base
+from moa.adapter_file import load_adapter
+from moa.config import AdapterConfig
+
+TRANSFORMERS = "transformers"
+PEERS = (TRANSFORMERS, PEFT)
+
+
+@dataclass(frozen=True)
+class Task:
+    """prompts: token ids. min_new_tokens: the end is not chosen before so many. batch_size: rows at once."""
+
+    prompts: list[list[int]]
+    max_gen_len: int
+    min_new_tokens: int
+    batch_size: int
+
+    def shorter(self, new_tokens: int) -> "Task":
+        """The same prompts, each answered by so many tokens."""
+        return replace(self, max_gen_len=new_tokens, min_new_tokens=new_tokens)
+
+    def first_batch(self) -> "Task":
+        """The longest prompts alone, as many as run at once."""
+        return replace(self, prompts=sorted(self.prompts, key=len)[-self.batch_size :])
+
+
+Generate = Callable[[Task], list[list[int]]]  # answers without their end token
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is measured. config: of the adapter beside the base, or None. adapter_path: a trained one's file, else it is
+    as it starts."""
+
+    name: str
+    config: AdapterConfig | None = None
+    adapter_path: str | None = None
+
+
+def kinds_of(ckpt_dir: str, methods: list[str], adapter_paths: list[str], peft: bool) -> list[Kind]:
+    """The base, fresh adapters of these methods, trained ones, transformers, and PEFT: with the first of the trained
+    ones that is plain LoRA where there is one, so that both give the same answers. ValueError naming the file for an
+    adapter that does not fit, or one of a method that is there already."""
+    args, _ = read_base(ckpt_dir)
+    kinds = [Kind(BASE), *(Kind(method, config_of(method, args.n_layers)) for method in methods)]
+    for path in adapter_paths:
+        config, _ = load_adapter(path, asdict(args))
+        name = f"{config.method}, trained"
+        if name in [kind.name for kind in kinds]:
+            raise ValueError(f"--adapter_path: {path} is a second adapter of method {config.method}")
+        kinds.append(Kind(name, config, path))
+    kinds.append(Kind(TRANSFORMERS))
+    if peft:
+        plain = [kind for kind in kinds if kind.adapter_path and _is_plain(kind.config)]
+        same = plain[0] if plain else Kind("", config_of("lora", args.n_layers))
+        kinds.append(Kind(PEFT, same.config, same.adapter_path))
+    return kinds
+
+
+def _is_plain(config: AdapterConfig) -> bool:
+    try:
+        require_plain(config, "")
+    except ValueError:
+        return False
+    return True
+
+
+def make(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Generate:
+    """A generator for tasks with at most this one's prompts and lengths."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if kind.name == TRANSFORMERS:
+        return theirs(transformers_model(ckpt_dir, dtype), ckpt_dir)
+    if kind.name == PEFT:
+        return theirs(peft_lora(ckpt_dir, dtype, adapter_path=kind.adapter_path), ckpt_dir)
+    llm = Llama.build(
+        ckpt_dir,
+        kind.adapter_path,
+        config=None if kind.adapter_path else kind.config,
+        max_seq_len=max(map(len, task.prompts)) + task.max_gen_len,
+        max_batch_size=task.batch_size,
+        bf16=bf16,
+    )
+    return lambda task: llm.generate(task.prompts, task.max_gen_len, task.min_new_tokens)
+
+
+def theirs(model: nn.Module, ckpt_dir: str | Path) -> Generate:
+    """`generate` of transformers: consecutive batches of prompts of like length, longest first, padded on the left;
+    each batch ends with its longest answer."""
+    stop_ids = list(read_base(ckpt_dir)[1].stop_ids)
+    model.eval()
+
+    def batch(prompts: list[list[int]], task: Task) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[stop_ids[0]] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        found = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=task.max_gen_len,
+            min_new_tokens=task.min_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+        )
+        return [_to_stop(row, stop_ids) for row in found[:, longest:].tolist()]
+
+    @torch.inference_mode()
+    def generate(task: Task) -> list[list[int]]:
+        order = sorted(range(len(task.prompts)), key=lambda i: -len(task.prompts[i]))
+        answers: dict[int, list[int]] = {}
+        for begin in range(0, len(order), task.batch_size):
+            places = order[begin : begin + task.batch_size]
+            answers |= zip(places, batch([task.prompts[i] for i in places], task), strict=True)
+        return [answers[i] for i in range(len(order))]
+
+    return generate
+
+
+def _to_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:
+    stops = [i for i, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: stops[0]] if stops else tokens
+
+
+def agreement(answers: list[list[int]], others: list[list[int]]) -> dict[str, float]:
+    """How far answers are the others': shares of rows with the same first token, and of the same tokens at the same
+    places. Rounding parts them, the sooner in bf16, and a row that has parted stays so."""
+    pairs = list(zip(answers, others, strict=True))
+    same = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))
+    places = sum(max(len(a), len(b)) for a, b in pairs)
+    return {"first": sum(a[:1] == b[:1] for a, b in pairs) / len(pairs), "all": same / places if places else 1.0}

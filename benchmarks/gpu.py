@@ -1,0 +1,236 @@
+"""What training and generation do on one GPU, with random weights in a published model's shape: no file is needed.
+
+    python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--json gpu.json] [--flash_attention2]
+    python -m benchmarks.gpu --shape tiny --device cpu          to try the command where there is no GPU
+
+training    real tokens/s of a step (forward, backward, AdamW) of --rows rows of at most 300 tokens, with lengths drawn
+            as GSM8K's and the commonsense set's; peak memory, also of rows that are all of 300 tokens; by what
+            finetune.py's --activation_checkpointing may be
+decoding    milliseconds of a decode step at --decode_rows rows
+traces      the kernels that take most of a training step's and of a decode step's time
+
+Each beside the bare base ("base": gradients go to the embeddings' output) and the floor: the products at the best rate
+measured here, and the bytes at the best bandwidth (benchmarks/floors.py). The JSON file is written anew after every
+part; a part that fails is told and left out, and the exit status is then 1.
+"""
+
+import gc
+import statistics
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.decoding import EARLY, decode_clock, decode_floor
+from benchmarks.flags import methods_named, require_positive
+from benchmarks.floors import step_work
+from benchmarks.machine import Machine, measure_machine
+from benchmarks.measure import figure, peak_memory, table, timed
+from benchmarks.models import config_of, on_base, random_base, shape_only
+from benchmarks.profiles import profile, summary
+from benchmarks.rows import LENGTHS, drawn_rows, halves, rows_of
+from benchmarks.shapes import BY_NAME
+from benchmarks.steps import BASE, step_of
+from cli import errors, knob, parse
+from llama import ModelArgs, Transformer
+from llama.data import Example
+from llama.generation import require_flash
+from llama.parallel import bf16_is_fast, pick_device
+from moa.files import write_json
+from training.data import label_count
+from training.settings import RECOMPUTED
+
+LONGEST = 300
+
+
+@dataclass(frozen=True)
+class Flags:
+    shape: str = knob("8B", help="shape of the model", choices=tuple(BY_NAME))
+    methods: str = knob("soft_moa", help="methods to measure beside the bare base, with commas, or all")
+    device: str = knob("auto", help="auto, cpu, cuda or cuda:N")
+    rows: int = knob(8, help="rows of a training step")
+    decode_rows: str = knob("1,16,64", help="rows of a decode step, with commas")
+    context: int = knob(128, help="tokens of each prompt of those")
+    repeats: int = knob(5, help="training steps and decode runs measured of each")
+    decode_steps: int = knob(64, help="decode steps of a run")
+    flash_attention2: bool = knob(False, help="attention of training by flash-attn 2 (if installed)")
+    json: str | None = knob(None, help="write the figures to this file too")
+
+    def __post_init__(self):
+        require_positive(self, "rows", "context", "repeats", "decode_steps")
+        methods_named(self.methods)
+        if not all(word.isdecimal() and int(word) for word in self.decode_rows.split(",")):
+            raise ValueError(f"--decode_rows: expected whole numbers above 0, with commas, got {self.decode_rows!r}")
+
+
+class Bench:
+    """One run: the weights, which all models share, and what has been found so far."""
+
+    def __init__(self, flags: Flags, device: torch.device):
+        self.flags, self.device = flags, device
+        self.args = ModelArgs(**BY_NAME[flags.shape])
+        self.bf16 = bf16_is_fast(device)
+        self.found: dict[str, Any] = {"task": self._task(), "failed": {}}
+        self.machine: Machine = measure_machine(device)
+        self.found["machine"] = self.machine._asdict()
+        self.base: dict[str, Tensor] = random_base(self.args, torch.bfloat16 if self.bf16 else torch.float32, device)
+
+    def _task(self) -> dict[str, Any]:
+        gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if gpu else "cpu"
+        flags = self.flags
+        said = {"shape": flags.shape, "device": name, "torch": torch.__version__, "bf16": self.bf16}
+        said |= {"rows": flags.rows, "longest": LONGEST, "context": flags.context, "flash": flags.flash_attention2}
+        return said
+
+    def model(self, kind: str) -> Transformer:
+        config = config_of(None if kind == BASE else kind, self.args.n_layers)
+        return on_base(self.args, self.base, config, self.flags.flash_attention2)
+
+    def part(self, name: str, work: Callable[[], Any]) -> None:
+        """Do a part, keep what it finds, and write all that is there; a fault is kept in its place."""
+        try:
+            self.found[name] = work()
+        except Exception as error:  # whatever it is, the other parts are still wanted
+            traceback.print_exc()
+            self.found["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{name} failed: {self.found['failed'][name]}", file=sys.stderr, flush=True)
+        gc.collect()  # a model's modules refer to one another in circles
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.flags.json:
+            write_json(Path(self.flags.json), self.found)
+
+    def training(self, kind: str, recompute: str) -> dict[str, Any]:
+        """Figures of training steps, by kind of rows."""
+        model = self.model(kind)
+        model.activation_checkpointing = recompute
+        step, flags = step_of(model, self.device), self.flags
+        shape = shape_only(self.args, model.config, self.bf16)
+        figures = {}
+        for data in (*LENGTHS, "full"):
+            n, times, floors = (1 if data == "full" else flags.repeats), [], []
+            batches = [self._rows(data, seed) for seed in range(n)]
+            if data != "full":
+                step(batches[0])
+            self._reset_peak()
+            for batch in batches:
+                times.append(timed(lambda batch=batch: step(batch), self.device)[0])
+                lengths = [len(row.tokens) for row in batch]
+                floors.append(step_work(shape, lengths, sum(map(label_count, batch))).seconds(self.machine))
+            tokens = [sum(len(row.tokens) for row in batch) for batch in batches]
+            found = {"peak_memory_bytes": self._peak(), "tokens": tokens}
+            if data != "full":  # done once, for its memory alone
+                found |= {"seconds": times, "floor": floors, "tokens_per_second": sum(tokens) / sum(times)}
+            figures[data] = found
+        return figures
+
+    def _rows(self, data: str, seed: int) -> list[Example]:
+        if data == "full":
+            return rows_of([halves(LONGEST)] * self.flags.rows, self.args.vocab_size)
+        return drawn_rows(self.flags.rows, data, LONGEST, self.args.vocab_size, seed)
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_memory()
+
+    def decoding(self, kind: str, n_rows: int) -> dict[str, Any]:
+        model, flags = self.model(kind), self.flags
+        clock = decode_clock(model, n_rows, flags.context, flags.decode_steps, self.device)
+        self._reset_peak()
+        seconds = [clock() for _ in range(flags.repeats)]
+        shape = shape_only(self.args, model.config, self.bf16)
+        floor = decode_floor(shape, n_rows, flags.context, flags.decode_steps, self.machine)
+        return {"seconds": seconds, "floor": floor, "peak_memory_bytes": self._peak()}
+
+    def traced_step(self, kind: str) -> dict[str, Any]:
+        step, batch = step_of(self.model(kind), self.device), self._rows("gsm8k", 0)
+        return profile(lambda: step(batch), self.device)
+
+    def traced_decoding(self, kind: str, n_rows: int) -> dict[str, Any]:
+        """Of generation with hardly any prefill, from prompts of one token: of all steps of a clock's two runs."""
+        steps = self.flags.decode_steps
+        clock = decode_clock(self.model(kind), n_rows, 1, steps, self.device)
+        return profile(clock, self.device) | {"decode_steps": steps + 2 * (EARLY - 1)}
+
+
+def run(bench: Bench) -> None:
+    """All parts, the most wanted first."""
+    flags = bench.flags
+    kinds = [*methods_named(flags.methods), BASE]
+    sizes = [int(n) for n in flags.decode_rows.split(",")]
+    for kind in kinds:
+        for choice in RECOMPUTED:
+            bench.part(f"training, {kind}, {choice}", lambda kind=kind, choice=choice: bench.training(kind, choice))
+    print(f"\n{training_table(bench.found)}\n", flush=True)
+    for n in sizes:
+        for kind in kinds:
+            bench.part(f"decoding, {kind}, {n}", lambda kind=kind, n=n: bench.decoding(kind, n))
+    print(f"{decoding_table(bench.found, kinds, sizes)}\n", flush=True)
+    for kind in kinds:
+        bench.part(f"trace of a step, {kind}", lambda kind=kind: bench.traced_step(kind))
+        bench.part(f"trace of decoding, {kind}", lambda kind=kind: bench.traced_decoding(kind, sizes[0]))
+    for name, found in bench.found.items():
+        if name.startswith("trace"):
+            print(f"{name}: {summary(found)}\n")
+
+
+def training_table(found: dict[str, Any]) -> str:
+    """Of all training parts that are there."""
+    rows = []
+    for name, figures in found.items():
+        if not name.startswith("training, "):
+            continue
+        full = figures["full"]["peak_memory_bytes"]
+        for data, part in figures.items():
+            if "seconds" in part:
+                seconds, floor = statistics.median(part["seconds"]), statistics.median(part["floor"])
+                speed = [figure(statistics.mean(part["tokens"]), 0), figure(part["tokens_per_second"], 0)]
+                share = [figure(1000 * seconds, 1), figure(1000 * floor, 1), figure(seconds / floor)]
+                memory = [figure(part["peak_memory_bytes"] / 2**30), figure(full / 2**30)]
+                rows.append([name.removeprefix("training, "), data, *speed, *share, *memory])
+    full = f"full rows of {LONGEST}"
+    heads = ["training", "rows as", "tokens", "tokens/s", "ms", "floor, ms", "x floor", "peak, GiB", f"{full}, GiB"]
+    return table(heads, rows)
+
+
+def decoding_table(found: dict[str, Any], kinds: list[str], sizes: list[int]) -> str:
+    """Of all decode parts that are there."""
+    rows = []
+    for n in sizes:
+        bare = found.get(f"decoding, {BASE}, {n}")
+        for kind in kinds:
+            part = found.get(f"decoding, {kind}, {n}")
+            if part:
+                seconds = statistics.median(part["seconds"])
+                against = figure(seconds / statistics.median(bare["seconds"]) if bare else None)
+                floor = [figure(1000 * part["floor"]), f"{100 * part['floor'] / seconds:.0f} %"]
+                memory = figure(part["peak_memory_bytes"] / 2**30)
+                rows.append([kind, f"{n}", figure(1000 * seconds), against, *floor, figure(n / seconds, 0), memory])
+    heads = ["decoding", "rows", "ms a step", "x base", "floor, ms", "of the floor's speed", "tokens/s", "peak, GiB"]
+    return table(heads, rows)
+
+
+def main(argv: list[str]) -> None:
+    flags = parse(Flags, argv, prog="python -m benchmarks.gpu", description=__doc__)
+    with errors():
+        device = pick_device(flags.device)
+        if flags.flash_attention2:
+            require_flash(flags.device, bf16_is_fast(device))
+        bench = Bench(flags, device)
+        print(f"{bench.found['task']}; {bench.machine}", flush=True)
+        run(bench)
+    if bench.found["failed"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Measuring kinds of work side by side, in one run and in turn; and the tables of what was found."""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+X, T = TypeVar("X"), TypeVar("T")
+CPU = torch.device("cpu")
+
+
+def timed(work: Callable[[], T], device: torch.device = CPU) -> tuple[float, T]:
+    """Seconds that `work` takes, until the device has done it, and what it returns."""
+    _wait(device)
+    begin = time.perf_counter()
+    result = work()
+    _wait(device)
+    return time.perf_counter() - begin, result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turn(
+    works: Mapping[str, Callable[[X], object]], inputs: Iterable[X], device: torch.device = CPU
+) -> dict[str, list[float]]:
+    """Seconds of each kind of work on each input. All kinds do one input before the next: what else the machine does
+    then falls on all of them."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in works}
+    for x in inputs:
+        for kind, work in works.items():
+            seconds[kind].append(timed(lambda work=work, x=x: work(x), device)[0])
+    return seconds
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios of what was measured next to each other."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def own_process(module: str, words: Sequence[object]) -> str:
+    """The last line that `python -m MODULE WORDS...` prints. ValueError with its error where it fails."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        said = (done.stderr.splitlines() or ["no word of why"])[-1].removeprefix("error: ")
+        raise ValueError(f"python -m {module}, a process of its own, ended with status {done.returncode}: {said}")
+    return done.stdout.splitlines()[-1]
+
+
+def peak_memory() -> int:
+    """Bytes: the largest resident set of this process so far, libraries included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    first, *others = ("| " + " | ".join(row) + " |" for row in (heads, *rows))
+    return "\n".join([first, "|" + "---|" * len(heads), *others])
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """A cell with a number, or a dash where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,75 @@
+"""A training step, forward, backward and AdamW: of our methods, of our bare base, and of transformers + PEFT."""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.measure import CPU
+from benchmarks.models import config_of
+from benchmarks.peers import peft_lora
+from llama import Llama, Transformer
+from llama.checkpoint import read_base
+from llama.data import IGNORE, Example
+from training.data import label_count, micro_batches
+from training.loop import make_optimizer
+
+BASE, PEFT = "base", "PEFT lora"
+Step = Callable[[list[Example]], float]  # returns the loss
+
+
+def step_of(model: Transformer, device: torch.device = CPU) -> Step:
+    """A step of finetune.py with its rows as one micro-batch. Of the bare model: forward and backward, with gradients
+    as far as the embeddings' output, as they must go under any adapter in the first layer."""
+    model.train()
+    optimizer = make_optimizer(model, 0.02) if model.config else None
+    if optimizer is None:
+        model.tok_embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+
+    def step(examples: list[Example]) -> float:
+        n_labels = sum(map(label_count, examples))
+        if optimizer:
+            optimizer.zero_grad(set_to_none=True)
+        for tokens, labels, rows in micro_batches(examples, len(examples), device):
+            losses = model.losses(tokens, labels, rows)
+            (losses.labels / n_labels + losses.auxiliary).backward()
+        if optimizer:
+            optimizer.step()
+        return losses.labels.item() / n_labels
+
+    return step
+
+
+def our_model(ckpt_dir: str, method: str | None, bf16: bool) -> Transformer:
+    args, _ = read_base(ckpt_dir)
+    return Llama.build(ckpt_dir, config=config_of(method, args.n_layers), bf16=bf16).model
+
+
+def peft_step(ckpt_dir: str, bf16: bool) -> Step:
+    """The same by transformers and PEFT, rows padded to the longest."""
+    model = peft_lora(ckpt_dir, torch.bfloat16 if bf16 else torch.float32).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95))
+
+    def step(examples: list[Example]) -> float:
+        longest = max(len(e.tokens) for e in examples)
+        tokens = torch.tensor([e.tokens + [0] * (longest - len(e.tokens)) for e in examples])
+        labels = torch.tensor([e.labels + [IGNORE] * (longest - len(e.labels)) for e in examples])
+        mask = torch.tensor([[1] * len(e.tokens) + [0] * (longest - len(e.tokens)) for e in examples])
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def make(kind: str, ckpt_dir: str, bf16: bool) -> Step:
+    if kind == PEFT:
+        return peft_step(ckpt_dir, bf16)
+    return step_of(our_model(ckpt_dir, None if kind == BASE else kind, bf16))
+
+
+def method_of(kind: str) -> str | None:
+    """Whose arithmetic a kind's is: that of PEFT's LoRA is our LoRA's."""
+    return {BASE: None, PEFT: "lora"}.get(kind, kind)
