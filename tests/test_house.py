@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("benchmarks", "cli", "convert", "corpus", "demo", "evaluate", "llama", "moa", "training")
+PACKAGES = ("benchmarks", "cli", "convert", "corpus", "demo", "evaluate", "inspection", "llama", "moa", "training")
 ENTRY_SCRIPTS = ("finetune.py", "generate.py", "extract_adapter.py")
 MOST_LINES = 400
 PROSE = {".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}  # not data, whose texts are not ours

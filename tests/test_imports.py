@@ -35,6 +35,7 @@ RULES = {
     "convert": allowed("llama moa cli", libraries="torch numpy tqdm", late="gguf safetensors"),
     "demo": allowed("convert llama cli", libraries="torch numpy tqdm"),
     "evaluate": allowed(),
+    "inspection": allowed("llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib"),
     "benchmarks": allowed("training llama moa cli convert demo", libraries="torch", late="transformers peft"),
 }
 

@@ -1,0 +1,56 @@
+"""The model that is looked at: the flags that commands share, and the model that they mean."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cli import knob
+from llama.machine import check_machine
+from moa.knobs import METHODS
+
+WHAT, MACHINE = "model", "machine"
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and where it runs; as in generate.py."""
+
+    adapter_path: str = knob(help="adapter.pth, beside its adapter_params.json, or their folder", group=WHAT)
+    ckpt_dir: str = knob(help="base model, a folder in Meta's layout", group=WHAT)
+    method: str | None = knob(
+        None, help="method of an authors' adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
+    )
+    max_seq_len: int = knob(512, help="longest prompt with its answer, in tokens", group=WHAT)
+    max_batch_size: int = knob(32, help="rows that are read at once", group=MACHINE)
+    bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
+    device: str = knob("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
+    model_parallel_size: int = knob(1, help="processes that share one copy of the model", group=MACHINE)
+
+    def __post_init__(self):
+        for name in ("max_seq_len", "max_batch_size", "model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        check_machine(self.device, self.bf16, False)
+
+
+@contextmanager
+def running(flags: ModelFlags) -> Iterator[Any]:
+    """The model, a `llama.Llama`, among the processes of this run."""
+    from llama import Llama
+    from llama.cpu import prepare_cpu
+    from llama.parallel import bf16_is_fast, pick_device, processes
+
+    prepare_cpu()
+    device = pick_device(flags.device)
+    with processes(device, flags.model_parallel_size):
+        yield Llama.build(
+            flags.ckpt_dir,
+            flags.adapter_path,
+            method=flags.method,
+            max_seq_len=flags.max_seq_len,
+            max_batch_size=flags.max_batch_size,
+            bf16=bf16_is_fast(device) if flags.bf16 is None else flags.bf16,
+            device=str(device),
+            model_parallel_size=flags.model_parallel_size,
+        )

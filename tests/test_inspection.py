@@ -1,0 +1,352 @@
+"""Router statistics beside a recomputation from the formulas, token by token."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import plain_model
+from commands import torchrun, write_rows
+from inspection import gates as command
+from inspection.__main__ import COMMANDS
+from inspection.__main__ import main as inspect
+from inspection.hooks import Recorder
+from inspection.statistics import BINS, QUANTILES, Statistics, quantiles, read_statistics
+from llama import Llama
+from llama.data import encode_prompt
+from llama.parallel import start_processes
+from moa.rows import Rows
+from moa.state import adapter_parameters
+from plain_model import PlainModel
+from test_golden import load as golden
+from tiny import BASE, PARAMS, build, save, shared, tokens
+
+# The authors' implementation's adapters on its base, and beside them what no method of theirs combines
+ROUTED = [
+    "soft_moa",
+    "soft_moa_linear_router",
+    "soft_moa_experts",
+    "sparse_moa",
+    "sparse_moa_const_threshold",
+    "soft_moa_instance",
+    "unipeft",
+    "molora",
+    "hydralora",
+    "topk_moelora",
+    "adamole",
+    "parallel_adapter_moe",
+    "prompt_moe",
+    "custom",
+]
+PROMPTS, ANSWERS = [5, 4, 3], [3, 2, 4]
+
+
+class Heard:
+    """All gates, thresholds and weights of experts of a plain model, one entry per token (or per row) and place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.gates: dict[int, list[dict[str, float]]] = {}
+        self.limits: dict[int, list[float]] = {}
+        self.experts: dict[tuple[int, str], list[Tensor]] = {}
+        gates, experts = plain_model.Block.gates, plain_model.Block.experts
+
+        def hear_gates(block: plain_model.Block, x: Tensor) -> dict:
+            found = gates(block, x)
+            if block.slots and block.flat["block_router"] != "none":
+                layer = int(block.path.split(".")[1])
+                self.gates.setdefault(layer, []).append({slot: float(g) for slot, g in found.items()})
+                if block.flat["block_router"] == "sparse":
+                    self.limits.setdefault(layer, []).append(limit(block, x))
+            return found
+
+        def hear_experts(block: plain_model.Block, slot: str, u: Tensor) -> Tensor:
+            found = experts(block, slot, u)
+            if block.flat["expert_num"] > 1:
+                self.experts.setdefault((int(block.path.split(".")[1]), slot), []).append(found.detach())
+            return found
+
+        monkeypatch.setattr(plain_model.Block, "gates", hear_gates)
+        monkeypatch.setattr(plain_model.Block, "experts", hear_experts)
+
+
+def limit(block: plain_model.Block, x: Tensor) -> float:
+    """G_max s(w x + b), or G_max."""
+    if block.flat["const_threshold"]:
+        return block.flat["max_threshold"]
+    w, b = block.here["router.threshold.weight"], block.here["router.threshold.bias"]
+    return block.flat["max_threshold"] / (1 + math.exp(-float(w[0] @ x + b[0])))
+
+
+def model_of(name: str) -> Llama:
+    return shared(name) if name == "custom" else golden(name)
+
+
+def heard(llm: Llama, rows: list[list[int]], prompt_lens: list[int], monkeypatch: pytest.MonkeyPatch) -> Heard:
+    w = {k: t.detach().double() for k, t in llm.model.named_parameters()}
+    by_hand, ears = PlainModel(PARAMS, llm.model.config.flat(), w), Heard(monkeypatch)
+    for row, prompt_len in zip(rows, prompt_lens, strict=True):
+        by_hand.logits(row, prompt_len)
+    return ears
+
+
+def some_rows() -> list[list[int]]:
+    return [tokens(p + a, seed=p).tolist() for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+
+
+def whole_pass(llm: Llama, rows: list[list[int]], prompt_lens: list[int]) -> dict[str, Any]:
+    statistics = Statistics(llm.model)
+    with statistics.recorder(), torch.inference_mode():
+        packed = torch.tensor([token for row in rows for token in row])
+        llm.model.hidden(packed, Rows([len(row) for row in rows], "cpu", prompt_lens))
+    statistics.reduce()
+    return statistics.result({"rows": len(rows)})
+
+
+def parts_of(values: list[Any], per_row: bool = False) -> dict[str, list[Any]]:
+    """Values of all tokens, row by row, by part."""
+    if per_row:
+        return {"all": values}
+    marks = [mark for p, a in zip(PROMPTS, ANSWERS, strict=True) for mark in "p" * p + "a" * a]
+    assert len(marks) == len(values)
+    prompt, answer = ([v for v, m in zip(values, marks, strict=True) if m == mark] for mark in "pa")
+    return {"prompt": prompt, "answer": answer, "all": values}
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def same_spread(found: dict[str, Any], columns: list[list[float]]) -> None:
+    """Count, means and deviations of columns of numbers, to 1e-6."""
+    assert found["count"] == len(columns[0])
+    assert found["mean"] == pytest.approx([mean(column) for column in columns], abs=1e-6)
+    spread = [math.sqrt(mean([(v - mean(column)) ** 2 for v in column])) for column in columns]
+    assert found["std"] == pytest.approx(spread, abs=1e-6)
+
+
+def histogram(values: list[float]) -> list[int]:
+    return [sum(min(int(v * BINS), BINS - 1) == i for v in values) for i in range(BINS)]
+
+
+def same_use(found: dict[str, Any], columns: list[list[float]]) -> None:
+    used = [sum(v > 0 for v in token) for token in zip(*columns, strict=True)]
+    assert found["mean"] == pytest.approx(mean(used), abs=1e-6)
+    assert found["histogram"] == [used.count(n) for n in range(len(columns) + 1)]
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_statistics_equal_the_formulas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, rows = model_of(name), some_rows()
+    found = whole_pass(llm, rows, PROMPTS)
+    ears = heard(llm, rows, PROMPTS, monkeypatch)
+    total = {"prompt": sum(PROMPTS), "answer": sum(ANSWERS), "all": sum(PROMPTS + ANSWERS)}
+    assert found["counts"] == total
+    assert [block["layer"] for block in found["blocks"]] == sorted(ears.gates)
+    assert {(one["layer"], one["slot"]) for one in found["experts"]} == ears.experts.keys()
+    assert found["blocks"] or found["experts"]
+    for block in found["blocks"]:
+        per_row = found["block_router"] in ("instance", "kinds")
+        assert block["unit"] == ("row" if per_row else "token")
+        assert block["slots"] == [slot.name for slot in llm.model.config.slots(block["layer"])]
+        parts = parts_of(ears.gates[block["layer"]], per_row)
+        assert block["parts"].keys() == parts.keys()
+        for part, wanted in parts.items():
+            columns = [[gates[slot] for gates in wanted] for slot in block["slots"]]
+            same_spread(block["parts"][part], columns)
+            assert block["parts"][part]["histogram"] == [histogram(column) for column in columns]
+            active = [mean([v > 0 for v in column]) for column in columns]
+            assert block["parts"][part]["active"] == pytest.approx(active, abs=1e-6)
+            same_use(block["parts"][part]["used"], columns)
+        assert ("threshold" in block["parts"]["all"]) == (found["block_router"] == "sparse")
+        for part, wanted in parts_of(ears.limits[block["layer"]]).items() if ears.limits else ():
+            threshold = block["parts"][part]["threshold"]
+            same_spread({"count": len(wanted), "mean": [threshold["mean"]], "std": [threshold["std"]]}, [wanted])
+            assert threshold["histogram"] == histogram(wanted)
+    for mixture in found["experts"]:
+        for part, wanted in parts_of(ears.experts[mixture["layer"], mixture["slot"]]).items():
+            same_mixture(mixture["parts"][part], [weights.tolist() for weights in wanted])
+
+
+def same_mixture(found: dict[str, Any], weights: list[list[float]]) -> None:
+    columns, n = [list(column) for column in zip(*weights, strict=True)], len(weights[0])
+    same_spread(found, columns)
+    assert found["load"] == pytest.approx([mean([v > 0 for v in column]) for column in columns], abs=1e-6)
+    same_use(found["used"], columns)
+
+    def entropy(p: list[float]) -> float:
+        return -sum(v * math.log(v) for v in p if v > 0) / math.log(n)
+
+    total = sum(map(sum, columns))
+    assert found["balance"] == pytest.approx(entropy([sum(column) / total for column in columns]), abs=1e-6)
+    assert found["entropy"] == pytest.approx(mean([entropy(p) for p in weights]), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "unipeft", "adamole", "custom"])
+@pytest.mark.parametrize("max_rows", [1, 8])
+def test_generating_counts_what_one_pass_over_prompts_and_answers_counts(name: str, max_rows: int) -> None:
+    llm = shared(name)
+    prompts = [tokens(n, seed=n).tolist() for n in (5, 3, 7)]
+    statistics, before = Statistics(llm.model), llm.max_batch_size
+    llm.max_batch_size = max_rows
+    try:
+        with statistics.recorder():
+            answers = llm.generate(prompts, 6, min_new_tokens=6)
+    finally:
+        llm.max_batch_size = before
+    statistics.reduce()
+    assert [len(answer) for answer in answers] == [6, 6, 6]
+    # The last token of an answer is chosen, and never read.
+    rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert_close(statistics.result({"rows": 3}), whole_pass(llm, rows, [len(prompt) for prompt in prompts]))
+
+
+def assert_close(found: Any, wanted: Any, place: str = "") -> None:
+    """Equal, but for the last digits of floating-point numbers."""
+    assert type(found) is type(wanted), place
+    if isinstance(found, dict):
+        assert found.keys() == wanted.keys(), place
+        for key in found:
+            assert_close(found[key], wanted[key], f"{place}.{key}")
+    elif isinstance(found, list):
+        assert len(found) == len(wanted), place
+        for i, two in enumerate(zip(found, wanted, strict=True)):
+            assert_close(*two, f"{place}.{i}")
+    elif isinstance(found, float):
+        assert found == pytest.approx(wanted, abs=2e-6), place
+    else:
+        assert found == wanted, place
+
+
+def hooks(llm: Llama) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in llm.model.modules())
+
+
+def test_no_hook_is_left_and_nothing_of_the_model_changes() -> None:
+    llm, prompts = build("custom"), [tokens(5).tolist()]
+    state = {key: t.clone() for key, (t, *_) in adapter_parameters(llm.model).items()}
+    plain, before = llm.generate(prompts, 8), hooks(llm)
+    statistics = Statistics(llm.model)
+    assert before == hooks(llm) == 0
+    with statistics.recorder():
+        assert hooks(llm) > 0
+        assert llm.generate(prompts, 8) == plain
+    assert hooks(llm) == 0
+    with pytest.raises(RuntimeError, match="stop"), statistics.recorder():
+        raise RuntimeError("stop")
+    assert hooks(llm) == 0 and statistics.counts.sum() == 5 + 7
+    assert all(torch.equal(t, state[key]) for key, (t, *_) in adapter_parameters(llm.model).items())
+
+
+def test_batches_come_as_soon_as_there_are_enough_tokens() -> None:
+    llm, sizes = shared("soft_moa"), []
+    with Recorder(llm.model, lambda batch: sizes.append(len(batch.answer)), tokens_at_once=10):
+        llm.generate([tokens(7).tolist(), tokens(4, seed=1).tolist()], 8, min_new_tokens=8)
+    assert sizes == [11, 10, 4]
+
+
+def test_a_model_without_a_router_is_refused() -> None:
+    for name in ("lora", None):
+        with pytest.raises(ValueError, match="has no router"):
+            Statistics(shared(name).model)
+
+
+def test_quantiles_of_a_histogram() -> None:
+    assert quantiles([0, 4, 0, 0]) == pytest.approx([0.25 + 0.25 * q for q in QUANTILES])
+    assert quantiles([1, 0, 0, 1]) == pytest.approx([0.025, 0.125, 0.25, 0.875, 0.975])
+
+
+def test_what_was_saved_is_read_again_and_nothing_else(tmp_path: Path) -> None:
+    found, file = whole_pass(shared("sparse_moa"), some_rows(), PROMPTS), tmp_path / "a.json"
+    file.write_text(json.dumps(found, allow_nan=False))
+    assert read_statistics(file) == found
+    for change, told in (
+        ({"format": "x"}, "not router statistics"),
+        ({"version": 2}, "version 2"),
+        ({"blocks": 1}, "blocks"),
+    ):
+        file.write_text(json.dumps(found | change))
+        with pytest.raises(ValueError, match=f"a.json: .*{told}"):
+            read_statistics(file)
+
+
+# The command
+
+
+def flags(tmp_path: Path, name: str, *words: object) -> list[str]:
+    adapter = tmp_path / "adapter"
+    if not adapter.exists():
+        save(shared(name), adapter)
+    common = ["--adapter_path", adapter, "--ckpt_dir", BASE, "--device", "cpu", "--bf16", "False"]
+    return [str(word) for word in (*common, "--max_seq_len", 256, *words)]
+
+
+def gates(tmp_path: Path, name: str, *words: object) -> dict[str, Any]:
+    out = tmp_path / "new" / "gates.json"
+    command.main(flags(tmp_path, name, "--save_path", out, *words), "gates")
+    start_processes(torch.device("cpu"))  # the command leaves the process group
+    return read_statistics(out)
+
+
+def test_gates_of_a_file_and_of_its_answers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, predictions = write_rows(tmp_path / "test.json", 5), tmp_path / "predictions.jsonl"
+    found = gates(tmp_path, "sparse_moa", "--data_path", data, "--max_rows", 3, "--max_gen_len", 6)
+    assert "adapters used per layer" in capsys.readouterr().out
+    assert found["source"]["rows"] == 3 and found["source"]["answers"] == "generated"
+    assert str(tmp_path) not in json.dumps(found)
+    rows = json.loads(data.read_text())[:3]
+    llm = build("sparse_moa", max_seq_len=256)
+    prompts = [encode_prompt(llm.tokenizer, row, 250) for row in rows]
+    answers = llm.generate(prompts, 6)
+    assert found["counts"]["prompt"] == sum(map(len, prompts))
+    assert found["counts"]["answer"] == sum(min(len(answer), 5) for answer in answers)
+    texts = ["An answer", ["two", "samples"], ""]
+    lines = [json.dumps(row | {"generate": text}) for row, text in zip(rows, texts, strict=True)]
+    predictions.write_text("\n".join(lines))
+    found = gates(tmp_path, "sparse_moa", "--of_answers", predictions, "--max_gen_len", 6)
+    assert found["source"]["rows"] == 4 and found["source"]["answers"] == "given"
+    sizes = [len(prompts[i]) for i in (0, 1, 1, 2)]
+    assert found["counts"] == {"prompt": sum(sizes), "answer": 6 + 3 + 6, "all": sum(sizes) + 15}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["sparse_moa", "soft_moa_experts"])
+def test_two_processes_count_what_one_counts(tmp_path: Path, name: str) -> None:
+    data, out = write_rows(tmp_path / "test.json", 5), tmp_path / "two.json"
+    words = ["--data_path", data, "--max_gen_len", 6]
+    alone = gates(tmp_path, name, *words)
+    done = torchrun(2, "-m", "inspection", "gates", *flags(tmp_path, name, "--save_path", out, *words))
+    assert done.returncode == 0, done.stderr
+    both = read_statistics(out)
+    assert (alone["source"].pop("processes"), both["source"].pop("processes")) == (1, 2)
+    assert_close(both, alone)
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "status"),
+    [
+        ([], "give one of --data_path, --prompt and --of_answers", 2),
+        (["--prompt", "a", "--data_path", "b"], "--data_path and --prompt", 2),
+        (["--prompt", "a", "--max_gen_len", "256"], "--max_gen_len 256 must be below --max_seq_len", 2),
+        (["--data_path", "none.json"], "none.json: no such file", 1),
+        (["--prompt", "word " * 60], "no row leaves room", 1),
+    ],
+)
+def test_gates_refuses(tmp_path: Path, words: list[str], told: str, status: int, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(flags(tmp_path, "soft_moa", "--save_path", tmp_path / "x.json", *words), "gates")
+    start_processes(torch.device("cpu"))
+    assert end.value.code == status and told in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
+    inspect(["--help"])
+    told = capsys.readouterr().out
+    assert all(f"python -m inspection {name} " in told for name in COMMANDS)
+    with pytest.raises(SystemExit):
+        inspect(["gate"])
+    assert "gates, row, figures" in capsys.readouterr().err

@@ -1,0 +1,164 @@
+"""One row looked at: the numbers are the routers', and what is shown is what was read."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from inspection import row as command
+from inspection.paint import colour, ink, page, terminal
+from inspection.row import Flags, Look, View, look_at, texts
+from llama.parallel import start_processes
+from moa.rows import Rows
+from tiny import BASE, build, save, shared
+
+HOSTILE = 'a <b>&amp; "\x1b[31m\u202e\x00 \n\n\té🙂</script>'
+
+
+def look(name: str, answer: str | None = "two", prompt: str = "one", **flags: object) -> Look:
+    llm = build(name, max_seq_len=400)
+    asked = Flags(**{"prompt": prompt, "answer": answer, "max_gen_len": 5} | flags)
+    return look_at(asked, llm, {"instruction": prompt, "input": ""})
+
+
+def router_says(name: str, found: Look) -> dict[str, torch.Tensor]:
+    """The gates of layer 0, slot by slot, of the tokens of a row."""
+    llm = shared(name)
+    tokens = llm.tokenizer.encode("".join(found.tokens).removeprefix("<|begin_of_text|>"), bos=True)
+    assert len(tokens) == len(found.tokens)
+    x = llm.model.tok_embeddings(torch.tensor(tokens))
+    router = llm.model.layers[0].router
+    if router.per_row:
+        x = Rows([len(tokens)], "cpu", [found.prompt_len]).prompt_means(x)
+    with torch.no_grad():
+        gates = router(x)
+    return {slot: gate.squeeze(1).expand(len(tokens)) for slot, gate in gates.items()}
+
+
+@pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "soft_moa_instance", "unipeft"])
+def test_gates_are_the_routers(name: str) -> None:
+    found = look(name, layers="0", slots="p_adapter,lora_Q")
+    said = router_says(name, found)
+    assert [view.title for view in found.views] == ["gate of p_adapter, layer 0", "gate of lora_Q, layer 0"]
+    for view, slot in zip(found.views, ("p_adapter", "lora_Q"), strict=True):
+        assert view.values == pytest.approx(said[slot].tolist(), abs=1e-6)
+
+
+def test_adapters_used_and_means_over_layers() -> None:
+    (used,) = look("sparse_moa", layers="0", show="used").views
+    said = router_says("sparse_moa", look("sparse_moa"))
+    assert used.values == [sum(float(said[slot][i]) > 0 for slot in said) for i in range(len(used.values))]
+    assert used.whole and used.most == len(said) and used.marks() == list(range(len(said) + 1))
+    first, second = look("sparse_moa", layers="0,1", slots="lora_K").views
+    (mean,) = look("sparse_moa", slots="lora_K").views
+    both = [(a + b) / 2 for a, b in zip(first.values, second.values, strict=True)]
+    assert mean.values == pytest.approx(both) and mean.title.endswith("mean over 2 layers")
+
+
+def test_experts() -> None:
+    (used,) = look("topk_moelora", show="used", slots="lora_V", layers="2").views
+    assert set(used.values) == {2.0} and used.most == 4
+    weights = [look("topk_moelora", show="weight", expert=e, slots="lora_V", layers="2").views[0] for e in range(4)]
+    assert [sum(values) for values in zip(*(view.values for view in weights), strict=True)] == pytest.approx(
+        [1.0] * len(used.values)
+    )
+
+
+def test_an_answer_is_generated_where_none_is_given() -> None:
+    llm, found = shared("soft_moa"), look("soft_moa", answer=None)
+    prompt = llm.tokenizer.encode("".join(found.tokens[: found.prompt_len]).removeprefix("<|begin_of_text|>"), bos=True)
+    answer = build("soft_moa", max_seq_len=400).generate([prompt], 5)[0]
+    assert found.tokens[found.prompt_len :] == texts(llm.tokenizer, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "told"),
+    [
+        ("soft_moa", {"slots": "lora_X"}, "--slots: 'lora_X' is none of lora_Q"),
+        ("soft_moa", {"slots": "prompt", "layers": "0"}, "--layers: layer 0 has no prompt"),
+        ("soft_moa", {"layers": "9"}, "--layers: layer 9"),
+        ("soft_moa", {"show": "weight", "expert": 0}, "no adapter with several experts"),
+        ("molora", {}, "--show gate: method molora has no router of a block's adapters"),
+        ("molora", {"show": "weight", "expert": 4}, "--expert must be from 0 to 3"),
+        ("lora", {}, "no router"),
+    ],
+)
+def test_what_is_not_there_is_refused(name: str, flags: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        look(name, **flags)
+
+
+def test_tokens_say_the_text_whatever_their_bytes() -> None:
+    tokenizer = shared(None).tokenizer
+    for text in (HOSTILE, "é🙂é", "plain"):
+        found = texts(tokenizer, tokenizer.encode(text))
+        assert "".join(found) == text and len(found) == len(tokenizer.encode(text))
+    broken = [0xF0, 0x9F, 0x41, 0xE2, 0x42, 0xFF]  # ids of the golden tokenizer are bytes
+    assert texts(tokenizer, broken) == ["\ufffd", "", "A", "\ufffd", "B", "\ufffd"]
+
+
+def some_look(text: str = HOSTILE) -> Look:
+    tokens = list(text)
+    values = [i / len(tokens) for i in range(len(tokens))]
+    return Look("soft_moa", tokens, 3, [View("gate of lora_Q, layer 0", values, 0, 1, False)])
+
+
+def test_terminal_with_and_without_colour() -> None:
+    for coloured in (True, False):
+        shown = terminal(some_look(), coloured)
+        assert "\x1b[31m" not in shown and "\u202e" not in shown and "\x00" not in shown
+        assert ("\x1b[" in shown) == coloured
+    assert "a[0.00] [0.03]<[" in terminal(some_look(), False)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal(some_look("ab\ncd"), True))
+    assert plain.endswith("prompt:\nab\u21b5\nanswer:\ncd\n")
+
+
+class Text(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text, self.titles = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.titles += [value for name, value in attrs if name == "title"]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_page_is_whole_and_nothing_in_it_becomes_markup() -> None:
+    shown, parser = page(some_look()), Text()
+    parser.feed(shown)
+    assert not {"b", "script", "link", "img"} & set(parser.tags)
+    assert "http" not in shown and "\x1b" not in shown and "\u202e" not in shown
+    assert parser.titles == [f"{value:.2f}" for value in some_look().views[0].values]
+    assert parser.tags.count("br") == 2
+    assert parser.tags.count("tr") == 1 + len(some_look().tokens)
+
+
+def luminance(rgb: tuple[int, int, int]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_the_scale_grows_lighter_and_can_be_read() -> None:
+    lights = [luminance(colour(i / 100)) for i in range(101)]
+    assert lights == sorted(lights) and lights[-1] > 10 * lights[0]
+    for i in range(101):
+        low, high = sorted((luminance(colour(i / 100)), luminance(ink(colour(i / 100)))))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    adapter, html = save(shared("sparse_moa"), tmp_path), tmp_path / "new" / "row.html"
+    words = ["--adapter_path", adapter, "--ckpt_dir", BASE, "--device", "cpu", "--bf16", "False", "--max_gen_len", 4]
+    command.main([str(w) for w in (*words, "--prompt", "Hi", "--show", "used", "--html", html)], "row")
+    start_processes(torch.device("cpu"))
+    assert "adapters used, mean over 3 layers" in capsys.readouterr().out
+    assert html.read_text().startswith("<!doctype html>")
+    for wrong, told in ((["--layers", "0-3"], "--layers must be"), (["--row", "3"], "--data_path and --row")):
+        with pytest.raises(SystemExit) as end:
+            command.main([str(w) for w in (*words, "--prompt", "Hi", *wrong)], "row")
+        assert end.value.code == 2 and told in capsys.readouterr().err
