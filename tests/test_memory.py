@@ -8,6 +8,7 @@ import torch
 import training.memory
 from commands import script, train_flags, write_rows
 from llama.free_memory import _of_groups, _of_the_system, free_memory
+from llama.parallel import start_processes
 from training.memory import RESERVED, Needed, advice, needed_by_all
 from training.settings import Settings, TrainFlags
 
@@ -56,6 +57,7 @@ def test_advice_names_the_choices_that_fit(memory, words):
 
 
 def test_one_process_is_all():
+    start_processes(torch.device("cpu"))
     assert needed_by_all(need(3)) == need(3) and needed_by_all(need(None)).free is None
 
 
