@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu
+from benchmarks import gpu, skipping
 from benchmarks.decoding import decode_clock
 from benchmarks.flags import ALL, methods_named
 from benchmarks.floors import Work, generation_work, pairs, step_work
@@ -61,6 +61,16 @@ def table_rows(printed: str) -> list[list[str]]:
     """Cells of the tables' lines, without the heads."""
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     return [line for line in lines if line[0].removeprefix("| ") not in ("step of", "answers of", "method", "loaded")]
+
+
+def test_leaving_tokens_out_is_measured_on_the_same_task(command) -> None:
+    found, printed = command("skipping", "--width", "8,24", "--tokens", 20, "--repeats", 1, "--rank", 2)
+    assert list(found["seconds"]) == ["8", "24"] and len(found["seconds"]["8"]) == 1 + len(skipping.SHARES)
+    assert [line[0] for line in table_rows(printed)][1:] == ["| 8", "| 24"]
+    u, a, b = torch.randn(6, 4), torch.randn(2, 4), torch.randn(2, 4)
+    gate = torch.tensor([[0.5], [0], [0.2], [0], [0], [1.0]])
+    for_all, chosen = skipping.for_all(torch.ones(6, 4), u, a, b, gate), torch.tensor([0, 2, 5])
+    torch.testing.assert_close(skipping.for_some(torch.ones(6, 4), u, a, b, gate, chosen), for_all)
 
 
 def test_a_step_is_measured_beside_pefts_on_the_same_task(tmp_path) -> None:
