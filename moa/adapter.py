@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from moa.parallel import Cut, copy_to_ranks, mp_size, share, sum_over_holders, sum_over_ranks
 
 T = TypeVar("T")
+FEW = 64  # tokens
 
 
 class Init(Protocol):
@@ -174,8 +175,12 @@ def laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def narrow_type(module: Deriving, a: Tensor) -> torch.dtype:
     """In which type a narrow product a W^T of a (N, k) is quickest: its own, but for the few rows of a decode step on a
     CPU, where bf16 kernels take longer to start than float32's to finish."""
-    few = module.stands_still and a.device.type == "cpu" and len(a) <= 64
-    return torch.float32 if few else a.dtype
+    return torch.float32 if a.device.type == "cpu" and few(module, a) else a.dtype
+
+
+def few(module: Deriving, a: Tensor) -> bool:
+    """Whether a (N, ...) are the few tokens of a decode step."""
+    return module.stands_still and len(a) <= FEW
 
 
 def weigh(a: Tensor, gate: Tensor, width: int) -> Tensor:

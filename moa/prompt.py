@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site, normal, zeros
+from moa.adapter import AdapterModule, Site, few, normal, zeros
 from moa.config import AdapterConfig
 from moa.experts import build_expert_router
 from moa.parallel import copy_to_ranks
@@ -45,7 +45,7 @@ class Prompt(AdapterModule):
         n, n_heads, width = query.shape
         keys, values = self.derived(query.dtype, lambda: self._keys_and_values(wk, wv, width, query.dtype))
         n_kv, length, _ = keys.shape
-        if self.stands_still and self.n_experts == 1 and n <= 64:  # a decode step: few tokens, one kernel
+        if self.n_experts == 1 and few(self, query):  # one kernel
             weight = self.cast("z", query.dtype)[:, None]  # (H, 1)
             if gate is not None:
                 weight = (weight * gate[:, :, None]).to(query.dtype)  # (N, H, 1)

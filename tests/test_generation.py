@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import moa.adapter
 from llama import Llama
 from llama.engine import decode, prefill
 from llama.sampling import choose, row_uniforms
@@ -102,11 +103,13 @@ def test_samples_of_a_prompt_share_its_pass(name: str) -> None:
     assert together == alone and together[0] != together[2]
 
 
+@pytest.mark.parametrize("few", [1, 64])
 @pytest.mark.parametrize("may_copy", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy: bool) -> None:
-    """With stacked and sorted copies of the weights as without, and however few rows there are."""
+def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy: bool, few: int, monkeypatch) -> None:
+    """With stacked and sorted copies of the weights as without, and whether the two rows count as few or not."""
+    monkeypatch.setattr(moa.adapter, "FEW", few)
     model, (long, short) = build(name, bf16=bf16).model.eval(), prompts(12, 8)
     device, n = torch.device("cpu"), 5
     with torch.inference_mode():
