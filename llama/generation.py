@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as mp
 
 from llama.checkpoint import load_base, read_base
 from llama.engine import Answer, Rules, run
@@ -18,6 +20,7 @@ from moa import state
 from moa.adapter import weights_stand_still
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
+from moa.parallel import mp_size
 
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 COPIES_PAY_FROM = 16  # decode steps
@@ -119,13 +122,17 @@ class Llama:
         return [answer.tokens for answer in answers]
 
     def _copies_pay(self, steps: int) -> bool:
-        """Whether copies of the frozen weights, sorted for a CPU, make up for their making and find room."""
+        """Whether copies of the frozen weights, sorted for a CPU, make up for their making and find room. All ranks of
+        a model take the same way, for what they send each other depends on it."""
         device = self.model.output.weight.device
         if device.type != "cpu" or steps < COPIES_PAY_FROM:
             return False
         frozen = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
         free = free_memory(device)
-        return free is not None and COPIES_SHARE * frozen <= free
+        fits = torch.tensor(int(free is not None and COPIES_SHARE * frozen <= free))
+        if mp_size() > 1:
+            dist.all_reduce(fits, dist.ReduceOp.MIN, group=mp.get_model_parallel_group())
+        return bool(fits)
 
     def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:
         if max_gen_len < 1:
