@@ -21,13 +21,14 @@ class Cache:
     def __init__(
         self, n_layers: int, max_rows: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device
     ):
-        shape = (max_rows, n_kv_heads, max_len, head_dim)
-        turned = (max_rows, n_kv_heads, head_dim, max_len)
+        def zeros(*shape: int) -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+
+        self.v = zeros(max_rows, n_kv_heads, max_len, head_dim)
         if torch.device(device).type == "cpu":
-            self.k = [torch.zeros(turned, dtype=dtype).mT for _ in range(n_layers)]
+            self.k = [k.mT for k in zeros(max_rows, n_kv_heads, head_dim, max_len)]
         else:
-            self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+            self.k = zeros(max_rows, n_kv_heads, max_len, head_dim)
         self.gates: list[Gates] = [{} for _ in range(n_layers)]
         self.max_rows, self.max_len, self.device = max_rows, max_len, device
         self.lengths: list[int] = []

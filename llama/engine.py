@@ -45,20 +45,17 @@ def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], device: 
     """Admit new rows to the cache -> logits (R, V) of each row's first new token. Rows of the same prompt, several
     samples of an answer, share its pass."""
     places = cache.admit([len(prompt) for prompt in prompts])
-    first: dict[tuple[int, ...], int] = {}  # of each prompt's rows
-    for i, prompt in enumerate(prompts):
-        first.setdefault(tuple(prompt), i)
-    different = list(first.values())
-    rows = Rows([len(prompts[i]) for i in different], device)
-    tokens = torch.tensor([token for i in different for token in prompts[i]], device=device)
+    numbers: dict[tuple[int, ...], int] = {}  # of the different prompts
+    which = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    first = [places[which.index(number)] for number in range(len(numbers))]
+    rows = Rows([len(prompt) for prompt in numbers], device)
+    tokens = torch.tensor([token for prompt in numbers for token in prompt], device=device)
     last = torch.tensor([end - 1 for _, end in rows.spans], device=device)
-    logits = model.output(model.hidden(tokens, rows, cache, [places[i] for i in different])[last])
-    if len(different) == len(prompts):
-        return logits
-    for i, prompt in enumerate(prompts):
-        if first[tuple(prompt)] != i:
-            cache.copy(places[first[tuple(prompt)]], places[i])
-    return logits[[different.index(first[tuple(prompt)]) for prompt in prompts]]
+    logits = model.output(model.hidden(tokens, rows, cache, first)[last])
+    for number, place in zip(which, places, strict=True):
+        if place != first[number]:
+            cache.copy(first[number], place)
+    return logits[which]
 
 
 def decode(model: Transformer, cache: Cache, tokens: list[int], device: torch.device) -> Tensor:

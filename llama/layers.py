@@ -37,7 +37,9 @@ class ColumnParallel(Deriving, ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(self, x, lambda: [self.weight])
+        # Others are copied with those beside them (`side_by_side`)
+        copied = self.may_copy and self.gather_output
+        y = product_of_copies(self, x, lambda: [self.weight]) if copied else F.linear(x, self.weight)
         return gather_from_model_parallel_region(y) if self.gather_output else y
 
 
@@ -79,24 +81,23 @@ def side_by_side(
         shared = copy_to_ranks(x) if column else x
         return [layer(shared) for layer in layers], adapters.read(x, *sites)
     weights = [layer.weight for layer in layers]
-    y = product(adapters, x, lambda: [*weights, *adapters.reads(*sites)], sites)
+    y = product_of_copies(adapters, x, lambda: [*weights, *adapters.reads(*sites)], sites)
     y = y if column else sum_over_ranks(y)
     widths = [len(weight) for weight in weights]
     *outputs, read = y.split([*widths, y.shape[1] - sum(widths)], -1)
     return outputs, adapters.read_of(x, read, *sites)
 
 
-def product(keeper: Deriving, x: Tensor, weights: Callable[[], list[Tensor]], name: Hashable = "stack") -> Tensor:
-    """x (N, in) times all `weights` (k, in), one above the other. A copy that `keeper` may keep of them is laid out,
-    for a CPU's bf16 kernels, in the order in which they read it: they would sort it anew for every product."""
-    sort = keeper.may_copy and x.device.type == "cpu" and x.dtype == torch.bfloat16
+def product_of_copies(
+    keeper: Deriving, x: Tensor, weights: Callable[[], list[Tensor]], name: Hashable = "stack"
+) -> Tensor:
+    """x (N, in) times all `weights` (k, in), one above the other, by a copy that `keeper` keeps of them. For a CPU's
+    bf16 kernels it is laid out in the order in which they read it: they would sort it anew for every product."""
+    sort = x.device.type == "cpu" and x.dtype == torch.bfloat16
 
     def stack() -> Tensor:
         stacked = torch.cat([weight.to(x.dtype) for weight in weights()])
         return torch.ops.mkldnn._reorder_linear_weight(stacked, None) if sort else stacked
 
-    if not keeper.may_copy:
-        (weight,) = weights()
-        return F.linear(x, weight)
     stacked = keeper.derived((name, x.dtype), stack)
     return torch.ops.mkldnn._linear_pointwise(x, stacked, None, "none", [], "") if sort else F.linear(x, stacked)

@@ -126,7 +126,7 @@ class AdapterModule(Deriving):
 
     def turned(self, name: str, dtype: torch.dtype) -> Tensor:
         """The same of a matrix, transposed and laid out so: its gradient is then the product that is quicker."""
-        return self.derived((name, dtype), lambda: laid_out(self.get_parameter(name).T, dtype))
+        return self.derived(("turned", name, dtype), lambda: laid_out(self.get_parameter(name).T, dtype))
 
 
 @dataclass(frozen=True)
