@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cli import errors, knob, parse
 from llama.cpu import prepare_cpu
-from llama.machine import check_machine
+from llama.machine import check_machine, check_sampling
 from moa.knobs import METHODS
 
 WHAT, HOW, MACHINE = "model and rows", "generation", "machine"
@@ -50,13 +50,10 @@ class Flags:
         for name in ("max_gen_len", "num_samples", "max_seq_len", "max_batch_size", "model_parallel_size", "max_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature < 0 or 0 < self.temperature < 1e-6:
-            raise ValueError(f"--temperature must be 0 (greedy) or at least 1e-6, not {self.temperature}")
+        check_sampling(self.temperature, self.top_p)
         check_machine(self.device, self.bf16, self.flash_attention2)
         if self.adapter_path == "":
             raise ValueError("--adapter_path is empty; leave it out for the base alone")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_new_tokens <= self.max_gen_len:
             raise ValueError(f"--min_new_tokens {self.min_new_tokens} must be 0 to --max_gen_len {self.max_gen_len}")
         if not 1 <= self.min_gen_len < self.max_seq_len:

@@ -27,7 +27,7 @@ from benchmarks.flags import methods_named, require_positive
 from benchmarks.floors import generation_work
 from benchmarks.generators import PEERS, Generate, Kind, Task, agreement, kinds_of, make
 from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import CPU, figure, own_process, peak_memory, ratio, table, timed
+from benchmarks.measure import CPU, figure, own_process, ratio, table, timed
 from benchmarks.models import shape_only
 from benchmarks.steps import BASE, PEFT
 from cli import errors, knob, parse
@@ -37,6 +37,7 @@ from llama.checkpoint import read_base
 from llama.data import encode_prompt, read_rows
 from llama.parallel import bf16_is_fast
 from moa.files import write_json
+from training.loop import peak_memory
 
 WARM_UP = 4  # tokens
 WHOLE = 10**6  # tokens: room for any prompt
@@ -135,7 +136,7 @@ def main(argv: list[str]) -> None:
         if flags.memory_of:
             kind = next(kind for kind in kinds if kind.name == flags.memory_of)
             make(kind, ckpt_dir, bf16, task)(task.first_batch())
-            print(peak_memory())
+            print(peak_memory(CPU))
             return
         memory = {k.name: int(own_process("benchmarks.generation", [*argv, "--memory_of", k.name])) for k in kinds}
         machine = measure_machine()

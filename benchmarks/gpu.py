@@ -30,7 +30,7 @@ from benchmarks.decoding import EARLY, decode_clock, decode_floor
 from benchmarks.flags import methods_named, require_positive
 from benchmarks.floors import step_work
 from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import figure, peak_memory, table, timed
+from benchmarks.measure import figure, table, timed
 from benchmarks.models import config_of, on_base, random_base, shape_only
 from benchmarks.profiles import profile, summary
 from benchmarks.rows import LENGTHS, drawn_rows, halves, rows_of
@@ -43,6 +43,7 @@ from llama.generation import require_flash
 from llama.parallel import bf16_is_fast, pick_device
 from moa.files import write_json
 from training.data import label_count
+from training.loop import peak_memory
 from training.settings import RECOMPUTED
 
 LONGEST = 300
@@ -124,7 +125,7 @@ class Bench:
                 lengths = [len(row.tokens) for row in batch]
                 floors.append(step_work(shape, lengths, sum(map(label_count, batch))).seconds(self.machine))
             tokens = [sum(len(row.tokens) for row in batch) for batch in batches]
-            found = {"peak_memory_bytes": self._peak(), "tokens": tokens}
+            found = {"peak_memory_bytes": peak_memory(self.device), "tokens": tokens}
             if data != "full":  # done once, for its memory alone
                 found |= {"seconds": times, "floor": floors, "tokens_per_second": sum(tokens) / sum(times)}
             figures[data] = found
@@ -139,9 +140,6 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_memory()
-
     def decoding(self, kind: str, n_rows: int) -> dict[str, Any]:
         model, flags = self.model(kind), self.flags
         clock = decode_clock(model, n_rows, flags.context, flags.decode_steps, self.device)
@@ -149,7 +147,7 @@ class Bench:
         seconds = [clock() for _ in range(flags.repeats)]
         shape = shape_only(self.args, model.config, self.bf16)
         floor = decode_floor(shape, n_rows, flags.context, flags.decode_steps, self.machine)
-        return {"seconds": seconds, "floor": floor, "peak_memory_bytes": self._peak()}
+        return {"seconds": seconds, "floor": floor, "peak_memory_bytes": peak_memory(self.device)}
 
     def traced_step(self, kind: str) -> dict[str, Any]:
         step, batch = step_of(self.model(kind), self.device), self._rows("gsm8k", 0)

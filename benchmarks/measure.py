@@ -1,6 +1,5 @@
 """Measuring kinds of work side by side, in one run and in turn; and the tables of what was found."""
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,12 +53,6 @@ def own_process(module: str, words: Sequence[object]) -> str:
         said = (done.stderr.splitlines() or ["no word of why"])[-1].removeprefix("error: ")
         raise ValueError(f"python -m {module}, a process of its own, ended with status {done.returncode}: {said}")
     return done.stdout.splitlines()[-1]
-
-
-def peak_memory() -> int:
-    """Bytes: the largest resident set of this process so far, libraries included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

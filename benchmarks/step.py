@@ -20,7 +20,7 @@ import torch
 from benchmarks.flags import methods_named, require_positive
 from benchmarks.floors import step_work
 from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import CPU, figure, in_turn, own_process, peak_memory, ratio, table
+from benchmarks.measure import CPU, figure, in_turn, own_process, ratio, table
 from benchmarks.models import config_of, shape_only
 from benchmarks.steps import BASE, PEFT, make, method_of
 from cli import errors, knob, parse
@@ -32,6 +32,7 @@ from llama.data import Example
 from llama.parallel import bf16_is_fast
 from moa.files import write_json
 from training.data import label_count, load_examples
+from training.loop import peak_memory
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> None:
             step = make(flags.memory_of, ckpt_dir, task.bf16)
             for batch in sorted(task.batches, key=lambda batch: sum(len(e.tokens) for e in batch))[-2:]:
                 step(batch)
-            print(peak_memory())
+            print(peak_memory(CPU))
             return
         kinds = [BASE, *methods_named(flags.methods), *([PEFT] if flags.peft else [])]
         memory = {kind: int(own_process("benchmarks.step", [*argv, "--memory_of", kind])) for kind in kinds}

@@ -17,6 +17,7 @@ from typing import Any
 
 from cli import errors, knob, parse_into
 from inspection.model import ModelFlags, running
+from llama.machine import check_sampling
 
 ROWS = "rows and answers"
 
@@ -41,10 +42,7 @@ class Flags:
         for name in ("max_rows", "max_gen_len"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature < 0 or 0 < self.temperature < 1e-6:
-            raise ValueError(f"--temperature must be 0 (greedy) or at least 1e-6, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        check_sampling(self.temperature, self.top_p)
         if Path(self.save_path).is_dir():
             raise ValueError(f"--save_path {self.save_path} is a folder, expected the path of a file")
 

@@ -12,6 +12,7 @@ from fairscale.nn.model_parallel import initialize as mp
 from llama.checkpoint import load_base, read_base
 from llama.engine import Answer, Rules, run
 from llama.free_memory import free_memory
+from llama.machine import MIN_TEMPERATURE
 from llama.model import Transformer
 from llama.parallel import pick_device, start_processes
 from llama.sampling import row_uniforms
@@ -22,7 +23,6 @@ from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 from moa.parallel import mp_size
 
-MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 COPIES_PAY_FROM = 16  # decode steps
 COPIES_SHARE = 4  # the free memory must be so many times their size
 
