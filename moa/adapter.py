@@ -1,7 +1,7 @@
 """What an adapter is: a module that declares each of its trained parameters once, with all that others need to know."""
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -154,6 +154,13 @@ def project_in(site: Site, u: Tensor, weight: Tensor) -> Tensor:
     """(N, in) -> (N, k), whole on every rank, by a (k, in) weight that is cut as the site's inputs are."""
     y = F.linear(u, weight)
     return sum_over_ranks(y) if site.cut == "in" else y
+
+
+def shared_out(product: Tensor, modules: Iterable["AdapterModule"]) -> dict["AdapterModule", tuple[Tensor, ...]]:
+    """A product (N, sum of k) with what all `modules` read, one after the other -> the products of each."""
+    reads = {module: module.reads() for module in modules}
+    parts = iter(product.split([len(weight) for weights in reads.values() for weight in weights], -1))
+    return {module: tuple(next(parts) for _ in weights) for module, weights in reads.items()}
 
 
 def add_product(output: Tensor, site: Site, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:

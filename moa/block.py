@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in
+from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in, shared_out
 from moa.base import BIASED_SITES, Bias
 from moa.config import AdapterConfig, Slot
 from moa.knobs import ADAPTERS, BLOCK_ROUTERS
@@ -31,7 +31,7 @@ class Read(NamedTuple):
     products: dict[AdapterModule, tuple[Tensor, ...]]
 
     def by(self, module: AdapterModule) -> tuple[Tensor, ...]:
-        return self.products.get(module, (self.u,))
+        return self.products.get(module) or (self.u,)
 
 
 class Adapters(nn.ModuleDict, Deriving):
@@ -66,9 +66,7 @@ class Adapters(nn.ModuleDict, Deriving):
 
     def read_of(self, u: Tensor, product: Tensor, *sites: str) -> Read:
         """The product (N, sum of k), worked out elsewhere, shared out."""
-        widths = {module: [len(weight) for weight in module.reads()] for module in self._standing_at(sites)}
-        parts = iter(product.split([width for of_one in widths.values() for width in of_one], -1))
-        return Read(u, {module: tuple(next(parts) for _ in of_one) for module, of_one in widths.items() if of_one})
+        return Read(u, shared_out(product, self._standing_at(sites)))
 
     def _standing_at(self, sites: tuple[str, ...]) -> Iterator[AdapterModule]:
         """Adapters and their routers of experts."""

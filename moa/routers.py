@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, like_linear, narrow_type, zeros
+from moa.adapter import AdapterModule, like_linear, narrow_type, shared_out, zeros
 from moa.config import AdapterConfig, Slot
 from moa.parallel import Cut
 
@@ -73,8 +73,8 @@ class SoftRouter(AdapterModule):
         weights = [weight for layer in layers for weight in layer.reads()]
         dtype = narrow_type(self, x)
         stack = self.derived(dtype, lambda: torch.cat(weights).to(dtype))
-        products = iter(F.linear(x.to(dtype), stack).split([len(weight) for weight in weights], -1))
-        return [layer.finish(*(next(products) for _ in layer.reads())) for layer in layers]
+        products = shared_out(F.linear(x.to(dtype), stack), layers)
+        return [layer.finish(*products[layer]) for layer in layers]
 
     def _by_name(self, gates: Tensor, x: Tensor) -> Gates:
         return dict(zip(self.slots, gates.to(narrow_type(self, x)).split(1, dim=-1), strict=True))
