@@ -13,6 +13,6 @@ def main(argv: list[str] | None = None) -> None:
 
 from cli.exits import errors, fail, out_of_memory
 from cli.knobs import knob
-from cli.parsing import Parsed, parse, parse_into
+from cli.parsing import Parsed, first_word, parse, parse_into
 
-__all__ = ["Parsed", "errors", "fail", "knob", "out_of_memory", "parse", "parse_into"]
+__all__ = ["Parsed", "errors", "fail", "first_word", "knob", "out_of_memory", "parse", "parse_into"]

@@ -7,7 +7,7 @@ flags win, reads `--nox` as `--x False`, gives `-` and `--` meanings of its own,
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from cli.exits import fail
@@ -25,6 +25,18 @@ class Parsed(NamedTuple):
 
     values: list[Any]
     given: frozenset[str]
+
+
+def first_word(argv: Sequence[str], words: Collection[str], overview: str, *, where: str = "the first word") -> str:
+    """The command that a line begins with, of `words`. `--help` in its place prints the overview, exit 0; anything else
+    is an error that says `where` the word was to stand, exit 2."""
+    if list(argv[:1]) in (["--help"], ["-h"]):
+        print(overview.strip())
+        raise SystemExit(0)
+    if not argv or argv[0] not in words:
+        found = f"not {argv[0]!r}" if argv else "nothing was given"
+        fail(f"{where} must be one of {', '.join(words)}: {found}", status=2)
+    return argv[0]
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str = "") -> T:

@@ -187,14 +187,9 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["--help"], ["-h"]):
-        print(__doc__.strip() + "\n\nThe flags of each: python -m convert hf --help")
-        return
-    if not argv or argv[0] not in COMMANDS:
-        found = f"not {argv[0]!r}" if argv else "nothing was given"
-        cli.fail(f"the first word must be one of {', '.join(COMMANDS)}: {found}", status=2)
-    command = COMMANDS[argv[0]]
-    flags = cli.parse(command.flags, argv[1:], prog=f"python -m convert {argv[0]}", description=command.description)
+    word = cli.first_word(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m convert hf --help")
+    command = COMMANDS[word]
+    flags = cli.parse(command.flags, argv[1:], prog=f"python -m convert {word}", description=command.description)
     with cli.errors():
         command.run(flags)
 

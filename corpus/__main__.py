@@ -164,15 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a row may hold what the terminal's encoding lacks
-    if argv[:1] in (["--help"], ["-h"]):
-        print(__doc__.strip() + "\n\nThe flags of each: python -m corpus fetch --help")
-        return
-    if not argv or argv[0] not in COMMANDS:
-        found = f"not {argv[0]!r}" if argv else "nothing was given"
-        cli.fail(f"the first word must be one of {', '.join(COMMANDS)}: {found}", status=2)
-    flags_type, run, description = COMMANDS[argv[0]]
-    prog = f"python -m corpus {argv[0]}"
-    flags = cli.parse(flags_type, _joined(argv[1:]), prog=prog, description=description)
+    word = cli.first_word(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m corpus fetch --help")
+    flags_type, run, description = COMMANDS[word]
+    flags = cli.parse(flags_type, _joined(argv[1:]), prog=f"python -m corpus {word}", description=description)
     with cli.errors():
         status = run(flags)
     raise SystemExit(status)

@@ -19,13 +19,8 @@ COMMANDS = ("gates", "row", "figures", "report")  # each a module of this packag
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if list(argv[:1]) in (["--help"], ["-h"]):
-        print(__doc__.strip() + "\n\nThe flags of each: python -m inspection gates --help")
-        return
-    if not argv or argv[0] not in COMMANDS:
-        found = f"not {argv[0]!r}" if argv else "nothing was given"
-        cli.fail(f"the first word must be one of {', '.join(COMMANDS)}: {found}", status=2)
-    import_module(f"inspection.{argv[0]}").main(argv[1:], f"python -m inspection {argv[0]}")
+    word = cli.first_word(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m inspection gates --help")
+    import_module(f"inspection.{word}").main(argv[1:], f"python -m inspection {word}")
 
 
 if __name__ == "__main__":

@@ -214,14 +214,10 @@ FIGURES = {
 
 
 def main(argv: Sequence[str], prog: str) -> None:
-    if list(argv[:1]) in (["--help"], ["-h"]):
-        print(__doc__.strip() + f"\n\nThe flags of each: {prog} gates --help")
-        return
-    if not argv or argv[0] not in FIGURES:
-        found = f"not {argv[0]!r}" if argv else "nothing was given"
-        cli.fail(f"the word behind `figures` must be one of {', '.join(FIGURES)}: {found}", status=2)
-    figure = FIGURES[argv[0]]
-    flags = cli.parse(figure.flags, argv[1:], prog=f"{prog} {argv[0]}", description=figure.what)
+    overview = __doc__ + f"\nThe flags of each: {prog} gates --help"
+    word = cli.first_word(argv, FIGURES, overview, where="the word behind `figures`")
+    figure = FIGURES[word]
+    flags = cli.parse(figure.flags, argv[1:], prog=f"{prog} {word}", description=figure.what)
     with cli.errors():
         from inspection.plots.style import save, styled
 

@@ -1,31 +1,15 @@
-"""A row that was looked at, on a terminal and as an HTML page. Cividis, a scale from dark blue to yellow that is the
-same for all kinds of colour vision, and a number for those who see no colour."""
+"""A row that was looked at, on a terminal and as an HTML page: in colours, with a number for those who see none."""
 
 from html import escape
 from typing import TYPE_CHECKING
 
+from inspection.colours import colour, ink, web
 from inspection.page.markup import Html, el, join, visible
 
 if TYPE_CHECKING:
     from inspection.row import Look, View
 
-CIVIDIS = ("00224e", "1a386f", "434e6c", "61656f", "7d7c78", "9b9476", "bcae6c", "dec958", "fee838")
 RESET = "\x1b[0m"
-
-
-def colour(share: float) -> tuple[int, int, int]:
-    """Of 0 to 1 on the scale."""
-    place = min(max(share, 0.0), 1.0) * (len(CIVIDIS) - 1)
-    i = min(int(place), len(CIVIDIS) - 2)
-    low, high = (bytes.fromhex(CIVIDIS[j]) for j in (i, i + 1))
-    return tuple(round(a + (b - a) * (place - i)) for a, b in zip(low, high, strict=True))
-
-
-def ink(background: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever stands out more from it (by the contrast of WCAG 2)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in background)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
 
 
 def number(view: "View", value: float) -> str:
@@ -106,7 +90,7 @@ def _section(look: "Look", view: "View", i: int) -> Html:
 
 def _span(text: str, share: float, title: str | None) -> Html:
     back = colour(share)
-    look = f"background:#{bytes(back).hex()};color:#{bytes(ink(back)).hex()}"
+    look = f"background:{web(back)};color:{web(ink(back))}"
     return el("span", text, style=look, title=title)
 
 

@@ -100,9 +100,8 @@ def test_the_process_that_keeps_the_store_may_be_the_one_that_dies(came_of):
 def test_another_base_on_one_machine_is_told_before_anything_is_made(came_of):
     result = came_of["other base"]
     assert result["statuses"] == [1, 1] and result["left"] == []
-    said = sum(errors(result), [])  # the same by both, or by one that has heard it of the other
-    assert all("base_fingerprint: process 1 has 'another', process 0 '" in line for line in said)
-    assert sum(line.startswith("error: base_fingerprint") for line in said) == 1
+    said = sum(errors(result), [])  # by both, or by one of which the other has heard it before it spoke
+    assert said and all("base_fingerprint: process 1 has 'another', process 0 '" in line for line in said)
 
 
 @pytest.mark.parametrize(("name", "status"), [("taken away", 143), ("Ctrl-C", 130), ("told twice", 143)])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from inspection import row as command
-from inspection.paint import colour, ink, page, terminal
+from inspection.colours import colour, ink
+from inspection.paint import page, terminal
 from inspection.row import Flags, Look, View, look_at, texts
 from llama.parallel import start_processes
 from moa.rows import Rows

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from inspection.colours import colour, ink, web
 from inspection.page.figures import WIDTH, axes, path, svg, text
 from inspection.page.lines import Line
 from inspection.page.marks import legend
 from inspection.page.markup import Html, Part, el, join
 from inspection.page.scale import Scale
-
-_RAMP = ((0, 32, 77), (49, 68, 107), (102, 105, 112), (149, 143, 120), (203, 186, 105), (255, 234, 70))  # cividis
 
 
 class Gates(NamedTuple):
@@ -100,31 +99,18 @@ def _short(slot: str) -> str:
 
 
 def _cell(x: float, y: float, width: float, height: float, value: float) -> list[Html]:
-    colour = shade(value)
-    cell = [el("rect", x=x, y=y, width=width, height=height, fill=colour, class_="cell")]
+    back = colour(value)
+    cell = [el("rect", x=x, y=y, width=width, height=height, fill=web(back), class_="cell")]
     if width >= 20:
-        ink = "#000" if _bright(value) else "#fff"
         written = f"{value:.2f}".removeprefix("0") if value < 0.995 else "1"
-        cell.append(text(x + width / 2, y + 10, written, "middle", class_="tiny", style=f"fill:{ink}"))
+        cell.append(text(x + width / 2, y + 10, written, "middle", class_="tiny", style=f"fill:{web(ink(back))}"))
     return cell
-
-
-def shade(value: float) -> str:
-    """The colour of a value from 0 to 1; its brightness grows with the value, whatever colours one sees."""
-    place = min(max(value, 0.0), 1.0) * (len(_RAMP) - 1)
-    i = min(int(place), len(_RAMP) - 2)
-    mixed = [round(a + (b - a) * (place - i)) for a, b in zip(_RAMP[i], _RAMP[i + 1], strict=True)]
-    return "#{:02x}{:02x}{:02x}".format(*mixed)
-
-
-def _bright(value: float) -> bool:
-    return value > 0.45
 
 
 def _ramp(x: float, y: float, most: float = 1.0) -> Html:
     parts: list[Part] = []
     for i in range(24):
-        parts.append(el("rect", x=x + 6 * i, y=y, width=6.3, height=9, fill=shade(i / 23)))
+        parts.append(el("rect", x=x + 6 * i, y=y, width=6.3, height=9, fill=web(colour(i / 23))))
     parts += [text(x + 144 * share, y + 21, f"{most * share:.2g}", "middle", class_="tiny") for share in (0, 0.5, 1)]
     return join(parts)
 
@@ -157,8 +143,8 @@ def _expert_figure(
         y = top + layers.index(one.layer) * height
         for i, value in enumerate(values(one)):
             place = f"M{starts[one.slot] + i * width:.1f} {y}h{width:.2f}v{height}h-{width:.2f}z"
-            cells.setdefault(shade(round(value / most * 32) / 32), []).append(place)
-    parts += [el("path", d="".join(places), fill=colour) for colour, places in cells.items()]
+            cells.setdefault(web(colour(round(value / most * 32) / 32)), []).append(place)
+    parts += [el("path", d="".join(places), fill=shade) for shade, places in cells.items()]
     bottom = top + len(layers) * height
     told = f"{name}, from 0 (dark) to {most:.2g} (bright): layers down, for each slot its {experts} experts across."
     if name.startswith("Loads"):
