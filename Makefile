@@ -23,8 +23,8 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
-test: lint  ## check style, then run all tests
-	$(BIN)/python -m pytest
+test: lint  ## check style, then run all tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: venv-dev  ## check style and formatting
 	$(BIN)/ruff check .
