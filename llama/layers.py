@@ -6,7 +6,7 @@ These take no memory, and know the whole sizes as well as this rank's. Forward p
 of an input's gradients over the ranks: layers that share an input share one (`moa.parallel.copy_to_ranks`, outside).
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -14,7 +14,7 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.adapter import Deriving
+from moa.adapter import AdapterModule, Deriving, reads_of, shared_out
 from moa.block import Adapters, Read
 from moa.parallel import copy_to_ranks, mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
 
@@ -71,21 +71,25 @@ class VocabParallel(VocabParallelEmbedding):
 
 
 def side_by_side(
-    x: Tensor, layers: list[ColumnParallel] | list[RowParallel], adapters: Adapters, *sites: str
+    x: Tensor,
+    layers: list[ColumnParallel] | list[RowParallel],
+    adapters: Adapters,
+    *sites: str,
+    others: Sequence[AdapterModule] = (),
 ) -> tuple[list[Tensor], Read]:
     """What frozen layers make of the input x (N, in) that they share, and what the adapters at `sites`, beside them,
-    read of it. While all weights stand still, and there is memory for a copy, that is one product of all the weights,
-    one above the other."""
+    and `others` read of it. While all weights stand still, and there is memory for a copy, that is one product of all
+    the weights, one above the other."""
     column = isinstance(layers[0], ColumnParallel)
     if not adapters.may_copy:
         shared = copy_to_ranks(x) if column else x
-        return [layer(shared) for layer in layers], adapters.read(x, *sites)
-    weights = [layer.weight for layer in layers]
-    y = product_of_copies(adapters, x, lambda: [*weights, *adapters.reads(*sites)], sites)
+        return [layer(shared) for layer in layers], adapters.read(x, *sites, others=others)
+    weights, readers = [layer.weight for layer in layers], [*adapters.at(*sites), *others]
+    y = product_of_copies(adapters, x, lambda: [*weights, *reads_of(readers)], sites)
     y = y if column else sum_over_ranks(y)
     widths = [len(weight) for weight in weights]
     *outputs, read = y.split([*widths, y.shape[1] - sum(widths)], -1)
-    return outputs, adapters.read_of(x, read, *sites)
+    return outputs, Read(x, shared_out(read, readers))
 
 
 def product_of_copies(

@@ -27,7 +27,7 @@ from llama.pointwise import rms_norm, swiglu
 from llama.rope import Rope, frequencies, rotations
 from moa.adapter import AdapterModule, Site
 from moa.base import NormWeight
-from moa.block import Adapters, Mixing, build_router
+from moa.block import Adapters, Mixing, Read, build_router
 from moa.config import AdapterConfig, Slot
 from moa.parallel import copy_to_ranks, parts_of_heads, share
 from moa.routers import Gates
@@ -103,13 +103,13 @@ class FeedForward(nn.Module):
             },
         )
 
-    def forward(self, x: Tensor, mixing: Mixing) -> Tensor:
-        """x (N, D), normed -> (N, D)."""
-        (up, gate), read = side_by_side(x, [self.w3, self.w1], self.adapters, "FFN_UP", "FFN_GATE")
-        up = self.adapters.add("FFN_UP", up, mixing, read)
-        gate = self.adapters.add("FFN_GATE", gate, mixing, read)
+    def forward(self, x: Tensor, mixing: Mixing, beside: list[AdapterModule]) -> tuple[Tensor, Read]:
+        """x (N, D), normed -> (N, D), and what those `beside` the whole block read of x."""
+        (up, gate), first = side_by_side(x, [self.w3, self.w1], self.adapters, "FFN_UP", "FFN_GATE", others=beside)
+        up = self.adapters.add("FFN_UP", up, mixing, first)
+        gate = self.adapters.add("FFN_GATE", gate, mixing, first)
         (out,), read = side_by_side(swiglu(gate, up), [self.w2], self.adapters, "FFN_DOWN")
-        return self.adapters.add("FFN_DOWN", out, mixing, read)
+        return self.adapters.add("FFN_DOWN", out, mixing, read), first
 
 
 class TransformerBlock(nn.Module):
@@ -134,8 +134,8 @@ class TransformerBlock(nn.Module):
     def _second_half(self, y: Tensor, gates: Gates) -> Outputs:
         """From what the attention makes, (N, D), on."""
         mixing, z = Mixing(gates), self.ffn_norm(y)
-        out = y + self.feed_forward(z, mixing)
-        return self.adapters.add("block", out, mixing, self.adapters.read(z, "block")), mixing.balance
+        out, read = self.feed_forward(z, mixing, self.adapters.at("block"))
+        return self.adapters.add("block", y + out, mixing, read), mixing.balance
 
 
 def _run_again_later(part: Callable[..., Outputs], *inputs: Any, when: bool) -> Outputs:

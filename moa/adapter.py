@@ -1,7 +1,7 @@
 """What an adapter is: a module that declares each of its trained parameters once, with all that others need to know."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -156,11 +156,15 @@ def project_in(site: Site, u: Tensor, weight: Tensor) -> Tensor:
     return sum_over_ranks(y) if site.cut == "in" else y
 
 
-def shared_out(product: Tensor, modules: Iterable["AdapterModule"]) -> dict["AdapterModule", tuple[Tensor, ...]]:
+def reads_of(modules: Sequence["AdapterModule"]) -> list[Tensor]:
+    """The weights (k, in) of all that they read."""
+    return [weight for module in modules for weight in module.reads()]
+
+
+def shared_out(product: Tensor, modules: Sequence["AdapterModule"]) -> dict["AdapterModule", tuple[Tensor, ...]]:
     """A product (N, sum of k) with what all `modules` read, one after the other -> the products of each."""
-    reads = {module: module.reads() for module in modules}
-    parts = iter(product.split([len(weight) for weights in reads.values() for weight in weights], -1))
-    return {module: tuple(next(parts) for _ in weights) for module, weights in reads.items()}
+    parts = iter(product.split([len(weight) for weight in reads_of(modules)], -1))
+    return {module: tuple(next(parts) for _ in module.reads()) for module in modules}
 
 
 def add_product(output: Tensor, site: Site, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,13 +1,13 @@
 """The adapters of a transformer block, composed from the configuration."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in, shared_out
+from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in, reads_of, shared_out
 from moa.base import BIASED_SITES, Bias
 from moa.config import AdapterConfig, Slot
 from moa.knobs import ADAPTERS, BLOCK_ROUTERS
@@ -50,30 +50,21 @@ class Adapters(nn.ModuleDict, Deriving):
                 self[slot.name] = load_class(ADAPTERS[slot.kind].module)(sites[slot.site], config)
                 self.slots_at[slot.site].append(slot.name)
 
-    def read(self, u: Tensor, *sites: str) -> Read:
-        """What all that stands at `sites`, which share the input u (N, in), reads of it: one product of its weights,
-        one above the other."""
-        weights = self.reads(*sites)
+    def at(self, *sites: str) -> list[AdapterModule]:
+        """What stands there: adapters and their routers of experts."""
+        standing = [self[slot] for site in sites for slot in self.slots_at[site]]
+        return [module for adapter in standing for module in (adapter, adapter.expert_router) if module is not None]
+
+    def read(self, u: Tensor, *sites: str, others: Sequence[AdapterModule] = ()) -> Read:
+        """What all that stands at `sites`, which share the input u (N, in), reads of it, and `others` of another
+        `Adapters` beside them: one product of their weights, one above the other."""
+        readers = [*self.at(*sites), *others]
+        weights = reads_of(readers)
         if not weights:
             return Read(u, {})
         dtype = narrow_type(self, u)
         stack = self.derived((sites, dtype), lambda: torch.cat(weights).to(dtype))
-        return self.read_of(u, project_in(self.sites[sites[0]], u.to(dtype), stack), *sites)
-
-    def reads(self, *sites: str) -> list[Tensor]:
-        """The weights (k, in) of that product."""
-        return [weight for module in self._standing_at(sites) for weight in module.reads()]
-
-    def read_of(self, u: Tensor, product: Tensor, *sites: str) -> Read:
-        """The product (N, sum of k), worked out elsewhere, shared out."""
-        return Read(u, shared_out(product, self._standing_at(sites)))
-
-    def _standing_at(self, sites: tuple[str, ...]) -> Iterator[AdapterModule]:
-        """Adapters and their routers of experts."""
-        for slot in (slot for site in sites for slot in self.slots_at[site]):
-            yield self[slot]
-            if self[slot].expert_router is not None:
-                yield self[slot].expert_router
+        return Read(u, shared_out(project_in(self.sites[sites[0]], u.to(dtype), stack), readers))
 
     def add(self, site: str, output: Tensor, mixing: Mixing, read: Read, *inputs) -> Tensor:
         """`output` with what the adapters at `site` add to it, each weighed by its gate times the weights of its

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import errors, fail, knob, parse, parse_into
+from cli import errors, fail, first_word, knob, parse, parse_into
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -220,6 +220,21 @@ def test_help_wraps_long_texts_and_names(capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
     assert out.count("word") == 50
+
+
+def test_the_first_word_names_a_command_or_the_commands_are_named(capsys: pytest.CaptureFixture) -> None:
+    words = {"make": 1, "check": 2}
+    assert first_word(["check", "--help"], words, "overview") == "check"
+    for argv, found in ([], "nothing was given"), (["mke"], "not 'mke'"):
+        with pytest.raises(SystemExit) as stop:
+            first_word(argv, words, "overview")
+        assert (stop.value.code, capsys.readouterr().err) == (
+            2,
+            f"error: the first word must be one of make, check: {found}\n",
+        )
+    with pytest.raises(SystemExit) as stop:
+        first_word(["-h"], words, "\noverview\n")
+    assert (stop.value.code, capsys.readouterr().out) == (0, "overview\n")
 
 
 def test_a_flag_that_cannot_work_is_the_programmers_fault() -> None:

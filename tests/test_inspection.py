@@ -344,7 +344,8 @@ def test_gates_refuses(tmp_path: Path, words: list[str], told: str, status: int,
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
-    inspect(["--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        inspect(["--help"])
     told = capsys.readouterr().out
     assert all(f"python -m inspection {name} " in told for name in COMMANDS)
     with pytest.raises(SystemExit):
