@@ -164,6 +164,16 @@ def test_layer_by_slot(part: str) -> None:
     assert list(used.lines[0].get_xdata()) == [one["used"]["mean"] for one in parts]
 
 
+@pytest.mark.parametrize("names", [["soft_moa", "sparse_moa"] * 2, ["sparse_moa", "sparse_moa", "unipeft"]])
+def test_more_than_two_heatmaps_stand_below_each_other(names: list[str]) -> None:
+    figure = gates.layer_by_slot([(f"{name} {i}", statistics_of(name)) for i, name in enumerate(names)], "all")
+    require_legible(figure)
+    titles = [axes.get_title() for axes in figure.axes]
+    boxes = [axes.get_window_extent() for axes, title in zip(figure.axes, titles, strict=True) if title[-1:].isdigit()]
+    assert [f"{name} {i}" for i, name in enumerate(names)] == [title for title in titles if title[-1:].isdigit()]
+    assert boxes[0].y1 == boxes[1].y1 and max(box.y1 for box in boxes[2:]) < min(box.y0 for box in boxes[:2])
+
+
 @pytest.mark.parametrize("names", [METHODS, ["custom"], ["sparse_moa_const_threshold", "soft_moa_linear_router"]])
 def test_spreads(names: list[str]) -> None:
     named = [(name, statistics_of(name)) for name in names]

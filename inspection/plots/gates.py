@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from inspection.plots import style
 
@@ -21,38 +21,61 @@ def slots_of(statistics: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(slot for block in blocks for slot in block["slots"]))
 
 
+class Panel(NamedTuple):
+    """One of the axes beside each other: "gates", or what stands beside those of a sparse router."""
+
+    kind: str
+    name: str
+    statistics: dict[str, Any]
+    width: float
+
+
 def layer_by_slot(all_named: Sequence[Named], part: str) -> Any:
-    """Mean gates side by side on one scale; beside those of a sparse router its mean threshold, within the 5 to 95 % of
-    the tokens' thresholds, and the adapters used per token."""
-    widths, panels = [], []
-    for name, statistics in all_named:
-        slots = slots_of(statistics)
-        panels.append(("gates", name, statistics, slots))
-        widths.append(0.3 + 0.14 * len(slots))
-        if any("threshold" in part_of(block, part) for block in statistics["blocks"]):
-            panels += [("threshold", name, statistics, slots), ("used", name, statistics, slots)]
-            widths += [0.42, 0.42]
+    """Mean gates on one scale, two of the statistics side by side; beside those of a sparse router its mean threshold,
+    within the 5 to 95 % of the tokens' thresholds, and the adapters used per token."""
+    bands = [
+        [panel for named in all_named[i : i + 2] for panel in _panels(*named, part)]
+        for i in range(0, len(all_named), 2)
+    ]
+    widest = max(sum(panel.width for panel in band) for band in bands)
     n_layers = max(statistics["n_layers"] for _, statistics in all_named)
-    figure = style.new_figure(1.7 + 0.1 * max(n_layers, 12))
-    grid = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
+    figure = style.new_figure(0.45 + (1.25 + 0.1 * max(n_layers, 12)) * len(bands))
     limits = _limits([m for _, s in all_named for block in s["blocks"] for m in part_of(block, part)["mean"]])
-    for axes, (kind, name, statistics, slots) in zip(grid, panels, strict=True):
-        by_layer = {block["layer"]: block for block in statistics["blocks"]}
-        if kind == "gates":
-            rows = [_row(by_layer.get(layer), slots, part) for layer in range(statistics["n_layers"])]
-            drawn = style.heatmap(axes, rows, limits)
-            axes.set_title(name)
-            axes.set_xticks([i + 0.5 for i in range(len(slots))], slots, rotation=90)
-        else:
-            _beside_layers(axes, by_layer, part, kind)
-            axes.set_ylim(statistics["n_layers"], 0)
-        style.layer_ticks(axes, range(statistics["n_layers"]))
-        axes.tick_params(labelleft=axes is grid[0])
-    grid[0].set_ylabel("layer")
-    bar = figure.colorbar(drawn, ax=list(grid), location="bottom", aspect=50, shrink=0.7, pad=0.02)
+    for subfigure, band in zip(figure.subfigures(len(bands), 1, squeeze=False)[:, 0], bands, strict=True):
+        room = widest - sum(panel.width for panel in band)
+        widths = [panel.width for panel in band] + [room] * (room > 0)
+        grid = subfigure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        for axes in grid[len(band) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(grid, band, strict=False):
+            _draw(axes, panel, part, limits)
+            axes.tick_params(labelleft=axes is grid[0])
+        grid[0].set_ylabel("layer")
+    # On the last band, whose first panel is of gates
+    bar = figure.colorbar(grid[0].collections[0], ax=list(grid), location="bottom", aspect=50, shrink=0.7, pad=0.02)
     bar.set_label("mean gate" if part == "all" else f"mean gate, tokens of {part}s")
     bar.outline.set_visible(False)
     return figure
+
+
+def _panels(name: str, statistics: dict[str, Any], part: str) -> list[Panel]:
+    panels = [Panel("gates", name, statistics, 0.3 + 0.14 * len(slots_of(statistics)))]
+    if any("threshold" in part_of(block, part) for block in statistics["blocks"]):
+        panels += [Panel(kind, name, statistics, 0.42) for kind in ("threshold", "used")]
+    return panels
+
+
+def _draw(axes: Any, panel: Panel, part: str, limits: tuple[float, float]) -> None:
+    n_layers, slots = panel.statistics["n_layers"], slots_of(panel.statistics)
+    by_layer = {block["layer"]: block for block in panel.statistics["blocks"]}
+    if panel.kind == "gates":
+        style.heatmap(axes, [_row(by_layer.get(layer), slots, part) for layer in range(n_layers)], limits)
+        axes.set_title(panel.name)
+        axes.set_xticks([i + 0.5 for i in range(len(slots))], slots, rotation=90)
+    else:
+        _beside_layers(axes, by_layer, part, panel.kind)
+        axes.set_ylim(n_layers, 0)
+    style.layer_ticks(axes, range(n_layers))
 
 
 def _row(block: dict[str, Any] | None, slots: list[str], part: str) -> list[float | None]:
