@@ -6,8 +6,8 @@
 One base, one machine, one run: training steps and answers are measured in turn, all on the same rows. An epoch: all
 tokens of the training rows at the measured median time per token. Peak memory of training: each method in a process of
 its own, the largest resident set of two steps. An answer: --new_tokens tokens (adapters as they start; how long the
-answers of trained ones are is another matter), --batch_size at once. "base" is the model without adapters; a step of it
-has no optimizer.
+answers of trained ones are is another matter), --batch_size at once. "x base": the median of the ratios of what was
+measured next to each other. "base" is the model without adapters; a step of it has no optimizer.
 """
 
 import statistics
@@ -22,7 +22,7 @@ import torch
 from benchmarks.flags import methods_named, require_positive
 from benchmarks.generation import prompts_of
 from benchmarks.generators import Kind, Task, make
-from benchmarks.measure import figure, in_turn, own_process, table
+from benchmarks.measure import figure, in_turn, own_process, ratio, table
 from benchmarks.models import config_of, shape_only
 from benchmarks.step import measure, task_of
 from benchmarks.steps import BASE, PEFT, method_of
@@ -65,12 +65,14 @@ def training(flags: Flags, ckpt_dir: str, kinds: Sequence[str]) -> tuple[dict[st
     words += ["--max_seq_len", flags.max_seq_len, "--threads", flags.threads, "--methods", "", "--memory_of"]
     memory = {kind: int(own_process("benchmarks.step", [*words, kind])) for kind in kinds}
     figures = {}
-    for kind, seconds in measure(kinds, task).items():
+    taken_by = measure(kinds, task)
+    for kind, seconds in taken_by.items():
         per_token = statistics.median(taken / n for taken, n in zip(seconds, task.tokens, strict=True))
         config = config_of(method_of(kind), task.args.n_layers)
         figures[kind] = {
             "trainable": count(shape_only(task.args, config, task.bf16))["total"],
             "seconds_per_step": statistics.median(seconds),
+            "step_over_base": ratio(seconds, taken_by[BASE]),
             "seconds_per_epoch": per_token * epoch,
             "tokens_per_second": 1 / per_token,
             "peak_memory_bytes": memory[kind],
@@ -79,8 +81,10 @@ def training(flags: Flags, ckpt_dir: str, kinds: Sequence[str]) -> tuple[dict[st
     return said | {"max_seq_len": flags.max_seq_len, "threads": flags.threads, "repeats": flags.repeats}, figures
 
 
-def answering(flags: Flags, ckpt_dir: str, kinds: Sequence[str], bf16: bool) -> tuple[dict[str, Any], dict[str, float]]:
-    """The task in words, and seconds of an answer by kind."""
+def answering(
+    flags: Flags, ckpt_dir: str, kinds: Sequence[str], bf16: bool
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """The task in words, and figures by kind."""
     prompts = prompts_of(flags.test_path or str(ensure_data()[1]), ckpt_dir, flags.batch_size)
     task = Task(prompts, flags.new_tokens, flags.new_tokens, flags.batch_size)
     n_layers = read_base(ckpt_dir)[0].n_layers
@@ -90,7 +94,13 @@ def answering(flags: Flags, ckpt_dir: str, kinds: Sequence[str], bf16: bool) -> 
     works = {kind: lambda _, generate=generate: generate(task) for kind, generate in generators.items()}
     seconds = in_turn(works, range(flags.repeats))
     said = {"prompts": len(prompts), "prompt_tokens": sum(map(len, prompts)), "new_tokens": flags.new_tokens}
-    return said, {kind: statistics.median(times) / len(prompts) for kind, times in seconds.items()}
+    return said, {
+        kind: {
+            "seconds_per_answer": statistics.median(times) / len(prompts),
+            "answer_over_base": ratio(times, seconds[BASE]),
+        }
+        for kind, times in seconds.items()
+    }
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -100,8 +110,8 @@ def markdown(found: dict[str, Any]) -> str:
     for name, f in ({BASE: base} | found["methods"] | found["peers"]).items():
         step, answer = f["seconds_per_step"], f["seconds_per_answer"]
         epoch = f"{f['seconds_per_epoch'] / 60:,.1f}"
-        times = [figure(step), figure(step / base["seconds_per_step"]), epoch, figure(f["peak_memory_bytes"] / 1e9)]
-        rows.append([name, f"{f['trainable']:,}", *times, figure(answer), figure(answer / base["seconds_per_answer"])])
+        times = [figure(step), figure(f["step_over_base"]), epoch, figure(f["peak_memory_bytes"] / 1e9)]
+        rows.append([name, f"{f['trainable']:,}", *times, figure(answer), figure(f["answer_over_base"])])
     heads = ["method", "trained parameters", "s per step", "x base", "minutes per epoch", "peak memory, GB"]
     return (
         f"Training: {task['rows_per_step']} rows a step, an epoch of {task['training_rows']:,} rows and "
@@ -120,8 +130,8 @@ def main(argv: list[str]) -> None:
         kinds = [BASE, *methods, *peers]
         task, figures = training(flags, ckpt_dir, kinds)
         said, answers = answering(flags, ckpt_dir, kinds, task["bf16"])
-        for kind, seconds in answers.items():
-            figures[kind]["seconds_per_answer"] = seconds
+        for kind, answered in answers.items():
+            figures[kind] |= answered
         found = {
             "methods": {kind: figures[kind] for kind in methods},
             "base": figures[BASE],

@@ -20,6 +20,7 @@ from benchmarks.flags import ALL, methods_named
 from benchmarks.floors import Work, generation_work, pairs, step_work
 from benchmarks.generators import agreement
 from benchmarks.machine import Machine, measure_machine
+from benchmarks.measure import in_turn, ratio
 from benchmarks.models import config_of, on_base, random_base
 from benchmarks.rows import LENGTHS, drawn_rows
 from benchmarks.shapes import TINY
@@ -163,6 +164,15 @@ def test_growth_has_a_table_per_axis(command: Run) -> None:
         assert kept == sorted(kept) and bool(kept) == (not axis.startswith("decode"))
 
 
+def test_kinds_are_measured_in_turn_forwards_and_backwards() -> None:
+    done: list[tuple[str, int]] = []
+    works = {kind: lambda x, kind=kind: done.append((kind, x)) for kind in "abc"}
+    seconds = in_turn(works, [1, 2, 3])
+    assert done == [(kind, x) for x, order in ((1, "abc"), (2, "cba"), (3, "abc")) for kind in order]
+    assert list(seconds) == ["a", "b", "c"] and all(len(times) == 3 for times in seconds.values())
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3
+
+
 def test_cost_has_all_that_the_figure_needs(tmp_path: Path, command: Run) -> None:
     data = write_rows(tmp_path / "rows.json", 8)
     words = ["--ckpt_dir", BASE, "--data_path", data, "--test_path", data, "--rows", 2, "--repeats", 2, "--threads", 1]
@@ -174,6 +184,8 @@ def test_cost_has_all_that_the_figure_needs(tmp_path: Path, command: Run) -> Non
         for name in ("seconds_per_step", "seconds_per_epoch", "peak_memory_bytes", "seconds_per_answer"):
             assert figures[name] > 0
     assert found["base"]["trainable"] == 0
+    assert found["base"]["step_over_base"] == found["base"]["answer_over_base"] == 1
+    assert all(0 < one[f"{what}_over_base"] != 1 for one in found["methods"].values() for what in ("step", "answer"))
     assert found["peers"]["PEFT lora"]["trainable"] == found["methods"]["lora"]["trainable"] == 35_328
     assert found["task"]["training_rows"] == 8 and found["task"]["new_tokens"] == 4
     assert len(table_rows(printed)) == 4
