@@ -84,7 +84,7 @@ def costs(methods: dict[str, dict[str, float]]) -> Any:
         bars = axes.barh(places, list(found.values()), height=0.65, color=style.colour(i))
         for missing in set(range(len(methods))) - set(places):
             axes.text(0, missing, " not measured", va="center", fontsize=style.SMALL, color="#555555")
-        axes.bar_label(bars, [f"{value:.3g}" for value in found.values()], padding=2, fontsize=style.SMALL)
+        axes.bar_label(bars, [f"{value:#.3g}".rstrip(".") for value in found.values()], padding=2, fontsize=style.SMALL)
         axes.set_xlim(0, 1.25 * max(found.values()))
         axes.set_xlabel(measure.label)
         axes.locator_params(axis="x", nbins=4)
