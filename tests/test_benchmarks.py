@@ -191,6 +191,14 @@ def test_cost_has_all_that_the_figure_needs(tmp_path: Path, command: Run) -> Non
     assert len(table_rows(printed)) == 4
 
 
+def test_counting_gates_is_measured_beside_not_counting(tmp_path: Path, command: Run) -> None:
+    data = write_rows(tmp_path / "rows.json", 3)
+    words = ["--ckpt_dir", BASE, "--data_path", data, "--prompts", 3, "--new_tokens", 3, "--repeats", 2, "--threads", 1]
+    found, printed = command("hooks", *words, "--methods", "soft_moa,adamole")
+    assert list(found["seconds"]) == ["soft_moa", "adamole"] and len(table_rows(printed)) == 2
+    assert all(len(times) == 2 and min(times) > 0 for of in found["seconds"].values() for times in of.values())
+
+
 GPU_FLAGS = ["--shape", "tiny", "--device", "cpu", "--rows", 2, "--decode_rows", "1,3", "--context", 5]
 GPU_FLAGS += ["--repeats", 1, "--decode_steps", 3]
 

@@ -36,7 +36,9 @@ RULES = {
     "demo": allowed("convert llama cli", libraries="torch numpy tqdm"),
     "evaluate": allowed(),
     "inspection": allowed("llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib"),
-    "benchmarks": allowed("training llama moa cli convert demo", libraries="torch", late="transformers peft"),
+    "benchmarks": allowed(
+        "training inspection llama moa cli convert demo", libraries="torch", late="transformers peft"
+    ),
 }
 
 

@@ -1,0 +1,88 @@
+"""What it costs to count what the routers do (`python -m inspection gates`) while a model generates.
+
+    python -m benchmarks.hooks [--methods soft_moa,sparse_moa,adamole] [--data_path gsm8k/test.json] [--repeats 6]
+
+The same prompts are answered with and without the recorder of `inspection.statistics`, in turn, until its sums stand.
+Adapters as they start. "x without": the median of the ratios of what was measured next to each other.
+"""
+
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.flags import methods_named, require_positive
+from benchmarks.generation import prompts_of
+from benchmarks.measure import CPU, figure, in_turn, ratio, table
+from benchmarks.models import config_of
+from cli import errors, knob, parse
+from demo.model import ensure_model
+from demo.problems import ensure_data
+from inspection.statistics import Statistics
+from llama import Llama
+from llama.checkpoint import read_base
+from llama.parallel import bf16_is_fast
+from moa.files import write_json
+
+
+@dataclass(frozen=True)
+class Flags:
+    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model")
+    data_path: str | None = knob(None, help="test rows; default: the demo's")
+    methods: str = knob("soft_moa,sparse_moa,adamole", help="methods with a router, with commas")
+    prompts: int = knob(16, help="prompts, answered at once")
+    new_tokens: int = knob(64, help="tokens of each answer")
+    repeats: int = knob(6, help="times that all prompts are answered in each way")
+    threads: int = knob(torch.get_num_threads(), help="threads")
+    json: str | None = knob(None, help="write the figures to this file too")
+
+    def __post_init__(self):
+        require_positive(self, "prompts", "new_tokens", "repeats", "threads")
+        methods_named(self.methods)
+
+
+def measure(llm: Llama, prompts: list[list[int]], new_tokens: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of all answers, with and without the recorder. ValueError for a method without a router."""
+
+    def without(_: object) -> None:
+        llm.generate(prompts, new_tokens, new_tokens)
+
+    def counted(_: object) -> None:
+        found = Statistics(llm.model)
+        with found.recorder():
+            llm.generate(prompts, new_tokens, new_tokens)
+        found.reduce()
+
+    counted(None)  # the first pass is slower
+    return in_turn({"with": counted, "without": without}, range(repeats))
+
+
+def main(argv: list[str]) -> None:
+    flags = parse(Flags, argv, prog="python -m benchmarks.hooks", description=__doc__)
+    with errors():
+        torch.set_num_threads(flags.threads)
+        ckpt_dir = flags.ckpt_dir or str(ensure_model())
+        prompts = prompts_of(flags.data_path or str(ensure_data()[1]), ckpt_dir, flags.prompts)
+        sizes = {"max_seq_len": max(map(len, prompts)) + flags.new_tokens, "max_batch_size": len(prompts)}
+        found, n_layers = {}, read_base(ckpt_dir)[0].n_layers
+        for method in methods_named(flags.methods):
+            llm = Llama.build(ckpt_dir, config=config_of(method, n_layers), bf16=bf16_is_fast(CPU), **sizes)
+            found[method] = measure(llm, prompts, flags.new_tokens, flags.repeats)
+        print(f"{len(prompts)} prompts, new tokens: {flags.new_tokens}; {flags.threads} threads\n")
+        rows = [
+            [method, *(figure(statistics.median(of[way])) for way in ("without", "with")), figure(_cost(of))]
+            for method, of in found.items()
+        ]
+        print(table(["method", "seconds without", "with", "x without"], rows))
+        if flags.json:
+            write_json(Path(flags.json), {"threads": flags.threads, "seconds": found})
+
+
+def _cost(seconds: dict[str, list[float]]) -> float:
+    return ratio(seconds["with"], seconds["without"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
