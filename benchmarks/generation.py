@@ -27,7 +27,7 @@ from benchmarks.flags import methods_named, require_positive
 from benchmarks.floors import generation_work
 from benchmarks.generators import PEERS, Generate, Kind, Task, agreement, kinds_of, make
 from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import CPU, figure, own_process, ratio, table, timed
+from benchmarks.measure import CPU, figure, own_process, ratio, table, timed, turns
 from benchmarks.models import shape_only
 from benchmarks.steps import BASE, PEFT
 from cli import errors, knob, parse
@@ -101,14 +101,14 @@ def measure(generators: dict[str, Generate], task: Task, repeats: int) -> tuple[
         generate(task.first_batch().shorter(WARM_UP))
     answers: dict[str, list[list[int]]] = {}
     figures: dict[str, dict[str, list[float]]] = {kind: {"seconds": [], "decode_step": []} for kind in generators}
-    for _ in range(repeats):
-        for kind, generate in generators.items():
-            seconds, answers[kind] = timed(lambda generate=generate: generate(task))
-            figures[kind]["seconds"].append(seconds)
-            if fixed:
-                to_early = timed(lambda generate=generate: generate(early))[0]
-                step = (seconds - to_early) / (task.max_gen_len - early.max_gen_len)
-                figures[kind]["decode_step"].append(step)
+    for kind, _ in turns(generators, range(repeats)):
+        generate = generators[kind]
+        seconds, answers[kind] = timed(lambda generate=generate: generate(task))
+        figures[kind]["seconds"].append(seconds)
+        if fixed:
+            to_early = timed(lambda generate=generate: generate(early))[0]
+            step = (seconds - to_early) / (task.max_gen_len - early.max_gen_len)
+            figures[kind]["decode_step"].append(step)
     return answers, figures
 
 

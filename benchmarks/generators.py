@@ -86,7 +86,13 @@ def make(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Generate:
         return theirs(transformers_model(ckpt_dir, dtype), ckpt_dir)
     if kind.name == PEFT:
         return theirs(peft_lora(ckpt_dir, dtype, adapter_path=kind.adapter_path), ckpt_dir)
-    llm = Llama.build(
+    llm = ours(kind, ckpt_dir, bf16, task)
+    return lambda task: llm.generate(task.prompts, task.max_gen_len, task.min_new_tokens)
+
+
+def ours(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Llama:
+    """Our model of a kind, with room for the task."""
+    return Llama.build(
         ckpt_dir,
         kind.adapter_path,
         config=None if kind.adapter_path else kind.config,
@@ -94,7 +100,6 @@ def make(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Generate:
         max_batch_size=task.batch_size,
         bf16=bf16,
     )
-    return lambda task: llm.generate(task.prompts, task.max_gen_len, task.min_new_tokens)
 
 
 def theirs(model: nn.Module, ckpt_dir: str | Path) -> Generate:

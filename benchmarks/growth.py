@@ -26,7 +26,7 @@ from benchmarks.decoding import decode_clock, decode_floor
 from benchmarks.flags import ALL, require_positive
 from benchmarks.floors import step_work
 from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import CPU, figure, in_turn, table
+from benchmarks.measure import CPU, figure, in_turn, table, turns
 from benchmarks.models import config_of, on_base, random_base, shape_only
 from benchmarks.rows import halves, rows_of
 from benchmarks.shapes import BY_NAME
@@ -115,9 +115,8 @@ def decoding(
     model = on_base(args, base, next(iter(entries.values())).config)
     clocks = {value: decode_clock(model, entry.rows, entry.length, STEPS) for value, entry in entries.items()}
     figures: dict[int, dict[str, Any]] = {value: {"seconds": []} for value in entries}
-    for _ in range(repeats):
-        for value, clock in clocks.items():
-            figures[value]["seconds"].append(clock())
+    for value, _ in turns(clocks, range(repeats)):
+        figures[value]["seconds"].append(clocks[value]())
     for value, entry in entries.items():
         figures[value]["floor"] = decode_floor(model, entry.rows, entry.length, STEPS, machine)
     return figures

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.flags import methods_named, require_positive
 from benchmarks.generation import prompts_of
+from benchmarks.generators import Kind, Task, ours
 from benchmarks.measure import CPU, figure, in_turn, ratio, table
 from benchmarks.models import config_of
 from cli import errors, knob, parse
@@ -43,16 +44,16 @@ class Flags:
         methods_named(self.methods)
 
 
-def measure(llm: Llama, prompts: list[list[int]], new_tokens: int, repeats: int) -> dict[str, list[float]]:
+def measure(llm: Llama, task: Task, repeats: int) -> dict[str, list[float]]:
     """Seconds of all answers, with and without the recorder. ValueError for a method without a router."""
 
     def without(_: object) -> None:
-        llm.generate(prompts, new_tokens, new_tokens)
+        llm.generate(task.prompts, task.max_gen_len, task.min_new_tokens)
 
     def counted(_: object) -> None:
         found = Statistics(llm.model)
         with found.recorder():
-            llm.generate(prompts, new_tokens, new_tokens)
+            without(None)
         found.reduce()
 
     counted(None)  # the first pass is slower
@@ -65,23 +66,23 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(flags.threads)
         ckpt_dir = flags.ckpt_dir or str(ensure_model())
         prompts = prompts_of(flags.data_path or str(ensure_data()[1]), ckpt_dir, flags.prompts)
-        sizes = {"max_seq_len": max(map(len, prompts)) + flags.new_tokens, "max_batch_size": len(prompts)}
+        task = Task(prompts, flags.new_tokens, flags.new_tokens, len(prompts))
         found, n_layers = {}, read_base(ckpt_dir)[0].n_layers
         for method in methods_named(flags.methods):
-            llm = Llama.build(ckpt_dir, config=config_of(method, n_layers), bf16=bf16_is_fast(CPU), **sizes)
-            found[method] = measure(llm, prompts, flags.new_tokens, flags.repeats)
+            llm = ours(Kind(method, config_of(method, n_layers)), ckpt_dir, bf16_is_fast(CPU), task)
+            found[method] = measure(llm, task, flags.repeats)
         print(f"{len(prompts)} prompts, new tokens: {flags.new_tokens}; {flags.threads} threads\n")
         rows = [
-            [method, *(figure(statistics.median(of[way])) for way in ("without", "with")), figure(_cost(of))]
+            [
+                method,
+                *(figure(statistics.median(of[way])) for way in ("without", "with")),
+                figure(ratio(of["with"], of["without"])),
+            ]
             for method, of in found.items()
         ]
         print(table(["method", "seconds without", "with", "x without"], rows))
         if flags.json:
             write_json(Path(flags.json), {"threads": flags.threads, "seconds": found})
-
-
-def _cost(seconds: dict[str, list[float]]) -> float:
-    return ratio(seconds["with"], seconds["without"])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.flags import require_positive
-from benchmarks.measure import CPU, figure, own_process, ratio, table, timed
+from benchmarks.measure import CPU, figure, own_process, ratio, table, timed, turns
 from benchmarks.peers import transformers_model
 from cli import errors, knob, parse
 from demo.model import ensure_model
@@ -109,10 +109,10 @@ def compare(flags: Flags, ckpt_dir: str, bf16: bool) -> None:
         model = transformers_model(ckpt_dir, torch.bfloat16 if bf16 else torch.float32)
         model.save_pretrained(folder)
         common = ["--ckpt_dir", ckpt_dir, "--threads", flags.threads, "--hf_dir", folder]
-        for repeat in range(flags.repeats + 1):  # the first brings the files into the system's cache
-            for kind, runs in found.items():
-                figures = json.loads(own_process("benchmarks.load", [*common, "--only", kind]))
-                runs += [figures] if repeat else []
+        for kind, repeat in turns(found, range(flags.repeats + 1)):
+            figures = json.loads(own_process("benchmarks.load", [*common, "--only", kind]))
+            if repeat:  # the first brings the files into the system's cache
+                found[kind].append(figures)
     size = sum(file.stat().st_size for file in shard_files(Path(ckpt_dir)))
     print(
         f"{ckpt_dir}: {size / 1e6:,.0f} MB of weights, {'bf16' if bf16 else 'fp32'} in memory, {flags.threads} "

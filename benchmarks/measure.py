@@ -4,7 +4,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,17 +28,22 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def turns(kinds: Iterable[T], inputs: Iterable[X]) -> Iterator[tuple[T, X]]:
+    """All kinds with one input before the next: what else the machine does then falls on all of them. Every second time
+    in the opposite order: no kind always follows the same other."""
+    order = list(kinds)
+    for x in inputs:
+        yield from ((kind, x) for kind in order)
+        order = order[::-1]
+
+
 def in_turn(
     works: Mapping[str, Callable[[X], object]], inputs: Iterable[X], device: torch.device = CPU
 ) -> dict[str, list[float]]:
-    """Seconds of each kind of work on each input. All kinds do one input before the next: what else the machine does
-    then falls on all of them. Every second time in the opposite order: no kind always follows the same other."""
+    """Seconds of each kind of work on each input (`turns`)."""
     seconds: dict[str, list[float]] = {kind: [] for kind in works}
-    kinds = list(works)
-    for x in inputs:
-        for kind in kinds:
-            seconds[kind].append(timed(lambda kind=kind, x=x: works[kind](x), device)[0])
-        kinds.reverse()
+    for kind, x in turns(works, inputs):
+        seconds[kind].append(timed(lambda kind=kind, x=x: works[kind](x), device)[0])
     return seconds
 
 

@@ -163,8 +163,9 @@ def reads_of(modules: Sequence["AdapterModule"]) -> list[Tensor]:
 
 def shared_out(product: Tensor, modules: Sequence["AdapterModule"]) -> dict["AdapterModule", tuple[Tensor, ...]]:
     """A product (N, sum of k) with what all `modules` read, one after the other -> the products of each."""
-    parts = iter(product.split([len(weight) for weight in reads_of(modules)], -1))
-    return {module: tuple(next(parts) for _ in module.reads()) for module in modules}
+    counts = [(module, [len(weight) for weight in module.reads()]) for module in modules]
+    parts = iter(product.split([width for _, widths in counts for width in widths], -1))
+    return {module: tuple(next(parts) for _ in widths) for module, widths in counts}
 
 
 def add_product(output: Tensor, site: Site, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
