@@ -131,10 +131,11 @@ def show(axis: str, entries: dict[int, Entry], figures: dict[int, dict[str, Any]
         entry, seconds = entries[value], medians[value]
         grown = [figure(value / first, 1), figure(seconds / medians[first])]
         floor = [figure(1000 * found["floor"], 1), figure(seconds / found["floor"], 1)]
-        memory = figure(found["kept_bytes"] / 1e6, 0) if "kept_bytes" in found else "-"
+        memory = [figure(found["kept_bytes"] / 1e6, 0)] if "kept_bytes" in found else []
         shape = f"{entry.config.method}, {entry.rows} x {entry.length}"
-        rows.append([f"{value}", shape, figure(1000 * seconds, 1), *grown, *floor, memory])
-    return table([axis, what, "ms", "axis x first", "time x first", "floor, ms", "x floor", "kept, MB"], rows)
+        rows.append([f"{value}", shape, figure(1000 * seconds, 1), *grown, *floor, *memory])
+    names = [axis, what, "ms", "axis x first", "time x first", "floor, ms", "x floor", "kept, MB"]
+    return table(names[: len(rows[0])], rows)
 
 
 def main(argv: list[str]) -> None:
