@@ -28,7 +28,7 @@ from finetune import main as finetune
 from forked import ended, forked, wait
 from training.checkpoint import MOMENTS
 
-STEPS_PER_KILL = 4  # of the whole run: most kills find it still going
+STEPS_PER_KILL = 8  # of the whole run: most kills find it still going
 
 
 def unbroken(flags: list[str], log: Path) -> None:
