@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from benchmarks.flags import methods_named
+from benchmarks.flags import methods_named, require_positive
+from benchmarks.measure import turns
 from benchmarks.shapes import SMOLLM2_135M
 from cli import errors, knob, parse
 from llama import ModelArgs, Transformer
@@ -46,9 +47,7 @@ class Flags:
     json: str | None = knob(None, help="write the figures to this file too")
 
     def __post_init__(self):
-        for name in ("processes", "tokens", "layers", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        require_positive(self, "processes", "tokens", "layers", "repeats")
         methods_named(self.methods)
 
 
@@ -89,17 +88,15 @@ def measure(rank: int, flags: Flags, folder: str) -> None:
         n = sum(parameter.numel() for parameter in parameters)
 
         exchanges = {"alone": None, "after": GradientSum(parameters, 2**62), "buckets": GradientSum(parameters)}
-        seconds: dict[str, list[float]] = {kind: [] for kind in (*exchanges, "sum")}
+        seconds: dict[str, list[float]] = {kind: [] for kind in exchanges}
         sums = {}
-        for repeat in range(flags.repeats + 1):  # the first warms up
-            for kind, exchange in exchanges.items():
-                model.zero_grad(set_to_none=True)
-                taken = _timed(partial(step, model, flags.tokens, kind, exchange))
-                sums[kind] = [parameter.grad.clone() for parameter in parameters]
-                if repeat:
-                    seconds[kind].append(taken)
-            if repeat:
-                seconds["sum"].append(_timed(exchanges["after"].finish))
+        for kind, repeat in turns(exchanges, range(flags.repeats + 1)):
+            model.zero_grad(set_to_none=True)
+            taken = _timed(partial(step, model, flags.tokens, kind, exchanges[kind]))
+            sums[kind] = [parameter.grad.clone() for parameter in parameters]
+            if repeat:  # the first warms up
+                seconds[kind].append(taken)
+        seconds["sum"] = [_timed(exchanges["after"].finish) for _ in range(flags.repeats)]
         for a, b in zip(sums["after"], sums["buckets"], strict=True):
             torch.testing.assert_close(a, b, msg="the two ways must give the same sums")
         results.append({"method": method, "bytes": 4 * n, "seconds": seconds})
