@@ -297,6 +297,8 @@ def test_a_save_that_fails_is_told_by_the_next_and_deletes_nothing(tmp_path, mon
     saver.save(pack(llm.model, optimizer, Progress(2), {}))
     with pytest.raises(OSError, match="No space left on device.*checkpoint-2.pth"):
         saver.save(pack(llm.model, optimizer, Progress(3), {}))
+    with pytest.raises(OSError, match="checkpoint-3.pth"):  # begun all the same, and not over before
+        saver.wait()
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-1.pth"]
 
 
