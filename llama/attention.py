@@ -20,7 +20,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -
     """q (N, H, h), k and v (N, K, h) -> (N, H, h): each token attends to itself and the earlier ones of its own row.
 
     flash: use flash-attn 2's variable-length kernel (a GPU and bf16 or fp16), one launch for all rows; else PyTorch's
-    scaled_dot_product_attention, once where all rows are of one length and row by row where they are not.
+    scaled_dot_product_attention where all rows are of one length, its own variable-length kernel where they are not,
+    and row by row where the GPU has none.
     """
     if flash:
         from flash_attn import flash_attn_varlen_func
@@ -32,7 +33,25 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -
     if rows.uniform:
         shape = (len(rows.lengths), rows.lengths[0])
         return _sdpa(*(t.unflatten(0, shape) for t in (q, k, v))).flatten(0, 1)
+    if _has_varlen(q):
+        return _varlen(q, k, v, rows)
     return torch.cat([_sdpa(q[None, a:b], k[None, a:b], v[None, a:b])[0] for a, b in rows.spans])
+
+
+def _has_varlen(q: Tensor) -> bool:
+    """Whether PyTorch's variable-length kernel takes such a query (..., h): flash attention of two-byte numbers, on a
+    GPU of the Ampere generation or a later one."""
+    fits = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    built = torch.backends.cuda.is_flash_attention_available()
+    return fits and built and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # takes two seconds to load
+
+    longest, causal = max(rows.lengths), (-1, 0)  # a window: all that is earlier, nothing that is later
+    ends = (rows.boundaries, rows.boundaries, longest, longest)
+    return varlen_attn(q, k, v, *ends, window_size=causal, enable_gqa=True)
 
 
 def cached_attention(q: Tensor, cache: Cache, layer: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moa.routers import Gates
+from moa.rows import on_device
 
 
 class Cache:
@@ -50,31 +51,34 @@ class Cache:
         """Prefill: put the gates (R, 1) of newly admitted rows into their places."""
         for slot, gate in gates.items():
             kept = self.gates[layer].setdefault(slot, gate.new_zeros(self.max_rows, 1))
-            kept[places] = gate
+            kept[on_device(places, kept.device)] = gate
 
     def kept_gates(self, layer: int) -> Gates:
         """Decode: (R, 1) by slot."""
-        return {slot: gate[: len(self.lengths)] for slot, gate in self.gates[layer].items()}
+        return {slot: gate[: self._n_rows] for slot, gate in self.gates[layer].items()}
 
-    def advance(self) -> None:
-        """Room for one more token of every row; `append` and `filled` then refer to it."""
+    def advance(self) -> list[int]:
+        """Room for one more token of every row -> the tokens of each, that one included."""
         self.lengths = [n + 1 for n in self.lengths]
         assert max(self.lengths) <= self.max_len
-        ends = torch.tensor(self.lengths, device=self.device)
-        self._where = (torch.arange(len(self.lengths), device=self.device), slice(None), ends - 1)
-        self.longest = max(self.lengths)
-        inside = torch.arange(self.longest, device=self.device) < ends[:, None]
-        self.visible = None if min(self.lengths) == self.longest else inside[:, None, None]  # (R, 1, 1, T)
+        return self.lengths
+
+    def at(self, ends: Tensor, longest: int, even: bool) -> None:
+        """Decode: `append`, `filled` and `kept_gates` refer from now on to the first R rows, of `ends` (R,) tokens and
+        none more than `longest`; even: all of so many."""
+        self._n_rows, self._longest = len(ends), longest
+        self._where = (torch.arange(len(ends), device=ends.device), slice(None), ends - 1)
+        inside = torch.arange(longest, device=ends.device) < ends[:, None]
+        self.visible = None if even else inside[:, None, None]  # (R, 1, 1, T)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Decode: one key and value (R, K, h) per row, at the position that `advance` made."""
+        """Decode: one key and value (R, K, h) per row, in the place of its last token."""
         self.k[layer][self._where] = k
         self.v[layer][self._where] = v
 
     def filled(self, layer: int) -> tuple[Tensor, Tensor]:
         """(R, K, T, h) keys and values up to the longest row; `visible` masks what lies beyond a shorter one."""
-        rows = len(self.lengths)
-        return self.k[layer][:rows, :, : self.longest], self.v[layer][:rows, :, : self.longest]
+        return tuple(t[layer][: self._n_rows, :, : self._longest] for t in (self.k, self.v))
 
     @torch.inference_mode()  # what `keep_gates` made, it made in this mode
     def copy(self, source: int, place: int) -> None:

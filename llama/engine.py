@@ -15,7 +15,7 @@ from llama.cache import Cache
 from llama.model import Transformer
 from llama.sampling import choose
 from moa.parallel import mp_rank, mp_size
-from moa.rows import Rows
+from moa.rows import Rows, on_device
 
 NOT_FINITE = -1  # in the place of a token
 
@@ -49,20 +49,29 @@ def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], device: 
     which = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
     first = [places[which.index(number)] for number in range(len(numbers))]
     rows = Rows([len(prompt) for prompt in numbers], device)
-    tokens = torch.tensor([token for prompt in numbers for token in prompt], device=device)
-    last = torch.tensor([end - 1 for _, end in rows.spans], device=device)
+    tokens = on_device([token for prompt in numbers for token in prompt], device)
+    last = on_device([end - 1 for _, end in rows.spans], device)
     logits = model.output(model.hidden(tokens, rows, cache, first)[last])
     for number, place in zip(which, places, strict=True):
         if place != first[number]:
             cache.copy(first[number], place)
-    return logits[which]
+    return logits[on_device(which, device)]
 
 
 def decode(model: Transformer, cache: Cache, tokens: list[int], device: torch.device) -> Tensor:
     """Feed the newest token of every cached row -> logits (R, V) of the next."""
-    cache.advance()
-    rows = Rows([1] * len(tokens), device, starts=[n - 1 for n in cache.lengths])
-    return model.output(model.hidden(torch.tensor(tokens, device=device), rows, cache))
+    lengths = cache.advance()
+    fed = on_device([tokens, lengths], device)
+    return decode_step(model, cache, fed, lengths, max(lengths), min(lengths) == max(lengths))
+
+
+def decode_step(model: Transformer, cache: Cache, fed: Tensor, lengths: list[int], longest: int, even: bool) -> Tensor:
+    """What of a decode step the device does alone. fed (2, R): the newest tokens, and the `lengths` of their rows with
+    them, none more than `longest`; even: all of so many."""
+    tokens, ends = fed
+    cache.at(ends, longest, even)
+    rows = Rows([1] * len(lengths), fed.device, starts=[n - 1 for n in lengths], positions=ends - 1)
+    return model.output(model.hidden(tokens, rows, cache))
 
 
 def run(model: Transformer, answers: list[Answer], max_rows: int, rules: Rules) -> Iterator[Answer]:
@@ -109,15 +118,14 @@ def _next_tokens(logits: Tensor, running: list[Answer], rules: Rules) -> list[in
 
 
 def _choose(logits: Tensor, running: list[Answer], rules: Rules) -> Tensor:
-    """(R,) int64; NOT_FINITE where a row's logits are not."""
-    if not torch.isfinite(logits.amax(-1)).all():
-        return torch.full((len(running),), NOT_FINITE, device=logits.device)
+    """(R,) int64; NOT_FINITE where a row's logits are not. Nothing here waits for a GPU."""
+    finite = torch.isfinite(logits.amax(-1))
     early = [place for place, answer in enumerate(running) if len(answer.tokens) < rules.min_new_tokens]
     if early:
-        rows, stops = torch.tensor(early, device=logits.device), torch.tensor(rules.stop_ids, device=logits.device)
+        rows, stops = (on_device(numbers, logits.device) for numbers in (early, rules.stop_ids))
         logits[rows[:, None], stops] = -torch.inf
     draws = None
     if rules.temperature > 0:
         now = [answer.draws[len(answer.tokens)] for answer in running]
-        draws = torch.tensor(now, dtype=torch.float64, device=logits.device)
-    return choose(logits, rules.temperature, rules.top_p, draws)
+        draws = on_device(now, logits.device, torch.float64)
+    return choose(logits, rules.temperature, rules.top_p, draws).masked_fill(~finite, NOT_FINITE)

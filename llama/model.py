@@ -31,7 +31,7 @@ from moa.block import Adapters, Mixing, Read, build_router
 from moa.config import AdapterConfig, Slot
 from moa.parallel import copy_to_ranks, parts_of_heads, share
 from moa.routers import Gates
-from moa.rows import Rows
+from moa.rows import Rows, on_device
 
 Outputs = tuple[Tensor, list[Tensor]]  # hidden states (N, D), and load-balancing losses
 
@@ -244,13 +244,14 @@ class Transformer(nn.Module):
 
     def losses(self, tokens: Tensor, labels: Tensor, rows: Rows) -> Losses:
         """The losses of a packed batch: tokens, labels (N,). The final layer's logits are worked out at positions that
-        predict a label and nowhere else."""
-        first = torch.tensor([begin for begin, _ in rows.spans], device=labels.device)
+        predict a label and nowhere else. With labels that lie on the CPU nothing here waits for a GPU."""
+        labels = labels.cpu()
         wanted = labels != IGNORE
-        wanted[first] = False  # nothing before a row's first token predicts it
+        wanted[[begin for begin, _ in rows.spans]] = False  # nothing before a row's first token predicts it
         positions = wanted.nonzero().squeeze(1)
         hidden, balance = self._run(tokens, rows)
-        summed = label_loss(hidden[positions - 1], self.output.weight, labels[positions])
+        before, labels = (on_device(t, hidden.device) for t in (positions - 1, labels[positions]))
+        summed = label_loss(hidden[before], self.output.weight, labels)
         if not balance:
             return Losses(summed, torch.zeros((), device=summed.device))
         return Losses(summed, self.config.experts.lb_loss_coeff * torch.stack(balance).sum())

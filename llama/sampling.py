@@ -27,5 +27,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | 
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     mass = ordered.double().cumsum(-1)
     kept = (mass - ordered < top_p * mass[:, -1:]).sum(-1, keepdim=True)  # those before them do not reach top_p
+    kept.clamp_(min=1)  # 0 where a logit is not finite
     place = (mass <= uniforms[:, None] * mass.gather(-1, kept - 1)).sum(-1, keepdim=True)
     return ids.gather(-1, place).squeeze(-1)

@@ -5,16 +5,26 @@ Shapes used throughout: N tokens of the batch, R rows, D model width.
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+
+def on_device(numbers: Sequence | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of numbers that the CPU knows, on a GPU without waiting for what is still under way there."""
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from anywhere else waits
+    return tensor.to(device, non_blocking=True)
 
 
 class Rows:
     """The rows of one forward pass.
 
     lengths: tokens of each row in this pass. starts: how many tokens of each row came before, in a cache (default 0).
-    prompt_lens: how many of a row's tokens, counted from its first, are prompt (default: all of them).
+    prompt_lens: how many of a row's tokens, counted from its first, are prompt (default: all of them). positions: where
+    they are on the device already.
     """
 
     def __init__(
@@ -23,12 +33,15 @@ class Rows:
         device: torch.device | str,
         prompt_lens: Sequence[int] | None = None,
         starts: Sequence[int] | None = None,
+        positions: Tensor | None = None,
     ):
         assert lengths and min(lengths) > 0, f"every row needs a token: {lengths}"
         self.lengths = list(lengths)
         self.device = torch.device(device)
         self.starts = list(starts) if starts is not None else [0] * len(lengths)
         self.prompt_lens = [int(n) for n in prompt_lens] if prompt_lens is not None else self.lengths
+        if positions is not None:
+            self.positions = positions
         assert len(self.starts) == len(self.prompt_lens) == len(self.lengths)
         assert all(1 <= p <= n for p, n in zip(self.prompt_lens, self.lengths, strict=True)), (prompt_lens, lengths)
 
@@ -40,19 +53,18 @@ class Rows:
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """(begin, end) of each row within the batch."""
-        ends = torch.tensor(self.lengths).cumsum(0).tolist()
-        return [(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
+        return [(end - n, end) for end, n in zip(accumulate(self.lengths), self.lengths, strict=True)]
 
     @cached_property
     def positions(self) -> Tensor:
         """(N,) position of each token within its row."""
         parts = [torch.arange(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
-        return torch.cat(parts).to(self.device)
+        return on_device(torch.cat(parts), self.device)
 
     @cached_property
     def boundaries(self) -> Tensor:
         """(R + 1,) int32: where rows begin, and N; what variable-length attention kernels call cu_seqlens."""
-        return torch.tensor([0] + [end for _, end in self.spans], dtype=torch.int32, device=self.device)
+        return on_device([0] + [end for _, end in self.spans], self.device, torch.int32)
 
     def prompt_means(self, x: Tensor) -> Tensor:
         """x (N, D) -> (R, D) float32: the mean over the tokens of each row's prompt."""
@@ -62,5 +74,4 @@ class Rows:
 
     def per_token(self, values: Tensor) -> Tensor:
         """One value per row, (R, ...), for each of its tokens, (N, ...)."""
-        counts = torch.tensor(self.lengths, device=self.device)
-        return values.repeat_interleave(counts, 0, output_size=sum(self.lengths))
+        return values.repeat_interleave(on_device(self.lengths, self.device), 0, output_size=sum(self.lengths))

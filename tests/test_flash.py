@@ -1,5 +1,5 @@
-"""flash-attn 2's variable-length kernel takes the place of PyTorch's attention; here one written from its published
-signature stands for it, so that the call is tested without a GPU."""
+"""Variable-length kernels of a GPU, flash-attn 2's and PyTorch's own; here others, written from their published
+signatures, stand for them, so that the calls are tested without a GPU."""
 
 import sys
 from types import ModuleType
@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import llama.attention
 import llama.generation
 from llama import Llama
+from llama.attention import causal_attention
 from moa.rows import Rows
 from tiny import BASE, METHODS, gradients, relative, shared, tokens
 
@@ -94,3 +96,63 @@ def test_asked_for_where_it_cannot_run(flash: list[int], monkeypatch) -> None:
     with pytest.raises(ValueError, match="flash_attention2 needs bf16"):
         llama.generation.require_flash("auto", bf16=False)
     llama.generation.require_flash("auto", bf16=True)
+
+
+def _varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    """For a CPU, with the scores' logarithms and the state of a dropout that there is not."""
+    assert is_causal
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+    return out, q.new_zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+
+def _varlen_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, is_causal, *_: object) -> tuple[Tensor, ...]:
+    assert is_causal
+    grads = [torch.zeros_like(t) for t in (q, k, v)]
+    for begin, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
+        for head in range(q.shape[1]):
+            places = [(slice(begin, end), head // (q.shape[1] // t.shape[1])) for t in (q, k, v)]
+            query, keys = (t[place] / q.shape[-1] ** 0.5 for t, place in zip((q, k), places, strict=False))
+            scores = query @ k[places[1]].T
+            p = scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+            along = grad[places[0]] @ v[places[2]].T
+            of_scores = p * (along - (along * p).sum(-1, keepdim=True))
+            parts = (of_scores @ keys, of_scores.T @ query, p.T @ grad[places[0]])
+            for whole, place, part in zip(grads, places, parts, strict=True):
+                whole[place] += part
+    return tuple(grads)
+
+
+def test_pytorchs_own_kernel_gives_the_same() -> None:
+    """Of rows of different lengths, with key heads that are shared: values and gradients."""
+    from torch.nn.attention import varlen
+
+    varlen._varlen_attn.register_kernel("cpu")(_varlen_forward)
+    varlen._varlen_attn_backward.register_kernel("cpu")(_varlen_backward)
+    rows, generator = Rows([3, 1, 10], "cpu"), torch.Generator().manual_seed(0)
+    found = []
+    for attention in (llama.attention._varlen, lambda *given: causal_attention(*given, flash=False)):
+        generator.manual_seed(0)
+        q, k, v = (torch.randn(14, heads, 16, generator=generator).requires_grad_() for heads in (4, 2, 2))
+        out = attention(q, k, v, rows)
+        out.square().sum().backward()
+        found.append([out.detach(), q.grad, k.grad, v.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtype, width, generation, built, takes",
+    [
+        (torch.bfloat16, 128, (8, 0), True, True),
+        (torch.float16, 64, (9, 0), True, True),
+        (torch.float32, 128, (9, 0), True, False),
+        (torch.bfloat16, 12, (9, 0), True, False),
+        (torch.bfloat16, 264, (9, 0), True, False),
+        (torch.bfloat16, 128, (7, 5), True, False),
+        (torch.bfloat16, 128, (9, 0), False, False),
+    ],
+)
+def test_what_pytorchs_own_kernel_takes(dtype, width, generation, built, takes, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: generation)
+    assert llama.attention._has_varlen(torch.empty(1, 1, width, dtype=dtype)) == takes

@@ -9,7 +9,7 @@ import torch
 
 import moa.adapter
 from llama import Llama
-from llama.engine import decode, prefill
+from llama.engine import NOT_FINITE, Answer, Rules, _choose, decode, prefill
 from llama.sampling import choose, row_uniforms
 from moa.adapter import Deriving, weights_stand_still
 from tiny import METHODS, build, config, relative, shared, tokens
@@ -269,6 +269,14 @@ def test_choose_at_the_limits() -> None:
     largest = torch.full((2,), 1 - 2**-53, dtype=torch.float64)
     assert choose(logits, 2e-38, 1.0, largest).tolist() == [2, 1]  # no overflow
     assert choose(logits, 1.0, 1.0, largest)[0] == 0  # the last that is possible, never an excluded one
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_logits_that_are_not_finite_are_marked(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 2.0, -math.inf], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [-math.inf] * 3])
+    running = [Answer(i, [256], 5, [0.1] * 5) for i in range(4)]
+    chosen = _choose(logits, running, Rules((0,), 0, temperature, 0.9))
+    assert chosen.tolist() == [1, NOT_FINITE, NOT_FINITE, NOT_FINITE]
 
 
 def test_equal_tokens_stand_in_the_order_of_their_ids() -> None:

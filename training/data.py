@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama.data import IGNORE, Example, encode_example, read_rows
 from llama.tokenizer import Tokenizer
-from moa.rows import Rows
+from moa.rows import Rows, on_device
 
 FIELDS = ("instruction", "input", "output")
 
@@ -39,7 +39,8 @@ def label_count(example: Example) -> int:
 def micro_batches(
     examples: Sequence[Example], batch_size: int, device: torch.device, count: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Rows]]:
-    """(tokens (N,), labels (N,), rows) of at most `batch_size` examples at a time, packed, in their order.
+    """(tokens (N,), labels (N,), rows) of at most `batch_size` examples at a time, packed, in their order; labels
+    stay on the CPU, where the model chooses by them.
 
     count: how many micro-batches, where there are so many examples; by default as few as can be.
     """
@@ -48,12 +49,6 @@ def micro_batches(
         to_come -= 1
         end = max(begin + 1, min(begin + batch_size, len(examples) - to_come))
         batch, begin = examples[begin:end], end
-        tokens = _to_device([t for example in batch for t in example.tokens], device)
-        labels = _to_device([t for example in batch for t in example.labels], device)
+        tokens = on_device([t for example in batch for t in example.tokens], device)
+        labels = torch.tensor([t for example in batch for t in example.labels])
         yield tokens, labels, Rows([len(e.tokens) for e in batch], device, [e.prompt_len for e in batch])
-
-
-def _to_device(numbers: list[int], device: torch.device) -> Tensor:
-    """A tensor of them, on a GPU without waiting for what is still under way there."""
-    tensor = torch.tensor(numbers)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

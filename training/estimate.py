@@ -26,8 +26,8 @@ def base_parameters(model: Transformer) -> int:
 
 
 def uneven(n_rows: int, length: int) -> list[int]:
-    """Lengths of rows that are as long as can be and, as rows are, not all the same: attention then takes them one by
-    one, which keeps a little more."""
+    """Lengths of rows that are as long as can be and, as rows are, not all the same: where attention then takes them
+    one by one, that keeps a little more."""
     return [length] * (n_rows - 1) + [max(1, length - (n_rows > 1))]
 
 

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import llama.model
 from llama.args import ModelArgs
 from llama.checkpoint import placements
+from llama.engine import decode_step
 from llama.loss import label_loss
 from llama.model import Transformer
 from moa.config import AdapterConfig
@@ -116,15 +117,13 @@ def messages_of_generation(
     places = cache.admit(rows.lengths)
     model.output(model.hidden(_tokens(n_rows * prompt_len), rows, cache, places)[:n_rows])
     middle = len(notes)
-    cache.advance()
-    rows = Rows([1] * n_rows, "meta", starts=[prompt_len] * n_rows)
-    model.output(model.hidden(_tokens(n_rows), rows, cache))
+    decode_step(model, cache, _tokens(2, n_rows), cache.advance(), prompt_len + 1, True)
     model.train()
     return GenerationMessages(notes[begin:middle], notes[middle:])
 
 
-def _tokens(n: int) -> Tensor:
-    return torch.empty(n, dtype=torch.int64, device="meta")
+def _tokens(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 def _hidden(model: Transformer, lengths: list[int]) -> Tensor:
@@ -181,13 +180,13 @@ class _Storages:
 @contextmanager
 def _attention_of(device: torch.device, model: Transformer) -> Iterator[None]:
     """Meanwhile attention keeps what it keeps on a device: query, key, value, output, and a float32 per query and head;
-    of a GPU's kernels, each row its own output.
+    of a GPU's kernels in float32, each row its own output.
 
     In float32 with shared key heads there is no such kernel for a GPU: all weights are kept, as on the meta device.
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -> Tensor:
-        if device.type != "cuda" or rows.uniform:
+        if device.type != "cuda" or rows.uniform or bf16:
             return _Attention.apply(q, k, v)
         return torch.cat([_Attention.apply(q[a:b], k[a:b], v[a:b]) for a, b in rows.spans])
 
