@@ -43,6 +43,9 @@ class Flags:
     max_batch_size: int = knob(32, help="rows that are generated at once", group=MACHINE)
     bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
     flash_attention2: bool = knob(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
+    cuda_graphs: bool = knob(
+        False, help="record a decode step's kernels and start them together (a GPU)", group=MACHINE
+    )
     device: str = knob("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
     model_parallel_size: int = knob(1, help="processes that share one copy of the model", group=MACHINE)
 
@@ -52,6 +55,8 @@ class Flags:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         check_sampling(self.temperature, self.top_p)
         check_machine(self.device, self.bf16, self.flash_attention2)
+        if self.cuda_graphs and (self.device == "cpu" or self.model_parallel_size > 1):
+            raise ValueError("--cuda_graphs needs a GPU and --model_parallel_size 1")
         if self.adapter_path == "":
             raise ValueError("--adapter_path is empty; leave it out for the base alone")
         if not 0 <= self.min_new_tokens <= self.max_gen_len:
@@ -111,6 +116,7 @@ def answer_rows(flags: Flags, ckpt_dir: str, data_path: str, device) -> None:
         device=str(device),
         model_parallel_size=flags.model_parallel_size,
         flash_attention2=flags.flash_attention2,
+        cuda_graphs=flags.cuda_graphs,
     )
     if is_main():
         predictions.start()
@@ -196,7 +202,7 @@ def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
     from moa.files import file_hash
 
     named = {"save_path", "ckpt_dir", "adapter_path", "data_path"}
-    free = named | {"overwrite", "max_rows", "max_batch_size", "device", "model_parallel_size"}
+    free = named | {"overwrite", "max_rows", "max_batch_size", "device", "model_parallel_size", "cuda_graphs"}
     settings = {name: value for name, value in asdict(flags).items() if name not in free}
     settings["bf16"] = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
     adapter = Path(flags.adapter_path) if flags.adapter_path else None

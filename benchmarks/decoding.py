@@ -16,11 +16,16 @@ EARLY = COPIES_PAY_FROM  # tokens of the shorter of two runs: both make the copi
 
 
 def decode_clock(
-    model: Transformer, n_rows: int, context: int, steps: int, device: torch.device = CPU
+    model: Transformer,
+    n_rows: int,
+    context: int,
+    steps: int,
+    device: torch.device = CPU,
+    cuda_graphs: bool = False,
 ) -> Callable[[], float]:
     """A clock that measures, at each call, the seconds of a decode step of `n_rows` rows behind prompts of `context`
     tokens: what a run takes longer than one of `steps` tokens less, divided by these. It is tried once here."""
-    llm = generator_of(model, context + EARLY + steps, n_rows)
+    llm = generator_of(model, context + EARLY + steps, n_rows, cuda_graphs)
     generator = random.Random(0)
     prompts = [[generator.randrange(1, model.args.vocab_size) for _ in range(context)] for _ in range(n_rows)]
 

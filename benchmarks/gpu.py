@@ -6,7 +6,7 @@
 training    real tokens/s of a step (forward, backward, AdamW) of --rows rows of at most 300 tokens, with lengths drawn
             as GSM8K's and the commonsense set's; peak memory, also of rows that are all of 300 tokens; by what
             finetune.py's --activation_checkpointing may be
-decoding    milliseconds of a decode step at --decode_rows rows
+decoding    milliseconds of a decode step at --decode_rows rows; on a GPU also as generate.py's --cuda_graphs does it
 traces      the kernels that take most of a training step's and of a decode step's time
 
 Each beside the bare base ("base": gradients go to the embeddings' output) and the floor: the products at the best rate
@@ -20,6 +20,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from training.loop import peak_memory
 from training.settings import RECOMPUTED
 
 LONGEST = 300
+DECODING, WITH_GRAPHS = "decoding", "decoding with graphs"
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,13 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def decoding(self, kind: str, n_rows: int) -> dict[str, Any]:
+    @property
+    def ways(self) -> list[str]:
+        return [DECODING, *([WITH_GRAPHS] if self.device.type == "cuda" else [])]
+
+    def decoding(self, way: str, kind: str, n_rows: int) -> dict[str, Any]:
         model, flags = self.model(kind), self.flags
-        clock = decode_clock(model, n_rows, flags.context, flags.decode_steps, self.device)
+        clock = decode_clock(model, n_rows, flags.context, flags.decode_steps, self.device, way == WITH_GRAPHS)
         self._reset_peak()
         seconds = [clock() for _ in range(flags.repeats)]
         shape = shape_only(self.args, model.config, self.bf16)
@@ -153,10 +160,10 @@ class Bench:
         step, batch = step_of(self.model(kind), self.device), self._rows("gsm8k", 0)
         return profile(lambda: step(batch), self.device)
 
-    def traced_decoding(self, kind: str, n_rows: int) -> dict[str, Any]:
+    def traced_decoding(self, way: str, kind: str, n_rows: int) -> dict[str, Any]:
         """Of generation with hardly any prefill, from prompts of one token: of all steps of a clock's two runs."""
         steps = self.flags.decode_steps
-        clock = decode_clock(self.model(kind), n_rows, 1, steps, self.device)
+        clock = decode_clock(self.model(kind), n_rows, 1, steps, self.device, way == WITH_GRAPHS)
         return profile(clock, self.device) | {"decode_steps": steps + 2 * (EARLY - 1)}
 
 
@@ -167,15 +174,15 @@ def run(bench: Bench) -> None:
     sizes = [int(n) for n in flags.decode_rows.split(",")]
     for kind in kinds:
         for choice in RECOMPUTED:
-            bench.part(f"training, {kind}, {choice}", lambda kind=kind, choice=choice: bench.training(kind, choice))
+            bench.part(f"training, {kind}, {choice}", partial(bench.training, kind, choice))
     print(f"\n{training_table(bench.found)}\n", flush=True)
-    for n in sizes:
-        for kind in kinds:
-            bench.part(f"decoding, {kind}, {n}", lambda kind=kind, n=n: bench.decoding(kind, n))
+    for n, way, kind in product(sizes, bench.ways, kinds):
+        bench.part(f"{way}, {kind}, {n}", partial(bench.decoding, way, kind, n))
     print(f"{decoding_table(bench.found, kinds, sizes)}\n", flush=True)
     for kind in kinds:
-        bench.part(f"trace of a step, {kind}", lambda kind=kind: bench.traced_step(kind))
-        bench.part(f"trace of decoding, {kind}", lambda kind=kind: bench.traced_decoding(kind, sizes[0]))
+        bench.part(f"trace of a step, {kind}", partial(bench.traced_step, kind))
+        for way in bench.ways:
+            bench.part(f"trace of {way}, {kind}", partial(bench.traced_decoding, way, kind, sizes[0]))
     for name, found in bench.found.items():
         if name.startswith("trace"):
             print(f"{name}: {summary(found)}\n")
@@ -203,16 +210,14 @@ def training_table(found: dict[str, Any]) -> str:
 def decoding_table(found: dict[str, Any], kinds: list[str], sizes: list[int]) -> str:
     """Of all decode parts that are there."""
     rows = []
-    for n in sizes:
-        bare = found.get(f"decoding, {BASE}, {n}")
-        for kind in kinds:
-            part = found.get(f"decoding, {kind}, {n}")
-            if part:
-                seconds = statistics.median(part["seconds"])
-                against = figure(seconds / statistics.median(bare["seconds"]) if bare else None)
-                floor = [figure(1000 * part["floor"]), f"{100 * part['floor'] / seconds:.0f} %"]
-                memory = figure(part["peak_memory_bytes"] / 2**30)
-                rows.append([kind, f"{n}", figure(1000 * seconds), against, *floor, figure(n / seconds, 0), memory])
+    for n, way, kind in product(sizes, (DECODING, WITH_GRAPHS), kinds):
+        part, bare = (found.get(f"{way}, {name}, {n}") for name in (kind, BASE))
+        if part:
+            seconds = statistics.median(part["seconds"])
+            against = figure(seconds / statistics.median(bare["seconds"]) if bare else None)
+            floor = [figure(1000 * part["floor"]), f"{100 * part['floor'] / seconds:.0f} %"]
+            memory, name = figure(part["peak_memory_bytes"] / 2**30), f"{kind}{way.removeprefix(DECODING)}"
+            rows.append([name, f"{n}", figure(1000 * seconds), against, *floor, figure(n / seconds, 0), memory])
     heads = ["decoding", "rows", "ms a step", "x base", "floor, ms", "of the floor's speed", "tokens/s", "peak, GiB"]
     return table(heads, rows)
 

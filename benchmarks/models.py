@@ -55,6 +55,6 @@ class NoText:
     stop_ids: tuple[int, ...] = (0,)
 
 
-def generator_of(model: Transformer, max_seq_len: int, max_batch_size: int) -> Llama:
+def generator_of(model: Transformer, max_seq_len: int, max_batch_size: int, cuda_graphs: bool = False) -> Llama:
     """From token ids to token ids."""
-    return Llama(model, NoText(model.args.vocab_size), max_seq_len, max_batch_size)
+    return Llama(model, NoText(model.args.vocab_size), max_seq_len, max_batch_size, cuda_graphs)

@@ -5,6 +5,7 @@ The engine knows token ids, not text. A row that ends leaves at once and a waiti
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from fairscale.nn.model_parallel import initialize as mp
 from torch import Tensor
 
 from llama.cache import Cache
+from llama.graphs import Graphs
 from llama.model import Transformer
 from llama.sampling import choose
 from moa.parallel import mp_rank, mp_size
@@ -62,31 +64,39 @@ def decode(model: Transformer, cache: Cache, tokens: list[int], device: torch.de
     """Feed the newest token of every cached row -> logits (R, V) of the next."""
     lengths = cache.advance()
     fed = on_device([tokens, lengths], device)
-    return decode_step(model, cache, fed, lengths, max(lengths), min(lengths) == max(lengths))
+    return decode_step(model, cache, fed, lengths, min(lengths) == max(lengths))
 
 
-def decode_step(model: Transformer, cache: Cache, fed: Tensor, lengths: list[int], longest: int, even: bool) -> Tensor:
-    """What of a decode step the device does alone. fed (2, R): the newest tokens, and the `lengths` of their rows with
-    them, none more than `longest`; even: all of so many."""
+def decode_step(model: Transformer, cache: Cache, fed: Tensor, lengths: list[int], even: bool) -> Tensor:
+    """What of a decode step the device does alone. fed (2, R): the newest tokens, and how many their rows have with
+    them: `lengths`, or less in a graph, which is for all that are not longer. even: all rows have as many."""
     tokens, ends = fed
-    cache.at(ends, longest, even)
+    cache.at(ends, max(lengths), even)
     rows = Rows([1] * len(lengths), fed.device, starts=[n - 1 for n in lengths], positions=ends - 1)
     return model.output(model.hidden(tokens, rows, cache))
 
 
-def run(model: Transformer, answers: list[Answer], max_rows: int, rules: Rules) -> Iterator[Answer]:
-    """Complete all `answers`, up to `max_rows` at a time; yields each as it ends, without its stop token."""
+def run(
+    model: Transformer, answers: list[Answer], max_rows: int, rules: Rules, cuda_graphs: bool = False
+) -> Iterator[Answer]:
+    """Complete all `answers`, up to `max_rows` at a time; yields each as it ends, without its stop token. cuda_graphs:
+    decode steps by `llama.graphs`."""
     device = model.output.weight.device
     # Longest prompts first: the peak of memory comes at the start, and rows that share a prefill are alike.
     waiting = sorted(answers, key=lambda answer: (-len(answer.prompt), answer.index), reverse=True)
     cache = model.make_cache(min(max_rows, len(answers)), max(len(a.prompt) + a.limit for a in answers))
+    graphs = None
+    if cuda_graphs:
+        model.reach(cache.max_len, device)  # and stay where it is
+        graphs = Graphs(cache, partial(decode_step, model, cache))
     running: list[Answer] = []  # in the order of the cache's places
     while waiting or running:
         new = [waiting.pop() for _ in range(min(cache.max_rows - len(running), len(waiting)))]
         with torch.inference_mode():
             logits = []
             if running:
-                logits.append(decode(model, cache, [answer.tokens[-1] for answer in running], device))
+                newest = [answer.tokens[-1] for answer in running]
+                logits.append(graphs.decode(newest) if graphs else decode(model, cache, newest, device))
             if new:
                 logits.append(prefill(model, cache, [answer.prompt for answer in new], device))
             running += new

@@ -28,11 +28,19 @@ COPIES_SHARE = 4  # the free memory must be so many times their size
 
 
 class Llama:
-    """A model, its tokenizer, and the sizes up to which it generates."""
+    """A model, its tokenizer, and the sizes up to which it generates; cuda_graphs: by recorded decode steps
+    (`llama.graphs`), unless a module has a hook."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_seq_len: int, max_batch_size: int):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        max_batch_size: int,
+        cuda_graphs: bool = False,
+    ):
         self.model, self.tokenizer = model, tokenizer
-        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
+        self.max_seq_len, self.max_batch_size, self.cuda_graphs = max_seq_len, max_batch_size, cuda_graphs
 
     @classmethod
     def build(
@@ -49,6 +57,7 @@ class Llama:
         seed: int = 0,
         model_parallel_size: int = 1,
         flash_attention2: bool = False,
+        cuda_graphs: bool = False,
     ) -> "Llama":
         """Load a base, and beside it an adapter from a file, or fresh ones by a configuration (`config`; started from
         `seed`), or none. The base does not train; adapters are float32 whatever the base's type.
@@ -62,6 +71,8 @@ class Llama:
         if flash_attention2:
             require_flash(device, bf16)
         torch_device = pick_device(device)
+        if cuda_graphs:
+            require_graphs(torch_device, model_parallel_size)
         args, tokenizer = read_base(ckpt_dir)
         adapter = None
         if adapter_path is not None:
@@ -76,7 +87,7 @@ class Llama:
             state.initialise(model, seed)
         state.freeze_base(model)
         model.eval()
-        return cls(model, tokenizer, max_seq_len, max_batch_size)
+        return cls(model, tokenizer, max_seq_len, max_batch_size, cuda_graphs)
 
     def generate(
         self,
@@ -110,11 +121,13 @@ class Llama:
         ]
         answers = [Answer(i, *row) for i, row in enumerate(zip(prompts, limits, draws, strict=True))]
         rules = Rules(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+        graphs = self.cuda_graphs and not hooked
         training = self.model.training
         self.model.eval()  # no noise in a router
         try:
             with weights_stand_still(self.model, self._copies_pay(max(limits))):
-                for answer in run(self.model, answers, self.max_batch_size, rules):
+                for answer in run(self.model, answers, self.max_batch_size, rules, graphs):
                     if on_finish is not None:
                         on_finish(answer.index, answer.tokens)
         finally:
@@ -166,3 +179,11 @@ def require_flash(device: str, bf16: bool) -> None:
         raise ValueError("flash_attention2 needs a GPU")
     if not bf16:
         raise ValueError("flash_attention2 needs bf16")
+
+
+def require_graphs(device: torch.device, model_parallel_size: int) -> None:
+    """ValueError unless decode steps can be recorded there."""
+    if device.type != "cuda":
+        raise ValueError("cuda_graphs needs a GPU")
+    if model_parallel_size > 1:
+        raise ValueError(f"cuda_graphs needs model_parallel_size 1, not {model_parallel_size}")

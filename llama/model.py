@@ -276,13 +276,15 @@ class Transformer(nn.Module):
         return self.norm(x), losses
 
     def _rope(self, rows: Rows) -> Rope:
-        """From a table of the rotations of all positions, which grows as they do."""
-        longest = max(start + length for start, length in zip(rows.starts, rows.lengths, strict=True))
-        if len(self.turns) < longest or self.turns.device != rows.device:
-            with torch.inference_mode(False):
-                positions = torch.arange(2 * longest, device=rows.device)
-                self.turns = rotations(self.freqs.to(rows.device), positions)
+        """From a table of the rotations of all positions."""
+        self.reach(max(start + length for start, length in zip(rows.starts, rows.lengths, strict=True)), rows.device)
         return Rope(self.turns[rows.positions])
+
+    def reach(self, n: int, device: torch.device) -> None:
+        """See to it that the table goes as far as rows of `n` tokens; it may move."""
+        if len(self.turns) < n or self.turns.device != device:
+            with torch.inference_mode(False):
+                self.turns = rotations(self.freqs.to(device), torch.arange(2 * n, device=device))
 
     def make_cache(self, max_rows: int, max_len: int) -> Cache:
         """An empty KV cache in the base's dtype, on its device, for this rank's heads."""

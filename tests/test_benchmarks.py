@@ -25,6 +25,7 @@ from benchmarks.models import config_of, on_base, random_base
 from benchmarks.rows import LENGTHS, drawn_rows
 from benchmarks.shapes import TINY
 from commands import run, write_rows
+from cuda_graphs import stand_in
 from llama import ModelArgs
 from llama.data import IGNORE
 from llama.parallel import start_processes
@@ -216,6 +217,19 @@ def test_the_gpus_command_runs_without_one(command: Run) -> None:
             assert top[0]["share"] >= top[-1]["share"] > 0 and sum(k["share"] for k in top) <= 1 + 1e-9
             assert f"{trace}: " in printed
     assert "| soft_moa, off | gsm8k | " in printed and "| base | 3 | " in printed
+
+
+def test_decoding_with_graphs_is_measured_beside_the_other(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = stand_in(monkeypatch)
+    monkeypatch.setattr(gpu.Bench, "ways", [gpu.DECODING, gpu.WITH_GRAPHS])
+    found, printed = command("gpu", *GPU_FLAGS)
+    assert not found["failed"] and sum(graph.replays for graph in graphs) > len(graphs) > 3
+    assert all(
+        len(found[f"decoding with graphs, {kind}, {n}"]["seconds"]) == 1
+        for kind in ("soft_moa", "base")
+        for n in (1, 3)
+    )
+    assert "| soft_moa with graphs | 3 | " in printed and "trace of decoding with graphs, base: " in printed
 
 
 def test_a_part_that_fails_on_the_gpu_leaves_the_others(tmp_path, command: Run, monkeypatch, capsys) -> None:

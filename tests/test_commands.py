@@ -391,6 +391,12 @@ def test_what_is_not_there_is_named(words, expected):
     refused(run(*words), *expected)
 
 
+def test_graphs_are_for_a_gpu():
+    flags = ["--save_path", "x.jsonl", "--cuda_graphs"]
+    refused(run("generate.py", *flags, "--device", "cpu"), "--cuda_graphs needs a GPU", status=2)
+    refused(run("generate.py", *flags, "--model_parallel_size", 2), "--model_parallel_size 1", status=2)
+
+
 def test_an_adapter_for_another_base_is_refused(trained, data, tmp_path):
     shutil.copy(trained / "adapter.pth", tmp_path)
     params = json.loads((trained / "adapter_params.json").read_text())

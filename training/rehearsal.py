@@ -117,7 +117,7 @@ def messages_of_generation(
     places = cache.admit(rows.lengths)
     model.output(model.hidden(_tokens(n_rows * prompt_len), rows, cache, places)[:n_rows])
     middle = len(notes)
-    decode_step(model, cache, _tokens(2, n_rows), cache.advance(), prompt_len + 1, True)
+    decode_step(model, cache, _tokens(2, n_rows), cache.advance(), True)
     model.train()
     return GenerationMessages(notes[begin:middle], notes[middle:])
 

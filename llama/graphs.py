@@ -1,0 +1,75 @@
+"""Decode steps as CUDA graphs: a step's kernels are recorded once and then started together, which takes a GPU's
+thousands of small kernels out of Python's hands.
+
+A graph repeats the very same work on the very same memory. So what changes from step to step lies in a tensor that is
+written over (`fed`), the cache is seen up to a multiple of `BLOCK` tokens, and rows are rounded up: idle ones work in
+places of the cache that nobody holds. Hooks of Python are not part of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama.cache import Cache
+from moa.rows import on_device
+
+BLOCK = 128  # tokens
+ROWS_AT_ONCE = 8  # from here on, rows are rounded up to a multiple
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    fed: Tensor  # (2, R) int64
+    logits: Tensor  # (R, V), written over by each step
+
+
+class Graphs:
+    """The decode steps of one run of generation: nothing that `step` reads but `fed` and the cache may change, and
+    nothing may move. step: `llama.engine.decode_step` of a model and this cache."""
+
+    def __init__(self, cache: Cache, step: Callable[[Tensor, list[int], bool], Tensor]):
+        self._cache, self._step = cache, step
+        self._captured: dict[tuple[int, int], _Captured] = {}
+
+    def decode(self, tokens: list[int]) -> Tensor:
+        """As `llama.engine.decode`; the logits hold until the next step."""
+        cache = self._cache
+        lengths = cache.advance()
+        rows = min(_rounded(len(tokens)), cache.max_rows)
+        longest = min(-(-max(lengths) // BLOCK) * BLOCK, cache.max_len)
+        idle = rows - len(tokens)
+        fed = on_device([tokens + [0] * idle, lengths + [1] * idle], cache.device)
+        if (rows, longest) not in self._captured:
+            self._captured[rows, longest] = self._capture(fed, longest)
+        captured = self._captured[rows, longest]
+        captured.fed.copy_(fed)
+        captured.graph.replay()
+        return captured.logits[: len(tokens)]
+
+    def _capture(self, fed: Tensor, longest: int) -> _Captured:
+        fed = fed.clone()
+
+        def work() -> Tensor:
+            return self._step(fed, [longest] * fed.shape[1], False)
+
+        # Once on its own, as is: what is worked out once per run must not lie in a graph's memory
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            work()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.graph.pool() for other in self._captured.values()), None)  # graphs run one after the other
+        with torch.cuda.graph(graph, pool):
+            logits = work()
+        return _Captured(graph, fed, logits)
+
+
+def _rounded(rows: int) -> int:
+    """Up to a power of two below `ROWS_AT_ONCE`, above to a multiple of it."""
+    if rows < ROWS_AT_ONCE:
+        return 1 << (rows - 1).bit_length()
+    return -(-rows // ROWS_AT_ONCE) * ROWS_AT_ONCE

@@ -1,0 +1,63 @@
+"""In the place of CUDA's graphs, without a GPU: one that notes every operation with the very tensors it works on, and
+repeats just these. What a step reads from anywhere else would stay as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Graph:
+    """Of `torch.cuda.CUDAGraph`: what `llama.graphs` uses."""
+
+    made: list["Graph"] = []
+
+    def __init__(self):
+        self.tape: list[tuple[Any, tuple, dict, Any]] = []
+        self.replays = 0
+        self.made.append(self)
+        self.memory = (0, len(self.made))
+
+    def pool(self) -> tuple[int, int]:
+        return self.memory
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, results in self.tape:
+            for old, new in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self, graph: Graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        self.graph.tape.append((func, args, kwargs or {}, results))
+        return results
+
+
+@contextmanager
+def recording(graph: Graph, pool: tuple[int, int] | None) -> Iterator[None]:
+    graph.memory = pool or graph.memory
+    with Recording(graph):
+        yield
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """From now on; those that are made."""
+    monkeypatch.setattr(Graph, "made", [])
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {"CUDAGraph": Graph, "graph": recording, "Stream": lambda: stream, "current_stream": lambda: stream}
+    for name, value in {**stand_ins, "stream": lambda _: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return Graph.made
