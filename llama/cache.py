@@ -68,8 +68,10 @@ class Cache:
         none more than `longest`; even: all of so many."""
         self._n_rows, self._longest = len(ends), longest
         self._where = (torch.arange(len(ends), device=ends.device), slice(None), ends - 1)
-        inside = torch.arange(longest, device=ends.device) < ends[:, None]
-        self.visible = None if even else inside[:, None, None]  # (R, 1, 1, T)
+        self.visible = None
+        if not even:
+            inside = torch.arange(longest, device=ends.device) < ends[:, None]
+            self.visible = inside[:, None, None]  # (R, 1, 1, T)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Decode: one key and value (R, K, h) per row, in the place of its last token."""

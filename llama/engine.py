@@ -85,18 +85,17 @@ def run(
     # Longest prompts first: the peak of memory comes at the start, and rows that share a prefill are alike.
     waiting = sorted(answers, key=lambda answer: (-len(answer.prompt), answer.index), reverse=True)
     cache = model.make_cache(min(max_rows, len(answers)), max(len(a.prompt) + a.limit for a in answers))
-    graphs = None
+    step = partial(decode, model, cache, device=device)
     if cuda_graphs:
         model.reach(cache.max_len, device)  # and stay where it is
-        graphs = Graphs(cache, partial(decode_step, model, cache))
+        step = Graphs(cache, partial(decode_step, model, cache)).decode
     running: list[Answer] = []  # in the order of the cache's places
     while waiting or running:
         new = [waiting.pop() for _ in range(min(cache.max_rows - len(running), len(waiting)))]
         with torch.inference_mode():
             logits = []
             if running:
-                newest = [answer.tokens[-1] for answer in running]
-                logits.append(graphs.decode(newest) if graphs else decode(model, cache, newest, device))
+                logits.append(step([answer.tokens[-1] for answer in running]))
             if new:
                 logits.append(prefill(model, cache, [answer.prompt for answer in new], device))
             running += new

@@ -121,8 +121,7 @@ class Llama:
         ]
         answers = [Answer(i, *row) for i, row in enumerate(zip(prompts, limits, draws, strict=True))]
         rules = Rules(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
-        graphs = self.cuda_graphs and not hooked
+        graphs = self.cuda_graphs and not any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         training = self.model.training
         self.model.eval()  # no noise in a router
         try:

@@ -74,4 +74,8 @@ class Rows:
 
     def per_token(self, values: Tensor) -> Tensor:
         """One value per row, (R, ...), for each of its tokens, (N, ...)."""
-        return values.repeat_interleave(on_device(self.lengths, self.device), 0, output_size=sum(self.lengths))
+        return values.repeat_interleave(self._counts, 0, output_size=sum(self.lengths))
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return on_device(self.lengths, self.device)

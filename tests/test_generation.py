@@ -24,8 +24,8 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 
 @contextmanager
-def sizes(llm: Llama, **changes: int) -> Iterator[None]:
-    """A shared model with another max_batch_size or max_seq_len for a while."""
+def changed(llm: Llama, **changes: int) -> Iterator[None]:
+    """A shared model with another max_batch_size, max_seq_len or cuda_graphs for a while."""
     before = {name: getattr(llm, name) for name in changes}
     for name, value in changes.items():
         setattr(llm, name, value)
@@ -78,11 +78,11 @@ def test_sampled_equals_uncached(name: str | None) -> None:
 def test_a_row_depends_on_itself_alone(name: str | None, temperature: float) -> None:
     llm, rows = shared(name), prompts(7, 1, 12, 3, 3, 9)
     settings = {"max_gen_len": 8, "temperature": temperature, "top_p": 0.9, "seed": 11}
-    with sizes(llm, max_seq_len=16):  # so that rows end at different times
+    with changed(llm, max_seq_len=16):  # so that rows end at different times
         alone = [llm.generate([row], **settings)[0] for row in rows]
     assert len({len(row) for row in alone}) > 2
     for size in (1, 2, 4, 32):
-        with sizes(llm, max_batch_size=size, max_seq_len=16):
+        with changed(llm, max_batch_size=size, max_seq_len=16):
             assert llm.generate(rows, **settings) == alone, size
             assert llm.generate(rows[::-1], **settings) == alone[::-1], size
 
@@ -177,13 +177,13 @@ def test_min_new_tokens_puts_the_end_off(ending) -> None:
 def test_a_row_ends_where_max_seq_len_is_full() -> None:
     llm = shared("soft_moa")
     free = llm.generate(prompts(10, 14, 15), max_gen_len=6)
-    with sizes(llm, max_seq_len=16):
+    with changed(llm, max_seq_len=16):
         assert llm.generate(prompts(10, 14, 15), max_gen_len=6) == [free[0], free[1][:2], free[2][:1]]
 
 
 def test_on_finish_as_rows_finish() -> None:
     llm, rows, calls = shared("lora"), prompts(10, 14, 12, 3), []
-    with sizes(llm, max_seq_len=16, max_batch_size=3):
+    with changed(llm, max_seq_len=16, max_batch_size=3):
         outputs = llm.generate(rows, max_gen_len=5, on_finish=lambda i, row: calls.append((i, list(row))))
     assert [len(row) for row in outputs] == [5, 2, 4, 5]
     # 14, 12 and 10 tokens run first; 3 tokens wait for a place

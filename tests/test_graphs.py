@@ -1,8 +1,5 @@
 """Recorded decode steps, without a GPU (`cuda_graphs`): the same answers, from few recordings."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -11,20 +8,13 @@ from cuda_graphs import Graph, Recording, stand_in
 from llama import Llama
 from llama.generation import require_graphs
 from llama.graphs import _rounded
-from test_generation import ALL, prompts, sizes
+from test_generation import ALL, changed, prompts
 from tiny import BASE, shared
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     return stand_in(monkeypatch)
-
-
-@contextmanager
-def recorded(llm: Llama) -> Iterator[None]:
-    llm.cuda_graphs = True
-    yield
-    llm.cuda_graphs = False
 
 
 @pytest.mark.parametrize("block", [4, 128])
@@ -34,10 +24,10 @@ def test_the_same_answers(name: str | None, block: int, graphs: list[Graph], mon
     monkeypatch.setattr(llama.graphs, "BLOCK", block)
     llm, rows = shared(name), prompts(7, 1, 12, 3, 3, 9)
     settings = {"max_gen_len": 8, "temperature": 0.8, "seed": 11}
-    with sizes(llm, max_seq_len=16, max_batch_size=5):
+    with changed(llm, max_seq_len=16, max_batch_size=5):
         expected = llm.generate(rows, **settings)
         assert not graphs and len({len(row) for row in expected}) > 2
-        with recorded(llm):
+        with changed(llm, cuda_graphs=True):
             assert llm.generate(rows, **settings) == expected
     assert sum(graph.replays for graph in graphs) > len(graphs) > (2 if block == 4 else 1)
     assert len({graph.pool() for graph in graphs}) == 1
@@ -62,7 +52,7 @@ def test_hooks_are_called_all_the_same(graphs: list[Graph]) -> None:
     llm, calls = shared("soft_moa"), []
     hook = llm.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     try:
-        with recorded(llm):
+        with changed(llm, cuda_graphs=True):
             llm.generate(prompts(4), max_gen_len=5, min_new_tokens=5)
     finally:
         hook.remove()
