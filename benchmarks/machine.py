@@ -19,8 +19,9 @@ class Machine(NamedTuple):
         return f"this machine: {rates}; memory {self.bandwidth / 1e9:,.3g} GB/s"
 
 
-def measure_machine(device: torch.device = CPU, repeats: int = 3) -> Machine:
-    """The best of several tries: square products, and copies (counted as read and written) or sums (as read)."""
+def measure_machine(device: torch.device = CPU, repeats: int = 10) -> Machine:
+    """The best of several tries, of which the first still wake the processors: square products, and copies (counted as
+    read and written) or sums (as read)."""
     gpu = device.type == "cuda"
     dtypes = [torch.float32] + ([torch.bfloat16] if bf16_is_fast(device) else [])
     flops = {}

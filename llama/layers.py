@@ -14,9 +14,9 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Deriving, reads_of, shared_out
+from moa.adapter import AdapterModule, Deriving, reads_of, shared_out, stacked
 from moa.block import Adapters, Read
-from moa.parallel import copy_to_ranks, mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
+from moa.parallel import all_reduce, copy_to_ranks, mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
 
 
 def unfilled(*shape: int) -> nn.Parameter:
@@ -78,18 +78,45 @@ def side_by_side(
     others: Sequence[AdapterModule] = (),
 ) -> tuple[list[Tensor], Read]:
     """What frozen layers make of the input x (N, in) that they share, and what the adapters at `sites`, beside them,
-    and `others` read of it. While all weights stand still, and there is memory for a copy, that is one product of all
-    the weights, one above the other."""
+    and `others` read of it: in training with one gradient of x for all. While all weights stand still, and there is
+    memory for a copy, that is one product of all the weights, one above the other."""
     column = isinstance(layers[0], ColumnParallel)
-    if not adapters.may_copy:
+    weights, readers = [layer.weight for layer in layers], [*adapters.at(*sites), *others]
+    widths, read = [len(weight) for weight in weights], reads_of(readers)
+    if adapters.may_copy:
+        y = product_of_copies(adapters, x, lambda: [*weights, *read], sites)
+        y = y if column else sum_over_ranks(y)
+        *outputs, product = y.split([*widths, y.shape[1] - sum(widths)], -1)
+    elif torch.is_grad_enabled() and x.requires_grad and read:
+        outputs = _SideBySide.apply(x, stacked(read, x.dtype), column and mp_size() > 1, *weights)
+        *outputs, product = outputs if column else map(sum_over_ranks, outputs)
+    else:
         shared = copy_to_ranks(x) if column else x
         return [layer(shared) for layer in layers], adapters.read(x, *sites, others=others)
-    weights, readers = [layer.weight for layer in layers], [*adapters.at(*sites), *others]
-    y = product_of_copies(adapters, x, lambda: [*weights, *reads_of(readers)], sites)
-    y = y if column else sum_over_ranks(y)
-    widths = [len(weight) for weight in weights]
-    *outputs, read = y.split([*widths, y.shape[1] - sum(widths)], -1)
-    return outputs, Read(x, shared_out(read, readers))
+    return outputs, Read(x, shared_out(product, readers))
+
+
+class _SideBySide(torch.autograd.Function):
+    """x (N, in) times frozen weights (k, in) each, and times one of adapters, which trains. The products of the
+    backward pass add up the gradient of x themselves. cut: the frozen weights are this rank's parts of whole ones, and
+    what they give of that gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, trained: Tensor, cut: bool, *frozen: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, trained)
+        ctx.frozen, ctx.cut = frozen, cut
+        return *(F.linear(x, weight) for weight in frozen), F.linear(x, trained)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, trained = ctx.saved_tensors
+        *of_frozen, of_trained = grads
+        of_x = of_frozen[0] @ ctx.frozen[0]
+        for grad, weight in zip(of_frozen[1:], ctx.frozen[1:], strict=True):
+            of_x.addmm_(grad, weight)
+        of_x = all_reduce(of_x) if ctx.cut else of_x
+        of_x.addmm_(of_trained, trained)
+        return of_x, of_trained.T @ x, None, *(None for _ in of_frozen)
 
 
 def product_of_copies(
@@ -100,8 +127,8 @@ def product_of_copies(
     sort = x.device.type == "cpu" and x.dtype == torch.bfloat16
 
     def stack() -> Tensor:
-        stacked = torch.cat([weight.to(x.dtype) for weight in weights()])
-        return torch.ops.mkldnn._reorder_linear_weight(stacked, None) if sort else stacked
+        copy = torch.cat([weight.to(x.dtype) for weight in weights()])
+        return torch.ops.mkldnn._reorder_linear_weight(copy, None) if sort else copy
 
-    stacked = keeper.derived((name, x.dtype), stack)
-    return torch.ops.mkldnn._linear_pointwise(x, stacked, None, "none", [], "") if sort else F.linear(x, stacked)
+    copy = keeper.derived((name, x.dtype), stack)
+    return torch.ops.mkldnn._linear_pointwise(x, copy, None, "none", [], "") if sort else F.linear(x, copy)

@@ -161,10 +161,16 @@ def reads_of(modules: Sequence["AdapterModule"]) -> list[Tensor]:
     return [weight for module in modules for weight in module.reads()]
 
 
+def stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights (k, in), one above the other, in the type of what they are multiplied by."""
+    return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
+
+
 def shared_out(product: Tensor, modules: Sequence["AdapterModule"]) -> dict["AdapterModule", tuple[Tensor, ...]]:
     """A product (N, sum of k) with what all `modules` read, one after the other -> the products of each."""
     counts = [(module, [len(weight) for weight in module.reads()]) for module in modules]
-    parts = iter(product.split([width for _, widths in counts for width in widths], -1))
+    whole = [width for _, widths in counts for width in widths]
+    parts = iter(product.split(whole, -1) if len(whole) > 1 else [product])
     return {module: tuple(next(parts) for _ in widths) for module, widths in counts}
 
 

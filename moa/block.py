@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in, reads_of, shared_out
+from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in, reads_of, shared_out, stacked
 from moa.base import BIASED_SITES, Bias
 from moa.config import AdapterConfig, Slot
 from moa.knobs import ADAPTERS, BLOCK_ROUTERS
@@ -63,7 +62,7 @@ class Adapters(nn.ModuleDict, Deriving):
         if not weights:
             return Read(u, {})
         dtype = narrow_type(self, u)
-        stack = self.derived((sites, dtype), lambda: torch.cat(weights).to(dtype))
+        stack = self.derived((sites, dtype), lambda: stacked(weights, dtype))
         return Read(u, shared_out(project_in(self.sites[sites[0]], u.to(dtype), stack), readers))
 
     def add(self, site: str, output: Tensor, mixing: Mixing, read: Read, *inputs) -> Tensor:

@@ -59,7 +59,8 @@ def parts_of_heads(n_kv_heads: int) -> int:
 
 # fairscale's own mappings reduce in place, which corrupts a gradient that autograd has shared with another branch;
 # these reduce a copy.
-def _all_reduce(x: Tensor) -> Tensor:
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum over the ranks. No gradient."""
     x = x.contiguous().clone()
     dist.all_reduce(x, group=mp.get_model_parallel_group())
     return x
@@ -72,13 +73,13 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return _all_reduce(grad)
+        return all_reduce(grad)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return _all_reduce(x)
+        return all_reduce(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

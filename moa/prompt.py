@@ -60,8 +60,8 @@ class Prompt(AdapterModule):
         if gate is not None:  # each rank's heads give part of its gradient
             weight = weight * copy_to_ranks(gate.to(query.dtype)).T[:, None, :, None]
         weighed = attention.view(n_kv, self.n_experts, -1, n, n_heads // n_kv) * weight  # (K, E, L, N, H/K)
-        out = weighed.view(n_kv, length, -1).mT @ values
-        return output + out.view(n_kv, n, -1, width).transpose(0, 1).reshape(n, n_heads, width)
+        out = (weighed.view(n_kv, length, -1).mT @ values).view(n_kv, n, -1, width)
+        return (output.view(n, n_kv, -1, width) + out.transpose(0, 1)).flatten(1, 2)
 
     def _keys_and_values(
         self, wk: Callable[[Tensor], Tensor], wv: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype

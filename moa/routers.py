@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, like_linear, narrow_type, reads_of, shared_out, zeros
+from moa.adapter import AdapterModule, like_linear, narrow_type, reads_of, shared_out, stacked, zeros
 from moa.config import AdapterConfig, Slot
 from moa.parallel import Cut
 
@@ -71,7 +71,7 @@ class SoftRouter(AdapterModule):
     def _read(self, x: Tensor, *layers: Linear | SwiGLU) -> list[Tensor]:
         """What each of these makes of x, (N, ...) float32: one product for all."""
         dtype = narrow_type(self, x)
-        stack = self.derived(dtype, lambda: torch.cat(reads_of(layers)).to(dtype))
+        stack = self.derived(dtype, lambda: stacked(reads_of(layers), dtype))
         products = shared_out(F.linear(x.to(dtype), stack), layers)
         return [layer.finish(*products[layer]) for layer in layers]
 
