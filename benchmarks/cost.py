@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.flags import methods_named, require_positive
+from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.generation import prompts_of
 from benchmarks.generators import Kind, Task, make
 from benchmarks.measure import figure, in_turn, own_process, ratio, table
@@ -36,8 +36,7 @@ from training.data import load_examples
 
 
 @dataclass(frozen=True)
-class Flags:
-    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model")
+class Flags(Timed, OnBase):
     data_path: str | None = knob(None, help="training rows; default: the demo's")
     test_path: str | None = knob(None, help="test rows; default: the demo's")
     methods: str = knob("all", help="methods to measure, with commas, or all")
@@ -47,8 +46,6 @@ class Flags:
     batch_size: int = knob(16, help="prompts that are answered at once")
     new_tokens: int = knob(64, help="tokens of each answer")
     repeats: int = knob(4, help="training steps and answered batches measured of each")
-    threads: int = knob(torch.get_num_threads(), help="threads")
-    json: str | None = knob(None, help="write the figures to this file too")
 
     def __post_init__(self):
         require_positive(self, "rows", "max_seq_len", "batch_size", "new_tokens", "repeats", "threads")

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from benchmarks.flags import methods_named, require_positive
+from benchmarks.flags import Figures, methods_named, require_positive
 from benchmarks.measure import turns
 from benchmarks.shapes import SMOLLM2_135M
 from cli import errors, knob, parse
@@ -36,7 +36,7 @@ METHODS = ("soft_moa", "lora", "molora")
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(Figures):
     """Flags of this command."""
 
     processes: int = knob(2, help="replicas, a process each, with one thread")
@@ -44,7 +44,6 @@ class Flags:
     layers: int = knob(SMOLLM2_135M["n_layers"], help="layers of the model, for a quick look")
     repeats: int = knob(5, help="steps of each kind")
     methods: str = knob(",".join(METHODS), help="methods to measure, with commas")
-    json: str | None = knob(None, help="write the figures to this file too")
 
     def __post_init__(self):
         require_positive(self, "processes", "tokens", "layers", "repeats")

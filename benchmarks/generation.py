@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.flags import methods_named, require_positive
+from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.floors import generation_work
 from benchmarks.generators import PEERS, Generate, Kind, Task, agreement, kinds_of, make
 from benchmarks.machine import Machine, measure_machine
@@ -44,8 +44,7 @@ WHOLE = 10**6  # tokens: room for any prompt
 
 
 @dataclass(frozen=True)
-class Flags:
-    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model")
+class Flags(Timed, OnBase):
     data_path: str | None = knob(None, help="test rows; default: the demo's")
     methods: str | None = knob(
         None, help="methods with fresh adapters, with commas, or all; default: soft_moa,lora without --adapter_path"
@@ -58,9 +57,7 @@ class Flags:
     max_gen_len: int = knob(200, help="new tokens at most, with --natural_stops")
     batch_size: int = knob(32, help="rows at once, with --natural_stops")
     repeats: int = knob(3, help="times that every kind does the task")
-    threads: int = knob(torch.get_num_threads(), help="threads")
     bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16")
-    json: str | None = knob(None, help="write the figures to this file too")
     memory_of: str | None = knob(None, help="only this one: the first batch, then the peak memory in bytes")
 
     def __post_init__(self):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.decoding import EARLY, decode_clock, decode_floor
-from benchmarks.flags import methods_named, require_positive
+from benchmarks.flags import Figures, methods_named, require_positive
 from benchmarks.floors import step_work
 from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import figure, table, timed
@@ -53,7 +53,7 @@ DECODING, WITH_GRAPHS = "decoding", "decoding with graphs"
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(Figures):
     shape: str = knob("8B", help="shape of the model", choices=tuple(BY_NAME))
     methods: str = knob("soft_moa", help="methods to measure beside the bare base, with commas, or all")
     device: str = knob("auto", help="auto, cpu, cuda or cuda:N")
@@ -63,7 +63,6 @@ class Flags:
     repeats: int = knob(5, help="training steps and decode runs measured of each")
     decode_steps: int = knob(64, help="decode steps of a run")
     flash_attention2: bool = knob(False, help="attention of training by flash-attn 2 (if installed)")
-    json: str | None = knob(None, help="write the figures to this file too")
 
     def __post_init__(self):
         require_positive(self, "rows", "context", "repeats", "decode_steps")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.decoding import decode_clock, decode_floor
-from benchmarks.flags import ALL, require_positive
+from benchmarks.flags import ALL, Timed, require_positive
 from benchmarks.floors import step_work
 from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import CPU, figure, in_turn, table, turns
@@ -51,13 +51,11 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(Timed):
     shape: str = knob("SMOLLM2_135M", help="shape of the model", choices=tuple(BY_NAME))
     method: str = knob("soft_moa", help="method, but for the axis of experts", choices=tuple(ALL))
     axes: str = knob("length,rows,rank,experts,decode_rows,decode_context", help="what grows, with commas")
     repeats: int = knob(3, help="times that each entry is measured")
-    threads: int = knob(torch.get_num_threads(), help="threads")
-    json: str | None = knob(None, help="write the figures to this file too")
 
     def __post_init__(self):
         require_positive(self, "repeats", "threads")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.flags import methods_named, require_positive
+from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.generation import prompts_of
 from benchmarks.generators import Kind, Task, ours
 from benchmarks.measure import CPU, figure, in_turn, ratio, table
@@ -29,15 +29,12 @@ from moa.files import write_json
 
 
 @dataclass(frozen=True)
-class Flags:
-    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model")
+class Flags(Timed, OnBase):
     data_path: str | None = knob(None, help="test rows; default: the demo's")
     methods: str = knob("soft_moa,sparse_moa,adamole", help="methods with a router, with commas")
     prompts: int = knob(16, help="prompts, answered at once")
     new_tokens: int = knob(64, help="tokens of each answer")
     repeats: int = knob(6, help="times that all prompts are answered in each way")
-    threads: int = knob(torch.get_num_threads(), help="threads")
-    json: str | None = knob(None, help="write the figures to this file too")
 
     def __post_init__(self):
         require_positive(self, "prompts", "new_tokens", "repeats", "threads")

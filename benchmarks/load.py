@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.flags import require_positive
+from benchmarks.flags import OnBase, Timed, require_positive
 from benchmarks.measure import CPU, figure, own_process, ratio, table, timed, turns
 from benchmarks.peers import transformers_model
 from cli import errors, knob, parse
@@ -34,11 +34,8 @@ N_TOKENS = 16  # of the prompt
 
 
 @dataclass(frozen=True)
-class Flags:
-    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model")
+class Flags(Timed, OnBase):
     repeats: int = knob(3, help="times that each is loaded")
-    threads: int = knob(torch.get_num_threads(), help="threads")
-    json: str | None = knob(None, help="write the figures to this file too")
     only: str | None = knob(
         None, help="only this one, in this process; prints its figures", choices=(OURS, TRANSFORMERS)
     )

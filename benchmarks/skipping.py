@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.flags import require_positive
+from benchmarks.flags import Timed, require_positive
 from benchmarks.measure import CPU, figure, in_turn, ratio, table
 from cli import errors, knob, parse
 from llama.parallel import bf16_is_fast
@@ -27,13 +27,11 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(Timed):
     width: str = knob("576,4096", help="widths of the layer, with commas")
     rank: int = knob(8, help="rank of the LoRA")
     tokens: int = knob(704, help="tokens")
     repeats: int = knob(20, help="times that each is measured")
-    threads: int = knob(torch.get_num_threads(), help="threads")
-    json: str | None = knob(None, help="write the figures to this file too")
 
     def __post_init__(self):
         require_positive(self, "rank", "tokens", "repeats", "threads")

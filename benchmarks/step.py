@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.flags import methods_named, require_positive
+from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.floors import step_work
 from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import CPU, figure, in_turn, own_process, ratio, table
@@ -36,16 +36,13 @@ from training.loop import peak_memory
 
 
 @dataclass(frozen=True)
-class Flags:
-    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model")
+class Flags(Timed, OnBase):
     data_path: str | None = knob(None, help="training rows; default: the demo's")
     methods: str = knob("soft_moa,sparse_moa,lora", help="methods to measure, with commas, or all")
     peft: bool = knob(False, help="also transformers + PEFT's LoRA, rank 16 (if installed)")
     rows: int = knob(4, help="rows of a step")
     repeats: int = knob(6, help="steps measured, each on other rows")
     max_seq_len: int = knob(300, help="longest row")
-    threads: int = knob(torch.get_num_threads(), help="threads")
-    json: str | None = knob(None, help="write the figures to this file too")
     memory_of: str | None = knob(None, help="only this one: two steps, then the peak memory in bytes")
 
     def __post_init__(self):
