@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.decoding import EARLY
 from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.generation import prompts_of
 from benchmarks.generators import Kind, Task, make
@@ -87,7 +88,7 @@ def answering(
     n_layers = read_base(ckpt_dir)[0].n_layers
     generators = {kind: make(Kind(kind, config_of(method_of(kind), n_layers)), ckpt_dir, bf16, task) for kind in kinds}
     for generate in generators.values():
-        generate(task.shorter(2))
+        generate(task.shorter(EARLY))
     works = {kind: lambda _, generate=generate: generate(task) for kind, generate in generators.items()}
     seconds = in_turn(works, range(flags.repeats))
     said = {"prompts": len(prompts), "prompt_tokens": sum(map(len, prompts)), "new_tokens": flags.new_tokens}

@@ -11,6 +11,7 @@ from benchmarks.measure import CPU, timed
 from benchmarks.models import generator_of
 from llama import Transformer
 from llama.generation import COPIES_PAY_FROM
+from llama.graphs import BLOCK
 
 EARLY = COPIES_PAY_FROM  # tokens of the shorter of two runs: both make the copies of weights that pay
 
@@ -24,8 +25,15 @@ def decode_clock(
     cuda_graphs: bool = False,
 ) -> Callable[[], float]:
     """A clock that measures, at each call, the seconds of a decode step of `n_rows` rows behind prompts of `context`
-    tokens: what a run takes longer than one of `steps` tokens less, divided by these. It is tried once here."""
-    llm = generator_of(model, context + EARLY + steps, n_rows, cuda_graphs)
+    tokens: what a run takes longer than one of `steps` tokens less, divided by these. It is tried once here. ValueError
+    where, with graphs, the longer run would record more of them."""
+    whole = context + EARLY + steps
+    if cuda_graphs and context // BLOCK != (whole - 1) // BLOCK:
+        raise ValueError(
+            f"tokens {context + 1} to {whole} of a row do not lie within {BLOCK} that one recording serves: "
+            "another recording would be measured with the steps"
+        )
+    llm = generator_of(model, whole, n_rows, cuda_graphs)
     generator = random.Random(0)
     prompts = [[generator.randrange(1, model.args.vocab_size) for _ in range(context)] for _ in range(n_rows)]
 

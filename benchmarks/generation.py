@@ -5,13 +5,15 @@
         --adapter_path runs/gsm8k/lora/s0,runs/gsm8k/soft_moa/s0 [--batch_size 32] [--json FILE]
 
 Greedy, on the same weights and prompts, in turn; medians, and ratios within the run. Without --natural_stops each
-prompt is answered by --new_tokens tokens, all prompts at once, and a decode step's time is that of the last three
-quarters of the tokens. With it answers end where the model ends them, --batch_size rows at once: ours with rows that
-leave and come one by one, transformers in batches of prompts of like length, padded on the left. Answers of trained
-adapters differ in length, so look at the time per token; PEFT gets the first of --adapter_path that is plain LoRA (else
-one as it starts, which answers as the base does). Memory: each kind in a process of its own, the largest resident set
-of the task's first batch. "floor": the least that products and bytes take on this machine, measured in the same run
-(benchmarks/floors.py), for a kind's own answers. "same tokens": as the kind's counterpart of ours, first and all.
+prompt is answered by --new_tokens tokens, all prompts at once, and a decode step's time is that of the tokens after the
+first quarter (after 16, if that is more: until then ours makes its copies of weights). With it answers end where the
+model ends them, --batch_size rows at once: ours with rows that leave and come one by one, transformers in batches of
+prompts of like length, padded on the left. Answers of trained adapters differ in length, so look at the time per token;
+PEFT gets the first of --adapter_path that is plain LoRA (else one as it starts, which answers as the base does).
+Memory: each kind in a process of its own, the largest resident set of the task's first batch. "floor": the least that
+products and bytes take on this machine, measured in the same run (benchmarks/floors.py), for a kind's own answers; of
+the memory, the weights and the longest rows' keys and values. "same tokens": as the kind's counterpart of ours, first
+and all.
 """
 
 import statistics
@@ -23,13 +25,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.decoding import EARLY
 from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.floors import generation_work
 from benchmarks.generators import PEERS, Generate, Kind, Task, agreement, kinds_of, make
 from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import CPU, figure, own_process, ratio, table, timed, turns
 from benchmarks.models import shape_only
-from benchmarks.steps import BASE, PEFT
+from benchmarks.steps import BASE
 from cli import errors, knob, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
@@ -37,9 +40,9 @@ from llama.checkpoint import read_base
 from llama.data import encode_prompt, read_rows
 from llama.parallel import bf16_is_fast
 from moa.files import write_json
+from training.estimate import cache_bytes, held_bytes
 from training.loop import peak_memory
 
-WARM_UP = 4  # tokens
 WHOLE = 10**6  # tokens: room for any prompt
 
 
@@ -52,10 +55,10 @@ class Flags(Timed, OnBase):
     adapter_path: str | None = knob(None, help="trained adapters, folders or files, with commas")
     peft: bool = knob(False, help="also transformers + PEFT's LoRA (if installed)")
     prompts: int = knob(16, help="prompts, the first of the test rows")
-    new_tokens: int = knob(64, help="tokens of each answer, without --natural_stops")
+    new_tokens: int | None = knob(None, help="tokens of each answer, without --natural_stops; default: 64")
     natural_stops: bool = knob(False, help="answers end where the model ends them")
-    max_gen_len: int = knob(200, help="new tokens at most, with --natural_stops")
-    batch_size: int = knob(32, help="rows at once, with --natural_stops")
+    max_gen_len: int | None = knob(None, help="new tokens at most, with --natural_stops; default: 200")
+    batch_size: int | None = knob(None, help="rows at once, with --natural_stops; default: 32")
     repeats: int = knob(3, help="times that every kind does the task")
     bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16")
     memory_of: str | None = knob(None, help="only this one: the first batch, then the peak memory in bytes")
@@ -63,8 +66,11 @@ class Flags(Timed, OnBase):
     def __post_init__(self):
         require_positive(self, "prompts", "new_tokens", "max_gen_len", "batch_size", "repeats", "threads")
         self.fresh()
-        if self.new_tokens < 4:
-            raise ValueError(f"--new_tokens must be at least 4, not {self.new_tokens}")
+        idle = ("new_tokens",) if self.natural_stops else ("max_gen_len", "batch_size")
+        for name in idle:
+            if getattr(self, name) is not None:
+                when = "with" if self.natural_stops else "without"
+                raise ValueError(f"--{name} has no effect {when} --natural_stops")
 
     def fresh(self) -> list[str]:
         default = "" if self.adapter_path else "soft_moa,lora"
@@ -86,16 +92,17 @@ def prompts_of(path: str, ckpt_dir: str, n: int) -> list[list[int]]:
 def task_of(flags: Flags, ckpt_dir: str) -> Task:
     prompts = prompts_of(flags.data_path or str(ensure_data()[1]), ckpt_dir, flags.prompts)
     if flags.natural_stops:
-        return Task(prompts, flags.max_gen_len, 0, flags.batch_size)
-    return Task(prompts, flags.new_tokens, flags.new_tokens, len(prompts))
+        return Task(prompts, flags.max_gen_len or 200, 0, flags.batch_size or 32)
+    new_tokens = flags.new_tokens or 64
+    return Task(prompts, new_tokens, new_tokens, len(prompts))
 
 
 def measure(generators: dict[str, Generate], task: Task, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Answers and figures by kind: seconds of the whole task and, where answers are of one length, of a decode step."""
-    fixed = task.min_new_tokens == task.max_gen_len
-    early = task.shorter(task.max_gen_len // 4)
+    early = task.shorter(max(EARLY, task.max_gen_len // 4))
+    fixed = task.min_new_tokens == task.max_gen_len > early.max_gen_len
     for generate in generators.values():
-        generate(task.first_batch().shorter(WARM_UP))
+        generate(task.first_batch().shorter(EARLY))
     answers: dict[str, list[list[int]]] = {}
     figures: dict[str, dict[str, list[float]]] = {kind: {"seconds": [], "decode_step": []} for kind in generators}
     for kind, _ in turns(generators, range(repeats)):
@@ -109,12 +116,21 @@ def measure(generators: dict[str, Generate], task: Task, repeats: int) -> tuple[
     return answers, figures
 
 
-def floor(kind: Kind, args: Any, bf16: bool, task: Task, answers: list[list[int]], machine: Machine) -> float:
-    """Seconds, for the kind's own answers; an end token is one more that was chosen."""
+def floors(
+    kind: Kind, args: Any, bf16: bool, task: Task, answers: list[list[int]], machine: Machine
+) -> dict[str, float]:
+    """The least seconds of the kind's own answers, of which an end token is one more that was chosen, and of one of
+    their decode steps; and the bytes of the weights and of the longest rows' keys and values."""
     model = shape_only(args, kind.config, bf16)
     chosen = [min(len(answer) + 1, task.max_gen_len) for answer in answers]
-    work = generation_work(model, list(map(len, task.prompts)), chosen, task.batch_size)
-    return sum(part.seconds(machine) for part in work)
+    prompts = list(map(len, task.prompts))
+    prefill, decode = (part.seconds(machine) for part in generation_work(model, prompts, chosen, task.batch_size))
+    cached = cache_bytes(model, min(task.batch_size, len(prompts)), max(prompts) + max(chosen))
+    return {
+        "floor": prefill + decode,
+        "decode_step_floor": decode / max(1, max(chosen) - 1),
+        "memory_floor_bytes": sum(held_bytes(model).values()) + cached,
+    }
 
 
 def counterpart(kind: Kind, kinds: Sequence[Kind]) -> str:
@@ -142,7 +158,7 @@ def main(argv: list[str]) -> None:
         for kind in kinds:
             mine = answers[kind.name]
             figures[kind.name] |= {
-                "floor": floor(kind, args, bf16, task, mine, machine),
+                **floors(kind, args, bf16, task, mine, machine),
                 "peak_memory_bytes": memory[kind.name],
                 "tokens": sum(map(len, mine)),
                 "same_tokens": agreement(mine, answers[counterpart(kind, kinds)]),
@@ -160,31 +176,30 @@ def report(flags: Flags, task: Task, bf16: bool, machine: Machine, figures: dict
     )
     rows = []
     for kind, found in figures.items():
-        seconds, per_token = statistics.median(found["seconds"]), _per_token(found)
+        seconds, n_tokens = statistics.median(found["seconds"]), max(1, found["tokens"])
         steps = found["decode_step"]
         others = [figures.get(other) for other in (BASE, *PEERS)]
+        times = [other and ratio(found["seconds"], other["seconds"]) for other in others]
         rows.append(
             [
                 *(kind, figure(seconds)),
-                *(figure(other and ratio(found["seconds"], other["seconds"])) for other in others),
-                *(figure(found["tokens"] / len(task.prompts), 1), figure(1000 * per_token)),
-                figure(per_token / _per_token(figures[PEFT]) if PEFT in figures else None),
-                figure(1000 * statistics.median(steps) if steps else None, 1),
+                *map(figure, times),
+                *(figure(found["tokens"] / len(task.prompts), 1), figure(1000 * seconds / n_tokens)),
+                figure(others[-1] and times[-1] * others[-1]["tokens"] / n_tokens),
                 *(figure(found["floor"]), figure(seconds / found["floor"], 1)),
-                figure(found["peak_memory_bytes"] / 1e9),
+                figure(1000 * statistics.median(steps) if steps else None, 1),
+                figure(1000 * found["decode_step_floor"] if steps else None, 1),
+                *(figure(found[name] / 1e9) for name in ("peak_memory_bytes", "memory_floor_bytes")),
                 " / ".join(f"{100 * share:.0f} %" for share in found["same_tokens"].values()),
             ]
         )
     heads = ["answers of", "seconds", "x base", "x transformers", "x PEFT", "tokens each", "ms per token", "x PEFT"]
-    print(table([*heads, "decode step, ms", "floor, s", "x floor", "peak memory, GB", "same tokens"], rows))
+    heads += ["floor, s", "x floor", "decode step, ms", "floor, ms", "peak memory, GB", "floor, GB", "same tokens"]
+    print(table(heads, rows))
     if flags.json:
         said = {"prompts": [len(p) for p in task.prompts], "max_gen_len": task.max_gen_len, "bf16": bf16}
         said |= {"min_new_tokens": task.min_new_tokens, "batch_size": task.batch_size, "threads": flags.threads}
         write_json(Path(flags.json), {"task": said, "machine": machine._asdict(), "kinds": figures})
-
-
-def _per_token(found: dict[str, Any]) -> float:
-    return statistics.median(found["seconds"]) / max(1, found["tokens"])
 
 
 if __name__ == "__main__":

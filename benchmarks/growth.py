@@ -26,7 +26,7 @@ from benchmarks.decoding import decode_clock, decode_floor
 from benchmarks.flags import ALL, Timed, require_positive
 from benchmarks.floors import step_work
 from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import CPU, figure, in_turn, table, turns
+from benchmarks.measure import CPU, figure, in_turn, ratio, table, turns
 from benchmarks.models import config_of, on_base, random_base, shape_only
 from benchmarks.rows import halves, rows_of
 from benchmarks.shapes import BY_NAME
@@ -123,11 +123,10 @@ def decoding(
 def show(axis: str, entries: dict[int, Entry], figures: dict[int, dict[str, Any]]) -> str:
     """The table of an axis."""
     what = "decode step" if axis.startswith("decode") else "training step"
-    medians = {value: statistics.median(found["seconds"]) for value, found in figures.items()}
     first, rows = next(iter(figures)), []
     for value, found in figures.items():
-        entry, seconds = entries[value], medians[value]
-        grown = [figure(value / first, 1), figure(seconds / medians[first])]
+        entry, seconds = entries[value], statistics.median(found["seconds"])
+        grown = [figure(value / first, 1), figure(ratio(found["seconds"], figures[first]["seconds"]))]
         floor = [figure(1000 * found["floor"], 1), figure(seconds / found["floor"], 1)]
         memory = [figure(found["kept_bytes"] / 1e6, 0)] if "kept_bytes" in found else []
         shape = f"{entry.config.method}, {entry.rows} x {entry.length}"

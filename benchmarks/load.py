@@ -6,7 +6,8 @@ Each time a process of its own, in turn, with the files in the system's cache an
 `Llama.build` from Meta's files, and `LlamaForCausalLM.from_pretrained` from safetensors with the same weights in the
 same type (written to a temporary folder first); then the logits of one prompt, which read every weight. Memory is what
 the process has more than before: all that is resident, and of it what is its own; the rest are pages of files, which
-the system may take back and which several processes share.
+the system may take back and which several processes share. "floor": the file's bytes, read once from memory at this
+machine's rate.
 """
 
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.flags import OnBase, Timed, require_positive
+from benchmarks.machine import measure_machine
 from benchmarks.measure import CPU, figure, own_process, ratio, table, timed, turns
 from benchmarks.peers import transformers_model
 from cli import errors, knob, parse
@@ -43,6 +45,8 @@ class Flags(Timed, OnBase):
 
     def __post_init__(self):
         require_positive(self, "repeats", "threads")
+        if (self.only == TRANSFORMERS) != (self.hf_dir is not None):
+            raise ValueError(f"--hf_dir belongs to --only {TRANSFORMERS}")
 
 
 def resident() -> dict[str, int]:
@@ -105,15 +109,17 @@ def compare(flags: Flags, ckpt_dir: str, bf16: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = transformers_model(ckpt_dir, torch.bfloat16 if bf16 else torch.float32)
         model.save_pretrained(folder)
-        common = ["--ckpt_dir", ckpt_dir, "--threads", flags.threads, "--hf_dir", folder]
+        words = {OURS: [], TRANSFORMERS: ["--hf_dir", folder]}
+        common = ["--ckpt_dir", ckpt_dir, "--threads", flags.threads]
         for kind, repeat in turns(found, range(flags.repeats + 1)):
-            figures = json.loads(own_process("benchmarks.load", [*common, "--only", kind]))
+            figures = json.loads(own_process("benchmarks.load", [*common, "--only", kind, *words[kind]]))
             if repeat:  # the first brings the files into the system's cache
                 found[kind].append(figures)
+    machine = measure_machine()
     size = sum(file.stat().st_size for file in shard_files(Path(ckpt_dir)))
     print(
         f"{ckpt_dir}: {size / 1e6:,.0f} MB of weights, {'bf16' if bf16 else 'fp32'} in memory, {flags.threads} "
-        f"threads; medians of {flags.repeats}. MB: after loading / after the first logits\n"
+        f"threads; medians of {flags.repeats}; {machine}. MB: after loading / after the first logits\n"
     )
 
     def cells(runs: list[dict[str, float]]) -> list[str]:
@@ -124,12 +130,15 @@ def compare(flags: Flags, ckpt_dir: str, bf16: bool) -> None:
 
         times = [[r[name] for r in runs] for name in ("seconds", "first_logits")]
         against = ratio(times[0], [r["seconds"] for r in found[TRANSFORMERS]])
-        return [*(figure(statistics.median(t), 3) for t in times), figure(against), mb("resident"), mb("own")]
+        floor = figure(size / machine.bandwidth, 3)
+        return [*(figure(statistics.median(t), 3) for t in times), floor, figure(against), mb("resident"), mb("own")]
 
-    heads = ["loaded", "seconds", "first logits, s", "x transformers", "resident, MB", "of it its own, MB"]
+    heads = ["loaded", "seconds", "first logits, s", "floor of both, s", "x transformers", "resident, MB"]
+    heads += ["of it its own, MB"]
     print(table(heads, ([kind, *cells(runs)] for kind, runs in found.items())))
     if flags.json:
-        write_json(Path(flags.json), {"runs": found, "checkpoint_bytes": size, "bf16": bf16, "threads": flags.threads})
+        said = {"checkpoint_bytes": size, "bf16": bf16, "threads": flags.threads}
+        write_json(Path(flags.json), {"runs": found, "machine": machine._asdict()} | said)
 
 
 if __name__ == "__main__":

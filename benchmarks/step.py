@@ -4,8 +4,9 @@
 
 Forward, backward and AdamW on the same rows, in turn; medians, and ratios within the run. Memory: each kind in its own
 process, the largest resident set after two steps. "base" is our model without adapters: gradients go to the
-embeddings' output, as they must under any adapter in the first layer. PEFT pads to the longest row. "floor": the least
-that the step's arithmetic can take on this machine (benchmarks/floors.py), which is measured in the same run.
+embeddings' output, at least as far as any adapter wants them. PEFT pads to the longest row. "floor": the least that the
+step's arithmetic can take on this machine (benchmarks/floors.py), which is measured in the same run; of the memory, the
+weights, and the adapters' gradients and moments.
 """
 
 import statistics
@@ -26,12 +27,13 @@ from benchmarks.steps import BASE, PEFT, make, method_of
 from cli import errors, knob, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
-from llama import ModelArgs
+from llama import ModelArgs, Transformer
 from llama.checkpoint import read_base
 from llama.data import Example
 from llama.parallel import bf16_is_fast
 from moa.files import write_json
 from training.data import label_count, load_examples
+from training.estimate import held_bytes
 from training.loop import peak_memory
 
 
@@ -89,9 +91,14 @@ def measure(kinds: Sequence[str], task: Task) -> dict[str, list[float]]:
     return in_turn(steps, task.batches)
 
 
+def shapes(kinds: Sequence[str], task: Task) -> dict[str, Transformer]:
+    """Without weights."""
+    return {kind: shape_only(task.args, config_of(method_of(kind), task.args.n_layers), task.bf16) for kind in kinds}
+
+
 def floors(kinds: Sequence[str], task: Task, machine: Machine) -> dict[str, list[float]]:
     """The least seconds of each kind's step on each batch."""
-    models = {kind: shape_only(task.args, config_of(method_of(kind), task.args.n_layers), task.bf16) for kind in kinds}
+    models = shapes(kinds, task)
     lengths = [[len(e.tokens) for e in batch] for batch in task.batches]
     return {
         kind: [step_work(model, *batch).seconds(machine) for batch in zip(lengths, task.labels, strict=True)]
@@ -136,13 +143,14 @@ def report(
         f"labels {statistics.median(labels):.0f}), {'bf16' if task.bf16 else 'fp32'}, {flags.threads} threads; "
         f"medians of {len(task.batches)}; {machine}\n"
     )
-    rows = []
+    rows, models = [], shapes(seconds, task)
     for kind, times in seconds.items():
         against = [figure(ratio(times, seconds[other]) if other in seconds else None) for other in (BASE, PEFT)]
         floor = [figure(statistics.median(least[kind])), figure(ratio(times, least[kind]))]
-        share = figure(memory[kind] / memory[PEFT] if PEFT in memory else None)
-        rows.append([kind, figure(statistics.median(times)), *against, *floor, figure(memory[kind] / 1e9), share])
-    heads = ["step of", "seconds", "x base", "x PEFT", "floor, s", "x floor", "peak memory, GB", "x PEFT"]
+        held = [figure(memory[kind] / 1e9), figure(memory[kind] / memory[PEFT] if PEFT in memory else None)]
+        held.append(figure(sum(held_bytes(models[kind]).values()) / 1e9))
+        rows.append([kind, figure(statistics.median(times)), *against, *floor, *held])
+    heads = ["step of", "seconds", "x base", "x PEFT", "floor, s", "x floor", "peak memory, GB", "x PEFT", "floor, GB"]
     print(table(heads, rows))
     if flags.json:
         content = {"seconds": seconds, "memory": memory, "floor": least, "machine": machine._asdict()}

@@ -19,7 +19,7 @@ Step = Callable[[list[Example]], float]  # returns the loss
 
 def step_of(model: Transformer, device: torch.device = CPU) -> Step:
     """A step of finetune.py with its rows as one micro-batch. Of the bare model: forward and backward, with gradients
-    as far as the embeddings' output, as they must go under any adapter in the first layer."""
+    as far as the embeddings' output: at least as far as any adapter wants them."""
     model.train()
     optimizer = make_optimizer(model, 0.02) if model.config else None
     if optimizer is None:

@@ -62,16 +62,16 @@ def cached_attention(q: Tensor, cache: Cache, layer: int) -> Tensor:
     k, v = cache.filled(layer)  # (R, K, T, h)
     grouped = q.unflatten(1, (k.shape[1], -1))  # (R, K, H/K, h)
     if q.device.type == "cpu":
-        return _decode_on_cpu(grouped, k, v, cache.visible).flatten(1, 2)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=cache.visible).flatten(1, 2)
+        return _decode_on_cpu(grouped, k, v, cache.mask).flatten(1, 2)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=cache.mask).flatten(1, 2)
 
 
-def _decode_on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+def _decode_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q (R, K, H/K, h), k and v (R, K, T, h) -> (R, K, H/K, h), scores in float32. Two plain products: PyTorch's kernel
     takes twice as long for so few queries."""
     scores = _wide(q) @ _wide(k).mT / math.sqrt(q.shape[-1])
-    if visible is not None:
-        scores = scores.masked_fill_(~visible, -torch.inf)
+    if mask is not None:
+        scores += mask
     return scores.softmax(-1).to(v.dtype) @ v
 
 

@@ -68,10 +68,12 @@ class Cache:
         none more than `longest`; even: all of so many."""
         self._n_rows, self._longest = len(ends), longest
         self._where = (torch.arange(len(ends), device=ends.device), slice(None), ends - 1)
-        self.visible = None
+        self.mask = None
         if not even:
-            inside = torch.arange(longest, device=ends.device) < ends[:, None]
-            self.visible = inside[:, None, None]  # (R, 1, 1, T)
+            beyond = torch.arange(longest, device=ends.device) >= ends[:, None, None, None]
+            # In the type of the scores that it is added to: a CPU's are float32 (`cached_attention`)
+            dtype = torch.float32 if ends.device.type == "cpu" else self.v[0].dtype
+            self.mask = torch.zeros(beyond.shape, dtype=dtype, device=ends.device).masked_fill_(beyond, -torch.inf)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Decode: one key and value (R, K, h) per row, in the place of its last token."""
@@ -79,13 +81,14 @@ class Cache:
         self.v[layer][self._where] = v
 
     def filled(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(R, K, T, h) keys and values up to the longest row; `visible` masks what lies beyond a shorter one."""
+        """(R, K, T, h) keys and values up to the longest row; `mask` (R, 1, 1, T), to be added to
+        scores, hides what lies beyond a shorter one."""
         return tuple(t[layer][: self._n_rows, :, : self._longest] for t in (self.k, self.v))
 
     @torch.inference_mode()  # what `keep_gates` made, it made in this mode
-    def copy(self, source: int, place: int) -> None:
-        """All that is held of the row at `source`, to `place`."""
-        n = self.lengths[source]
+    def copy(self, source: int, place: int, n: int | None = None) -> None:
+        """What is held of the row at `source`, of its first n tokens or all, to `place`."""
+        n = n or self.lengths[source]
         for tensor in (*self.k, *self.v):
             tensor[place, :, :n] = tensor[source, :, :n]
         for gate in (gate for layer in self.gates for gate in layer.values()):

@@ -24,13 +24,15 @@ NOT_FINITE = -1  # in the place of a token
 
 @dataclass
 class Answer:
-    """An answer in the making. `draws`: one number in [0, 1) per token, empty for greedy generation."""
+    """An answer in the making. `draws`: one number in [0, 1) per token, empty for greedy generation. `first`: once it
+    runs, the logits (V,) behind its prompt."""
 
     index: int
     prompt: list[int]
     limit: int  # tokens at most
     draws: list[float]
     tokens: list[int] = field(default_factory=list)
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,23 @@ def prefill(model: Transformer, cache: Cache, prompts: list[list[int]], device: 
         if place != first[number]:
             cache.copy(first[number], place)
     return logits[on_device(which, device)]
+
+
+def start(model: Transformer, cache: Cache, running: list[Answer], new: list[Answer], device: torch.device) -> Tensor:
+    """Admit new answers and let them run -> their first logits (R, V). One whose prompt a running answer has already
+    takes what is held of it; the others' prompts take a pass."""
+    places = {tuple(answer.prompt): place for place, answer in enumerate(running)}
+    again = [answer for answer in new if tuple(answer.prompt) in places]
+    for answer in again:
+        source, n = places[tuple(answer.prompt)], len(answer.prompt)
+        cache.copy(source, *cache.admit([n]), n)
+        answer.first = running[source].first
+    fresh = [answer for answer in new if tuple(answer.prompt) not in places]
+    if fresh:
+        for answer, logits in zip(fresh, prefill(model, cache, [a.prompt for a in fresh], device), strict=True):
+            answer.first = logits
+    running += again + fresh
+    return torch.stack([answer.first for answer in again + fresh])
 
 
 def decode(model: Transformer, cache: Cache, tokens: list[int], device: torch.device) -> Tensor:
@@ -97,8 +116,7 @@ def run(
             if running:
                 logits.append(step([answer.tokens[-1] for answer in running]))
             if new:
-                logits.append(prefill(model, cache, [answer.prompt for answer in new], device))
-            running += new
+                logits.append(start(model, cache, running, new, device))
             chosen = _next_tokens(torch.cat(logits).float(), running, rules)
         for place in reversed(range(len(running))):
             answer, token = running[place], chosen[place]
@@ -132,7 +150,7 @@ def _choose(logits: Tensor, running: list[Answer], rules: Rules) -> Tensor:
     early = [place for place, answer in enumerate(running) if len(answer.tokens) < rules.min_new_tokens]
     if early:
         rows, stops = (on_device(numbers, logits.device) for numbers in (early, rules.stop_ids))
-        logits[rows[:, None], stops] = -torch.inf
+        logits[rows[:, None], stops] = logits.new_full((), -torch.inf)  # a number would be copied there first
     draws = None
     if rules.temperature > 0:
         now = [answer.draws[len(answer.tokens)] for answer in running]

@@ -6,6 +6,7 @@ written over (`fed`), the cache is seen up to a multiple of `BLOCK` tokens, and 
 places of the cache that nobody holds. Hooks of Python are not part of it.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,16 +57,23 @@ class Graphs:
             return self._step(fed, [longest] * fed.shape[1], False)
 
         # Once on its own, as is: what is worked out once per run must not lie in a graph's memory
-        beside = torch.cuda.Stream()
+        beside = side_stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             work()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self._captured.values()), None)  # graphs run one after the other
-        with torch.cuda.graph(graph, pool):
+        # Other threads, such as NCCL's, may ask the driver things meanwhile
+        with torch.cuda.graph(graph, pool, stream=beside, capture_error_mode="thread_local"):
             logits = work()
         return _Captured(graph, fed, logits)
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for every stream that it was ever used on."""
+    return torch.cuda.Stream()
 
 
 def _rounded(rows: int) -> int:

@@ -173,8 +173,8 @@ class Step:
             return self.cache.kept_gates(layer)
         gates = router(self.rows.prompt_means(x))
         if self.cache is not None:
-            self.cache.keep_gates(layer, self.places, gates)
-        return {slot: self.rows.per_token(gate.to(x.dtype)) for slot, gate in gates.items()}
+            self.cache.keep_gates(layer, self.places, {slot: gate.to(x.dtype) for slot, gate in gates.items()})
+        return {slot: self.rows.per_token(gate).to(x.dtype) for slot, gate in gates.items()}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q (N, H, h), k and v (N, K, h) -> (N, H, h). With a cache: a prefill of the rows at `places`, or (None) one

@@ -68,14 +68,21 @@ class Rows:
 
     def prompt_means(self, x: Tensor) -> Tensor:
         """x (N, D) -> (R, D) float32: the mean over the tokens of each row's prompt."""
-        return torch.stack(
-            [x[a : a + n].float().mean(0) for (a, _), n in zip(self.spans, self.prompt_lens, strict=True)]
-        )
+        return self._averages @ x.float()
 
     def per_token(self, values: Tensor) -> Tensor:
         """One value per row, (R, ...), for each of its tokens, (N, ...)."""
-        return values.repeat_interleave(self._counts, 0, output_size=sum(self.lengths))
+        return values[self._owners]
 
     @cached_property
-    def _counts(self) -> Tensor:
-        return on_device(self.lengths, self.device)
+    def _averages(self) -> Tensor:
+        """(R, N) float32: what each token has in the mean over its row's prompt."""
+        shares = torch.zeros(len(self.lengths), sum(self.lengths))
+        for row, (begin, _), n in zip(shares, self.spans, self.prompt_lens, strict=True):
+            row[begin : begin + n] = 1 / n
+        return on_device(shares, self.device)
+
+    @cached_property
+    def _owners(self) -> Tensor:
+        """(N,) the row of each token."""
+        return on_device([row for row, n in enumerate(self.lengths) for _ in range(n)], self.device)

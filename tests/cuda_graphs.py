@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import llama.graphs
+
 
 class Graph:
     """Of `torch.cuda.CUDAGraph`: what `llama.graphs` uses."""
@@ -47,7 +49,7 @@ class Recording(TorchDispatchMode):
 
 
 @contextmanager
-def recording(graph: Graph, pool: tuple[int, int] | None) -> Iterator[None]:
+def recording(graph: Graph, pool: tuple[int, int] | None, **_: Any) -> Iterator[None]:
     graph.memory = pool or graph.memory
     with Recording(graph):
         yield
@@ -57,7 +59,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """From now on; those that are made."""
     monkeypatch.setattr(Graph, "made", [])
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    stand_ins = {"CUDAGraph": Graph, "graph": recording, "Stream": lambda: stream, "current_stream": lambda: stream}
+    monkeypatch.setattr(llama.graphs, "side_stream", lambda: stream)
+    stand_ins = {"CUDAGraph": Graph, "graph": recording, "current_stream": lambda: stream}
     for name, value in {**stand_ins, "stream": lambda _: nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return Graph.made

@@ -94,14 +94,27 @@ def test_a_step_is_measured_beside_pefts_on_the_same_task(tmp_path) -> None:
 def test_generation_is_measured_beside_its_peers_on_the_same_task(tmp_path: Path, command: Run) -> None:
     """Transformers and PEFT, on our weights, answer token by token as our base does: padding is masked."""
     data = write_rows(tmp_path / "rows.json", 12)
-    words = ["--ckpt_dir", BASE, "--data_path", data, "--methods", "lora", "--prompts", 12, "--new_tokens", 8, "--peft"]
+    words = [
+        "--ckpt_dir",
+        BASE,
+        "--data_path",
+        data,
+        "--methods",
+        "lora",
+        "--prompts",
+        12,
+        "--new_tokens",
+        20,
+        "--peft",
+    ]
     found, printed = command("generation", *words, "--repeats", 1, "--threads", 1, "--bf16", "False")
     assert list(found["kinds"]) == ["base", "lora", "transformers", "PEFT lora"]
     assert len(set(found["task"]["prompts"])) > 1, "no padding to be tested"
     for figures in found["kinds"].values():
         assert figures["same_tokens"] == {"first": 1.0, "all": 1.0}
-        assert figures["tokens"] == 12 * 8 and len(figures["seconds"]) == len(figures["decode_step"]) == 1
-        assert figures["peak_memory_bytes"] > 0 and figures["floor"] > 0
+        assert figures["tokens"] == 12 * 20 and len(figures["seconds"]) == len(figures["decode_step"]) == 1
+        assert figures["peak_memory_bytes"] > figures["memory_floor_bytes"] > 0
+        assert figures["floor"] > figures["decode_step_floor"] > 0
     assert found["kinds"]["base"]["floor"] < found["kinds"]["lora"]["floor"] == found["kinds"]["PEFT lora"]["floor"]
     assert len(table_rows(printed)) == 4
 

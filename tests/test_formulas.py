@@ -76,7 +76,7 @@ def by_cross_entropy(
 
 @pytest.mark.parametrize("labels_at_once", [1, 3, 1000])
 def test_loss_in_chunks_equals_cross_entropy_of_all_logits(labels_at_once: int, monkeypatch) -> None:
-    monkeypatch.setattr(llama.loss, "CHUNK_ELEMENTS", labels_at_once * PARAMS["vocab_size"])
+    monkeypatch.setattr(llama.loss, "CHUNK_LABELS", labels_at_once)
     model, batch = shared("soft_moa").model, tokens(3, 9)
     labels = batch.clone()
     labels[0, :4] = labels[1, 5:] = -100  # the first column's labels, which nothing predicts, must not count
@@ -130,7 +130,7 @@ def test_packed_rows_equal_each_row_alone_and_padded_rows(name: str) -> None:
     torch.testing.assert_close(loss, alone_loss)
     alone_loss.backward()
     for key, found in gradients(model).items():
-        assert relative(grads[key], found) < (1e-4 if found.numel() > 1 else 1e-3), key
+        assert relative(grads[key], found) < _bound(name, key), key
 
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
     padded_labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
@@ -139,7 +139,15 @@ def test_packed_rows_equal_each_row_alone_and_padded_rows(name: str) -> None:
     torch.testing.assert_close(padded_loss, loss)
     padded_loss.backward()
     for key, found in gradients(model).items():
-        assert relative(found, grads[key]) < (1e-4 if found.numel() > 1 else 1e-3), key
+        assert relative(found, grads[key]) < _bound(name, key), key
+
+
+def _bound(name: str, key: str) -> float:
+    """More for AdaMoLE than for all others: its weights are differences from a threshold, and their gradients sums of
+    terms that nearly cancel."""
+    if name == "adamole":
+        return 1e-3 if ".threshold." in key else 1e-4
+    return 1e-5
 
 
 @pytest.mark.parametrize("method", ["soft_moa", "custom"])

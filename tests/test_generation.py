@@ -87,20 +87,39 @@ def test_a_row_depends_on_itself_alone(name: str | None, temperature: float) -> 
             assert llm.generate(rows[::-1], **settings) == alone[::-1], size
 
 
+@contextmanager
+def passes(llm: Llama) -> Iterator[list[int]]:
+    """How many tokens each pass takes, meanwhile."""
+    seen: list[int] = []
+    hook = llm.model.tok_embeddings.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 @pytest.mark.parametrize("name", ["soft_moa", "soft_moa_instance", "adamole"])
 def test_samples_of_a_prompt_share_its_pass(name: str) -> None:
     llm, (one, other) = shared(name), prompts(9, 5)
-    seen: list[int] = []
-    hook = llm.model.tok_embeddings.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     rows, samples = [one, other, one, one, other], [0, 0, 1, 2, 1]
     settings = {"max_gen_len": 6, "temperature": 1.0, "min_new_tokens": 6}
-    try:
+    with passes(llm) as seen:
         together = llm.generate(rows, samples=samples, **settings)
-    finally:
-        hook.remove()
     assert seen == [9 + 5] + [5] * 5
     alone = [llm.generate([row], samples=[sample], **settings)[0] for row, sample in zip(rows, samples, strict=True)]
     assert together == alone and together[0] != together[2]
+
+
+@pytest.mark.parametrize("name", ["soft_moa", "soft_moa_instance", "adamole"])
+def test_a_later_sample_takes_the_prompt_of_one_that_runs(name: str, monkeypatch) -> None:
+    llm, (row, other) = shared(name), prompts(9, 4)
+    settings = {"max_gen_len": 12, "temperature": 1.0, "seed": 3}
+    monkeypatch.setattr(llm.tokenizer, "stop_ids", tuple(range(0, 512, 7)))  # so that samples end at different times
+    alone = [llm.generate([row], samples=[i], **settings)[0] for i in range(6)]
+    with changed(llm, max_batch_size=3), passes(llm) as seen:
+        together = llm.generate([*[row] * 6, other], samples=[*range(6), 0], **settings)
+    assert together[:6] == alone and len({len(answer) for answer in alone}) > 2
+    assert [n for n in seen if n > 3] == [9, 4]
 
 
 @pytest.mark.parametrize("few", [1, 64])
