@@ -152,6 +152,25 @@ def test_too_few_rows_and_a_second_adapter_of_a_method_are_refused(tmp_path: Pat
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["generation", "--batch_size", 3], "--batch_size has no effect without --natural_stops"),
+        (["generation", "--natural_stops", "--new_tokens", 20], "--new_tokens has no effect with --natural_stops"),
+        (["load", "--only", "transformers"], "--hf_dir belongs to --only transformers"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(command: Run, capsys, words: list, told: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(*words)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_no_recording_falls_into_the_measured_steps() -> None:
+    with pytest.raises(ValueError, match="tokens 121 to 140 of a row do not lie within 128"):
+        decode_clock(shared("lora").model, 2, 120, 4, cuda_graphs=True)
+
+
 def test_agreement_counts_first_tokens_and_all() -> None:
     assert agreement([[1, 2], [3]], [[1, 3], [3]]) == {"first": 1.0, "all": 2 / 3}
     assert agreement([[1, 2], []], [[4, 2, 5], [6]]) == {"first": 0.0, "all": 1 / 4}
