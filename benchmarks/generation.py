@@ -125,11 +125,11 @@ def floors(
     chosen = [min(len(answer) + 1, task.max_gen_len) for answer in answers]
     prompts = list(map(len, task.prompts))
     prefill, decode = (part.seconds(machine) for part in generation_work(model, prompts, chosen, task.batch_size))
-    cached = cache_bytes(model, min(task.batch_size, len(prompts)), max(prompts) + max(chosen))
+    held, cached = held_bytes(model), cache_bytes(model, min(task.batch_size, len(prompts)), max(prompts) + max(chosen))
     return {
         "floor": prefill + decode,
         "decode_step_floor": decode / max(1, max(chosen) - 1),
-        "memory_floor_bytes": sum(held_bytes(model).values()) + cached,
+        "memory_floor_bytes": held["base"] + held["adapters"] + cached,
     }
 
 
