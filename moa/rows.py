@@ -68,7 +68,8 @@ class Rows:
 
     def prompt_means(self, x: Tensor) -> Tensor:
         """x (N, D) -> (R, D) float32: the mean over the tokens of each row's prompt."""
-        return self._averages @ x.float()
+        wide = x.float()
+        return self._averages.to(wide.dtype) @ wide
 
     def per_token(self, values: Tensor) -> Tensor:
         """One value per row, (R, ...), for each of its tokens, (N, ...)."""
