@@ -1,8 +1,10 @@
 """Generating many rows at once: one prefill per row, then one decode step at a time over all that run.
 
-The engine knows token ids, not text. A row that ends leaves at once and a waiting one takes its place.
+The engine knows token ids, not text. A row that ends leaves at once, as soon as that is known, and a waiting one takes
+its place.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,16 +24,19 @@ from moa.rows import Rows, on_device
 NOT_FINITE = -1  # in the place of a token
 
 
-@dataclass
+@dataclass(eq=False)
 class Answer:
-    """An answer in the making. `draws`: one number in [0, 1) per token, empty for greedy generation. `first`: once it
-    runs, the logits (V,) behind its prompt."""
+    """An answer in the making. `draws`: one number in [0, 1) per token, empty for greedy generation. `chosen`: how many
+    tokens the device has chosen, of which the CPU has read `tokens`. `first`: once it runs, the logits (V,) behind its
+    prompt."""
 
     index: int
     prompt: list[int]
     limit: int  # tokens at most
     draws: list[float]
     tokens: list[int] = field(default_factory=list)
+    chosen: int = 0
+    ended: bool = False
     first: Tensor | None = None
 
 
@@ -79,10 +84,10 @@ def start(model: Transformer, cache: Cache, running: list[Answer], new: list[Ans
     return torch.stack([answer.first for answer in again + fresh])
 
 
-def decode(model: Transformer, cache: Cache, tokens: list[int], device: torch.device) -> Tensor:
-    """Feed the newest token of every cached row -> logits (R, V) of the next."""
+def decode(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
+    """Feed the newest token of every cached row, (R,) int64 -> logits (R, V) of the next."""
     lengths = cache.advance()
-    fed = on_device([tokens, lengths], device)
+    fed = torch.stack([tokens, on_device(lengths, tokens.device)])
     return decode_step(model, cache, fed, lengths, min(lengths) == max(lengths))
 
 
@@ -96,63 +101,111 @@ def decode_step(model: Transformer, cache: Cache, fed: Tensor, lengths: list[int
 
 
 def run(
-    model: Transformer, answers: list[Answer], max_rows: int, rules: Rules, cuda_graphs: bool = False
+    model: Transformer, answers: list[Answer], max_rows: int, rules: Rules, cuda_graphs: bool = False, behind: int = 0
 ) -> Iterator[Answer]:
     """Complete all `answers`, up to `max_rows` at a time; yields each as it ends, without its stop token. cuda_graphs:
-    decode steps by `llama.graphs`."""
+    decode steps by `llama.graphs`.
+
+    behind: so many steps later than they are chosen the CPU reads tokens, so that a device which works on its own never
+    waits for it; a row takes as many steps in vain once it has chosen a stop token. The results are the same.
+    """
     device = model.output.weight.device
     # Longest prompts first: the peak of memory comes at the start, and rows that share a prefill are alike.
     waiting = sorted(answers, key=lambda answer: (-len(answer.prompt), answer.index), reverse=True)
     cache = model.make_cache(min(max_rows, len(answers)), max(len(a.prompt) + a.limit for a in answers))
-    step = partial(decode, model, cache, device=device)
+    step = partial(decode, model, cache)
     if cuda_graphs:
         model.reach(cache.max_len, device)  # and stay where it is
         step = Graphs(cache, partial(decode_step, model, cache)).decode
     running: list[Answer] = []  # in the order of the cache's places
-    while waiting or running:
-        new = [waiting.pop() for _ in range(min(cache.max_rows - len(running), len(waiting)))]
-        with torch.inference_mode():
-            logits = []
-            if running:
-                logits.append(step([answer.tokens[-1] for answer in running]))
-            if new:
-                logits.append(start(model, cache, running, new, device))
-            chosen = _next_tokens(torch.cat(logits).float(), running, rules)
-        for place in reversed(range(len(running))):
-            answer, token = running[place], chosen[place]
-            if token not in rules.stop_ids:
-                answer.tokens.append(token)
-            if token in rules.stop_ids or len(answer.tokens) == answer.limit:
-                cache.drop(place)
-                running[place] = running[-1]  # as the cache does
-                running.pop()
-                yield answer
+    newest = torch.empty(0)  # their last tokens
+    unread: deque[tuple[list[Answer], _Arriving]] = deque()
+    while waiting or running or unread:
+        if waiting or running:
+            new = [waiting.pop() for _ in range(min(cache.max_rows - len(running), len(waiting)))]
+            with torch.inference_mode():
+                logits = [step(newest)] if running else []
+                if new:
+                    logits.append(start(model, cache, running, new, device))
+                chosen = _next_tokens(torch.cat(logits).float(), running, rules)
+                newest = chosen.clamp(min=0)  # what is not finite is told when it is read
+            unread.append((list(running), _Arriving(chosen)))
+            for answer in running:
+                answer.chosen += 1
+        newest = _leave(cache, running, newest, [answer for answer in running if answer.chosen == answer.limit])
+        if len(unread) > behind or not (waiting or running):
+            ended = _read(*unread.popleft(), rules)
+            newest = _leave(cache, running, newest, ended)
+            yield from ended
 
 
-def _next_tokens(logits: Tensor, running: list[Answer], rules: Rules) -> list[int]:
-    """The next token of each running row: chosen on the first rank of the model's group and sent to the others, so that
-    all of them feed the same tokens and stop at the same one, whatever their last bits say."""
+class _Arriving:
+    """Numbers on their way from the device."""
+
+    def __init__(self, numbers: Tensor):
+        self._numbers, self._there = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def tolist(self) -> list[int]:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()
+
+
+def _read(answers: list[Answer], chosen: _Arriving, rules: Rules) -> list[Answer]:
+    """Add to the answers what a step has chosen for them -> those that it ends."""
+    tokens = chosen.tolist()
+    if NOT_FINITE in tokens:
+        raise ValueError("the model's logits are not finite: its weights or its adapter are damaged")
+    ended = []
+    for answer, token in zip(answers, tokens, strict=True):
+        if answer.ended:  # a step in vain
+            continue
+        if token not in rules.stop_ids:
+            answer.tokens.append(token)
+        answer.ended = token in rules.stop_ids or len(answer.tokens) == answer.limit
+        if answer.ended:
+            ended.append(answer)
+    return ended
+
+
+def _leave(cache: Cache, running: list[Answer], newest: Tensor, leaving: list[Answer]) -> Tensor:
+    """Let rows leave that still run -> the newest tokens of those that stay."""
+    places = list(range(len(running)))
+    for place in reversed(range(len(running))):
+        if running[place] in leaving:
+            cache.drop(place)
+            for row in (running, places):  # as the cache does
+                row[place] = row[-1]
+                row.pop()
+    return newest[on_device(places, newest.device, torch.int64)] if len(places) < len(newest) else newest
+
+
+def _next_tokens(logits: Tensor, running: list[Answer], rules: Rules) -> Tensor:
+    """(R,) int64, the next token of each running row: chosen on the first rank of the model's group and sent to the
+    others, so that all of them feed the same tokens and stop at the same one, whatever their last bits say."""
     if mp_rank() == 0:
         chosen = _choose(logits, running, rules)
     else:
         chosen = torch.empty(len(running), dtype=torch.int64, device=logits.device)
     if mp_size() > 1:
         dist.broadcast(chosen, mp.get_model_parallel_src_rank(), group=mp.get_model_parallel_group())
-    tokens = chosen.tolist()
-    if NOT_FINITE in tokens:
-        raise ValueError("the model's logits are not finite: its weights or its adapter are damaged")
-    return tokens
+    return chosen
 
 
 def _choose(logits: Tensor, running: list[Answer], rules: Rules) -> Tensor:
     """(R,) int64; NOT_FINITE where a row's logits are not. Nothing here waits for a GPU."""
     finite = torch.isfinite(logits.amax(-1))
-    early = [place for place, answer in enumerate(running) if len(answer.tokens) < rules.min_new_tokens]
+    early = [place for place, answer in enumerate(running) if answer.chosen < rules.min_new_tokens]
     if early:
         rows, stops = (on_device(numbers, logits.device) for numbers in (early, rules.stop_ids))
         logits[rows[:, None], stops] = logits.new_full((), -torch.inf)  # a number would be copied there first
     draws = None
     if rules.temperature > 0:
-        now = [answer.draws[len(answer.tokens)] for answer in running]
+        now = [answer.draws[answer.chosen] for answer in running]
         draws = on_device(now, logits.device, torch.float64)
     return choose(logits, rules.temperature, rules.top_p, draws).masked_fill(~finite, NOT_FINITE)

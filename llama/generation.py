@@ -121,12 +121,14 @@ class Llama:
         ]
         answers = [Answer(i, *row) for i, row in enumerate(zip(prompts, limits, draws, strict=True))]
         rules = Rules(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
-        graphs = self.cuda_graphs and not any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        graphs = self.cuda_graphs and not hooked
+        behind = 0 if hooked else _steps_behind(self.model.output.weight.device)  # hooks see no step in vain
         training = self.model.training
         self.model.eval()  # no noise in a router
         try:
             with weights_stand_still(self.model, self._copies_pay(max(limits))):
-                for answer in run(self.model, answers, self.max_batch_size, rules, graphs):
+                for answer in run(self.model, answers, self.max_batch_size, rules, graphs, behind):
                     if on_finish is not None:
                         on_finish(answer.index, answer.tokens)
         finally:
@@ -166,6 +168,11 @@ class Llama:
                 )
             if min(prompt) < 0 or max(prompt) >= self.tokenizer.n_words:
                 raise ValueError(f"prompt {i} has a token that is none of the tokenizer's {self.tokenizer.n_words}")
+
+
+def _steps_behind(device: torch.device) -> int:
+    """Of `llama.engine.run`. A CPU would do the steps in vain itself, and wait for nothing."""
+    return 1 if device.type == "cuda" else 0
 
 
 def require_flash(device: str, bf16: bool) -> None:

@@ -35,24 +35,23 @@ class Graphs:
         self._cache, self._step = cache, step
         self._captured: dict[tuple[int, int], _Captured] = {}
 
-    def decode(self, tokens: list[int]) -> Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         """As `llama.engine.decode`; the logits hold until the next step."""
         cache = self._cache
         lengths = cache.advance()
         rows = min(_rounded(len(tokens)), cache.max_rows)
         longest = min(-(-max(lengths) // BLOCK) * BLOCK, cache.max_len)
         idle = rows - len(tokens)
-        fed = on_device([tokens + [0] * idle, lengths + [1] * idle], cache.device)
+        ends = on_device(lengths + [1] * idle, tokens.device)
         if (rows, longest) not in self._captured:
-            self._captured[rows, longest] = self._capture(fed, longest)
+            self._captured[rows, longest] = self._capture(torch.stack([torch.zeros_like(ends), ends]), longest)
         captured = self._captured[rows, longest]
-        captured.fed.copy_(fed)
+        captured.fed[0, : len(tokens)] = tokens
+        captured.fed[1] = ends
         captured.graph.replay()
         return captured.logits[: len(tokens)]
 
     def _capture(self, fed: Tensor, longest: int) -> _Captured:
-        fed = fed.clone()
-
         def work() -> Tensor:
             return self._step(fed, [longest] * fed.shape[1], False)
 

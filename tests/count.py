@@ -134,7 +134,7 @@ def observe(name: str, counted: Counted) -> dict[str, Any]:
         found["cache"] = sum(t.nbytes for t in (*cache.k, *cache.v))
         prefill(model, cache, [[1] * PROMPT, [2] * PROMPT], torch.device("cpu"))
         found["prefill"] = counted.take()
-        decode(model, cache, [1, 1], torch.device("cpu"))
+        decode(model, cache, torch.tensor([1, 1]))
         found["decode"] = counted.take()
     return found
 

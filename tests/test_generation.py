@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, a row depends on itself alone, and it ends where it should."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import llama.engine
+import llama.generation
 import moa.adapter
 from llama import Llama
 from llama.engine import NOT_FINITE, Answer, Rules, _choose, decode, prefill
@@ -87,6 +90,39 @@ def test_a_row_depends_on_itself_alone(name: str | None, temperature: float) -> 
             assert llm.generate(rows[::-1], **settings) == alone[::-1], size
 
 
+@pytest.mark.parametrize("name", ["soft_moa", "soft_moa_instance", "topk_moelora"])
+def test_tokens_that_are_read_later_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows end by a stop token, after 8 tokens, or because there is no more room; several are samples of a prompt."""
+    llm, rows = shared(name), prompts(7, 1, 12, 3, 3, 9) * 3
+    monkeypatch.setattr(llm.tokenizer, "stop_ids", tuple(range(0, 512, 6)))
+    settings = {"max_gen_len": 8, "temperature": 1.0, "seed": 11, "samples": [0] * 6 + [1] * 6 + [2] * 6}
+    with changed(llm, max_seq_len=16):
+        expected = llm.generate(rows, **settings)
+        assert len({len(row) for row in expected}) > 3 and max(map(len, expected)) == 8
+        for behind, size in itertools.product((1, 3), (1, 4, 32)):
+            finished: dict[int, list[int]] = {}
+            with changed(llm, max_batch_size=size), monkeypatch.context() as patch:
+                patch.setattr(llama.generation, "_steps_behind", lambda _, behind=behind: behind)
+                assert llm.generate(rows, **settings, on_finish=finished.__setitem__) == expected
+            assert [finished[i] for i in range(18)] == expected
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_when_tokens_are_read(behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `behind`, a step is under way before the tokens of the one before are asked for."""
+    llm, events = shared("lora"), []
+    step, read = llama.engine.decode, llama.engine._read
+    monkeypatch.setattr(llama.engine, "decode", lambda *args: (events.append("step"), step(*args))[1])
+    monkeypatch.setattr(llama.engine, "_read", lambda *args: (events.append("read"), read(*args))[1])
+    monkeypatch.setattr(llama.generation, "_steps_behind", lambda _: behind)
+    assert len(llm.generate(prompts(4), max_gen_len=4, min_new_tokens=4)[0]) == 4
+    in_turn = ["read", "step"] if behind == 0 else ["step", "read"]
+    assert events == (in_turn * 3 + ["read"])
+    with passes(llm) as seen:
+        llm.generate(prompts(4), max_gen_len=4, min_new_tokens=4)
+    assert seen == [4, 1, 1, 1] and events[7:] == ["read", "step"] * 3 + ["read"]  # hooks see each token once
+
+
 @contextmanager
 def passes(llm: Llama) -> Iterator[list[int]]:
     """How many tokens each pass takes, meanwhile."""
@@ -136,7 +172,7 @@ def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy:
         with weights_stand_still(model, may_copy):
             cache = model.make_cache(2, 12)
             found = [prefill(model, cache, [long[:-n], short[:-n]], device)]
-            found += [decode(model, cache, [long[-i], short[-i]], device) for i in range(n, 0, -1)]
+            found += [decode(model, cache, torch.tensor([long[-i], short[-i]])) for i in range(n, 0, -1)]
     assert all(module._derived is None for module in model.modules() if isinstance(module, Deriving))
     off = [relative(torch.stack([step[i] for step in found]).float(), w[-n - 1 :]) for i, w in enumerate(wanted)]
     chooses = name is not None and (config(name).router.block_router, config(name).experts.expert_router) != (

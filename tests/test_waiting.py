@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.data import IGNORE, Example
-from llama.engine import Answer, Rules, _choose, decode, prefill
+from llama.engine import Answer, Rules, _choose, _leave, decode, prefill
 from llama.parallel import start_processes
 from moa.adapter import weights_stand_still
+from moa.rows import on_device
 from tiny import ARGS, METHODS, config
 from training.data import micro_batches
 from training.rehearsal import unfilled_model
@@ -118,7 +119,11 @@ def test_decoding(name: str | None) -> None:
     with torch.inference_mode(), weights_stand_still(model, False):
         cache = model.make_cache(3, 20)
         prefill(model, cache, [row.tokens for row in ROWS], DEVICE)
+        newest = on_device([1, 2, 3], DEVICE)
         with Copies() as copies:
-            tokens = _choose(decode(model, cache, [1, 2, 3], DEVICE).float(), answers, rules)
-    assert copies.all == 4 and not copies.waiting  # what is fed; early rows, stops, draws
-    assert tokens.shape == (3,) and tokens.device == DEVICE
+            tokens = _choose(decode(model, cache, newest).float(), answers, rules)
+        assert copies.all == 4 and not copies.waiting  # lengths; early rows, stops, draws
+        assert tokens.shape == (3,) and tokens.device == DEVICE
+        with Copies() as copies:
+            newest = _leave(cache, answers, tokens, answers[:1])
+        assert copies.all == 1 and not copies.waiting and newest.shape == (2,)
