@@ -34,11 +34,21 @@ def decode_clock(
             "another recording would be measured with the steps"
         )
     llm = generator_of(model, whole, n_rows, cuda_graphs)
+    prompts = random_prompts(n_rows, context, model.args.vocab_size)
+    return clock_of(lambda n: llm.generate(prompts, n, n), steps, device)
+
+
+def random_prompts(n_rows: int, context: int, vocab_size: int) -> list[list[int]]:
+    """The same at every call."""
     generator = random.Random(0)
-    prompts = [[generator.randrange(1, model.args.vocab_size) for _ in range(context)] for _ in range(n_rows)]
+    return [[generator.randrange(1, vocab_size) for _ in range(context)] for _ in range(n_rows)]
+
+
+def clock_of(answer: Callable[[int], object], steps: int, device: torch.device = CPU) -> Callable[[], float]:
+    """A clock as `decode_clock` is one, of whatever answers its prompts by a given number of tokens each."""
 
     def seconds(new_tokens: int) -> float:
-        return timed(lambda: llm.generate(prompts, new_tokens, new_tokens), device)[0]
+        return timed(lambda: answer(new_tokens), device)[0]
 
     def clock() -> float:
         return (seconds(EARLY + steps) - seconds(EARLY)) / steps

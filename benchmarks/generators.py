@@ -1,22 +1,21 @@
 """Answering prompts greedily: with our methods, our bare base, and with transformers and PEFT, as their users do it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.measure import CPU
 from benchmarks.models import config_of
 from benchmarks.peers import peft_lora, transformers_model
-from benchmarks.steps import BASE, PEFT
+from benchmarks.steps import BASE, PEFT, TRANSFORMERS
 from convert.plain_lora import require_plain
 from llama import Llama
 from llama.checkpoint import read_base
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 
-TRANSFORMERS = "transformers"
 PEERS = (TRANSFORMERS, PEFT)
 
 
@@ -82,10 +81,11 @@ def _is_plain(config: AdapterConfig) -> bool:
 def make(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Generate:
     """A generator for tasks with at most this one's prompts and lengths."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    if kind.name == TRANSFORMERS:
-        return theirs(transformers_model(ckpt_dir, dtype), ckpt_dir)
-    if kind.name == PEFT:
-        return theirs(peft_lora(ckpt_dir, dtype, adapter_path=kind.adapter_path), ckpt_dir)
+    if kind.name in PEERS:
+        stop_ids = read_base(ckpt_dir)[1].stop_ids
+        if kind.name == TRANSFORMERS:
+            return theirs(transformers_model(ckpt_dir, dtype), stop_ids)
+        return theirs(peft_lora(ckpt_dir, dtype, adapter_path=kind.adapter_path), stop_ids)
     llm = ours(kind, ckpt_dir, bf16, task)
     return lambda task: llm.generate(task.prompts, task.max_gen_len, task.min_new_tokens)
 
@@ -102,19 +102,19 @@ def ours(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Llama:
     )
 
 
-def theirs(model: nn.Module, ckpt_dir: str | Path) -> Generate:
+def theirs(model: nn.Module, stop_ids: Sequence[int], device: torch.device = CPU) -> Generate:
     """`generate` of transformers: consecutive batches of prompts of like length, longest first, padded on the left;
-    each batch ends with its longest answer."""
-    stop_ids = list(read_base(ckpt_dir)[1].stop_ids)
+    each batch ends with its longest answer, an answer with any of `stop_ids`."""
+    stop_ids = list(stop_ids)
     model.eval()
 
     def batch(prompts: list[list[int]], task: Task) -> list[list[int]]:
         longest = max(map(len, prompts))
-        tokens = torch.tensor([[stop_ids[0]] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        rows = [[stop_ids[0]] * (longest - len(prompt)) + prompt for prompt in prompts]
+        marks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         found = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(marks, device=device),
             max_new_tokens=task.max_gen_len,
             min_new_tokens=task.min_new_tokens,
             do_sample=False,

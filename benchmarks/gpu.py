@@ -1,6 +1,6 @@
 """What training and generation do on one GPU, with random weights in a published model's shape: no file is needed.
 
-    python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--json gpu.json] [--flash_attention2]
+    python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--peers] [--json gpu.json] [--flash_attention2]
     python -m benchmarks.gpu --shape tiny --device cpu          to try the command where there is no GPU
 
 training    real tokens/s of a step (forward, backward, AdamW) of --rows rows of at most 300 tokens, with lengths drawn
@@ -10,8 +10,17 @@ decoding    milliseconds of a decode step at --decode_rows rows; on a GPU also a
 traces      the kernels that take most of a training step's and of a decode step's time
 
 Each beside the bare base ("base": gradients go to the embeddings' output) and the floor: the products at the best rate
-measured here, and the bytes at the best bandwidth (benchmarks/floors.py). The JSON file is written anew after every
-part; a part that fails is told and left out, and the exit status is then 1.
+measured here, and the bytes at the best bandwidth (benchmarks/floors.py).
+
+--peers adds what a user would install instead, on the same weights, rows and prompts: a step of transformers with
+PEFT's LoRA of rank 16 (adapters in float32, rows padded to the longest, of which the real tokens alone count; "all":
+with transformers' gradient checkpointing), and decode steps of transformers' `generate` with and without that LoRA, all
+with the attention that transformers takes by itself. Of their weights wq and wk alone are copies, with rows in another
+order, which count in no peak memory.
+
+Every kind is a part by itself, one after the other, as peak memory is a part's own: what else the machine does falls on
+one kind alone. The JSON file is written anew after every part; a part that fails is told and left out, and the exit
+status is then 1.
 """
 
 import gc
@@ -26,18 +35,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.decoding import EARLY, decode_clock, decode_floor
+from benchmarks.decoding import EARLY, clock_of, decode_clock, decode_floor, random_prompts
 from benchmarks.flags import Figures, methods_named, require_positive
 from benchmarks.floors import step_work
+from benchmarks.generators import PEERS, Task, theirs
 from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import figure, table, timed
 from benchmarks.models import config_of, on_base, random_base, shape_only
+from benchmarks.peers import copied_bytes, lora_on, transformers_on, version_of
 from benchmarks.profiles import profile, summary
 from benchmarks.rows import LENGTHS, drawn_rows, halves, rows_of
 from benchmarks.shapes import BY_NAME
-from benchmarks.steps import BASE, step_of
+from benchmarks.steps import BASE, PEFT, TRANSFORMERS, Step, method_of, padded_step, step_of
 from cli import errors, knob, parse
 from llama import ModelArgs, Transformer
 from llama.data import Example
@@ -56,6 +67,7 @@ DECODING, WITH_GRAPHS = "decoding", "decoding with graphs"
 class Flags(Figures):
     shape: str = knob("8B", help="shape of the model", choices=tuple(BY_NAME))
     methods: str = knob("soft_moa", help="methods to measure beside the bare base, with commas, or all")
+    peers: bool = knob(False, help="also transformers, and with it PEFT's LoRA of rank 16 (if installed)")
     device: str = knob("auto", help="auto, cpu, cuda or cuda:N")
     rows: int = knob(8, help="rows of a training step")
     decode_rows: str = knob("1,16,64", help="rows of a decode step, with commas")
@@ -89,11 +101,20 @@ class Bench:
         flags = self.flags
         said = {"shape": flags.shape, "device": name, "torch": torch.__version__, "bf16": self.bf16}
         said |= {"rows": flags.rows, "longest": LONGEST, "context": flags.context, "flash": flags.flash_attention2}
-        return said
+        return said | ({name: version_of(name) for name in ("transformers", "peft")} if flags.peers else {})
 
     def model(self, kind: str) -> Transformer:
-        config = config_of(None if kind == BASE else kind, self.args.n_layers)
+        config = config_of(method_of(kind), self.args.n_layers)
         return on_base(self.args, self.base, config, self.flags.flash_attention2)
+
+    def peer(self, kind: str, recompute: bool = False) -> nn.Module:
+        """recompute: with gradient checkpointing, which PEFT's alone may have."""
+        model = transformers_on(self.args, self.base)
+        return model if kind == TRANSFORMERS else lora_on(model, recompute=recompute)
+
+    def shape(self, kind: str) -> Transformer:
+        """The model of ours whose arithmetic a kind's is, without weights."""
+        return shape_only(self.args, config_of(method_of(kind), self.args.n_layers), self.bf16)
 
     def part(self, name: str, work: Callable[[], Any]) -> None:
         """Do a part, keep what it finds, and write all that is there; a fault is kept in its place."""
@@ -109,12 +130,16 @@ class Bench:
         if self.flags.json:
             write_json(Path(self.flags.json), self.found)
 
-    def training(self, kind: str, recompute: str) -> dict[str, Any]:
-        """Figures of training steps, by kind of rows."""
+    def step(self, kind: str, recompute: str) -> Step:
+        if kind in PEERS:
+            return padded_step(self.peer(kind, recompute != "off"), self.device)
         model = self.model(kind)
         model.activation_checkpointing = recompute
-        step, flags = step_of(model, self.device), self.flags
-        shape = shape_only(self.args, model.config, self.bf16)
+        return step_of(model, self.device)
+
+    def training(self, kind: str, recompute: str) -> dict[str, Any]:
+        """Figures of training steps, by kind of rows."""
+        step, flags, shape = self.step(kind, recompute), self.flags, self.shape(kind)
         figures = {}
         for data in (*LENGTHS, "full"):
             n, times, floors = (1 if data == "full" else flags.repeats), [], []
@@ -127,7 +152,7 @@ class Bench:
                 lengths = [len(row.tokens) for row in batch]
                 floors.append(step_work(shape, lengths, sum(map(label_count, batch))).seconds(self.machine))
             tokens = [sum(len(row.tokens) for row in batch) for batch in batches]
-            found = {"peak_memory_bytes": peak_memory(self.device), "tokens": tokens}
+            found = {"peak_memory_bytes": self._peak(kind), "tokens": tokens}
             if data != "full":  # done once, for its memory alone
                 found |= {"seconds": times, "floor": floors, "tokens_per_second": sum(tokens) / sum(times)}
             figures[data] = found
@@ -142,28 +167,38 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
+    def _peak(self, kind: str) -> int:
+        """Bytes, since `_reset_peak` on a GPU, without the weights that a peer's model has twice beside ours."""
+        twice = copied_bytes(self.base) if kind in PEERS and self.device.type == "cuda" else 0
+        return peak_memory(self.device) - twice
+
     @property
     def ways(self) -> list[str]:
         return [DECODING, *([WITH_GRAPHS] if self.device.type == "cuda" else [])]
 
     def decoding(self, way: str, kind: str, n_rows: int) -> dict[str, Any]:
-        model, flags = self.model(kind), self.flags
-        clock = decode_clock(model, n_rows, flags.context, flags.decode_steps, self.device, way == WITH_GRAPHS)
+        clock, flags = self._clock(way, kind, n_rows, self.flags.context), self.flags
         self._reset_peak()
         seconds = [clock() for _ in range(flags.repeats)]
-        shape = shape_only(self.args, model.config, self.bf16)
-        floor = decode_floor(shape, n_rows, flags.context, flags.decode_steps, self.machine)
-        return {"seconds": seconds, "floor": floor, "peak_memory_bytes": peak_memory(self.device)}
+        floor = decode_floor(self.shape(kind), n_rows, flags.context, flags.decode_steps, self.machine)
+        return {"seconds": seconds, "floor": floor, "peak_memory_bytes": self._peak(kind)}
+
+    def _clock(self, way: str, kind: str, n_rows: int, context: int) -> Callable[[], float]:
+        steps = self.flags.decode_steps
+        if kind not in PEERS:
+            return decode_clock(self.model(kind), n_rows, context, steps, self.device, way == WITH_GRAPHS)
+        generate = theirs(self.peer(kind), [0], self.device)
+        prompts = random_prompts(n_rows, context, self.args.vocab_size)
+        return clock_of(lambda n: generate(Task(prompts, n, n, n_rows)), steps, self.device)
 
     def traced_step(self, kind: str) -> dict[str, Any]:
-        step, batch = step_of(self.model(kind), self.device), self._rows("gsm8k", 0)
+        step, batch = self.step(kind, "off"), self._rows("gsm8k", 0)
         return profile(lambda: step(batch), self.device)
 
     def traced_decoding(self, way: str, kind: str, n_rows: int) -> dict[str, Any]:
         """Of generation with hardly any prefill, from prompts of one token: of all steps of a clock's two runs."""
-        steps = self.flags.decode_steps
-        clock = decode_clock(self.model(kind), n_rows, 1, steps, self.device, way == WITH_GRAPHS)
-        return profile(clock, self.device) | {"decode_steps": steps + 2 * (EARLY - 1)}
+        clock = self._clock(way, kind, n_rows, 1)
+        return profile(clock, self.device) | {"decode_steps": self.flags.decode_steps + 2 * (EARLY - 1)}
 
 
 def run(bench: Bench) -> None:
@@ -171,13 +206,14 @@ def run(bench: Bench) -> None:
     flags = bench.flags
     kinds = [*methods_named(flags.methods), BASE]
     sizes = [int(n) for n in flags.decode_rows.split(",")]
-    for kind in kinds:
-        for choice in RECOMPUTED:
-            bench.part(f"training, {kind}, {choice}", partial(bench.training, kind, choice))
+    peers = PEERS if flags.peers else ()
+    trained = [*product(kinds, RECOMPUTED), *product([PEFT] if flags.peers else [], ("off", "all"))]
+    for kind, choice in trained:
+        bench.part(f"training, {kind}, {choice}", partial(bench.training, kind, choice))
     print(f"\n{training_table(bench.found)}\n", flush=True)
-    for n, way, kind in product(sizes, bench.ways, kinds):
+    for n, (way, kind) in product(sizes, [*product(bench.ways, kinds), *product([DECODING], peers)]):
         bench.part(f"{way}, {kind}, {n}", partial(bench.decoding, way, kind, n))
-    print(f"{decoding_table(bench.found, kinds, sizes)}\n", flush=True)
+    print(f"{decoding_table(bench.found, [*kinds, *peers], sizes)}\n", flush=True)
     for kind in kinds:
         bench.part(f"trace of a step, {kind}", partial(bench.traced_step, kind))
         for way in bench.ways:

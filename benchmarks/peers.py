@@ -1,10 +1,12 @@
 """What a user would install instead: transformers' LLaMA with PEFT's LoRA, on the same weights."""
 
 import tempfile
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convert.hf import BLOCK, WHOLE, split_halves
 from convert.peft import to_peft
@@ -12,18 +14,23 @@ from llama.args import ModelArgs
 from llama.checkpoint import open_shard, read_base, shard_files
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]  # as Q, K, V, O, FFN_DOWN
+PERMUTED = ("wq.weight", "wk.weight")  # their rows stand in another order
 
 
-def transformers_model(ckpt_dir: str | Path, dtype: torch.dtype) -> nn.Module:
-    """The base of a checkpoint of one shard as transformers' `LlamaForCausalLM`. ValueError without transformers."""
+def version_of(package: str) -> str:
+    """ValueError where the package is not installed."""
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        return import_module(package).__version__
     except ImportError:
-        raise ValueError("transformers is not installed (pip install -r requirements-dev.txt)") from None
-    args, _ = read_base(ckpt_dir)
-    shards = [open_shard(file) for file in shard_files(Path(ckpt_dir))]
-    if len(shards) != 1:
-        raise ValueError(f"{ckpt_dir}: {len(shards)} shards; python -m convert reshard makes one of them")
+        raise ValueError(f"{package} is not installed (pip install -r requirements-dev.txt)") from None
+
+
+def transformers_on(args: ModelArgs, base: Mapping[str, Tensor]) -> nn.Module:
+    """A whole base in Meta's names as transformers' `LlamaForCausalLM`, which shares its tensors, on their device; wq
+    and wk alone are copies (`copied_bytes`). ValueError without transformers."""
+    version_of("transformers")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         hidden_size=args.dim,
         num_hidden_layers=args.n_layers,
@@ -33,41 +40,66 @@ def transformers_model(ckpt_dir: str | Path, dtype: torch.dtype) -> nn.Module:
         vocab_size=args.vocab_size,
         rms_norm_eps=args.norm_eps,
         rope_parameters=_rope(args),
+        max_position_embeddings=16 * args.rope_original_max_seq_len,  # as LLaMA-3.1's: more than the original
         tie_word_embeddings=False,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    state = {WHOLE[key]: _weight(key, tensor, args).to(dtype) for key, tensor in shards[0].items() if key in WHOLE}
+    names = dict(WHOLE)
     for layer in range(args.n_layers):
-        for key, name in BLOCK.items():
-            weight = _weight(key, shards[0][f"layers.{layer}.{key}"], args)
-            state[f"model.layers.{layer}.{name}"] = weight.to(dtype)
+        names |= {f"layers.{layer}.{key}": f"model.layers.{layer}.{name}" for key, name in BLOCK.items()}
+    state = {
+        name: split_halves(base[key], args.head_dim) if key.endswith(PERMUTED) else base[key]
+        for key, name in names.items()
+    }
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its angles, which are no weights
+    angles = type(model.model.rotary_emb)(config)  # no weights, so not in the state
+    model.model.rotary_emb = angles.to(base["output.weight"].device)
     return model
+
+
+def copied_bytes(base: Mapping[str, Tensor]) -> int:
+    """What `transformers_on` takes beside the base."""
+    return sum(tensor.nbytes for key, tensor in base.items() if key.endswith(PERMUTED))
+
+
+def lora_on(model: nn.Module, rank: int = 16, recompute: bool = False) -> nn.Module:
+    """A model of transformers with PEFT's LoRA of this rank beside the published targets, ready to train; adapters in
+    float32. recompute: the backward pass works out every block again. ValueError without peft."""
+    version_of("peft")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, lora_dropout=0.0, bias="none")
+    model = get_peft_model(model, config)
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def transformers_model(ckpt_dir: str | Path, dtype: torch.dtype) -> nn.Module:
+    """The base of a checkpoint of one shard as transformers' model. ValueError without transformers."""
+    args, _ = read_base(ckpt_dir)
+    shards = [open_shard(file) for file in shard_files(Path(ckpt_dir))]
+    if len(shards) != 1:
+        raise ValueError(f"{ckpt_dir}: {len(shards)} shards; python -m convert reshard makes one of them")
+    return transformers_on(args, {key: tensor.to(dtype) for key, tensor in shards[0].items()})
 
 
 def peft_lora(
     ckpt_dir: str | Path, dtype: torch.dtype, rank: int = 16, adapter_path: str | Path | None = None
 ) -> nn.Module:
-    """The same with a LoRA of this rank beside the published targets, ready to train; adapters in float32.
+    """The same with a LoRA (`lora_on`).
 
     adapter_path: a trained adapter of ours in its place, which must be plain LoRA.
     """
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError:
-        raise ValueError("peft is not installed (pip install -r requirements-dev.txt)") from None
-    if adapter_path is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            converted = to_peft(adapter_path, Path(folder, "peft"), ckpt_dir=ckpt_dir)
-            return PeftModel.from_pretrained(transformers_model(ckpt_dir, dtype), converted)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, lora_dropout=0.0, bias="none")
-    return get_peft_model(transformers_model(ckpt_dir, dtype), config)
+    version_of("peft")
+    from peft import PeftModel
 
-
-def _weight(key: str, tensor: torch.Tensor, args: ModelArgs) -> torch.Tensor:
-    return split_halves(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
+    if adapter_path is None:
+        return lora_on(transformers_model(ckpt_dir, dtype), rank)
+    with tempfile.TemporaryDirectory() as folder:
+        converted = to_peft(adapter_path, Path(folder, "peft"), ckpt_dir=ckpt_dir)
+        return PeftModel.from_pretrained(transformers_model(ckpt_dir, dtype), converted)
 
 
 def _rope(args: ModelArgs) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from benchmarks.measure import CPU
 from benchmarks.models import config_of
@@ -13,7 +14,7 @@ from llama.data import IGNORE, Example
 from training.data import label_count, micro_batches
 from training.loop import make_optimizer
 
-BASE, PEFT = "base", "PEFT lora"
+BASE, TRANSFORMERS, PEFT = "base", "transformers", "PEFT lora"
 Step = Callable[[list[Example]], float]  # returns the loss
 
 
@@ -44,24 +45,29 @@ def our_model(ckpt_dir: str, method: str | None, bf16: bool) -> Transformer:
     return Llama.build(ckpt_dir, config=config_of(method, args.n_layers), bf16=bf16).model
 
 
-def peft_step(ckpt_dir: str, bf16: bool) -> Step:
-    """The same by transformers and PEFT, rows padded to the longest."""
-    model = peft_lora(ckpt_dir, torch.bfloat16 if bf16 else torch.float32).train()
+def padded_step(model: nn.Module, device: torch.device = CPU) -> Step:
+    """The same of a model of transformers and PEFT, as transformers' Trainer does it: rows padded to the longest, no
+    cache, AdamW in its fused form."""
+    model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     def step(examples: list[Example]) -> float:
         longest = max(len(e.tokens) for e in examples)
-        tokens = torch.tensor([e.tokens + [0] * (longest - len(e.tokens)) for e in examples])
-        labels = torch.tensor([e.labels + [IGNORE] * (longest - len(e.labels)) for e in examples])
-        mask = torch.tensor([[1] * len(e.tokens) + [0] * (longest - len(e.tokens)) for e in examples])
+        tokens = torch.tensor([e.tokens + [0] * (longest - len(e.tokens)) for e in examples], device=device)
+        labels = torch.tensor([e.labels + [IGNORE] * (longest - len(e.labels)) for e in examples], device=device)
+        mask = torch.tensor([[1] * len(e.tokens) + [0] * (longest - len(e.tokens)) for e in examples], device=device)
         optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        loss = model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()
         optimizer.step()
         return loss.item()
 
     return step
+
+
+def peft_step(ckpt_dir: str, bf16: bool) -> Step:
+    return padded_step(peft_lora(ckpt_dir, torch.bfloat16 if bf16 else torch.float32))
 
 
 def make(kind: str, ckpt_dir: str, bf16: bool) -> Step:
@@ -71,5 +77,5 @@ def make(kind: str, ckpt_dir: str, bf16: bool) -> Step:
 
 
 def method_of(kind: str) -> str | None:
-    """Whose arithmetic a kind's is: that of PEFT's LoRA is our LoRA's."""
-    return {BASE: None, PEFT: "lora"}.get(kind, kind)
+    """Whose arithmetic a kind's is: that of transformers is the bare base's, that of PEFT's LoRA our LoRA's."""
+    return {BASE: None, TRANSFORMERS: None, PEFT: "lora"}.get(kind, kind)

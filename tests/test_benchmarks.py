@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,12 +20,14 @@ from benchmarks import gpu, skipping
 from benchmarks.decoding import decode_clock
 from benchmarks.flags import ALL, methods_named
 from benchmarks.floors import Work, generation_work, pairs, step_work
-from benchmarks.generators import agreement
+from benchmarks.generators import Task, agreement, theirs
 from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import in_turn, ratio
-from benchmarks.models import config_of, on_base, random_base
+from benchmarks.models import config_of, generator_of, on_base, random_base
+from benchmarks.peers import copied_bytes, lora_on, transformers_on
 from benchmarks.rows import LENGTHS, drawn_rows
 from benchmarks.shapes import TINY
+from benchmarks.steps import padded_step, step_of
 from commands import run, write_rows
 from cuda_graphs import stand_in
 from llama import ModelArgs
@@ -237,8 +241,8 @@ GPU_FLAGS += ["--repeats", 1, "--decode_steps", 3]
 
 
 def test_the_gpus_command_runs_without_one(command: Run) -> None:
-    found, printed = command("gpu", *GPU_FLAGS)
-    assert not found["failed"]
+    found, printed = command("gpu", *GPU_FLAGS, "--peers")
+    assert not found["failed"] and found["task"]["transformers"] and found["task"]["peft"]
     for kind in ("soft_moa", "base"):
         for choice in ("off", "ffn", "all"):
             part = found[f"training, {kind}, {choice}"]
@@ -249,6 +253,74 @@ def test_the_gpus_command_runs_without_one(command: Run) -> None:
             assert top[0]["share"] >= top[-1]["share"] > 0 and sum(k["share"] for k in top) <= 1 + 1e-9
             assert f"{trace}: " in printed
     assert "| soft_moa, off | gsm8k | " in printed and "| base | 3 | " in printed
+    for choice in ("off", "all"):
+        part, ours = (found[f"training, {kind}, {choice}"] for kind in ("PEFT lora", "soft_moa"))
+        for data in ("gsm8k", "commonsense"):
+            assert part[data]["tokens_per_second"] > 0 and part[data]["tokens"] == ours[data]["tokens"]
+            assert part[data]["floor"][0] < ours[data]["floor"][0]
+        assert part["full"]["tokens"] == [600] and f"| PEFT lora, {choice} | commonsense | " in printed
+    for n in (1, 3):
+        kinds = ("base", "transformers", "PEFT lora", "soft_moa")
+        floors = [found[f"decoding, {kind}, {n}"]["floor"] for kind in kinds]
+        assert floors[0] == floors[1] < floors[2] < floors[3]
+        assert all(f"| {kind} | {n} | " in printed for kind in kinds)
+
+
+@pytest.mark.parametrize("package", ["transformers", "peft"])
+def test_the_gpus_command_refuses_peers_that_are_missing(command: Run, monkeypatch, capsys, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(gpu.Bench, "part", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(SystemExit) as ended:
+        command("gpu", *GPU_FLAGS, "--peers")
+    assert ended.value.code == 1 and f"error: {package} is not installed" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def scaled() -> tuple[ModelArgs, dict[str, Tensor]]:
+    """The tiny shape with LLaMA-3.1's angles, and weights so large that it matters what attention looks at."""
+    args = ModelArgs(**TINY, use_scaled_rope=True)
+    base = random_base(args, torch.float32, torch.device("cpu"))
+    return args, {key: 8 * weight if weight.dim() > 1 else weight for key, weight in base.items()}
+
+
+def test_a_peer_shares_our_weights(scaled: tuple[ModelArgs, dict[str, Tensor]]) -> None:
+    args, base = scaled
+    ours = {weight.data_ptr() for weight in base.values()}
+    weights = list(transformers_on(args, base).parameters())
+    copies = [weight for weight in weights if weight.data_ptr() not in ours]
+    assert len(weights) == len(base) and len(copies) == 2 * args.n_layers
+    assert sum(weight.nbytes for weight in copies) == copied_bytes(base)
+
+
+def test_pefts_first_loss_is_our_loras(scaled: tuple[ModelArgs, dict[str, Tensor]]) -> None:
+    """B is 0 in both, whatever A is. Gradients are the same where blocks are worked out again."""
+    args, base = scaled
+    rows = drawn_rows(3, "gsm8k", 150, args.vocab_size)
+    assert len({len(row.tokens) for row in rows}) > 1, "no padding to be tested"
+    loss = step_of(on_base(args, base, config_of("lora", args.n_layers)))(rows)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model, passes = lora_on(transformers_on(args, base), recompute=recompute), []
+        block = model.get_submodule("base_model.model.model.layers.0.mlp")
+        block.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        assert padded_step(model)(rows) == pytest.approx(loss, rel=1e-5)
+        assert len(passes) == 1 + recompute
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert all(p.dtype == torch.float32 and "lora_" in name for name, p in trained.items())
+        gradients.append({name: p.grad for name, p in trained.items()})
+    assert all(gradient.any() for name, gradient in gradients[0].items() if "lora_B" in name)
+    torch.testing.assert_close(*gradients)
+
+
+def test_peers_answer_as_our_base_does(scaled: tuple[ModelArgs, dict[str, Tensor]]) -> None:
+    args, base = scaled
+    prompts = [row.tokens for row in drawn_rows(3, "commonsense", 150, args.vocab_size)]
+    task = Task(prompts, 12, 12, 3)
+    answers = generator_of(on_base(args, base, None), 200, 3).generate(prompts, 12, 12)
+    assert len(set(map(tuple, answers))) == 3 and len(set(answers[0])) > 3
+    for model in (transformers_on(args, base), lora_on(transformers_on(args, base))):
+        assert theirs(model, [0])(task) == answers
 
 
 def test_decoding_with_graphs_is_measured_beside_the_other(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
