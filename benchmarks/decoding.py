@@ -1,6 +1,5 @@
 """The time of a decode step, through the public interface alone."""
 
-import random
 from collections.abc import Callable
 
 import torch
@@ -9,6 +8,7 @@ from benchmarks.floors import generation_work
 from benchmarks.machine import Machine
 from benchmarks.measure import CPU, timed
 from benchmarks.models import generator_of
+from benchmarks.rows import rows_of
 from llama import Transformer
 from llama.generation import COPIES_PAY_FROM
 from llama.graphs import BLOCK
@@ -39,9 +39,8 @@ def decode_clock(
 
 
 def random_prompts(n_rows: int, context: int, vocab_size: int) -> list[list[int]]:
-    """The same at every call."""
-    generator = random.Random(0)
-    return [[generator.randrange(1, vocab_size) for _ in range(context)] for _ in range(n_rows)]
+    """Of random tokens, the same at every call."""
+    return [row.tokens for row in rows_of([(context, 0)] * n_rows, vocab_size)]
 
 
 def clock_of(answer: Callable[[int], object], steps: int, device: torch.device = CPU) -> Callable[[], float]:

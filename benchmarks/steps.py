@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.measure import CPU
 from benchmarks.models import config_of
@@ -54,9 +54,13 @@ def padded_step(model: nn.Module, device: torch.device = CPU) -> Step:
 
     def step(examples: list[Example]) -> float:
         longest = max(len(e.tokens) for e in examples)
-        tokens = torch.tensor([e.tokens + [0] * (longest - len(e.tokens)) for e in examples], device=device)
-        labels = torch.tensor([e.labels + [IGNORE] * (longest - len(e.labels)) for e in examples], device=device)
-        mask = torch.tensor([[1] * len(e.tokens) + [0] * (longest - len(e.tokens)) for e in examples], device=device)
+
+        def padded(rows: list[list[int]], fill: int) -> Tensor:
+            return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
+
+        tokens = padded([e.tokens for e in examples], 0)
+        labels = padded([e.labels for e in examples], IGNORE)
+        mask = padded([[1] * len(e.tokens) for e in examples], 0)
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()

@@ -31,7 +31,7 @@ class Cache:
         else:
             self.k = zeros(max_rows, n_kv_heads, max_len, head_dim)
         self.gates: list[Gates] = [{} for _ in range(n_layers)]
-        self.max_rows, self.max_len, self.device = max_rows, max_len, device
+        self.max_rows, self.max_len = max_rows, max_len
         self.lengths: list[int] = []
 
     def admit(self, lengths: list[int]) -> list[int]:
@@ -81,8 +81,8 @@ class Cache:
         self.v[layer][self._where] = v
 
     def filled(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(R, K, T, h) keys and values up to the longest row; `mask` (R, 1, 1, T), to be added to
-        scores, hides what lies beyond a shorter one."""
+        """(R, K, T, h) keys and values up to the longest row; `mask` (R, 1, 1, T), to be added to scores, hides what
+        lies beyond a shorter one."""
         return tuple(t[layer][: self._n_rows, :, : self._longest] for t in (self.k, self.v))
 
     @torch.inference_mode()  # what `keep_gates` made, it made in this mode

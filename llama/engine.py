@@ -165,9 +165,10 @@ def _read(answers: list[Answer], chosen: _Arriving, rules: Rules) -> list[Answer
     for answer, token in zip(answers, tokens, strict=True):
         if answer.ended:  # a step in vain
             continue
-        if token not in rules.stop_ids:
+        stops = token in rules.stop_ids
+        if not stops:
             answer.tokens.append(token)
-        answer.ended = token in rules.stop_ids or len(answer.tokens) == answer.limit
+        answer.ended = stops or len(answer.tokens) == answer.limit
         if answer.ended:
             ended.append(answer)
     return ended

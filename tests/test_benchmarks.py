@@ -98,20 +98,8 @@ def test_a_step_is_measured_beside_pefts_on_the_same_task(tmp_path) -> None:
 def test_generation_is_measured_beside_its_peers_on_the_same_task(tmp_path: Path, command: Run) -> None:
     """Transformers and PEFT, on our weights, answer token by token as our base does: padding is masked."""
     data = write_rows(tmp_path / "rows.json", 12)
-    words = [
-        "--ckpt_dir",
-        BASE,
-        "--data_path",
-        data,
-        "--methods",
-        "lora",
-        "--prompts",
-        12,
-        "--new_tokens",
-        20,
-        "--peft",
-    ]
-    found, printed = command("generation", *words, "--repeats", 1, "--threads", 1, "--bf16", "False")
+    words = ["--ckpt_dir", BASE, "--data_path", data, "--methods", "lora", "--prompts", 12, "--new_tokens", 20]
+    found, printed = command("generation", *words, "--peft", "--repeats", 1, "--threads", 1, "--bf16", "False")
     assert list(found["kinds"]) == ["base", "lora", "transformers", "PEFT lora"]
     assert len(set(found["task"]["prompts"])) > 1, "no padding to be tested"
     for figures in found["kinds"].values():
