@@ -42,9 +42,7 @@ class Prompt(AdapterModule):
 
         Heads here are this rank's heads. P is whole on every rank.
         """
-        n, n_heads, width = query.shape
-        keys, values = self.derived(query.dtype, lambda: self._keys_and_values(wk, wv, width, query.dtype))
-        n_kv, length, _ = keys.shape
+        keys, values = self.derived(query.dtype, lambda: self._keys_and_values(wk, wv, query.shape[2], query.dtype))
         if self.n_experts == 1 and few(self, query):  # one kernel
             weight = self.cast("z", query.dtype)[:, None]  # (H, 1)
             if gate is not None:
@@ -52,16 +50,12 @@ class Prompt(AdapterModule):
             one_row = (query.transpose(0, 1)[None], keys[None], values[None])
             out = F.scaled_dot_product_attention(*one_row, scale=1.0, enable_gqa=True)[0]
             return torch.addcmul(output, out.transpose(0, 1), weight)
-        # Query heads that share a key head lie side by side, tokens innermost: (N, H, h) -> (K, h, N * H/K). Then the
-        # softmax runs along an outer dimension, which takes a tenth of the time.
-        grouped = query.view(n, n_kv, -1, width).transpose(0, 1).reshape(n_kv, -1, width).mT
-        attention = (keys @ grouped).softmax(1)  # (K, E L, N * H/K)
-        weight = self.cast("z", query.dtype).view(n_kv, 1, 1, 1, -1)
+        weight = self.cast("z", query.dtype)[:, None, None]
         if gate is not None:  # each rank's heads give part of its gradient
-            weight = weight * copy_to_ranks(gate.to(query.dtype)).T[:, None, :, None]
-        weighed = attention.view(n_kv, self.n_experts, -1, n, n_heads // n_kv) * weight  # (K, E, L, N, H/K)
-        out = (weighed.view(n_kv, length, -1).mT @ values).view(n_kv, n, -1, width)
-        return (output.view(n, n_kv, -1, width) + out.transpose(0, 1)).flatten(1, 2)
+            weight = weight * copy_to_ranks(gate.to(query.dtype)).T
+        else:
+            weight = weight.expand(-1, self.n_experts, len(query))
+        return _Attention.apply(output, query, keys, values, weight)
 
     def _keys_and_values(
         self, wk: Callable[[Tensor], Tensor], wv: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype
@@ -70,3 +64,53 @@ class Prompt(AdapterModule):
         prompt = copy_to_ranks(self.cast("P", dtype))
         keys, values = (w(prompt).view(len(prompt), -1, width).transpose(0, 1) for w in (wk, wv))
         return keys / math.sqrt(width), values
+
+
+class _Attention(torch.autograd.Function):
+    """output and query (N, H, h), keys and values (K, E L, h), weight (H, E, N) -> output + sum_e weight_e times the
+    part of expert e in softmax(query keys^T) values.
+
+    Heads stay where they are: each is a matrix whose rows lie apart, and products read and write it so. Scores lie with
+    tokens innermost: then the softmax runs along an outer dimension, which takes a tenth of the time. On a CPU all is
+    worked out in float32, as in its attention.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, query: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        q, k, v, g = _for_products(query, keys, values, weight)
+        attention = torch.bmm(k, q.mT).softmax(1)  # (H, E L, N)
+        total = output.to(q.dtype, copy=True)
+        total.transpose(0, 1).baddbmm_(_weighed(attention, g).mT, v)
+        ctx.save_for_backward(query, keys, values, weight, attention.to(query.dtype))
+        return total.to(output.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        *inputs, attention = ctx.saved_tensors
+        q, k, v, g = _for_products(*inputs)
+        attention, heads = _wide(attention), _wide(grad).transpose(0, 1)  # (H, E L, N) and (H, N, h)
+        of_weighed = torch.bmm(v, heads.mT)  # (H, E L, N)
+        of_weight = (of_weighed * attention).unflatten(1, (g.shape[1], -1)).sum(2)
+        of_values = torch.bmm(_weighed(attention, g), heads)
+        of_scores = torch.ops.aten._softmax_backward_data(_weighed(of_weighed, g), attention, 1, attention.dtype)
+        of_keys = torch.bmm(of_scores, q)
+        of_query = torch.empty_like(inputs[0], dtype=q.dtype)
+        torch.bmm(of_scores.mT, k, out=of_query.transpose(0, 1))
+        of_keys, of_values = (t.unflatten(0, (len(inputs[1]), -1)).sum(1) for t in (of_keys, of_values))
+        found = (of_query, of_keys, of_values, of_weight)
+        return grad, *(of.to(t.dtype) for of, t in zip(found, inputs, strict=True))
+
+
+def _for_products(query: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> list[Tensor]:
+    """Queries (H, N, h), keys and values of each query head (H, E L, h), weights."""
+    shared = (t.repeat_interleave(query.shape[1] // len(t), 0) for t in (keys, values))
+    return [_wide(t) for t in (query.transpose(0, 1), *shared, weight)]
+
+
+def _weighed(scores: Tensor, weight: Tensor) -> Tensor:
+    """Scores (H, E L, N), those of each expert by its weight (H, E, N)."""
+    return (scores.unflatten(1, (weight.shape[1], -1)) * weight[:, :, None]).flatten(1, 2)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.device.type == "cpu" and t.dtype.itemsize < 4 else t
