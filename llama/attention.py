@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama.cache import Cache
+from moa.adapter import wide_on_cpu
 from moa.rows import Rows
 
 aten = torch.ops.aten
@@ -69,7 +70,7 @@ def cached_attention(q: Tensor, cache: Cache, layer: int) -> Tensor:
 def _decode_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q (R, K, H/K, h), k and v (R, K, T, h) -> (R, K, H/K, h), scores in float32. Two plain products: PyTorch's kernel
     takes twice as long for so few queries."""
-    scores = _wide(q) @ _wide(k).mT / math.sqrt(q.shape[-1])
+    scores = wide_on_cpu(q) @ wide_on_cpu(k).mT / math.sqrt(q.shape[-1])
     if mask is not None:
         scores += mask
     return scores.softmax(-1).to(v.dtype) @ v
@@ -88,7 +89,7 @@ class _CPUAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
         out, sums = torch.empty_like(q), []
-        wide = [_wide(t) for t in (q, k, v)]
+        wide = [wide_on_cpu(t) for t in (q, k, v)]
         for row in _pieces(rows):
             part, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(*(row(t) for t in wide), is_causal=True)
             row(out).copy_(part)
@@ -101,7 +102,7 @@ class _CPUAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, *sums = ctx.saved_tensors  # to be read once: recomputation hands them out only once
         grads = [torch.empty_like(t) for t in (q, k, v)]
-        q, k, v, out, grad = (_wide(t) for t in (q, k, v, out, grad))
+        q, k, v, out, grad = (wide_on_cpu(t) for t in (q, k, v, out, grad))
         for row, log_sum in zip(_pieces(ctx.rows), sums, strict=True):
             found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 row(grad), row(q), row(k), row(v), row(out), log_sum, 0.0, True
@@ -118,7 +119,3 @@ def _pieces(rows: Rows) -> list[Callable[[Tensor], Tensor]]:
         shape = (len(rows.lengths), rows.lengths[0])
         return [lambda t: t.unflatten(0, shape).transpose(1, 2)]
     return [lambda t, a=a, b=b: t[a:b].transpose(0, 1)[None] for a, b in rows.spans]
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype.itemsize < 4 else t

@@ -206,3 +206,8 @@ def weigh(a: Tensor, gate: Tensor, width: int) -> Tensor:
     if gate.shape[1] == 1:
         return a * gate
     return (a.unflatten(-1, (-1, width)) * gate[:, :, None]).flatten(1)
+
+
+def wide_on_cpu(t: Tensor) -> Tensor:
+    """In float32, on a CPU, what has two bytes a number."""
+    return t.float() if t.device.type == "cpu" and t.dtype.itemsize < 4 else t

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site, few, normal, zeros
+from moa.adapter import AdapterModule, Site, few, normal, wide_on_cpu, zeros
 from moa.config import AdapterConfig
 from moa.experts import build_expert_router
 from moa.parallel import copy_to_ranks
@@ -88,7 +88,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         *inputs, attention = ctx.saved_tensors
         q, k, v, g = _for_products(*inputs)
-        attention, heads = _wide(attention), _wide(grad).transpose(0, 1)  # (H, E L, N) and (H, N, h)
+        attention, heads = wide_on_cpu(attention), wide_on_cpu(grad).transpose(0, 1)  # (H, E L, N) and (H, N, h)
         of_weighed = torch.bmm(v, heads.mT)  # (H, E L, N)
         of_weight = (of_weighed * attention).unflatten(1, (g.shape[1], -1)).sum(2)
         of_values = torch.bmm(_weighed(attention, g), heads)
@@ -104,13 +104,9 @@ class _Attention(torch.autograd.Function):
 def _for_products(query: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> list[Tensor]:
     """Queries (H, N, h), keys and values of each query head (H, E L, h), weights."""
     shared = (t.repeat_interleave(query.shape[1] // len(t), 0) for t in (keys, values))
-    return [_wide(t) for t in (query.transpose(0, 1), *shared, weight)]
+    return [wide_on_cpu(t) for t in (query.transpose(0, 1), *shared, weight)]
 
 
 def _weighed(scores: Tensor, weight: Tensor) -> Tensor:
     """Scores (H, E L, N), those of each expert by its weight (H, E, N)."""
     return (scores.unflatten(1, (weight.shape[1], -1)) * weight[:, :, None]).flatten(1, 2)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.device.type == "cpu" and t.dtype.itemsize < 4 else t
