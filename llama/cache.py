@@ -67,7 +67,7 @@ class Cache:
         """Decode: `append`, `filled` and `kept_gates` refer from now on to the first R rows, of `ends` (R,) tokens and
         none more than `longest`; even: all of so many."""
         self._n_rows, self._longest = len(ends), longest
-        self._where = (torch.arange(len(ends), device=ends.device), slice(None), ends - 1)
+        self._last = [_last_tokens(t, ends) for t in (self.k[0], self.v[0])]
         self.mask = None
         if not even:
             beyond = torch.arange(longest, device=ends.device) >= ends[:, None, None, None]
@@ -77,8 +77,8 @@ class Cache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Decode: one key and value (R, K, h) per row, in the place of its last token."""
-        self.k[layer][self._where] = k
-        self.v[layer][self._where] = v
+        for held, last, new in zip((self.k[layer], self.v[layer]), self._last, (k, v), strict=True):
+            held.as_strided((held.numel(),), (1,)).index_copy_(0, last, new.flatten())
 
     def filled(self, layer: int) -> tuple[Tensor, Tensor]:
         """(R, K, T, h) keys and values up to the longest row; `mask` (R, 1, 1, T), to be added to scores, hides what
@@ -101,3 +101,15 @@ class Cache:
         if place != last:
             self.copy(last, place)
         self.lengths.pop()
+
+
+def _last_tokens(held: Tensor, ends: Tensor) -> Tensor:
+    """Where in the memory of `held` (max_rows, K, max_len, h) the numbers of each row's last token lie, (R K h,). To
+    places numbered so a CPU copies in half the time that it takes for places in several dimensions."""
+
+    def along(dim: int, n: int) -> Tensor:
+        return torch.arange(n, device=ends.device) * held.stride(dim)
+
+    tokens = along(0, len(ends)) + (ends - 1) * held.stride(2)
+    heads, width = along(1, held.shape[1]), along(3, held.shape[3])
+    return (tokens[:, None, None] + heads[:, None] + width).flatten()
