@@ -1,10 +1,13 @@
 """Measuring kinds of work side by side, in one run and in turn; and the tables of what was found."""
 
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,6 +63,48 @@ def own_process(module: str, words: Sequence[object]) -> str:
         said = (done.stderr.splitlines() or ["no word of why"])[-1].removeprefix("error: ")
         raise ValueError(f"python -m {module}, a process of its own, ended with status {done.returncode}: {said}")
     return done.stdout.splitlines()[-1]
+
+
+@contextmanager
+def apart(make: Callable[[], Callable[[X], T]], threads: int) -> Iterator[Callable[[X], T]]:
+    """Work in a process of its own, for as long as the context: what another kind takes of the C library's memory, and
+    gives back, changes what each block costs. `make` makes it there. ValueError with what went wrong there."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there, make, threads), daemon=True)
+    process.start()
+    there.close()
+
+    def answer(*asked: X) -> T:
+        try:
+            for x in asked:
+                here.send(x)
+            done, result = here.recv()
+        except (EOFError, OSError):
+            process.join()
+            raise ValueError(f"a process that was measured ended with status {process.exitcode}") from None
+        if not done:
+            raise ValueError(f"a process that was measured failed: {result}")
+        return result
+
+    try:
+        answer()  # it is made
+        yield answer
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(parent: Connection, make: Callable[[], Callable[[X], T]], threads: int) -> None:
+    try:
+        torch.set_num_threads(threads)
+        work = make()
+        parent.send((True, None))
+        while True:
+            parent.send((True, work(parent.recv())))
+    except EOFError:  # the parent is gone
+        pass
+    except Exception as error:
+        parent.send((False, f"{type(error).__name__}: {error}"))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,17 +2,19 @@
 
     python -m benchmarks.step [--methods soft_moa,sparse_moa,lora | all] [--peft] [--rows 4] [--repeats 6] [--json FILE]
 
-Forward, backward and AdamW on the same rows, in turn; medians, and ratios within the run. Memory: each kind in its own
-process, the largest resident set after two steps. "base" is our model without adapters: gradients go to the
-embeddings' output, at least as far as any adapter wants them. PEFT pads to the longest row. "floor": the least that the
-step's arithmetic can take on this machine (benchmarks/floors.py), which is measured in the same run; of the memory, the
-weights, and the adapters' gradients and moments.
+Forward, backward and AdamW on the same rows, in turn; medians, and ratios within the run. PEFT's steps run in a process
+of their own. Memory: each kind in its own process, the largest resident set after two steps. "base" is our model
+without adapters: gradients go to the embeddings' output, at least as far as any adapter wants them. PEFT pads to the
+longest row. "floor": the least that the step's arithmetic can take on this machine (benchmarks/floors.py), which is
+measured in the same run; of the memory, the weights, and the adapters' gradients and moments.
 """
 
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ import torch
 from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.floors import step_work
 from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import CPU, figure, in_turn, own_process, ratio, table
+from benchmarks.measure import CPU, apart, figure, in_turn, own_process, ratio, table
 from benchmarks.models import config_of, shape_only
 from benchmarks.steps import BASE, PEFT, make, method_of
 from cli import errors, knob, parse
@@ -84,11 +86,15 @@ def task_of(ckpt_dir: str, examples: Sequence[Example], rows: int, steps: int) -
 
 def measure(kinds: Sequence[str], task: Task) -> dict[str, list[float]]:
     """Seconds of each kind's step on each batch, in turn; the first batch is done once before, unmeasured."""
-    steps = {kind: make(kind, task.ckpt_dir, task.bf16) for kind in kinds}
-    losses = {kind: step(task.batches[0]) for kind, step in steps.items()}
-    off = [kind for kind, loss in losses.items() if abs(loss - losses[kinds[0]]) > 0.05 * abs(losses[kinds[0]])]
-    assert not off, f"not the same task: first losses {losses}"  # adapters begin as good as nothing
-    return in_turn(steps, task.batches)
+    with ExitStack() as processes:
+        steps = {}
+        for kind in kinds:
+            step = partial(make, kind, task.ckpt_dir, task.bf16)
+            steps[kind] = processes.enter_context(apart(step, torch.get_num_threads())) if kind == PEFT else step()
+        losses = {kind: step(task.batches[0]) for kind, step in steps.items()}
+        off = [kind for kind, loss in losses.items() if abs(loss - losses[kinds[0]]) > 0.05 * abs(losses[kinds[0]])]
+        assert not off, f"not the same task: first losses {losses}"  # adapters begin as good as nothing
+        return in_turn(steps, task.batches)
 
 
 def shapes(kinds: Sequence[str], task: Task) -> dict[str, Transformer]:

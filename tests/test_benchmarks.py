@@ -3,9 +3,11 @@
 import importlib
 import io
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from benchmarks.flags import ALL, methods_named
 from benchmarks.floors import Work, generation_work, pairs, step_work
 from benchmarks.generators import Task, agreement, theirs
 from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import in_turn, ratio
+from benchmarks.measure import apart, in_turn, ratio
 from benchmarks.models import config_of, generator_of, on_base, random_base
 from benchmarks.peers import copied_bytes, lora_on, transformers_on
 from benchmarks.rows import LENGTHS, drawn_rows
@@ -196,6 +198,27 @@ def test_kinds_are_measured_in_turn_forwards_and_backwards() -> None:
     assert done == [(kind, x) for x, order in ((1, "abc"), (2, "cba"), (3, "abc")) for kind in order]
     assert list(seconds) == ["a", "b", "c"] and all(len(times) == 3 for times in seconds.values())
     assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3
+
+
+def _reciprocal(n: float) -> Callable[[float], float]:
+    return lambda x: n / x
+
+
+def _of_nothing() -> Callable[[float], float]:
+    raise OSError("no such thing")
+
+
+def test_work_apart_is_done_in_another_process_and_says_what_failed() -> None:
+    with apart(partial(_reciprocal, 6.0), 1) as work:
+        assert work(3.0) == 2.0 and work(2.0) == 3.0
+        assert len(multiprocessing.active_children()) == 1
+        with pytest.raises(ValueError, match="failed: ZeroDivisionError"):
+            work(0.0)
+        with pytest.raises(ValueError, match="ended with status"):
+            work(1.0)
+    assert not multiprocessing.active_children()
+    with pytest.raises(ValueError, match="failed: OSError: no such thing"), apart(_of_nothing, 1):
+        pass
 
 
 def test_cost_has_all_that_the_figure_needs(tmp_path: Path, command: Run) -> None:
