@@ -89,8 +89,8 @@ def measure(kinds: Sequence[str], task: Task) -> dict[str, list[float]]:
     with ExitStack() as processes:
         steps = {}
         for kind in kinds:
-            step = partial(make, kind, task.ckpt_dir, task.bf16)
-            steps[kind] = processes.enter_context(apart(step, torch.get_num_threads())) if kind == PEFT else step()
+            maker = partial(make, kind, task.ckpt_dir, task.bf16)
+            steps[kind] = processes.enter_context(apart(maker, torch.get_num_threads())) if kind == PEFT else maker()
         losses = {kind: step(task.batches[0]) for kind, step in steps.items()}
         off = [kind for kind, loss in losses.items() if abs(loss - losses[kinds[0]]) > 0.05 * abs(losses[kinds[0]])]
         assert not off, f"not the same task: first losses {losses}"  # adapters begin as good as nothing
