@@ -3,11 +3,12 @@
     python -m benchmarks.cost [--methods all] [--data_path gsm8k/train.json] [--test_path gsm8k/test.json] [--peft]
                               [--json FILE]
 
-One base, one machine, one run: training steps and answers are measured in turn, all on the same rows. An epoch: all
-tokens of the training rows at the measured median time per token. Peak memory of training: each method in a process of
-its own, the largest resident set of two steps. An answer: --new_tokens tokens (adapters as they start; how long the
-answers of trained ones are is another matter), --batch_size at once. "x base": the median of the ratios of what was
-measured next to each other. "base" is the model without adapters; a step of it has no optimizer.
+One base, one machine, one run: training steps and answers are measured in turn, all on the same rows, PEFT's in
+processes of their own. An epoch: all tokens of the training rows at the measured median time per token. Peak memory of
+training: each method in a process of its own, the largest resident set of two steps. An answer: --new_tokens tokens
+(adapters as they start; how long the answers of trained ones are is another matter), --batch_size at once. "x base":
+the median of the ratios of what was measured next to each other. "base" is the model without adapters; a step of it has
+no optimizer.
 """
 
 import statistics
@@ -22,7 +23,7 @@ import torch
 from benchmarks.decoding import EARLY
 from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.generation import prompts_of
-from benchmarks.generators import Kind, Task, make
+from benchmarks.generators import Kind, Task, made
 from benchmarks.measure import figure, in_turn, own_process, ratio, table
 from benchmarks.models import config_of, shape_only
 from benchmarks.step import measure, task_of
@@ -86,11 +87,12 @@ def answering(
     prompts = prompts_of(flags.test_path or str(ensure_data()[1]), ckpt_dir, flags.batch_size)
     task = Task(prompts, flags.new_tokens, flags.new_tokens, flags.batch_size)
     n_layers = read_base(ckpt_dir)[0].n_layers
-    generators = {kind: make(Kind(kind, config_of(method_of(kind), n_layers)), ckpt_dir, bf16, task) for kind in kinds}
-    for generate in generators.values():
-        generate(task.shorter(EARLY))
-    works = {kind: lambda _, generate=generate: generate(task) for kind, generate in generators.items()}
-    seconds = in_turn(works, range(flags.repeats))
+    wanted = [Kind(kind, config_of(method_of(kind), n_layers)) for kind in kinds]
+    with made(wanted, ckpt_dir, bf16, task) as generators:
+        for generate in generators.values():
+            generate(task.shorter(EARLY))
+        works = {kind: lambda _, generate=generate: generate(task) for kind, generate in generators.items()}
+        seconds = in_turn(works, range(flags.repeats))
     said = {"prompts": len(prompts), "prompt_tokens": sum(map(len, prompts)), "new_tokens": flags.new_tokens}
     return said, {
         kind: {

@@ -4,16 +4,16 @@
     python -m benchmarks.generation --natural_stops --prompts 200 --data_path gsm8k/test.json --peft \\
         --adapter_path runs/gsm8k/lora/s0,runs/gsm8k/soft_moa/s0 [--batch_size 32] [--json FILE]
 
-Greedy, on the same weights and prompts, in turn; medians, and ratios within the run. Without --natural_stops each
-prompt is answered by --new_tokens tokens, all prompts at once, and a decode step's time is that of the tokens after the
-first quarter (after 16, if that is more: until then ours makes its copies of weights). With it answers end where the
-model ends them, --batch_size rows at once: ours with rows that leave and come one by one, transformers in batches of
-prompts of like length, padded on the left. Answers of trained adapters differ in length, so look at the time per token;
-PEFT gets the first of --adapter_path that is plain LoRA (else one as it starts, which answers as the base does).
-Memory: each kind in a process of its own, the largest resident set of the task's first batch. "floor": the least that
-products and bytes take on this machine, measured in the same run (benchmarks/floors.py), for a kind's own answers; of
-the memory, the weights and the longest rows' keys and values. "same tokens": as the kind's counterpart of ours, first
-and all.
+Greedy, on the same weights and prompts, in turn, transformers and PEFT in processes of their own; medians, and ratios
+within the run. Without --natural_stops each prompt is answered by --new_tokens tokens, all prompts at once, and a
+decode step's time is that of the tokens after the first quarter (after 16, if that is more: until then ours makes its
+copies of weights). With it answers end where the model ends them, --batch_size rows at once: ours with rows
+that leave and come one by one, transformers in batches of prompts of like length, padded on the left. Answers of
+trained adapters differ in length, so look at the time per token; PEFT gets the first of --adapter_path that is plain
+LoRA (else one as it starts, which answers as the base does). Memory: each kind in a process of its own, the largest
+resident set of the task's first batch. "floor": the least that products and bytes take on this machine, measured in the
+same run (benchmarks/floors.py), for a kind's own answers; of the memory, the weights and the longest rows' keys and
+values. "same tokens": as the kind's counterpart of ours, first and all.
 """
 
 import statistics
@@ -28,7 +28,7 @@ import torch
 from benchmarks.decoding import EARLY
 from benchmarks.flags import OnBase, Timed, methods_named, require_positive
 from benchmarks.floors import generation_work
-from benchmarks.generators import PEERS, Generate, Kind, Task, agreement, kinds_of, make
+from benchmarks.generators import PEERS, Generate, Kind, Task, agreement, kinds_of, made, maker_of
 from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import CPU, figure, own_process, ratio, table, timed, turns
 from benchmarks.models import shape_only
@@ -148,12 +148,13 @@ def main(argv: list[str]) -> None:
         kinds = kinds_of(ckpt_dir, flags.fresh(), flags.trained(), flags.peft)
         if flags.memory_of:
             kind = next(kind for kind in kinds if kind.name == flags.memory_of)
-            make(kind, ckpt_dir, bf16, task)(task.first_batch())
+            maker_of(kind, ckpt_dir, bf16, task)()(task.first_batch())
             print(peak_memory(CPU))
             return
         memory = {k.name: int(own_process("benchmarks.generation", [*argv, "--memory_of", k.name])) for k in kinds}
         machine = measure_machine()
-        answers, figures = measure({k.name: make(k, ckpt_dir, bf16, task) for k in kinds}, task, flags.repeats)
+        with made(kinds, ckpt_dir, bf16, task) as generators:
+            answers, figures = measure(generators, task, flags.repeats)
         args, _ = read_base(ckpt_dir)
         for kind in kinds:
             mine = answers[kind.name]

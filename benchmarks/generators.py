@@ -1,12 +1,14 @@
 """Answering prompts greedily: with our methods, our bare base, and with transformers and PEFT, as their users do it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.measure import CPU
+from benchmarks.measure import CPU, apart
 from benchmarks.models import config_of
 from benchmarks.peers import peft_lora, transformers_model
 from benchmarks.steps import BASE, PEFT, TRANSFORMERS
@@ -78,14 +80,34 @@ def _is_plain(config: AdapterConfig) -> bool:
     return True
 
 
-def make(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Generate:
-    """A generator for tasks with at most this one's prompts and lengths."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
+@contextmanager
+def made(kinds: Sequence[Kind], ckpt_dir: str, bf16: bool, task: Task) -> Iterator[dict[str, Generate]]:
+    """Generators for tasks with at most this one's prompts and lengths, by kind; transformers' and PEFT's in processes
+    of their own."""
+    with ExitStack() as processes:
+        generators = {}
+        for kind in kinds:
+            maker = maker_of(kind, ckpt_dir, bf16, task)
+            other = kind.name in PEERS
+            generators[kind.name] = processes.enter_context(apart(maker, torch.get_num_threads())) if other else maker()
+        yield generators
+
+
+def maker_of(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Callable[[], Generate]:
+    """What makes a generator of one kind, in this process or another."""
     if kind.name in PEERS:
-        stop_ids = read_base(ckpt_dir)[1].stop_ids
-        if kind.name == TRANSFORMERS:
-            return theirs(transformers_model(ckpt_dir, dtype), stop_ids)
-        return theirs(peft_lora(ckpt_dir, dtype, adapter_path=kind.adapter_path), stop_ids)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return partial(_theirs_of, kind, ckpt_dir, dtype, read_base(ckpt_dir)[1].stop_ids)
+    return partial(_ours_of, kind, ckpt_dir, bf16, task)
+
+
+def _theirs_of(kind: Kind, ckpt_dir: str, dtype: torch.dtype, stop_ids: Sequence[int]) -> Generate:
+    if kind.name == TRANSFORMERS:
+        return theirs(transformers_model(ckpt_dir, dtype), stop_ids)
+    return theirs(peft_lora(ckpt_dir, dtype, adapter_path=kind.adapter_path), stop_ids)
+
+
+def _ours_of(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Generate:
     llm = ours(kind, ckpt_dir, bf16, task)
     return lambda task: llm.generate(task.prompts, task.max_gen_len, task.min_new_tokens)
 
