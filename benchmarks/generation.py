@@ -7,13 +7,13 @@
 Greedy, on the same weights and prompts, in turn, transformers and PEFT in processes of their own; medians, and ratios
 within the run. Without --natural_stops each prompt is answered by --new_tokens tokens, all prompts at once, and a
 decode step's time is that of the tokens after the first quarter (after 16, if that is more: until then ours makes its
-copies of weights). With it answers end where the model ends them, --batch_size rows at once: ours with rows
-that leave and come one by one, transformers in batches of prompts of like length, padded on the left. Answers of
-trained adapters differ in length, so look at the time per token; PEFT gets the first of --adapter_path that is plain
-LoRA (else one as it starts, which answers as the base does). Memory: each kind in a process of its own, the largest
-resident set of the task's first batch. "floor": the least that products and bytes take on this machine, measured in the
-same run (benchmarks/floors.py), for a kind's own answers; of the memory, the weights and the longest rows' keys and
-values. "same tokens": as the kind's counterpart of ours, first and all.
+copies of weights). With it answers end where the model ends them, --batch_size rows at once: ours with rows that leave
+and come one by one, transformers in batches of prompts of like length, padded on the left. Answers of trained adapters
+differ in length, so look at the time per token; PEFT gets the first of --adapter_path that is plain LoRA (else one as
+it starts, which answers as the base does). Memory: each kind in a process of its own, the largest resident set of the
+task's first batch. "floor": the least that products and bytes take on this machine, measured in the same run
+(benchmarks/floors.py), for a kind's own answers; of the memory, the weights and the longest rows' keys and values.
+"same tokens": as the kind's counterpart of ours, first and all.
 """
 
 import statistics
