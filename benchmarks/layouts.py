@@ -81,7 +81,7 @@ class Memory(NamedTuple):
 
     held: dict[str, int]
     activations: dict[str, tuple[int, int]]
-    temporary: Callable[[int], int]  # of so many tokens
+    temporary: Callable[[list[int]], int]  # of rows of these lengths
     cache: int
 
     def of(self, n_rows: int, name: str) -> int:
@@ -90,7 +90,7 @@ class Memory(NamedTuple):
         return two + (n_rows - 2) * (three - two)
 
     def total(self, n_rows: int, name: str) -> int:
-        return sum(self.held.values()) + self.of(n_rows, name) + self.temporary(n_rows * LENGTH)
+        return sum(self.held.values()) + self.of(n_rows, name) + self.temporary([LENGTH] * n_rows)
 
     def largest_batch_size(self, name: str, card: int) -> int:
         """The most rows whose step fits `card` bytes; 0 where a single one does not."""
@@ -126,7 +126,7 @@ def compute(layout: Layout, method: str) -> dict[str, Any]:
         "batch_size": BATCH_SIZE,
         "micro_batches": micro_batches,
         "held": memory.held,
-        "temporary": memory.temporary(BATCH_SIZE * LENGTH),
+        "temporary": memory.temporary([LENGTH] * BATCH_SIZE),
     }
     with first_rank(layout.gpus, layout.share) as notes:
         model = model_of(layout.model, method)

@@ -11,7 +11,9 @@ from benchmarks.peers import peft_lora
 from llama import Llama, Transformer
 from llama.checkpoint import read_base
 from llama.data import IGNORE, Example
+from moa.state import adapter_parameters
 from training.data import label_count, micro_batches
+from training.lanes import Passes
 from training.loop import make_optimizer
 
 BASE, TRANSFORMERS, PEFT = "base", "transformers", "PEFT lora"
@@ -19,23 +21,26 @@ Step = Callable[[list[Example]], float]  # returns the loss
 
 
 def step_of(model: Transformer, device: torch.device = CPU) -> Step:
-    """A step of finetune.py with its rows as one micro-batch. Of the bare model: forward and backward, with gradients
-    as far as the embeddings' output: at least as far as any adapter wants them."""
+    """A step of finetune.py with its rows as one micro-batch. Of the bare model: forward and backward, with the
+    gradient of a bias of the embeddings: at least as far as any adapter wants gradients."""
     model.train()
     optimizer = make_optimizer(model, 0.02) if model.config else None
-    if optimizer is None:
-        model.tok_embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+    if optimizer:
+        parameters = [entry.parameter for entry in adapter_parameters(model).values()]
+    else:
+        parameters = [nn.Parameter(torch.zeros(model.args.dim, dtype=model.output.weight.dtype, device=device))]
+        model.tok_embeddings.register_forward_hook(lambda _, __, output: output + parameters[0])
+    passes = Passes(model, parameters)
 
     def step(examples: list[Example]) -> float:
         n_labels = sum(map(label_count, examples))
-        if optimizer:
-            optimizer.zero_grad(set_to_none=True)
-        for tokens, labels, rows in micro_batches(examples, len(examples), device):
-            losses = model.losses(tokens, labels, rows)
-            (losses.labels / n_labels + losses.auxiliary).backward()
+        for parameter in parameters:
+            parameter.grad = None
+        (batch,) = micro_batches(examples, len(examples), device)
+        losses = passes.run(batch, n_labels, len(batch[0]))
         if optimizer:
             optimizer.step()
-        return losses.labels.item() / n_labels
+        return losses[0].item()
 
     return step
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moa.parallel import mp_rank, mp_size
 
 CHUNK_ELEMENTS = 32 * 1024 * 1024  # logits held at a time on a GPU
-CHUNK_LABELS = 128  # and labels at a time on a CPU, where large pieces of memory are slow to come by
+CHUNK_LABELS = 96  # and labels at a time on a CPU; products of 128 are no quicker, of 64 a tenth slower
 
 
 def _reduce(x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:

@@ -29,11 +29,12 @@ from moa.adapter import AdapterModule, Site
 from moa.base import NormWeight
 from moa.block import Adapters, Mixing, Read, build_router
 from moa.config import AdapterConfig, Slot
+from moa.experts import Balance
 from moa.parallel import copy_to_ranks, parts_of_heads, share
 from moa.routers import Gates
 from moa.rows import Rows, on_device
 
-Outputs = tuple[Tensor, list[Tensor]]  # hidden states (N, D), and load-balancing losses
+Outputs = tuple[Tensor, list[Balance]]  # hidden states (N, D), and of the load-balancing losses
 
 
 class RMSNorm(nn.Module):
@@ -125,7 +126,7 @@ class TransformerBlock(nn.Module):
         self.router = build_router(config, slots, args.dim)
 
     def forward(self, x: Tensor, step: "Step") -> Outputs:
-        """x (N, D) -> (N, D), and the load-balancing losses of the block's routers of experts."""
+        """x (N, D) -> (N, D), and what the load-balancing losses of the block's routers of experts are made of."""
         mixing = Mixing(step.route(self.router, x, self.layer) if self.router is not None else {})
         y = x + self.attention(self.attention_norm(x), mixing, step, self.layer)
         out, balance = _run_again_later(self._second_half, y, mixing.gates, when=step.recompute == "ffn")
@@ -189,10 +190,12 @@ class Step:
 
 class Losses(NamedTuple):
     """Of a packed batch, float32 scalars. labels: the sum of -log p(label) over the label tokens. auxiliary: the
-    method's load-balancing loss over the batch's tokens, times its coefficient; 0 where it has none."""
+    method's load-balancing loss over the batch's tokens, times its coefficient; 0 where it has none. balance: what that
+    is made of, of all routers, (routers, E)."""
 
     labels: Tensor
     auxiliary: Tensor
+    balance: Balance | None = None
 
 
 class Transformer(nn.Module):
@@ -254,7 +257,12 @@ class Transformer(nn.Module):
         summed = label_loss(hidden[before], self.output.weight, labels)
         if not balance:
             return Losses(summed, torch.zeros((), device=summed.device))
-        return Losses(summed, self.config.experts.lb_loss_coeff * torch.stack(balance).sum())
+        stacked = Balance(*map(torch.stack, zip(*balance, strict=True)))
+        return Losses(summed, self.auxiliary(stacked), stacked)
+
+    def auxiliary(self, balance: Balance) -> Tensor:
+        """The load-balancing loss of all routers, times its coefficient: a float32 scalar."""
+        return self.config.experts.lb_loss_coeff * balance.loss()
 
     def hidden(self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Tensor:
         """tokens (N,), packed -> (N, D) final hidden states, normed.
@@ -263,17 +271,15 @@ class Transformer(nn.Module):
         """
         return self._run(tokens, rows, cache, places)[0]
 
-    def _run(
-        self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states, and the load-balancing losses of all blocks."""
+    def _run(self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Outputs:
+        """Final hidden states, and what the load-balancing losses of all blocks are made of."""
         recompute = self.activation_checkpointing if torch.is_grad_enabled() else "off"
         step = Step(rows, self._rope(rows), self.flash, cache, places, recompute)
-        x, losses = self.tok_embeddings(tokens), []
+        x, balances = self.tok_embeddings(tokens), []
         for block in self.layers:
             x, balance = _run_again_later(block, x, step, when=recompute == "all")
-            losses += balance
-        return self.norm(x), losses
+            balances += balance
+        return self.norm(x), balances
 
     def _rope(self, rows: Rows) -> Rope:
         """From a table of the rotations of all positions."""

@@ -89,6 +89,7 @@ class AdapterModule(Deriving):
     loading, initialising, optimizer groups and model parallelism all read `declared`."""
 
     per_row = False  # of a block's router: it is asked once per row instead of once per token
+    draws = False  # random numbers, while it trains
 
     def __init__(self):
         super().__init__()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in, reads_of, shared_out, stacked
 from moa.base import BIASED_SITES, Bias
 from moa.config import AdapterConfig, Slot
+from moa.experts import Balance
 from moa.knobs import ADAPTERS, BLOCK_ROUTERS
 from moa.load import load_class
 from moa.routers import Gates
@@ -17,10 +18,10 @@ from moa.routers import Gates
 @dataclass
 class Mixing:
     """How a block's adapters are weighed in one forward pass. gates: of the block's router, (N, 1) by slot; ungated
-    adapters have no entry. balance: where the load-balancing losses of the routers of experts gather."""
+    adapters have no entry. balance: what the load-balancing losses of the routers of experts are made of."""
 
     gates: Gates
-    balance: list[Tensor] = field(default_factory=list)
+    balance: list[Balance] = field(default_factory=list)
 
 
 class Read(NamedTuple):

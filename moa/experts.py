@@ -4,9 +4,11 @@ u (N, in) is the input of the layer that the adapter stands beside; a router get
 that chooses may let its experts wither; its load-balancing loss, E sum_e f_e p_e, keeps them in use: f_e is the share
 of tokens that chose expert e, p_e the mean weight that the router would give it.
 
-Each returns the weights (N, E) in u's dtype and, where it is one that chooses, its load-balancing loss (none in
-inference mode).
+Each returns the weights (N, E) in u's dtype and, where it is one that chooses, what its load-balancing loss is made of
+(None in inference mode).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +21,20 @@ from moa.load import load_class
 from moa.routers import Linear
 
 
-def balance_loss(chosen: Tensor, p: Tensor) -> Tensor:
-    """E sum_e f_e p_e, a float32 scalar, of chosen (N, E), True or False, and p (N, E), which gets the gradient."""
-    return p.shape[1] * (chosen.float().mean(0) * p.mean(0)).sum()
+class Balance(NamedTuple):
+    """What a load-balancing loss is made of, (..., E) float32, means over tokens. load: f_e, without a gradient."""
+
+    load: Tensor
+    p: Tensor
+
+    def loss(self) -> Tensor:
+        """E sum_e f_e p_e, a float32 scalar; of several routers the sum of theirs."""
+        return self.p.shape[-1] * (self.load * self.p).sum()
 
 
-def _balance(chosen: Tensor, p: Tensor) -> Tensor | None:
-    return None if torch.is_inference_mode_enabled() else balance_loss(chosen, p)
+def _balance(chosen: Tensor, p: Tensor) -> Balance | None:
+    """Of chosen (N, E), True or False, and p (N, E)."""
+    return None if torch.is_inference_mode_enabled() else Balance(chosen.float().mean(0), p.mean(0))
 
 
 class SoftExperts(AdapterModule):
@@ -52,11 +61,12 @@ class TopKExperts(AdapterModule):
         self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.inputs(1))
         noisy = config.experts.noisy_router
         self.noise = Linear(site.in_features, config.experts.expert_num, cut=site.inputs(1)) if noisy else None
+        self.draws = noisy
 
     def reads(self) -> list[Tensor]:
         return [self.linear.weight] + ([self.noise.weight] if self.noise is not None else [])
 
-    def forward(self, y: Tensor, y_noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y: Tensor, y_noise: Tensor | None = None) -> tuple[Tensor, Balance | None]:
         logits = self.linear.finish(y)
         if self.noise is not None and self.training:
             logits = logits + torch.randn_like(logits) * F.softplus(self.noise.finish(y_noise))
@@ -78,7 +88,7 @@ class AdaMoLEExperts(AdapterModule):
     def reads(self) -> list[Tensor]:
         return [self.linear.weight, self.threshold.weight]
 
-    def forward(self, y: Tensor, y_threshold: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y: Tensor, y_threshold: Tensor) -> tuple[Tensor, Balance | None]:
         p = self.linear.finish(y).softmax(-1)
         d = p - torch.sigmoid(self.threshold.finish(y_threshold)) / p.shape[1]
         chosen = d >= 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import llama.watch
 import training.checkpoint
@@ -26,7 +27,8 @@ from llama.model import Losses, Transformer
 
 
 class Fault(NamedTuple):
-    """`what` happens on `rank` at these calls of the model's losses (from 1; with two steps per save, one per step)."""
+    """`what` happens on `rank` at these calls of the model's losses (from 1; with two steps per save, one per step; the
+    estimate of memory has no part in it)."""
 
     what: str
     rank: int
@@ -81,10 +83,10 @@ def faulty(fault: Fault, flags: list[str]) -> None:
     """finetune.py with the fault built in."""
     whole, count, here = Transformer.losses, 0, fault.rank in (-1, int(os.environ["RANK"]))
 
-    def losses(self: Transformer, *arguments: object) -> Losses:
+    def losses(self: Transformer, tokens: Tensor, *arguments: object) -> Losses:
         nonlocal count
-        count += 1
-        found = whole(self, *arguments)
+        count += not tokens.is_meta
+        found = whole(self, tokens, *arguments)
         return happen(fault.what, found) if here and count in fault.calls else found
 
     Transformer.losses = losses

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from moa.adapter import AdapterModule, Site
 from moa.config import AdapterConfig
-from moa.experts import balance_loss, build_expert_router
+from moa.experts import Balance, build_expert_router
 from moa.state import initialise
 from tiny import build, tokens
 
@@ -25,7 +25,7 @@ def inputs(seed: int = 0) -> Tensor:
     return torch.randn(N, D, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def ask(router: AdapterModule, u: Tensor) -> tuple[Tensor, Tensor | None]:
+def ask(router: AdapterModule, u: Tensor) -> tuple[Tensor, Balance | None]:
     return router(*(F.linear(u, weight) for weight in router.reads()))
 
 
@@ -69,7 +69,7 @@ def test_adamole_chooses_by_threshold_and_is_safe_where_nothing_is_left() -> Non
     counts = (weights > 0).sum(-1)
     assert counts.min() >= 1 and counts.min() < counts.max()
     torch.testing.assert_close(weights.sum(-1), torch.ones(N))
-    assert balance > 0
+    assert balance.loss() > 0
     with torch.no_grad():  # all experts alike, and exactly at the threshold: d = 0 for each
         for parameter in adamole.parameters():
             parameter.zero_()
@@ -80,14 +80,25 @@ def test_adamole_chooses_by_threshold_and_is_safe_where_nothing_is_left() -> Non
 
 
 def test_the_balance_loss_is_least_where_all_experts_are_used_alike() -> None:
-    even = torch.eye(E).repeat(N, 1)
-    assert balance_loss(even.bool(), even).item() == pytest.approx(1.0)
-    one = F.one_hot(torch.zeros(N, dtype=torch.long), E)
-    assert balance_loss(one.bool(), one.float()).item() == pytest.approx(E)
-    p = inputs()[:, :E].softmax(-1).requires_grad_()
-    chosen = p.detach() > 0.3
-    balance_loss(chosen, p).backward()  # E f_e / N for each token
-    torch.testing.assert_close(p.grad, (E * chosen.float().mean(0) / N).expand(N, E))
+    even, one = torch.full((E,), 1 / E), torch.eye(E)[0]
+    assert Balance(even, even).loss().item() == pytest.approx(1.0)
+    assert Balance(one, one).loss().item() == pytest.approx(E)
+    both = Balance(torch.stack([even, one]), torch.stack([even, one]))
+    assert both.loss().item() == pytest.approx(1.0 + E)
+
+
+@pytest.mark.parametrize("kind", ["topk", "adamole"])
+def test_the_balance_is_of_what_is_chosen_and_of_what_would_be(kind: str) -> None:
+    choosing, u = router(kind), inputs()
+    weights, balance = ask(choosing, u)
+    p, load = choosing.linear(u).softmax(-1), (weights > 0).float().mean(0)
+    torch.testing.assert_close(balance.load, load)
+    torch.testing.assert_close(balance.p, p.mean(0))
+    (expected,) = torch.autograd.grad(E * (load * p.mean(0)).sum(), choosing.linear.weight)
+    (found,) = torch.autograd.grad(balance.loss(), choosing.linear.weight)
+    torch.testing.assert_close(found, expected)
+    with torch.inference_mode():
+        assert ask(choosing, u)[1] is None
 
 
 def test_a_soft_router_has_a_bias_where_it_is_asked_for() -> None:

@@ -106,7 +106,7 @@ def test_training(name: str, recompute: str) -> None:
     model.losses(*next(micro_batches(ROWS, 4, DEVICE)))  # the first pass makes the table of rotations
     with Copies() as copies:
         (batch,) = micro_batches(ROWS, 4, DEVICE)
-        sum(model.losses(*batch)).backward()
+        sum(model.losses(*batch)[:2]).backward()
     assert copies.all >= 3 and not copies.waiting
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

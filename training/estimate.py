@@ -6,7 +6,7 @@ message of gradients.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from llama.checkpoint import placements
 from llama.loss import CHUNK_ELEMENTS, CHUNK_LABELS
 from llama.model import Transformer
 from moa.state import adapter_parameters
+from training.lanes import lanes_of, threads_of
 from training.layout import Message
 from training.rehearsal import Kept, StepMessages, kept
 from training.settings import RECOMPUTED
@@ -44,14 +45,17 @@ def activation_bytes(found: Kept, recompute: str) -> int:
     return found.standing[recompute] + found.again[recompute]
 
 
-def temporary_bytes(model: Transformer, n_tokens: int, device: torch.device) -> int:
-    """The most that comes and goes while all activations stand: at the end of the forward pass the logits of a chunk of
-    labels and their logarithms (`llama.loss`, float32), or at the start of the backward pass the gradients inside a
-    feed-forward block, three of its hidden width and four of the model's."""
+def temporary_bytes(model: Transformer, lengths: Sequence[int], device: torch.device) -> int:
+    """The most that comes and goes while all activations of rows of these lengths stand: at the end of the forward
+    pass, in each lane (`training.lanes`), the logits of a chunk of labels and their logarithms (`llama.loss`, float32),
+    or at the start of the backward pass the gradients inside a feed-forward block, three of its hidden width and four
+    of the model's."""
     weight = model.output.weight
     width, (vocab, dim) = weight.element_size(), weight.shape
     chunk = CHUNK_LABELS if device.type == "cpu" else max(1, CHUNK_ELEMENTS // vocab)
-    logits = min(n_tokens, chunk) * vocab * 2 * 4 + n_tokens * dim * width
+    lanes = lanes_of(lengths, threads_of(model, device))
+    at_once, n_tokens = sum(min(chunk, sum(lengths[i] for i in lane)) for lane in lanes), sum(lengths)
+    logits = at_once * vocab * 2 * 4 + n_tokens * dim * width
     hidden = model.layers[0].feed_forward.w1.weight.shape[0]
     return max(logits, n_tokens * width * (3 * hidden + 4 * dim))
 
@@ -59,7 +63,7 @@ def temporary_bytes(model: Transformer, n_tokens: int, device: torch.device) -> 
 def estimates(model: Transformer, lengths: list[int], device: torch.device) -> dict[str, dict[str, int]]:
     """Bytes on this rank, by what takes them, for micro-batches of rows of these lengths; for each choice of
     --activation_checkpointing."""
-    found, temporary = kept(model, lengths, device), temporary_bytes(model, sum(lengths), device)
+    found, temporary = kept(model, lengths, device), temporary_bytes(model, lengths, device)
     by_choice = {}
     for choice in RECOMPUTED:
         parts = held_bytes(model) | {"activations": activation_bytes(found, choice), "temporary": temporary}

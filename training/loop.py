@@ -19,6 +19,7 @@ from llama.parallel import data_rank, data_size
 from moa.state import adapter_parameters, optimizer_groups
 from training.data import label_count, micro_batches
 from training.exchange import GradientSum
+from training.lanes import Passes
 from training.schedule import Plan, share_out
 from training.stop import Stopped
 
@@ -59,7 +60,7 @@ def train(
     """
     parameters = [entry.parameter for entry in adapter_parameters(model).values()]
     device = parameters[0].device
-    exchange = GradientSum(parameters)
+    exchange, passes = GradientSum(parameters), Passes(model, parameters)
     model.train()
     try:
         while progress.done < plan.steps:
@@ -78,14 +79,10 @@ def train(
             # On all ranks alike, also where an epoch's last step has too few rows to go round
             n_micro_batches = -(-len(batch) // (data_size() * batch_size))
             mine = list(micro_batches(share, batch_size, device, n_micro_batches))
-            for i, (tokens, labels, rows) in enumerate(mine, 1):
-                part = model.losses(tokens, labels, rows)
-                # The auxiliary loss is a mean over a micro-batch's tokens: each counts by its share of the step's.
-                parts = torch.stack([part.labels / n_labels, part.auxiliary * len(tokens) / n_tokens])
+            for i, micro_batch in enumerate(mine, 1):
                 if i == len(mine):
                     exchange.begin()
-                parts.sum().backward()
-                losses += parts.detach()
+                losses += passes.run(micro_batch, n_labels, n_tokens)
             exchange.finish()
             value, auxiliary, finite, signum = _agree(losses, parameters, stop_signal())
             entry = {
@@ -113,6 +110,7 @@ def train(
                 raise Stopped(signum)
     finally:
         exchange.close()
+        passes.close()
 
 
 def _not_finite(step: int, loss: float, numbers: list[int]) -> str:

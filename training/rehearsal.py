@@ -62,12 +62,13 @@ def kept(model: Transformer, lengths: list[int], device: torch.device) -> Kept:
     recompute, model.activation_checkpointing = model.activation_checkpointing, "off"
     try:
         with saved_tensors_hooks(found.add, lambda t: t), _attention_of(device, model):
-            loss = _loss(model, _hidden(model, lengths), len(lengths))
+            every = torch.zeros(sum(lengths), dtype=torch.int64)  # labels, which stay on the CPU
+            losses = model.losses(_tokens(len(every)), every, Rows(lengths, "meta"))
     finally:
         model.activation_checkpointing = recompute
         for hook in hooks:
             hook.remove()
-    assert loss.requires_grad
+    assert losses.labels.requires_grad
     return found.kept()
 
 
@@ -87,7 +88,7 @@ def messages_of_step(model: Transformer, lengths: list[int], notes: list[Message
         begin = len(notes)
         return work(), notes[begin:]
 
-    hidden, forward = of(lambda: _hidden(model, lengths))
+    hidden, forward = of(lambda: model.hidden(_tokens(sum(lengths)), Rows(lengths, "meta")))
     loss, in_loss = of(lambda: _loss(model, hidden, len(lengths)))
     _, backward = of(loss.backward)
     model.zero_grad(set_to_none=True)
@@ -124,10 +125,6 @@ def messages_of_generation(
 
 def _tokens(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device="meta")
-
-
-def _hidden(model: Transformer, lengths: list[int]) -> Tensor:
-    return model.hidden(_tokens(sum(lengths)), Rows(lengths, "meta"))
 
 
 def _loss(model: Transformer, hidden: Tensor, n_rows: int) -> Tensor:
