@@ -7,6 +7,7 @@ of an input's gradients over the ranks: layers that share an input share one (`m
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 
 import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -124,7 +125,7 @@ def product_of_copies(
 ) -> Tensor:
     """x (N, in) times all `weights` (k, in), one above the other, by a copy that `keeper` keeps of them. For a CPU's
     bf16 kernels it is laid out in the order in which they read it: they would sort it anew for every product."""
-    sort = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    sort = x.device.type == "cpu" and x.dtype == torch.bfloat16 and can_sort()
 
     def stack() -> Tensor:
         copy = torch.cat([weight.to(x.dtype) for weight in weights()])
@@ -132,3 +133,9 @@ def product_of_copies(
 
     copy = keeper.derived((name, x.dtype), stack)
     return torch.ops.mkldnn._linear_pointwise(x, copy, None, "none", [], "") if sort else F.linear(x, copy)
+
+
+@cache
+def can_sort() -> bool:
+    """Whether this processor has bf16 kernels that read matrices in an order of their own: AVX2 alone has none."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

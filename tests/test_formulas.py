@@ -35,7 +35,8 @@ def test_model_equals_the_formulas(name: str | None) -> None:
     batch, prompt_lens = tokens(2, 6), [2, 5]
     rows = list(zip(batch.tolist(), prompt_lens, strict=True))
     logits, expected = model(batch, prompt_lens), torch.stack([by_hand.logits(*row) for row in rows])
-    torch.testing.assert_close(logits.double(), expected, rtol=5e-5, atol=5e-5)
+    near = 5e-4 if name == "adamole" else 5e-5  # which divides differences of nearly equal numbers by their sum
+    torch.testing.assert_close(logits.double(), expected, rtol=near, atol=near)
     if name is None:
         return
     loss = model.loss(batch, batch, prompt_lens)

@@ -10,6 +10,7 @@ import torch
 
 import llama.engine
 import llama.generation
+import llama.layers
 import moa.adapter
 from llama import Llama
 from llama.engine import NOT_FINITE, Answer, Rules, _choose, decode, prefill
@@ -181,6 +182,12 @@ def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy:
     )
     bound = (0.5 if chooses else 0.08) if bf16 else 1e-5  # rounding may choose other experts
     assert max(off) < bound, off
+
+
+def test_copies_of_bf16_weights_on_a_processor_that_sorts_none(monkeypatch) -> None:
+    monkeypatch.setattr(llama.layers, "can_sort", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    test_decode_steps_equal_a_whole_pass("soft_moa", True, True, 64, monkeypatch)
 
 
 def test_seeds_and_samples_differ_and_repeat() -> None:

@@ -1,5 +1,5 @@
 """The sum of gradients over data-parallel ranks: adapters alone, in few large messages, under way while the backward
-pass still runs."""
+pass still runs. Where lanes share out a CPU's rows (`training.lanes`), gradients and so messages come after it."""
 
 from typing import Any
 
