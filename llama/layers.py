@@ -15,6 +15,7 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llama.pointwise import swiglu
 from moa.adapter import AdapterModule, Deriving, reads_of, shared_out, stacked
 from moa.block import Adapters, Read
 from moa.parallel import all_reduce, copy_to_ranks, mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
@@ -97,27 +98,70 @@ def side_by_side(
     return outputs, Read(x, shared_out(product, readers))
 
 
+def gated_side_by_side(
+    gate: Tensor, up: Tensor, layer: RowParallel, adapters: Adapters, site: str
+) -> tuple[list[Tensor], Read]:
+    """The same for one layer and the input silu(gate) * up, (N, in) each. In training that product is not kept where
+    adapters want no more of it than what they read: the backward pass, which needs most of it anyway, makes it anew."""
+    readers = adapters.at(site)
+    trains = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if not (trains and readers and all(module.reads() for module in readers)):
+        return side_by_side(swiglu(gate, up), [layer], adapters, site)
+    made = _GatedSideBySide.apply(gate, up, stacked(reads_of(readers), gate.dtype), layer.weight)
+    output, product = map(sum_over_ranks, made)
+    return [output], Read(None, shared_out(product, readers))
+
+
 class _SideBySide(torch.autograd.Function):
-    """x (N, in) times frozen weights (k, in) each, and times one of adapters, which trains. The products of the
-    backward pass add up the gradient of x themselves. cut: the frozen weights are this rank's parts of whole ones, and
-    what they give of that gradient is summed over the ranks."""
+    """x (N, in) times frozen weights (k, in) each, and times one of adapters, which trains. cut: the frozen weights are
+    this rank's parts of whole ones, and what they give of the gradient of x is summed over the ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor, trained: Tensor, cut: bool, *frozen: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, trained)
         ctx.frozen, ctx.cut = frozen, cut
-        return *(F.linear(x, weight) for weight in frozen), F.linear(x, trained)
+        return _products(x, frozen, trained)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, trained = ctx.saved_tensors
-        *of_frozen, of_trained = grads
-        of_x = of_frozen[0] @ ctx.frozen[0]
-        for grad, weight in zip(of_frozen[1:], ctx.frozen[1:], strict=True):
-            of_x.addmm_(grad, weight)
-        of_x = all_reduce(of_x) if ctx.cut else of_x
-        of_x.addmm_(of_trained, trained)
-        return of_x, of_trained.T @ x, None, *(None for _ in of_frozen)
+        return *_gradients(x, ctx.frozen, trained, grads, ctx.cut), None, *(None for _ in ctx.frozen)
+
+
+class _GatedSideBySide(torch.autograd.Function):
+    """The same of x = silu(gate) * up, for which gate and up alone are kept."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, trained: Tensor, *frozen: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(gate, up, trained)
+        ctx.frozen = frozen
+        return _products(F.silu(gate).mul_(up), frozen, trained)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, trained = ctx.saved_tensors
+        active = F.silu(gate)
+        of_x, of_trained = _gradients(active * up, ctx.frozen, trained, grads)
+        of_up = active.mul_(of_x)
+        of_gate = torch.ops.aten.silu_backward(of_x.mul_(up), gate)
+        return of_gate, of_up, of_trained, *(None for _ in ctx.frozen)
+
+
+def _products(x: Tensor, frozen: Sequence[Tensor], trained: Tensor) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, weight) for weight in (*frozen, trained))
+
+
+def _gradients(
+    x: Tensor, frozen: Sequence[Tensor], trained: Tensor, grads: Sequence[Tensor], cut: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Of x, which the products add up themselves, and of the trained weight."""
+    *of_frozen, of_trained = grads
+    of_x = of_frozen[0] @ frozen[0]
+    for grad, weight in zip(of_frozen[1:], frozen[1:], strict=True):
+        of_x.addmm_(grad, weight)
+    of_x = all_reduce(of_x) if cut else of_x
+    of_x.addmm_(of_trained, trained)
+    return of_x, of_trained.T @ x
 
 
 def product_of_copies(

@@ -29,19 +29,22 @@ class _LabelLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         chunk = CHUNK_LABELS if hidden.device.type == "cpu" else max(1, CHUNK_ELEMENTS // len(weight))
-        room = _room(min(chunk, len(hidden)), hidden, weight)
+        product, wide = _room(min(chunk, len(hidden)), hidden, weight)
         for begin in range(0, len(hidden), chunk):
             h = hidden[begin : begin + chunk]
-            product, logits, log_p = (t[: len(h)] for t in room)
-            logits.copy_(torch.mm(h, weight.T, out=product))
-            _log_softmax(logits, log_p)
+            narrow = torch.mm(h, weight.T, out=product[: len(h)])
+            logits = narrow if wide is product else wide[: len(h)].copy_(narrow)
             local = labels[begin : begin + chunk, None] - first
             mine = (local >= 0) & (local < len(weight))
             local = local.clamp(0, len(weight) - 1)
-            total -= _reduce((log_p.gather(1, local) * mine).sum())
+            # -log p = log(sum of exp(z)) - z_label, for z less their largest; all in the logits' place
+            logits -= _reduce(logits.amax(1, keepdim=True), dist.ReduceOp.MAX)
+            total -= _reduce((logits.gather(1, local) * mine).sum())
+            sums = _reduce(logits.exp_().sum(1, keepdim=True))
+            total += sums.log().sum()
             if gradient is not None:  # softmax - one_hot, back through the output matrix
-                p = log_p.exp_().scatter_add_(1, local, -mine.to(log_p.dtype))
-                p = p if p.dtype == h.dtype else product.copy_(p)
+                p = logits.div_(sums).scatter_add_(1, local, -mine.to(logits.dtype))
+                p = p if p.dtype == h.dtype else narrow.copy_(p)
                 gradient[begin : begin + chunk] = _reduce(p @ weight)
         ctx.save_for_backward(gradient)
         return total
@@ -52,21 +55,11 @@ class _LabelLoss(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None
 
 
-def _room(n: int, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For a chunk's logits in the hidden states' type, the same in float32, and their log softmax: for all chunks the
-    same memory, whose pages a CPU's allocator would else fetch and give back for each."""
+def _room(n: int, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """For a chunk's logits in the hidden states' type, and in float32: the same memory where that is their type, and
+    for all chunks, or a CPU's allocator would fetch its pages and give them back for each."""
     product = hidden.new_empty(n, len(weight))
-    logits = product if product.dtype.itemsize >= 4 else torch.empty_like(product, dtype=torch.float32)
-    return product, logits, torch.empty_like(logits)
-
-
-def _log_softmax(logits: Tensor, log_p: Tensor) -> None:
-    """Into log_p: the log softmax over the whole vocabulary, of this rank's part of it."""
-    torch.log_softmax(logits, 1, out=log_p)
-    if mp_size() > 1:
-        mine = logits[:, :1] - log_p[:, :1]  # the logarithm of the part's sum of exponentials
-        top = _reduce(mine.clone(), dist.ReduceOp.MAX)
-        log_p += mine - (top + _reduce((mine - top).exp()).log())
+    return product, product if product.dtype.itemsize >= 4 else torch.empty_like(product, dtype=torch.float32)
 
 
 def label_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from llama.args import ModelArgs
 from llama.attention import cached_attention, causal_attention
 from llama.cache import Cache
 from llama.data import IGNORE
-from llama.layers import ColumnParallel, RowParallel, VocabParallel, side_by_side, unfilled
+from llama.layers import ColumnParallel, RowParallel, VocabParallel, gated_side_by_side, side_by_side, unfilled
 from llama.loss import label_loss
-from llama.pointwise import rms_norm, swiglu
+from llama.pointwise import rms_norm
 from llama.rope import Rope, frequencies, rotations
 from moa.adapter import AdapterModule, Site
 from moa.base import NormWeight
@@ -109,7 +109,7 @@ class FeedForward(nn.Module):
         (up, gate), first = side_by_side(x, [self.w3, self.w1], self.adapters, "FFN_UP", "FFN_GATE", others=beside)
         up = self.adapters.add("FFN_UP", up, mixing, first)
         gate = self.adapters.add("FFN_GATE", gate, mixing, first)
-        (out,), read = side_by_side(swiglu(gate, up), [self.w2], self.adapters, "FFN_DOWN")
+        (out,), read = gated_side_by_side(gate, up, self.w2, self.adapters, "FFN_DOWN")
         return self.adapters.add("FFN_DOWN", out, mixing, read), first
 
 

@@ -25,9 +25,10 @@ class Mixing:
 
 
 class Read(NamedTuple):
-    """An input u (N, in) of some sites, and what those that stand there read of it (`AdapterModule.reads`)."""
+    """An input u (N, in) of some sites, and what those that stand there read of it (`AdapterModule.reads`); no u where
+    they all want no more than that."""
 
-    u: Tensor
+    u: Tensor | None
     products: dict[AdapterModule, tuple[Tensor, ...]]
 
     def by(self, module: AdapterModule) -> tuple[Tensor, ...]:

@@ -174,4 +174,4 @@ def test_each_lane_has_room_for_logits(two_threads: None) -> None:
     model, lengths = build("soft_moa").model, [52, 52]
     both = temporary_bytes(model, lengths, CPU)
     torch.set_num_threads(1)
-    assert both - temporary_bytes(model, lengths, CPU) == (2 * 52 - 96) * 512 * 2 * 4
+    assert both - temporary_bytes(model, lengths, CPU) == (2 * 52 - 96) * 512 * 4
