@@ -107,16 +107,17 @@ def side_by_side(
 
 def gated_side_by_side(
     gate: Tensor, up: Tensor, layer: RowParallel, adapters: Adapters, site: str
-) -> tuple[list[Tensor], Read]:
+) -> tuple[Tensor, Read]:
     """The same for one layer and the input silu(gate) * up, (N, in) each. In training that product is not kept where
     adapters want no more of it than what they read: the backward pass, which needs most of it anyway, makes it anew."""
     readers = adapters.at(site)
     trains = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     if not (trains and readers and all(module.reads() for module in readers)):
-        return side_by_side(swiglu(gate, up), [layer], adapters, site)
+        (output,), read = side_by_side(swiglu(gate, up), [layer], adapters, site)
+        return output, read
     made = _GatedSideBySide.apply(gate, up, stacked(reads_of(readers), gate.dtype), layer.weight)
     output, product = map(sum_over_ranks, made)
-    return [output], Read(None, shared_out(product, readers))
+    return output, Read(None, shared_out(product, readers))
 
 
 class _SideBySide(torch.autograd.Function):
@@ -142,7 +143,7 @@ class _GatedSideBySide(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, trained: Tensor, *frozen: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gate, up, trained)
         ctx.frozen = frozen
-        return _products(F.silu(gate).mul_(up), frozen, trained)
+        return _products(swiglu(gate, up), frozen, trained)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -109,7 +109,7 @@ class FeedForward(nn.Module):
         (up, gate), first = side_by_side(x, [self.w3, self.w1], self.adapters, "FFN_UP", "FFN_GATE", others=beside)
         up = self.adapters.add("FFN_UP", up, mixing, first)
         gate = self.adapters.add("FFN_GATE", gate, mixing, first)
-        (out,), read = gated_side_by_side(gate, up, self.w2, self.adapters, "FFN_DOWN")
+        out, read = gated_side_by_side(gate, up, self.w2, self.adapters, "FFN_DOWN")
         return self.adapters.add("FFN_DOWN", out, mixing, read), first
 
 

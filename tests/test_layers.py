@@ -62,7 +62,7 @@ def test_what_lies_behind_a_gated_product(narrow: list[bool], trains: bool) -> N
     gate, up, layer = inputs()
     readers = [Reader(each) for each in narrow]
     with torch.set_grad_enabled(trains):
-        (output,), read = gated_side_by_side(gate, up, layer, beside(*readers), "FFN_DOWN")
+        output, read = gated_side_by_side(gate, up, layer, beside(*readers), "FFN_DOWN")
     wanted = F.silu(gate) * up
     torch.testing.assert_close(output, wanted @ layer.weight.T)
     for reader in readers:
