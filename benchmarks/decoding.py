@@ -10,7 +10,7 @@ from benchmarks.measure import CPU, timed
 from benchmarks.models import generator_of
 from benchmarks.rows import rows_of
 from llama import Transformer
-from llama.generation import COPIES_PAY_FROM
+from llama.derivations import COPIES_PAY_FROM
 from llama.graphs import BLOCK
 
 EARLY = COPIES_PAY_FROM  # tokens of the shorter of two runs: both make the copies of weights that pay

@@ -6,25 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize as mp
 
 from llama.checkpoint import load_base, read_base
+from llama.derivations import Derivations
 from llama.engine import Answer, Rules, run
-from llama.free_memory import free_memory
 from llama.machine import MIN_TEMPERATURE
 from llama.model import Transformer
 from llama.parallel import pick_device, start_processes
 from llama.sampling import row_uniforms
 from llama.tokenizer import Tokenizer
 from moa import state
-from moa.adapter import weights_stand_still
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
-from moa.parallel import mp_size
-
-COPIES_PAY_FROM = 16  # decode steps
-COPIES_SHARE = 4  # the free memory must be so many times their size
 
 
 class Llama:
@@ -41,6 +34,7 @@ class Llama:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size, self.cuda_graphs = max_seq_len, max_batch_size, cuda_graphs
+        self._derivations = Derivations(model)
 
     @classmethod
     def build(
@@ -127,26 +121,13 @@ class Llama:
         training = self.model.training
         self.model.eval()  # no noise in a router
         try:
-            with weights_stand_still(self.model, self._copies_pay(max(limits))):
+            with self._derivations.of_run(max(limits), ahead=not hooked):
                 for answer in run(self.model, answers, self.max_batch_size, rules, graphs, behind):
                     if on_finish is not None:
                         on_finish(answer.index, answer.tokens)
         finally:
             self.model.train(training)
         return [answer.tokens for answer in answers]
-
-    def _copies_pay(self, steps: int) -> bool:
-        """Whether copies of the frozen weights, sorted for a CPU, make up for their making and find room. All ranks of
-        a model take the same way, for what they send each other depends on it."""
-        device = self.model.output.weight.device
-        if device.type != "cpu" or steps < COPIES_PAY_FROM:
-            return False
-        frozen = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
-        free = free_memory(device)
-        fits = torch.tensor(int(free is not None and COPIES_SHARE * frozen <= free))
-        if mp_size() > 1:
-            dist.all_reduce(fits, dist.ReduceOp.MIN, group=mp.get_model_parallel_group())
-        return bool(fits)
 
     def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:
         if max_gen_len < 1:

@@ -6,8 +6,7 @@ These take no memory, and know the whole sizes as well as this rank's. Forward p
 of an input's gradients over the ranks: layers that share an input share one (`moa.parallel.copy_to_ranks`, outside).
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -15,8 +14,9 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llama.copies import frozen_product, packs, product_of_copy
 from llama.pointwise import swiglu
-from moa.adapter import FEW, AdapterModule, Deriving, reads_of, shared_out, stacked
+from moa.adapter import AdapterModule, Deriving, reads_of, shared_out, stacked
 from moa.block import Adapters, Read
 from moa.parallel import all_reduce, copy_to_ranks, mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
 
@@ -24,13 +24,6 @@ from moa.parallel import all_reduce, copy_to_ranks, mp_rank, mp_size, parts_of_h
 def unfilled(*shape: int) -> nn.Parameter:
     """A frozen weight that is still to come."""
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-
-
-def frozen_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T of x (N, in) and a frozen W (k, in). In float32 a CPU's kernels take up to three times as long for the few
-    rows of a decode step, where these stand in front; with the weight there none was seen that took longer."""
-    few = 1 < len(x) <= FEW and x.device.type == "cpu" and x.dtype == torch.float32
-    return torch.mm(weight, x.T).T.contiguous() if few and not torch.is_grad_enabled() else F.linear(x, weight)
 
 
 class ColumnParallel(Deriving, ColumnParallelLinear):
@@ -46,9 +39,10 @@ class ColumnParallel(Deriving, ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Others are copied with those beside them (`side_by_side`)
-        copied = self.may_copy and self.gather_output
-        y = product_of_copies(self, x, lambda: [self.weight]) if copied else frozen_product(x, self.weight)
+        if self.may_copy and self.gather_output:  # others are copied with those beside them (`side_by_side`)
+            y = self.derived(x.dtype, lambda: product_of_copy([self.weight], x.dtype))(x)
+        else:
+            y = frozen_product(x, self.weight)
         return gather_from_model_parallel_region(y) if self.gather_output else y
 
 
@@ -88,13 +82,18 @@ def side_by_side(
 ) -> tuple[list[Tensor], Read]:
     """What frozen layers make of the input x (N, in) that they share, and what the adapters at `sites`, beside them,
     and `others` read of it: in training with one gradient of x for all. While all weights stand still, and there is
-    memory for a copy, that is one product of all the weights, one above the other."""
+    memory for a copy, that is one product of the layers' weights, one above the other, and of the adapters' unless
+    copies have too few digits for what is trained."""
     column = isinstance(layers[0], ColumnParallel)
     weights, readers = [layer.weight for layer in layers], [*adapters.at(*sites), *others]
     widths, read = [len(weight) for weight in weights], reads_of(readers)
     if adapters.may_copy:
-        y = product_of_copies(adapters, x, lambda: [*weights, *read], sites)
+        alone = packs(weights[0])
+        copied = weights if alone else [*weights, *read]
+        y = adapters.derived(("copy", sites, x.dtype), lambda: product_of_copy(copied, x.dtype))(x)
         y = y if column else sum_over_ranks(y)
+        if alone:
+            return list(y.split(widths, -1)), adapters.read(x, *sites, others=others)
         *outputs, product = y.split([*widths, y.shape[1] - sum(widths)], -1)
     elif torch.is_grad_enabled() and x.requires_grad and read:
         outputs = _SideBySide.apply(x, stacked(read, x.dtype), column and mp_size() > 1, *weights)
@@ -170,24 +169,3 @@ def _gradients(
     of_x = all_reduce(of_x) if cut else of_x
     of_x.addmm_(of_trained, trained)
     return of_x, of_trained.T @ x
-
-
-def product_of_copies(
-    keeper: Deriving, x: Tensor, weights: Callable[[], list[Tensor]], name: Hashable = "stack"
-) -> Tensor:
-    """x (N, in) times all `weights` (k, in), one above the other, by a copy that `keeper` keeps of them. For a CPU's
-    bf16 kernels it is laid out in the order in which they read it: they would sort it anew for every product."""
-    sort = x.device.type == "cpu" and x.dtype == torch.bfloat16 and can_sort()
-
-    def stack() -> Tensor:
-        copy = torch.cat([weight.to(x.dtype) for weight in weights()])
-        return torch.ops.mkldnn._reorder_linear_weight(copy, None) if sort else copy
-
-    copy = keeper.derived((name, x.dtype), stack)
-    return torch.ops.mkldnn._linear_pointwise(x, copy, None, "none", [], "") if sort else frozen_product(x, copy)
-
-
-@cache
-def can_sort() -> bool:
-    """Whether this processor has bf16 kernels that read matrices in an order of their own: AVX2 alone has none."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -273,13 +273,16 @@ class Transformer(nn.Module):
 
     def _run(self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Outputs:
         """Final hidden states, and what the load-balancing losses of all blocks are made of."""
-        recompute = self.activation_checkpointing if torch.is_grad_enabled() else "off"
-        step = Step(rows, self._rope(rows), self.flash, cache, places, recompute)
-        x, balances = self.tok_embeddings(tokens), []
+        step, x, balances = self.step(rows, cache, places), self.tok_embeddings(tokens), []
         for block in self.layers:
-            x, balance = _run_again_later(block, x, step, when=recompute == "all")
+            x, balance = _run_again_later(block, x, step, when=step.recompute == "all")
             balances += balance
         return self.norm(x), balances
+
+    def step(self, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Step:
+        """What a pass of these rows hands to every block."""
+        recompute = self.activation_checkpointing if torch.is_grad_enabled() else "off"
+        return Step(rows, self._rope(rows), self.flash, cache, places, recompute)
 
     def _rope(self, rows: Rows) -> Rope:
         """From a table of the rotations of all positions."""

@@ -71,12 +71,17 @@ class Deriving(nn.Module):
         return self._derived[key]
 
 
+Derived = dict[Deriving, dict[Hashable, Any]]
+
+
 @contextmanager
-def weights_stand_still(model: nn.Module, may_copy: bool) -> Iterator[None]:
-    """Meanwhile no weight changes, and nothing is differentiated: a run of generation."""
+def weights_stand_still(model: nn.Module, may_copy: bool, known: Derived | None = None) -> Iterator[None]:
+    """Meanwhile no weight changes, and nothing is differentiated: a run of generation. known: what was derived from the
+    same weights before, as free to copy; what is derived now is put there too."""
+    known = {} if known is None else known
     modules = [module for module in model.modules() if isinstance(module, Deriving)]
     for module in modules:
-        module._derived, module.may_copy = {}, may_copy
+        module._derived, module.may_copy = known.setdefault(module, {}), may_copy
     try:
         yield
     finally:

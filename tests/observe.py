@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import llama.generation
+import llama.derivations
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import load_base, open_shard, placements
 from llama.data import IGNORE, Example
@@ -73,7 +73,7 @@ def observe(name: str, model_parallel_size: int) -> dict[str, Any]:
         found["logits"] = model(batch)
     found["float32"] = _backward(model, batch)
     found["greedy"] = llm.generate(PROMPTS, max_gen_len=6)
-    with mock.patch.object(llama.generation, "COPIES_PAY_FROM", 1):
+    with mock.patch.object(llama.derivations, "COPIES_PAY_FROM", 1):
         found["greedy with copies"] = llm.generate(PROMPTS, max_gen_len=6)
     if model_parallel_size < 4:  # to save time
         found["sampled"] = llm.generate(PROMPTS, max_gen_len=6, temperature=0.9, top_p=0.9, seed=2)

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import llama.copies
 import llama.engine
 import llama.generation
-import llama.layers
 import moa.adapter
 from llama import Llama
 from llama.engine import NOT_FINITE, Answer, Rules, _choose, decode, prefill
@@ -185,7 +185,7 @@ def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy:
 
 
 def test_copies_of_bf16_weights_on_a_processor_that_sorts_none(monkeypatch) -> None:
-    monkeypatch.setattr(llama.layers, "can_sort", lambda: False)
+    monkeypatch.setattr(llama.copies, "can_sort", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     test_decode_steps_equal_a_whole_pass("soft_moa", True, True, 64, monkeypatch)
 

@@ -7,7 +7,8 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from llama.layers import RowParallel, _GatedSideBySide, frozen_product, gated_side_by_side
+from llama.copies import frozen_product
+from llama.layers import RowParallel, _GatedSideBySide, gated_side_by_side
 from moa.adapter import AdapterModule, Site, zeros
 from moa.block import Adapters
 
