@@ -6,8 +6,9 @@
 
 Greedy, on the same weights and prompts, in turn, transformers and PEFT in processes of their own; medians, and ratios
 within the run. Without --natural_stops each prompt is answered by --new_tokens tokens, all prompts at once, and a
-decode step's time is that of the tokens after the first quarter (after 16, if that is more: until then ours makes its
-copies of weights). With it answers end where the model ends them, --batch_size rows at once: ours with rows that leave
+decode step's time is that of the tokens after the first quarter (after 32, if that is more). "first": what the first
+run takes longer than a second one like it, in which ours makes copies of the weights; the times are of later runs. With
+--natural_stops answers end where the model ends them, --batch_size rows at once: ours with rows that leave
 and come one by one, transformers in batches of prompts of like length, padded on the left. Answers of trained adapters
 differ in length, so look at the time per token; PEFT gets the first of --adapter_path that is plain LoRA (else one as
 it starts, which answers as the base does). Memory: each kind in a process of its own, the largest resident set of the
@@ -101,10 +102,11 @@ def measure(generators: dict[str, Generate], task: Task, repeats: int) -> tuple[
     """Answers and figures by kind: seconds of the whole task and, where answers are of one length, of a decode step."""
     early = task.shorter(max(EARLY, task.max_gen_len // 4))
     fixed = task.min_new_tokens == task.max_gen_len > early.max_gen_len
-    for generate in generators.values():
-        generate(task.first_batch().shorter(EARLY))
     answers: dict[str, list[list[int]]] = {}
-    figures: dict[str, dict[str, list[float]]] = {kind: {"seconds": [], "decode_step": []} for kind in generators}
+    figures: dict[str, dict[str, list[float]]] = {}
+    for kind, generate in generators.items():
+        first, second = (timed(lambda generate=generate: generate(task.first_batch().shorter(EARLY)))[0] for _ in "12")
+        figures[kind] = {"seconds": [], "decode_step": [], "first": [first - second]}
     for kind, _ in turns(generators, range(repeats)):
         generate = generators[kind]
         seconds, answers[kind] = timed(lambda generate=generate: generate(task))
@@ -190,12 +192,22 @@ def report(flags: Flags, task: Task, bf16: bool, machine: Machine, figures: dict
                 *(figure(found["floor"]), figure(seconds / found["floor"], 1)),
                 figure(1000 * statistics.median(steps) if steps else None, 1),
                 figure(1000 * found["decode_step_floor"] if steps else None, 1),
+                figure(*found["first"]),
                 *(figure(found[name] / 1e9) for name in ("peak_memory_bytes", "memory_floor_bytes")),
                 " / ".join(f"{100 * share:.0f} %" for share in found["same_tokens"].values()),
             ]
         )
     heads = ["answers of", "seconds", "x base", "x transformers", "x PEFT", "tokens each", "ms per token", "x PEFT"]
-    heads += ["floor, s", "x floor", "decode step, ms", "floor, ms", "peak memory, GB", "floor, GB", "same tokens"]
+    heads += [
+        "floor, s",
+        "x floor",
+        "decode step, ms",
+        "floor, ms",
+        "first, s",
+        "peak memory, GB",
+        "floor, GB",
+        "same tokens",
+    ]
     print(table(heads, rows))
     if flags.json:
         said = {"prompts": [len(p) for p in task.prompts], "max_gen_len": task.max_gen_len, "bf16": bf16}

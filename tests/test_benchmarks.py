@@ -68,7 +68,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def table_rows(printed: str) -> list[list[str]]:
     """Cells of the tables' lines, without the heads."""
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
-    return [line for line in lines if line[0].removeprefix("| ") not in ("step of", "answers of", "method", "loaded")]
+    return [line for line in lines if line[0].removeprefix("| ") not in ("step of", "answers of", "method", "loaded", "matrix")]
 
 
 def test_leaving_tokens_out_is_measured_on_the_same_task(command) -> None:
@@ -100,13 +100,13 @@ def test_a_step_is_measured_beside_pefts_on_the_same_task(tmp_path) -> None:
 def test_generation_is_measured_beside_its_peers_on_the_same_task(tmp_path: Path, command: Run) -> None:
     """Transformers and PEFT, on our weights, answer token by token as our base does: padding is masked."""
     data = write_rows(tmp_path / "rows.json", 12)
-    words = ["--ckpt_dir", BASE, "--data_path", data, "--methods", "lora", "--prompts", 12, "--new_tokens", 20]
+    words = ["--ckpt_dir", BASE, "--data_path", data, "--methods", "lora", "--prompts", 12, "--new_tokens", 36]
     found, printed = command("generation", *words, "--peft", "--repeats", 1, "--threads", 1, "--bf16", "False")
     assert list(found["kinds"]) == ["base", "lora", "transformers", "PEFT lora"]
     assert len(set(found["task"]["prompts"])) > 1, "no padding to be tested"
     for figures in found["kinds"].values():
         assert figures["same_tokens"] == {"first": 1.0, "all": 1.0}
-        assert figures["tokens"] == 12 * 20 and len(figures["seconds"]) == len(figures["decode_step"]) == 1
+        assert figures["tokens"] == 12 * 36 and len(figures["seconds"]) == len(figures["decode_step"]) == 1
         assert figures["peak_memory_bytes"] > figures["memory_floor_bytes"] > 0
         assert figures["floor"] > figures["decode_step_floor"] > 0
     assert found["kinds"]["base"]["floor"] < found["kinds"]["lora"]["floor"] == found["kinds"]["PEFT lora"]["floor"]
@@ -160,8 +160,22 @@ def test_flags_that_would_do_nothing_are_refused(command: Run, capsys, words: li
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
+def test_products_are_measured_by_the_ways_of_making_them(command: Run, capsys) -> None:
+    found, printed = command("products", "--shapes", "24x16,8x40", "--rows", "1,3", "--repeats", 2)
+    for shape in ("24x16", "8x40"):
+        seconds = found["shapes"][shape]["seconds"]
+        assert found["shapes"][shape]["made"] > 0 and list(seconds) == ["1", "3"]
+        assert all(len(times) == 2 and min(times) > 0 for ways in seconds.values() for times in ways.values())
+        assert list(seconds["1"]) == ["plain", "frozen", "copy"]
+    assert len(table_rows(printed)) == 4
+    for words in (["--rows", "2,x"], ["--shapes", "24"]):
+        with pytest.raises(SystemExit):
+            command("products", *words)
+        assert words[0] in capsys.readouterr().err
+
+
 def test_no_recording_falls_into_the_measured_steps() -> None:
-    with pytest.raises(ValueError, match="tokens 121 to 140 of a row do not lie within 128"):
+    with pytest.raises(ValueError, match="tokens 121 to 156 of a row do not lie within 128"):
         decode_clock(shared("lora").model, 2, 120, 4, cuda_graphs=True)
 
 

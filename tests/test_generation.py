@@ -159,15 +159,26 @@ def test_a_later_sample_takes_the_prompt_of_one_that_runs(name: str, monkeypatch
     assert [n for n in seen if n > 3] == [9, 4]
 
 
+@torch.no_grad()
+def round_to_bf16(model: torch.nn.Module) -> None:
+    """The frozen weights."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.copy_(parameter.bfloat16())
+
+
 @pytest.mark.parametrize("few", [1, 64])
 @pytest.mark.parametrize("may_copy", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", ALL)
 def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy: bool, few: int, monkeypatch) -> None:
-    """With stacked and sorted copies of the weights as without, and whether the two rows count as few or not."""
+    """With stacked, sorted and packed copies of the weights as without, and whether the two rows count as few or not.
+    In float32 copies are packed here, for all weights are numbers of bf16."""
     monkeypatch.setattr(moa.adapter, "FEW", few)
     model, (long, short) = build(name, bf16=bf16).model.eval(), prompts(12, 8)
     device, n = torch.device("cpu"), 5
+    if may_copy:
+        round_to_bf16(model)
     with torch.inference_mode():
         wanted = [model(torch.tensor([row]), [len(row) - n])[0] for row in (long, short)]
         with weights_stand_still(model, may_copy):
@@ -184,10 +195,15 @@ def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy:
     assert max(off) < bound, off
 
 
-def test_copies_of_bf16_weights_on_a_processor_that_sorts_none(monkeypatch) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("can_pack", [False, llama.copies.can_pack()])
+def test_copies_on_a_processor_without_bf16_or_with_no_kernels_of_its_own(bf16: bool, can_pack: bool, monkeypatch):
     monkeypatch.setattr(llama.copies, "can_sort", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    test_decode_steps_equal_a_whole_pass("soft_moa", True, True, 64, monkeypatch)
+    monkeypatch.setattr(llama.copies, "can_pack", lambda: can_pack)
+    if not can_pack:
+        monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", None)
+    test_decode_steps_equal_a_whole_pass("soft_moa", bf16, True, 64, monkeypatch)
 
 
 def test_seeds_and_samples_differ_and_repeat() -> None:
