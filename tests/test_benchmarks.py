@@ -68,7 +68,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def table_rows(printed: str) -> list[list[str]]:
     """Cells of the tables' lines, without the heads."""
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
-    return [line for line in lines if line[0].removeprefix("| ") not in ("step of", "answers of", "method", "loaded", "matrix")]
+    heads = ("step of", "answers of", "method", "loaded", "matrix")
+    return [line for line in lines if line[0].removeprefix("| ") not in heads]
 
 
 def test_leaving_tokens_out_is_measured_on_the_same_task(command) -> None:
