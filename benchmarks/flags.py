@@ -39,6 +39,14 @@ def methods_named(text: str) -> list[str]:
     return methods
 
 
+def numbers_of(flag: str, text: str) -> list[int]:
+    """The numbers that a flag lists, with commas. ValueError unless all are whole and above 0."""
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"--{flag}: expected whole numbers above 0, with commas, got {text!r}")
+    return list(map(int, words))
+
+
 def require_positive(flags: object, *names: str) -> None:
     """ValueError unless these flags, where they are given, are at least 1."""
     for name in names:

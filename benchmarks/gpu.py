@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.decoding import EARLY, clock_of, decode_clock, decode_floor, random_prompts
-from benchmarks.flags import Figures, methods_named, require_positive
+from benchmarks.flags import Figures, methods_named, numbers_of, require_positive
 from benchmarks.floors import step_work
 from benchmarks.generators import PEERS, Task, theirs
 from benchmarks.machine import Machine, measure_machine
@@ -79,8 +79,7 @@ class Flags(Figures):
     def __post_init__(self):
         require_positive(self, "rows", "context", "repeats", "decode_steps")
         methods_named(self.methods)
-        if not all(word.isdecimal() and int(word) for word in self.decode_rows.split(",")):
-            raise ValueError(f"--decode_rows: expected whole numbers above 0, with commas, got {self.decode_rows!r}")
+        numbers_of("decode_rows", self.decode_rows)
 
 
 class Bench:
@@ -205,7 +204,7 @@ def run(bench: Bench) -> None:
     """All parts, the most wanted first."""
     flags = bench.flags
     kinds = [*methods_named(flags.methods), BASE]
-    sizes = [int(n) for n in flags.decode_rows.split(",")]
+    sizes = numbers_of("decode_rows", flags.decode_rows)
     peers = PEERS if flags.peers else ()
     trained = [*product(kinds, RECOMPUTED), *product([PEFT] if flags.peers else [], ("off", "all"))]
     for kind, choice in trained:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.flags import Timed, require_positive
+from benchmarks.flags import Timed, numbers_of, require_positive
 from benchmarks.measure import CPU, figure, in_turn, ratio, table, timed
 from cli import errors, knob, parse
 from llama.copies import frozen_product, product_of_copy
@@ -38,9 +38,8 @@ class Flags(Timed):
 
     def __post_init__(self):
         require_positive(self, "repeats", "threads")
-        for name, numbers in (("rows", self.rows.split(",")), ("shapes", self.shapes.replace("x", ",").split(","))):
-            if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-                raise ValueError(f"--{name}: {getattr(self, name)!r} are no numbers above 0 with commas between them")
+        numbers_of("rows", self.rows)
+        numbers_of("shapes", self.shapes.replace("x", ","))
         if any(shape.count("x") != 1 for shape in self.shapes.split(",")):
             raise ValueError(f"--shapes: {self.shapes!r} are no OUTPUTSxINPUTS with commas between them")
 
@@ -79,16 +78,7 @@ def main(argv: list[str]) -> None:
                 ratios = [ratio(seconds[way], seconds["plain"]) for way in ("frozen", "copy")]
                 rows.append([shape, few, *map(figure, (*times, *ratios, 1000 * making / n))])
         print(f"{dtype}, {flags.threads} threads, medians of {flags.repeats}\n")
-        heads = [
-            "matrix",
-            "rows",
-            "plain, ms",
-            "frozen, ms",
-            "copy, ms",
-            "frozen, x plain",
-            "copy, x plain",
-            "made, ms",
-        ]
+        heads = ["matrix", "rows", *(f"{way}, ms" for way in ways), "frozen, x plain", "copy, x plain", "made, ms"]
         print(table(heads, rows))
         if flags.json:
             write_json(Path(flags.json), {"dtype": str(dtype), "threads": flags.threads, "shapes": found})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.flags import Timed, require_positive
+from benchmarks.flags import Timed, numbers_of, require_positive
 from benchmarks.measure import CPU, figure, in_turn, ratio, table
 from cli import errors, knob, parse
 from llama.parallel import bf16_is_fast
@@ -35,8 +35,7 @@ class Flags(Timed):
 
     def __post_init__(self):
         require_positive(self, "rank", "tokens", "repeats", "threads")
-        if not all(width.isdecimal() and int(width) > 0 for width in self.width.split(",")):
-            raise ValueError(f"--width: {self.width!r} are no numbers above 0 with commas between them")
+        numbers_of("width", self.width)
 
 
 def for_all(output: Tensor, u: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(flags.threads)
         dtype = torch.bfloat16 if bf16_is_fast(CPU) else torch.float32
         found, rows = {}, []
-        for width in map(int, flags.width.split(",")):
+        for width in numbers_of("width", flags.width):
             kinds = works(width, flags.rank, flags.tokens, dtype)
             in_turn(kinds, range(2))  # the first passes are slower
             seconds = found[width] = in_turn(kinds, range(flags.repeats))

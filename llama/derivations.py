@@ -21,8 +21,8 @@ COPIES_SHARE = 4  # the free memory must be so many times the size of the weight
 
 
 class Derivations:
-    """Of one model. On a CPU they last until a weight changes. On a GPU, where there are no copies, and in a model of
-    several parts, which must all do the same, they are of one run."""
+    """Of one model. On a CPU they last until a weight changes, once there are copies among them. On a GPU, where there
+    are none, and in a model of several parts, which must all do the same, they are of one run."""
 
     def __init__(self, model: Transformer):
         self._model = model
@@ -33,7 +33,8 @@ class Derivations:
     def of_run(self, steps: int, ahead: bool) -> Iterator[None]:
         """A run of so many decode steps, for which the weights stand still. ahead: the model may be called to no other
         end than to have it derive things."""
-        model, weights = self._model, self._told_by()
+        model = self._model
+        weights = self._told_by() if self._copied or steps >= COPIES_PAY_FROM else None
         lasting = weights is not None and weights == self._weights
         there = lasting and self._copied
         copy = there or copies_pay(model, steps)

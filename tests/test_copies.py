@@ -12,13 +12,9 @@ import llama.derivations
 import llama.layers
 from llama import Llama
 from llama.copies import can_pack, fits_half, frozen_product, product_of_copy
-from tiny import build, tokens
+from tiny import build, drawn, tokens
 
 needs_pack = pytest.mark.skipif(not can_pack(), reason="no fbgemm here")
-
-
-def drawn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 65])

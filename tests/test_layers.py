@@ -11,10 +11,7 @@ from llama.copies import frozen_product
 from llama.layers import RowParallel, _GatedSideBySide, gated_side_by_side
 from moa.adapter import AdapterModule, Site, zeros
 from moa.block import Adapters
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+from tiny import drawn
 
 
 @pytest.mark.parametrize("n", [1, 2, 64, 65])

@@ -122,6 +122,11 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers, the same for a shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradient of every adapter tensor (zeros where there is none); then they are cleared."""
     found = {}
