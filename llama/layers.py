@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama.copies import frozen_product, packs, product_of_copy
-from llama.pointwise import swiglu
+from llama.pointwise import swiglu, swiglu_gradients
 from moa.adapter import AdapterModule, Deriving, reads_of, shared_out, stacked
 from moa.block import Adapters, Read
 from moa.parallel import all_reduce, copy_to_ranks, mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
@@ -149,9 +149,7 @@ class _GatedSideBySide(torch.autograd.Function):
         gate, up, trained = ctx.saved_tensors
         active = F.silu(gate)
         of_x, of_trained = _gradients(active * up, ctx.frozen, trained, grads)
-        of_up = active.mul_(of_x)
-        of_gate = torch.ops.aten.silu_backward(of_x.mul_(up), gate)
-        return of_gate, of_up, of_trained, *(None for _ in ctx.frozen)
+        return *swiglu_gradients(gate, up, active, of_x), of_trained, *(None for _ in ctx.frozen)
 
 
 def _products(x: Tensor, frozen: Sequence[Tensor], trained: Tensor) -> tuple[Tensor, ...]:

@@ -21,6 +21,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
+def swiglu_gradients(gate: Tensor, up: Tensor, active: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of gate and up. active: silu(gate), which is overwritten."""
+    return torch.ops.aten.silu_backward(grad * up, gate), active.mul_(grad)
+
+
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normed x, and 1 / sqrt(mean(x^2) + eps), (N, 1), in as few operations as can be: in a decode step each takes
     longer to start than to compute."""
@@ -60,5 +65,4 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        of_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), of_up
+        return swiglu_gradients(gate, up, F.silu(gate), grad)
