@@ -104,9 +104,9 @@ def measure(generators: dict[str, Generate], task: Task, repeats: int) -> tuple[
     fixed = task.min_new_tokens == task.max_gen_len > early.max_gen_len
     answers: dict[str, list[list[int]]] = {}
     figures: dict[str, dict[str, list[float]]] = {}
+    short = task.first_batch().shorter(EARLY)
     for kind, generate in generators.items():
-        short = task.first_batch().shorter(EARLY)
-        first, second = (timed(lambda generate=generate, short=short: generate(short))[0] for _ in range(2))
+        first, second = (timed(lambda generate=generate: generate(short))[0] for _ in range(2))
         figures[kind] = {"seconds": [], "decode_step": [], "first": [first - second]}
     for kind, _ in turns(generators, range(repeats)):
         generate = generators[kind]

@@ -69,14 +69,14 @@ def main(argv: list[str]) -> None:
                 "copy": all_of(copies),
             }
             found[shape] = {"made": making / n, "seconds": {}}
-            for few in flags.rows.split(","):
-                x = torch.randn(int(few), width).to(dtype)
+            for few in numbers_of("rows", flags.rows):
+                x = torch.randn(few, width).to(dtype)
                 in_turn(ways, [x])  # the first are slower
                 seconds = in_turn(ways, [x] * flags.repeats)
                 found[shape]["seconds"][few] = {way: [t / n for t in times] for way, times in seconds.items()}
                 times = [1000 * statistics.median(seconds[way]) / n for way in ways]
                 ratios = [ratio(seconds[way], seconds["plain"]) for way in ("frozen", "copy")]
-                rows.append([shape, few, *map(figure, (*times, *ratios, 1000 * making / n))])
+                rows.append([shape, str(few), *map(figure, (*times, *ratios, 1000 * making / n))])
         print(f"{dtype}, {flags.threads} threads, medians of {flags.repeats}\n")
         heads = ["matrix", "rows", *(f"{way}, ms" for way in ways), "frozen, x plain", "copy, x plain", "made, ms"]
         print(table(heads, rows))
