@@ -31,7 +31,7 @@ lint: venv-dev  ## check style and formatting
 	$(BIN)/ruff format --check .
 
 kills: venv-dev  ## kill a small run fifty times, resume it, and compare it with an undisturbed one
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --kills 50
+	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/kills.py --kills 50
 
 quickstart: venv  ## train, extract and generate with the demo model
 	PATH="$$(cd $(BIN) && pwd):$$PATH" bash exps/quickstart.sh

@@ -10,19 +10,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import errors, knob, parse
-from training.folder import resolve
+from cli import cli_errors, flag, parse
+from training.paths import resolve
 
 
 @dataclass(frozen=True)
 class Flags:
-    checkpoint: str = knob(help="OUT/checkpoint-STEP.pth, OUT/checkpoint-LAST.pth, or the folder OUT", positional=True)
-    output_dir: str | None = knob(None, help="where to write; default: the checkpoint's folder")
+    checkpoint: str = flag(help="OUT/checkpoint-STEP.pth, OUT/checkpoint-LAST.pth, or the folder OUT", positional=True)
+    output_dir: str | None = flag(None, help="where to write; default: the checkpoint's folder")
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="extract_adapter.py", description=__doc__)
-    with errors():
+    with cli_errors():
         from moa.adapter_file import save_adapter
         from moa.files import read_torch
         from moa.reading import shown

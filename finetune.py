@@ -10,15 +10,15 @@ Then: python extract_adapter.py OUT/checkpoint-LAST.pth
 import sys
 from dataclasses import replace
 
-from cli import errors
+from cli import cli_errors
 from demo.recipe import RECIPE
 from llama.cpu import prepare_cpu
-from training.settings import Settings, continued, read_settings
+from training.config import RunConfig, continued, read_settings
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings(argv, RECIPE, __doc__)
-    with errors():
+    with cli_errors():
         prepare_cpu()
         settings = with_demo(continued(settings))
         # torch takes seconds to load, and a wrong flag should not
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
             run(settings)
 
 
-def with_demo(settings: Settings) -> Settings:
+def with_demo(settings: RunConfig) -> RunConfig:
     """Fill in the demo model and data where none is named, making them first if they are not there."""
     flags = settings.train
     ckpt_dir, data_path = flags.ckpt_dir, flags.data_path

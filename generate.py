@@ -10,44 +10,44 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from llama.cpu import prepare_cpu
 from llama.machine import check_machine, check_sampling
-from moa.knobs import METHODS
+from moa.methods import METHODS
 
 WHAT, HOW, MACHINE = "model and rows", "generation", "machine"
 
 
 @dataclass(frozen=True)
 class Flags:
-    save_path: str = knob(help="file of predictions to write, as OUT/AddSub.jsonl", group=WHAT)
-    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model", group=WHAT)
-    adapter_path: str | None = knob(None, help="adapter.pth, beside its adapter_params.json; default: none", group=WHAT)
-    method: str | None = knob(
+    save_path: str = flag(help="file of predictions to write, as OUT/AddSub.jsonl", group=WHAT)
+    ckpt_dir: str | None = flag(None, help="base model, a folder in Meta's layout; default: the demo model", group=WHAT)
+    adapter_path: str | None = flag(None, help="adapter.pth, beside its adapter_params.json; default: none", group=WHAT)
+    method: str | None = flag(
         None,
         help="method of an authors' adapter whose flags do not tell",
         choices=tuple(METHODS),
         group=WHAT,
     )
-    data_path: str | None = knob(None, help="test rows, JSON or JSON lines; default: the demo's", group=WHAT)
-    overwrite: bool = knob(False, help="begin anew where save_path exists", group=WHAT)
-    max_rows: int | None = knob(None, help="answer only the first so many rows (more may follow later)", group=WHAT)
-    max_gen_len: int = knob(200, help="new tokens at most", group=HOW)
-    min_gen_len: int = knob(120, help="a row's input is cut so that so many tokens can follow", group=HOW)
-    min_new_tokens: int = knob(0, help="the end of the answer is not chosen before this many tokens", group=HOW)
-    temperature: float = knob(0.1, help="0: greedy", group=HOW)
-    top_p: float = knob(0.75, help="draw from the most likely tokens that together have this probability", group=HOW)
-    num_samples: int = knob(1, help="answers per row; more than one: 'generate' is a list", group=HOW)
-    seed: int = knob(0, help="seed of the draws", group=HOW)
-    max_seq_len: int = knob(512, help="longest prompt with its answer, in tokens", group=HOW)
-    max_batch_size: int = knob(32, help="rows that are generated at once", group=MACHINE)
-    bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
-    flash_attention2: bool = knob(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
-    cuda_graphs: bool = knob(
+    data_path: str | None = flag(None, help="test rows, JSON or JSON lines; default: the demo's", group=WHAT)
+    overwrite: bool = flag(False, help="begin anew where save_path exists", group=WHAT)
+    max_rows: int | None = flag(None, help="answer only the first so many rows (more may follow later)", group=WHAT)
+    max_gen_len: int = flag(200, help="new tokens at most", group=HOW)
+    min_gen_len: int = flag(120, help="a row's input is cut so that so many tokens can follow", group=HOW)
+    min_new_tokens: int = flag(0, help="the end of the answer is not chosen before this many tokens", group=HOW)
+    temperature: float = flag(0.1, help="0: greedy", group=HOW)
+    top_p: float = flag(0.75, help="draw from the most likely tokens that together have this probability", group=HOW)
+    num_samples: int = flag(1, help="answers per row; more than one: 'generate' is a list", group=HOW)
+    seed: int = flag(0, help="seed of the draws", group=HOW)
+    max_seq_len: int = flag(512, help="longest prompt with its answer, in tokens", group=HOW)
+    max_batch_size: int = flag(32, help="rows that are generated at once", group=MACHINE)
+    bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
+    flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
+    cuda_graphs: bool = flag(
         False, help="record a decode step's kernels and start them together (a GPU)", group=MACHINE
     )
-    device: str = knob("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
-    model_parallel_size: int = knob(1, help="processes that share one copy of the model", group=MACHINE)
+    device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
+    model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
 
     def __post_init__(self):
         for name in ("max_gen_len", "num_samples", "max_seq_len", "max_batch_size", "model_parallel_size", "max_rows"):
@@ -74,17 +74,20 @@ class Flags:
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="generate.py", description=__doc__)
     advice = f"lower --max_batch_size (now {flags.max_batch_size}) or --max_seq_len ({flags.max_seq_len})"
-    with errors(memory_advice=advice):
+    with cli_errors(memory_advice=advice):
         prepare_cpu()
         run(flags)
 
 
 def run(flags: Flags) -> None:
-    from llama.parallel import pick_device, processes  # torch takes seconds to load, and a wrong flag should not
+    from llama.distributed import (  # torch takes seconds to load, and a wrong flag should not
+        distributed_run,
+        get_device,
+    )
 
     ckpt_dir, data_path = with_demo(flags)
-    device = pick_device(flags.device)
-    with processes(device, flags.model_parallel_size):
+    device = get_device(flags.device)
+    with distributed_run(device, flags.model_parallel_size):
         answer_rows(flags, ckpt_dir, data_path, device)
 
 
@@ -93,15 +96,17 @@ def answer_rows(flags: Flags, ckpt_dir: str, data_path: str, device) -> None:
 
     from llama import Llama
     from llama.data import read_rows
-    from llama.parallel import data_rank, is_main, require_same
+    from llama.distributed import assert_same_on_all_ranks, dp_rank, is_rank0
     from llama.predictions import Predictions
 
     rows = read_rows(data_path, ("instruction", "input"))[: flags.max_rows]
     settings = settings_of(flags, ckpt_dir, data_path, device)
-    predictions = Predictions(Path(flags.save_path), rows, settings, data_rank(), flags.overwrite)
-    require_same(settings | {"rows without an answer": predictions.missing})  # and nobody adds to them before this
+    predictions = Predictions(Path(flags.save_path), rows, settings, dp_rank(), flags.overwrite)
+    assert_same_on_all_ranks(
+        settings | {"rows without an answer": predictions.missing}
+    )  # and nobody adds to them before this
     if not predictions.missing and not predictions.overwrite and predictions.path.exists():
-        if is_main():
+        if is_rank0():
             predictions.finish()
             print(f"{flags.save_path}: complete, all {len(rows)} rows are there", file=sys.stderr)
         return
@@ -118,7 +123,7 @@ def answer_rows(flags: Flags, ckpt_dir: str, data_path: str, device) -> None:
         flash_attention2=flags.flash_attention2,
         cuda_graphs=flags.cuda_graphs,
     )
-    if is_main():
+    if is_rank0():
         predictions.start()
     dist.barrier()
     predictions.require_started()
@@ -126,7 +131,7 @@ def answer_rows(flags: Flags, ckpt_dir: str, data_path: str, device) -> None:
         answer_missing(flags, llm, rows, predictions)
         predictions.close()
         dist.barrier()
-        if is_main():
+        if is_rank0():
             predictions.finish()
             print(f"{flags.save_path}: {len(rows)} rows", file=sys.stderr)
     finally:
@@ -138,10 +143,10 @@ def answer_missing(flags: Flags, llm, rows: list[dict], predictions) -> None:
     from tqdm import tqdm
 
     from llama.data import encode_prompt
-    from llama.parallel import data_rank, data_size, is_main
+    from llama.distributed import dp_rank, dp_size, is_rank0
     from moa.parallel import mp_rank
 
-    mine = predictions.missing[data_rank() :: data_size()]
+    mine = predictions.missing[dp_rank() :: dp_size()]
     prompts = {i: encode_prompt(llm.tokenizer, rows[i], flags.max_seq_len - flags.min_gen_len) for i in mine}
     too_long = {i for i in mine if len(prompts[i]) >= flags.max_seq_len}
     order = [i for i in mine if i not in too_long for _ in range(flags.num_samples)]
@@ -151,7 +156,7 @@ def answer_missing(flags: Flags, llm, rows: list[dict], predictions) -> None:
     if too_long and writes:
         listed = ", ".join(str(i + 1) for i in sorted(too_long)[:5])
         print(f"{len(too_long)} rows leave no room for an answer (rows {listed})", file=sys.stderr)
-    bar = tqdm(total=len(mine), unit="row", disable=None if is_main() else True)
+    bar = tqdm(total=len(mine), unit="row", disable=None if is_rank0() else True)
 
     def keep(i: int) -> None:
         bar.update()
@@ -197,7 +202,7 @@ def with_demo(flags: Flags) -> tuple[str, str]:
 def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
     """Everything that the answers depend on; paths are not among it, what the files hold is."""
     from llama.checkpoint import fingerprint
-    from llama.parallel import bf16_is_fast
+    from llama.distributed import bf16_is_fast
     from moa.adapter_file import PARAMS
     from moa.files import file_hash
 

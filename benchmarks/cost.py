@@ -28,26 +28,26 @@ from benchmarks.measure import figure, in_turn, own_process, ratio, table
 from benchmarks.models import config_of, shape_only
 from benchmarks.step import measure, task_of
 from benchmarks.steps import BASE, PEFT, method_of
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
 from llama.checkpoint import read_base
 from moa.files import write_json
-from moa.state import count
+from moa.state import count_parameters
 from training.data import load_examples
 
 
 @dataclass(frozen=True)
 class Flags(Timed, OnBase):
-    data_path: str | None = knob(None, help="training rows; default: the demo's")
-    test_path: str | None = knob(None, help="test rows; default: the demo's")
-    methods: str = knob("all", help="methods to measure, with commas, or all")
-    peft: bool = knob(False, help="also transformers + PEFT's LoRA, rank 16 (if installed)")
-    rows: int = knob(4, help="rows of a training step")
-    max_seq_len: int = knob(300, help="longest training row")
-    batch_size: int = knob(16, help="prompts that are answered at once")
-    new_tokens: int = knob(64, help="tokens of each answer")
-    repeats: int = knob(4, help="training steps and answered batches measured of each")
+    data_path: str | None = flag(None, help="training rows; default: the demo's")
+    test_path: str | None = flag(None, help="test rows; default: the demo's")
+    methods: str = flag("all", help="methods to measure, with commas, or all")
+    peft: bool = flag(False, help="also transformers + PEFT's LoRA, rank 16 (if installed)")
+    rows: int = flag(4, help="rows of a training step")
+    max_seq_len: int = flag(300, help="longest training row")
+    batch_size: int = flag(16, help="prompts that are answered at once")
+    new_tokens: int = flag(64, help="tokens of each answer")
+    repeats: int = flag(4, help="training steps and answered batches measured of each")
 
     def __post_init__(self):
         require_positive(self, "rows", "max_seq_len", "batch_size", "new_tokens", "repeats", "threads")
@@ -69,7 +69,7 @@ def training(flags: Flags, ckpt_dir: str, kinds: Sequence[str]) -> tuple[dict[st
         per_token = statistics.median(taken / n for taken, n in zip(seconds, task.tokens, strict=True))
         config = config_of(method_of(kind), task.args.n_layers)
         figures[kind] = {
-            "trainable": count(shape_only(task.args, config, task.bf16))["total"],
+            "trainable": count_parameters(shape_only(task.args, config, task.bf16))["total"],
             "seconds_per_step": statistics.median(seconds),
             "step_over_base": ratio(seconds, taken_by[BASE]),
             "seconds_per_epoch": per_token * epoch,
@@ -123,7 +123,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.cost", description=__doc__)
-    with errors():
+    with cli_errors():
         torch.set_num_threads(flags.threads)
         ckpt_dir = flags.ckpt_dir or str(ensure_model())
         methods, peers = methods_named(flags.methods), [PEFT] if flags.peft else []

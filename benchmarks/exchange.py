@@ -24,12 +24,12 @@ import torch.multiprocessing as processes
 from benchmarks.flags import Figures, methods_named, require_positive
 from benchmarks.measure import turns
 from benchmarks.shapes import SMOLLM2_135M
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from llama import ModelArgs, Transformer
-from llama.parallel import start_processes, stop_processes
+from llama.distributed import destroy_distributed, init_distributed
+from llama.packing import PackedBatch
 from moa.config import AdapterConfig
-from moa.rows import Rows
-from moa.state import adapter_parameters, freeze_base, initialise
+from moa.state import adapter_parameters, freeze_base, reset_adapters
 from training.exchange import GradientSum
 
 METHODS = ("soft_moa", "lora", "molora")
@@ -39,11 +39,11 @@ METHODS = ("soft_moa", "lora", "molora")
 class Flags(Figures):
     """Flags of this command."""
 
-    processes: int = knob(2, help="replicas, a process each, with one thread")
-    tokens: int = knob(600, help="tokens of a process's micro-batch, in rows of 150")
-    layers: int = knob(SMOLLM2_135M["n_layers"], help="layers of the model, for a quick look")
-    repeats: int = knob(5, help="steps of each kind")
-    methods: str = knob(",".join(METHODS), help="methods to measure, with commas")
+    processes: int = flag(2, help="replicas, a process each, with one thread")
+    tokens: int = flag(600, help="tokens of a process's micro-batch, in rows of 150")
+    layers: int = flag(SMOLLM2_135M["n_layers"], help="layers of the model, for a quick look")
+    repeats: int = flag(5, help="steps of each kind")
+    methods: str = flag(",".join(METHODS), help="methods to measure, with commas")
 
     def __post_init__(self):
         require_positive(self, "processes", "tokens", "layers", "repeats")
@@ -53,7 +53,7 @@ class Flags(Figures):
 def build(method: str, n_layers: int) -> Transformer:
     """The model, filled at random, adapters as they start."""
     args = ModelArgs(**SMOLLM2_135M | {"n_layers": n_layers})
-    model = Transformer(args, AdapterConfig.from_flat({"method": method}, args.n_layers))
+    model = Transformer(args, AdapterConfig.from_dict({"method": method}, args.n_layers))
     generator = torch.Generator().manual_seed(0)
     base = {
         key: torch.randn(tensor.shape, generator=generator) * 0.02
@@ -61,7 +61,7 @@ def build(method: str, n_layers: int) -> Transformer:
         if tensor.is_meta
     }
     model.load_state_dict(base, strict=False, assign=True)
-    initialise(model, 0)
+    reset_adapters(model, 0)
     freeze_base(model)
     return model.train()
 
@@ -70,7 +70,7 @@ def compute(model: Transformer, n_tokens: int) -> None:
     """Forward and backward over rows of 150 tokens, all of them labels."""
     lengths = [min(150, n_tokens - begin) for begin in range(0, n_tokens, 150)]
     tokens = torch.randint(0, 1000, (n_tokens,), generator=torch.Generator().manual_seed(dist.get_rank()))
-    losses = model.losses(tokens, tokens.clone(), Rows(lengths, "cpu"))
+    losses = model.losses(tokens, tokens.clone(), PackedBatch(lengths, "cpu"))
     ((losses.labels / n_tokens) + losses.auxiliary).backward()
 
 
@@ -79,7 +79,7 @@ def measure(rank: int, flags: Flags, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", flags.processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=flags.processes)
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     results = []
     for method in methods_named(flags.methods):
         model = build(method, flags.layers)
@@ -101,7 +101,7 @@ def measure(rank: int, flags: Flags, folder: str) -> None:
         results.append({"method": method, "bytes": 4 * n, "seconds": seconds})
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
-    stop_processes()
+    destroy_distributed()
 
 
 def step(model: Transformer, tokens: int, kind: str, exchange: GradientSum | None) -> None:
@@ -143,7 +143,7 @@ def table(results: list[dict], flags: Flags) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.exchange", description=__doc__)
-    with errors(), tempfile.TemporaryDirectory() as folder:
+    with cli_errors(), tempfile.TemporaryDirectory() as folder:
         processes.spawn(measure, (flags, folder), flags.processes)
         results = json.loads(Path(folder, "results.json").read_text())
         if flags.json:

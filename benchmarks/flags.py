@@ -4,25 +4,25 @@ from dataclasses import dataclass
 
 import torch
 
-from cli import knob
-from moa.knobs import METHODS
+from cli import flag
+from moa.methods import METHODS
 
 ALL = [method for method in METHODS if method != "custom"]
 
 
 @dataclass(frozen=True)
 class Figures:
-    json: str | None = knob(None, help="write the figures to this file too")
+    json: str | None = flag(None, help="write the figures to this file too")
 
 
 @dataclass(frozen=True)
 class Timed(Figures):
-    threads: int = knob(torch.get_num_threads(), help="threads")
+    threads: int = flag(torch.get_num_threads(), help="threads")
 
 
 @dataclass(frozen=True)
 class OnBase:
-    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model")
+    ckpt_dir: str | None = flag(None, help="base model, a folder in Meta's layout; default: the demo model")
 
 
 def methods_named(text: str) -> list[str]:

@@ -34,12 +34,12 @@ from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import CPU, figure, own_process, ratio, table, timed, turns
 from benchmarks.models import shape_only
 from benchmarks.steps import BASE
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
 from llama.checkpoint import read_base
 from llama.data import encode_prompt, read_rows
-from llama.parallel import bf16_is_fast
+from llama.distributed import bf16_is_fast
 from moa.files import write_json
 from training.estimate import cache_bytes, held_bytes
 from training.loop import peak_memory
@@ -49,20 +49,20 @@ WHOLE = 10**6  # tokens: room for any prompt
 
 @dataclass(frozen=True)
 class Flags(Timed, OnBase):
-    data_path: str | None = knob(None, help="test rows; default: the demo's")
-    methods: str | None = knob(
+    data_path: str | None = flag(None, help="test rows; default: the demo's")
+    methods: str | None = flag(
         None, help="methods with fresh adapters, with commas, or all; default: soft_moa,lora without --adapter_path"
     )
-    adapter_path: str | None = knob(None, help="trained adapters, folders or files, with commas")
-    peft: bool = knob(False, help="also transformers + PEFT's LoRA (if installed)")
-    prompts: int = knob(16, help="prompts, the first of the test rows")
-    new_tokens: int | None = knob(None, help="tokens of each answer, without --natural_stops; default: 64")
-    natural_stops: bool = knob(False, help="answers end where the model ends them")
-    max_gen_len: int | None = knob(None, help="new tokens at most, with --natural_stops; default: 200")
-    batch_size: int | None = knob(None, help="rows at once, with --natural_stops; default: 32")
-    repeats: int = knob(3, help="times that every kind does the task")
-    bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16")
-    memory_of: str | None = knob(None, help="only this one: the first batch, then the peak memory in bytes")
+    adapter_path: str | None = flag(None, help="trained adapters, folders or files, with commas")
+    peft: bool = flag(False, help="also transformers + PEFT's LoRA (if installed)")
+    prompts: int = flag(16, help="prompts, the first of the test rows")
+    new_tokens: int | None = flag(None, help="tokens of each answer, without --natural_stops; default: 64")
+    natural_stops: bool = flag(False, help="answers end where the model ends them")
+    max_gen_len: int | None = flag(None, help="new tokens at most, with --natural_stops; default: 200")
+    batch_size: int | None = flag(None, help="rows at once, with --natural_stops; default: 32")
+    repeats: int = flag(3, help="times that every kind does the task")
+    bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16")
+    memory_of: str | None = flag(None, help="only this one: the first batch, then the peak memory in bytes")
 
     def __post_init__(self):
         require_positive(self, "prompts", "new_tokens", "max_gen_len", "batch_size", "repeats", "threads")
@@ -143,7 +143,7 @@ def counterpart(kind: Kind, kinds: Sequence[Kind]) -> str:
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.generation", description=__doc__)
-    with errors():
+    with cli_errors():
         torch.set_num_threads(flags.threads)
         ckpt_dir = flags.ckpt_dir or str(ensure_model())
         bf16 = bf16_is_fast(CPU) if flags.bf16 is None else flags.bf16

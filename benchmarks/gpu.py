@@ -49,15 +49,15 @@ from benchmarks.profiles import profile, summary
 from benchmarks.rows import LENGTHS, drawn_rows, halves, rows_of
 from benchmarks.shapes import BY_NAME
 from benchmarks.steps import BASE, PEFT, TRANSFORMERS, Step, method_of, padded_step, step_of
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from llama import ModelArgs, Transformer
 from llama.data import Example
+from llama.distributed import bf16_is_fast, get_device
 from llama.generation import require_flash
-from llama.parallel import bf16_is_fast, pick_device
 from moa.files import write_json
+from training.config import RECOMPUTED
 from training.data import label_count
 from training.loop import peak_memory
-from training.settings import RECOMPUTED
 
 LONGEST = 300
 DECODING, WITH_GRAPHS = "decoding", "decoding with graphs"
@@ -65,16 +65,16 @@ DECODING, WITH_GRAPHS = "decoding", "decoding with graphs"
 
 @dataclass(frozen=True)
 class Flags(Figures):
-    shape: str = knob("8B", help="shape of the model", choices=tuple(BY_NAME))
-    methods: str = knob("soft_moa", help="methods to measure beside the bare base, with commas, or all")
-    peers: bool = knob(False, help="also transformers, and with it PEFT's LoRA of rank 16 (if installed)")
-    device: str = knob("auto", help="auto, cpu, cuda or cuda:N")
-    rows: int = knob(8, help="rows of a training step")
-    decode_rows: str = knob("1,16,64", help="rows of a decode step, with commas")
-    context: int = knob(128, help="tokens of each prompt of those")
-    repeats: int = knob(5, help="training steps and decode runs measured of each")
-    decode_steps: int = knob(64, help="decode steps of a run")
-    flash_attention2: bool = knob(False, help="attention of training by flash-attn 2 (if installed)")
+    shape: str = flag("8B", help="shape of the model", choices=tuple(BY_NAME))
+    methods: str = flag("soft_moa", help="methods to measure beside the bare base, with commas, or all")
+    peers: bool = flag(False, help="also transformers, and with it PEFT's LoRA of rank 16 (if installed)")
+    device: str = flag("auto", help="auto, cpu, cuda or cuda:N")
+    rows: int = flag(8, help="rows of a training step")
+    decode_rows: str = flag("1,16,64", help="rows of a decode step, with commas")
+    context: int = flag(128, help="tokens of each prompt of those")
+    repeats: int = flag(5, help="training steps and decode runs measured of each")
+    decode_steps: int = flag(64, help="decode steps of a run")
+    flash_attention2: bool = flag(False, help="attention of training by flash-attn 2 (if installed)")
 
     def __post_init__(self):
         require_positive(self, "rows", "context", "repeats", "decode_steps")
@@ -258,8 +258,8 @@ def decoding_table(found: dict[str, Any], kinds: list[str], sizes: list[int]) ->
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.gpu", description=__doc__)
-    with errors():
-        device = pick_device(flags.device)
+    with cli_errors():
+        device = get_device(flags.device)
         if flags.flash_attention2:
             require_flash(flags.device, bf16_is_fast(device))
         bench = Bench(flags, device)

@@ -31,9 +31,9 @@ from benchmarks.models import config_of, on_base, random_base, shape_only
 from benchmarks.rows import halves, rows_of
 from benchmarks.shapes import BY_NAME
 from benchmarks.steps import step_of
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from llama import ModelArgs
-from llama.parallel import bf16_is_fast
+from llama.distributed import bf16_is_fast
 from moa.config import AdapterConfig
 from moa.files import write_json
 from training.estimate import activation_bytes
@@ -52,10 +52,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Flags(Timed):
-    shape: str = knob("SMOLLM2_135M", help="shape of the model", choices=tuple(BY_NAME))
-    method: str = knob("soft_moa", help="method, but for the axis of experts", choices=tuple(ALL))
-    axes: str = knob("length,rows,rank,experts,decode_rows,decode_context", help="what grows, with commas")
-    repeats: int = knob(3, help="times that each entry is measured")
+    shape: str = flag("SMOLLM2_135M", help="shape of the model", choices=tuple(BY_NAME))
+    method: str = flag("soft_moa", help="method, but for the axis of experts", choices=tuple(ALL))
+    axes: str = flag("length,rows,rank,experts,decode_rows,decode_context", help="what grows, with commas")
+    repeats: int = flag(3, help="times that each entry is measured")
 
     def __post_init__(self):
         require_positive(self, "repeats", "threads")
@@ -137,7 +137,7 @@ def show(axis: str, entries: dict[int, Entry], figures: dict[int, dict[str, Any]
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.growth", description=__doc__)
-    with errors():
+    with cli_errors():
         torch.set_num_threads(flags.threads)
         args, bf16 = ModelArgs(**BY_NAME[flags.shape]), bf16_is_fast(CPU)
         base = random_base(args, torch.bfloat16 if bf16 else torch.float32, CPU)

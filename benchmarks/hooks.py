@@ -18,23 +18,23 @@ from benchmarks.generation import prompts_of
 from benchmarks.generators import Kind, Task, ours
 from benchmarks.measure import CPU, figure, in_turn, ratio, table
 from benchmarks.models import config_of
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
 from inspection.statistics import Statistics
 from llama import Llama
 from llama.checkpoint import read_base
-from llama.parallel import bf16_is_fast
+from llama.distributed import bf16_is_fast
 from moa.files import write_json
 
 
 @dataclass(frozen=True)
 class Flags(Timed, OnBase):
-    data_path: str | None = knob(None, help="test rows; default: the demo's")
-    methods: str = knob("soft_moa,sparse_moa,adamole", help="methods with a router, with commas")
-    prompts: int = knob(16, help="prompts, answered at once")
-    new_tokens: int = knob(64, help="tokens of each answer")
-    repeats: int = knob(6, help="times that all prompts are answered in each way")
+    data_path: str | None = flag(None, help="test rows; default: the demo's")
+    methods: str = flag("soft_moa,sparse_moa,adamole", help="methods with a router, with commas")
+    prompts: int = flag(16, help="prompts, answered at once")
+    new_tokens: int = flag(64, help="tokens of each answer")
+    repeats: int = flag(6, help="times that all prompts are answered in each way")
 
     def __post_init__(self):
         require_positive(self, "prompts", "new_tokens", "repeats", "threads")
@@ -59,7 +59,7 @@ def measure(llm: Llama, task: Task, repeats: int) -> dict[str, list[float]]:
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.hooks", description=__doc__)
-    with errors():
+    with cli_errors():
         torch.set_num_threads(flags.threads)
         ckpt_dir = flags.ckpt_dir or str(ensure_model())
         prompts = prompts_of(flags.data_path or str(ensure_data()[1]), ckpt_dir, flags.prompts)

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.shapes import LLAMA_3_1
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from llama import ModelArgs, Transformer
 from llama.checkpoint import read_base
 from moa.config import AdapterConfig
+from training.config import RECOMPUTED
 from training.data import load_examples
 from training.estimate import activation_bytes, cache_bytes, held_bytes, summed, temporary_bytes, traffic, uneven
 from training.layout import first_rank
 from training.rehearsal import kept, messages_of_generation, messages_of_step, unfilled_model
 from training.schedule import make_plan, share_out
-from training.settings import RECOMPUTED
 
 METHODS = ("soft_moa", "molora")
 LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
@@ -66,9 +66,9 @@ LAYOUTS = (
 class Flags:
     """Flags of this command."""
 
-    data_path: str | None = knob(None, help="training rows to share out")
-    ckpt_dir: str | None = knob(None, help="base model whose tokenizer counts; default: the demo model")
-    json: str | None = knob(None, help="write the figures, in bytes, to this file too")
+    data_path: str | None = flag(None, help="training rows to share out")
+    ckpt_dir: str | None = flag(None, help="base model whose tokenizer counts; default: the demo model")
+    json: str | None = flag(None, help="write the figures, in bytes, to this file too")
 
     def __post_init__(self):
         if self.ckpt_dir and not self.data_path:
@@ -113,7 +113,7 @@ def memory_of(model: str, share: int, method: str) -> Memory:
 
 def model_of(model: str, method: str) -> Transformer:
     args = ModelArgs(**LLAMA_3_1[model])
-    return unfilled_model(args, AdapterConfig.from_flat({"method": method}, args.n_layers), bf16=True)
+    return unfilled_model(args, AdapterConfig.from_dict({"method": method}, args.n_layers), bf16=True)
 
 
 def compute(layout: Layout, method: str) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def shares_markdown(found: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.layouts", description=__doc__)
-    with errors():
+    with cli_errors():
         if flags.data_path:
             _, tokenizer = read_base(flags.ckpt_dir or ensure_model())
             found = shares([len(e.tokens) for e in load_examples(flags.data_path, tokenizer, LENGTH)])

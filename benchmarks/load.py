@@ -24,11 +24,11 @@ from benchmarks.flags import OnBase, Timed, require_positive
 from benchmarks.machine import measure_machine
 from benchmarks.measure import CPU, figure, own_process, ratio, table, timed, turns
 from benchmarks.peers import transformers_model
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from llama import Llama
 from llama.checkpoint import read_base, shard_files
-from llama.parallel import bf16_is_fast
+from llama.distributed import bf16_is_fast
 from moa.files import write_json
 
 OURS, TRANSFORMERS = "ours", "transformers"
@@ -37,11 +37,11 @@ N_TOKENS = 16  # of the prompt
 
 @dataclass(frozen=True)
 class Flags(Timed, OnBase):
-    repeats: int = knob(3, help="times that each is loaded")
-    only: str | None = knob(
+    repeats: int = flag(3, help="times that each is loaded")
+    only: str | None = flag(
         None, help="only this one, in this process; prints its figures", choices=(OURS, TRANSFORMERS)
     )
-    hf_dir: str | None = knob(None, help="with --only transformers: the folder to load")
+    hf_dir: str | None = flag(None, help="with --only transformers: the folder to load")
 
     def __post_init__(self):
         require_positive(self, "repeats", "threads")
@@ -87,7 +87,7 @@ def load_once(load: Callable[[], Callable[[torch.Tensor], object]]) -> dict[str,
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.load", description=__doc__)
-    with errors():
+    with cli_errors():
         torch.set_num_threads(flags.threads)
         ckpt_dir, bf16 = flags.ckpt_dir or str(ensure_model()), bf16_is_fast(CPU)
         if flags.only == OURS:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.measure import CPU, timed
-from llama.parallel import bf16_is_fast
+from llama.distributed import bf16_is_fast
 
 
 class Machine(NamedTuple):

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
-from llama.parallel import start_processes
+from llama.distributed import init_distributed
 from moa.config import AdapterConfig
-from moa.state import freeze_base, initialise
+from moa.state import freeze_base, reset_adapters
 from training.rehearsal import unfilled_model
 
 
 def config_of(method: str | None, n_layers: int, **flat: object) -> AdapterConfig | None:
     """A method's preset, with other settings on top; None (no adapter) for None."""
-    return None if method is None else AdapterConfig.from_flat({"method": method, **flat}, n_layers)
+    return None if method is None else AdapterConfig.from_dict({"method": method, **flat}, n_layers)
 
 
 def shape_only(args: ModelArgs, config: AdapterConfig | None, bf16: bool) -> Transformer:
     """The model without memory: shapes and types, ready to train."""
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     return unfilled_model(args, config, bf16)
 
 
@@ -39,10 +39,10 @@ def on_base(
 ) -> Transformer:
     """A model with fresh adapters on these weights, which several models may share."""
     device = base["output.weight"].device
-    start_processes(device)
+    init_distributed(device)
     model = Transformer(args, config, flash)
     model.load_state_dict(dict(base), strict=False, assign=True)
-    initialise(model, 0)
+    reset_adapters(model, 0)
     freeze_base(model)
     return model.to(device)
 

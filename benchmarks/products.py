@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from benchmarks.flags import Timed, numbers_of, require_positive
 from benchmarks.measure import CPU, figure, in_turn, ratio, table, timed
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from llama.copies import frozen_product, product_of_copy
-from llama.parallel import bf16_is_fast
+from llama.distributed import bf16_is_fast
 from moa.files import write_json
 
 READ = 64 * 2**20  # bytes, more than caches hold
@@ -32,9 +32,9 @@ MOST = 100  # matrices
 
 @dataclass(frozen=True)
 class Flags(Timed):
-    shapes: str = knob("3072x576,576x1536,49152x576", help="matrices, outputs x inputs, with commas")
-    rows: str = knob("1,4,16,256", help="rows, with commas")
-    repeats: int = knob(5, help="times that each is measured")
+    shapes: str = flag("3072x576,576x1536,49152x576", help="matrices, outputs x inputs, with commas")
+    rows: str = flag("1,4,16,256", help="rows, with commas")
+    repeats: int = flag(5, help="times that each is measured")
 
     def __post_init__(self):
         require_positive(self, "repeats", "threads")
@@ -54,7 +54,7 @@ def all_of(products: list[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Non
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.products", description=__doc__)
-    with errors(), torch.inference_mode():
+    with cli_errors(), torch.inference_mode():
         torch.set_num_threads(flags.threads)
         dtype = torch.bfloat16 if bf16_is_fast(CPU) else torch.float32
         found, rows = {}, []

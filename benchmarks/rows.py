@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from llama.data import IGNORE, Example
+from llama.data import IGNORE_INDEX, Example
 
 # Tokens of prompts and of answers, with template and end token, as SmolLM2's tokenizer has them: the smallest, each
 # tenth of the rows, and the largest. GSM8K's training rows, and the mixed commonsense set's.
@@ -42,7 +42,7 @@ def rows_of(lengths: Sequence[tuple[int, int]], vocab_size: int, seed: int = 0) 
     rows = []
     for prompt, answer in lengths:
         tokens = [generator.randrange(1, vocab_size) for _ in range(prompt + answer)]
-        rows.append(Example(tokens, [IGNORE] * prompt + tokens[prompt:], prompt))
+        rows.append(Example(tokens, [IGNORE_INDEX] * prompt + tokens[prompt:], prompt))
     return rows
 
 

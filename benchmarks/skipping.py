@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from benchmarks.flags import Timed, numbers_of, require_positive
 from benchmarks.measure import CPU, figure, in_turn, ratio, table
-from cli import errors, knob, parse
-from llama.parallel import bf16_is_fast
+from cli import cli_errors, flag, parse
+from llama.distributed import bf16_is_fast
 from moa.files import write_json
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
@@ -28,10 +28,10 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 
 @dataclass(frozen=True)
 class Flags(Timed):
-    width: str = knob("576,4096", help="widths of the layer, with commas")
-    rank: int = knob(8, help="rank of the LoRA")
-    tokens: int = knob(704, help="tokens")
-    repeats: int = knob(20, help="times that each is measured")
+    width: str = flag("576,4096", help="widths of the layer, with commas")
+    rank: int = flag(8, help="rank of the LoRA")
+    tokens: int = flag(704, help="tokens")
+    repeats: int = flag(20, help="times that each is measured")
 
     def __post_init__(self):
         require_positive(self, "rank", "tokens", "repeats", "threads")
@@ -72,7 +72,7 @@ def works(width: int, rank: int, n: int, dtype: torch.dtype) -> dict[str, Callab
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.skipping", description=__doc__)
-    with errors():
+    with cli_errors():
         torch.set_num_threads(flags.threads)
         dtype = torch.bfloat16 if bf16_is_fast(CPU) else torch.float32
         found, rows = {}, []

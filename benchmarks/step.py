@@ -26,13 +26,13 @@ from benchmarks.machine import Machine, measure_machine
 from benchmarks.measure import CPU, apart, figure, in_turn, own_process, ratio, table
 from benchmarks.models import config_of, shape_only
 from benchmarks.steps import BASE, PEFT, make, method_of
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
 from llama import ModelArgs, Transformer
 from llama.checkpoint import read_base
 from llama.data import Example
-from llama.parallel import bf16_is_fast
+from llama.distributed import bf16_is_fast
 from moa.files import write_json
 from training.data import label_count, load_examples
 from training.estimate import held_bytes
@@ -41,13 +41,13 @@ from training.loop import peak_memory
 
 @dataclass(frozen=True)
 class Flags(Timed, OnBase):
-    data_path: str | None = knob(None, help="training rows; default: the demo's")
-    methods: str = knob("soft_moa,sparse_moa,lora", help="methods to measure, with commas, or all")
-    peft: bool = knob(False, help="also transformers + PEFT's LoRA, rank 16 (if installed)")
-    rows: int = knob(4, help="rows of a step")
-    repeats: int = knob(6, help="steps measured, each on other rows")
-    max_seq_len: int = knob(300, help="longest row")
-    memory_of: str | None = knob(None, help="only this one: two steps, then the peak memory in bytes")
+    data_path: str | None = flag(None, help="training rows; default: the demo's")
+    methods: str = flag("soft_moa,sparse_moa,lora", help="methods to measure, with commas, or all")
+    peft: bool = flag(False, help="also transformers + PEFT's LoRA, rank 16 (if installed)")
+    rows: int = flag(4, help="rows of a step")
+    repeats: int = flag(6, help="steps measured, each on other rows")
+    max_seq_len: int = flag(300, help="longest row")
+    memory_of: str | None = flag(None, help="only this one: two steps, then the peak memory in bytes")
 
     def __post_init__(self):
         require_positive(self, "rows", "repeats", "max_seq_len", "threads")
@@ -114,7 +114,7 @@ def floors(kinds: Sequence[str], task: Task, machine: Machine) -> dict[str, list
 
 def main(argv: list[str]) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.step", description=__doc__)
-    with errors():
+    with cli_errors():
         torch.set_num_threads(flags.threads)
         ckpt_dir = flags.ckpt_dir or str(ensure_model())
         _, tokenizer = read_base(ckpt_dir)

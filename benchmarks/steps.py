@@ -10,7 +10,7 @@ from benchmarks.models import config_of
 from benchmarks.peers import peft_lora
 from llama import Llama, Transformer
 from llama.checkpoint import read_base
-from llama.data import IGNORE, Example
+from llama.data import IGNORE_INDEX, Example
 from moa.state import adapter_parameters
 from training.data import label_count, micro_batches
 from training.lanes import Passes
@@ -64,7 +64,7 @@ def padded_step(model: nn.Module, device: torch.device = CPU) -> Step:
             return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
 
         tokens = padded([e.tokens for e in examples], 0)
-        labels = padded([e.labels for e in examples], IGNORE)
+        labels = padded([e.labels for e in examples], IGNORE_INDEX)
         mask = padded([[1] * len(e.tokens) for e in examples], 0)
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss

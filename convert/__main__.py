@@ -23,40 +23,40 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cli
-from cli import knob
+from cli import flag
 
 DTYPES = ("bf16", "fp32", "fp16")
 
 
 @dataclass
 class HfFlags:
-    input: str = knob(help="folder with config.json, *.safetensors and tokenizer.json or tokenizer.model")
-    output: str = knob(help="folder to make")
-    dtype: str = knob("bf16", help="number format of the written tensors", choices=DTYPES)
-    overwrite: bool = knob(False, help="replace a checkpoint that is already in --output")
+    input: str = flag(help="folder with config.json, *.safetensors and tokenizer.json or tokenizer.model")
+    output: str = flag(help="folder to make")
+    dtype: str = flag("bf16", help="number format of the written tensors", choices=DTYPES)
+    overwrite: bool = flag(False, help="replace a checkpoint that is already in --output")
 
 
 @dataclass
 class GgufFlags(HfFlags):
-    input: str = knob(help="a .gguf file of the llama architecture")
+    input: str = flag(help="a .gguf file of the llama architecture")
 
 
 @dataclass
 class MergeFlags:
-    ckpt_dir: str = knob(help="the base, in Meta's layout; it stays as it is")
-    adapter_path: str = knob(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
-    output: str = knob(help="folder to make")
-    dtype: str | None = knob(None, help="number format of the written tensors (None: the base's)", choices=DTYPES)
-    overwrite: bool = knob(False, help="replace a checkpoint that is already in --output")
+    ckpt_dir: str = flag(help="the base, in Meta's layout; it stays as it is")
+    adapter_path: str = flag(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
+    output: str = flag(help="folder to make")
+    dtype: str | None = flag(None, help="number format of the written tensors (None: the base's)", choices=DTYPES)
+    overwrite: bool = flag(False, help="replace a checkpoint that is already in --output")
 
 
 @dataclass
 class ReshardFlags:
-    ckpt_dir: str = knob(help="the checkpoint, in Meta's layout; it stays as it is")
-    output: str = knob(help="folder to make")
-    shards: int = knob(help="how many files consolidated.NN.pth to cut it into")
-    dtype: str | None = knob(None, help="number format of the written tensors (None: as they are)", choices=DTYPES)
-    overwrite: bool = knob(False, help="replace a checkpoint that is already in --output")
+    ckpt_dir: str = flag(help="the checkpoint, in Meta's layout; it stays as it is")
+    output: str = flag(help="folder to make")
+    shards: int = flag(help="how many files consolidated.NN.pth to cut it into")
+    dtype: str | None = flag(None, help="number format of the written tensors (None: as they are)", choices=DTYPES)
+    overwrite: bool = flag(False, help="replace a checkpoint that is already in --output")
 
     def __post_init__(self) -> None:
         if self.shards < 1:
@@ -65,31 +65,31 @@ class ReshardFlags:
 
 @dataclass
 class CheckFlags:
-    ckpt_dir: str = knob(help="a checkpoint in Meta's layout", positional=True)
+    ckpt_dir: str = flag(help="a checkpoint in Meta's layout", positional=True)
 
 
 @dataclass
 class PeftFlags:
-    adapter_path: str = knob(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
-    output: str = knob(help="folder to make")
-    base_model: str | None = knob(None, help="name or path of the Hugging Face model that PEFT is to load with it")
-    ckpt_dir: str | None = knob(None, help="the base, for an adapter that does not tell its shape (the authors')")
-    overwrite: bool = knob(False, help="replace a PEFT adapter that is already in --output")
+    adapter_path: str = flag(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
+    output: str = flag(help="folder to make")
+    base_model: str | None = flag(None, help="name or path of the Hugging Face model that PEFT is to load with it")
+    ckpt_dir: str | None = flag(None, help="the base, for an adapter that does not tell its shape (the authors')")
+    overwrite: bool = flag(False, help="replace a PEFT adapter that is already in --output")
 
 
 @dataclass
 class FromPeftFlags:
-    input: str = knob(help="folder with adapter_config.json and adapter_model.safetensors")
-    ckpt_dir: str = knob(help="the base that the adapter is for, in Meta's layout")
-    output: str = knob(help="folder to make: adapter.pth, adapter_params.json")
-    overwrite: bool = knob(False, help="replace an adapter that is already in --output")
+    input: str = flag(help="folder with adapter_config.json and adapter_model.safetensors")
+    ckpt_dir: str = flag(help="the base that the adapter is for, in Meta's layout")
+    output: str = flag(help="folder to make: adapter.pth, adapter_params.json")
+    overwrite: bool = flag(False, help="replace an adapter that is already in --output")
 
 
 @dataclass
 class AuthorsFlags:
-    adapter_path: str = knob(help="adapter.pth of ours; its adapter_params.json lies beside it")
-    output: str = knob(help="folder to make: adapter.pth, adapter_params.json")
-    overwrite: bool = knob(False, help="replace an adapter that is already in --output")
+    adapter_path: str = flag(help="adapter.pth of ours; its adapter_params.json lies beside it")
+    output: str = flag(help="folder to make: adapter.pth, adapter_params.json")
+    overwrite: bool = flag(False, help="replace an adapter that is already in --output")
 
 
 # What each command does. Imports are late, so that wrong flags are refused before torch is loaded.
@@ -187,7 +187,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    word = cli.first_word(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m convert hf --help")
+    word = cli.subcommand(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m convert hf --help")
     command = COMMANDS[word]
     flags = cli.parse(command.flags, argv[1:], prog=f"python -m convert {word}", description=command.description)
     with cli.errors():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from convert import layout
 from convert.peft import OUR_FILES, recorded_shape
-from moa.adapter_file import load_adapter, save_authors_adapter
+from moa.adapter_file import load_adapter, save_reference_adapter
 
 
 def to_authors(adapter_path: str | Path, output: str | Path, overwrite: bool = False) -> Path:
@@ -14,5 +14,5 @@ def to_authors(adapter_path: str | Path, output: str | Path, overwrite: bool = F
     output = layout.check_output(output, overwrite, OUR_FILES)
     config, state = load_adapter(adapter_path, asdict(recorded_shape(Path(adapter_path))))
     with layout.new_folder(output, overwrite, OUR_FILES) as new:
-        save_authors_adapter(new, state, config)
+        save_reference_adapter(new, state, config)
     return output

@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from convert.archive import homes, read_through
-from convert.shards import State, bare_model, require_fit, require_keys, require_plain
+from convert.shards import State, bare_model, check_state_dict, require_keys, require_plain
 from llama.args import ModelArgs
-from llama.checkpoint import open_shard, placements, read_base, shard_files
+from llama.checkpoint import open_shard, read_base, shard_files, shard_specs
 from llama.tokenizer import Tokenizer
 from moa.archive import SMALL, Member, members
 
@@ -112,13 +112,13 @@ def _check_shards(
     shards = [_open(file, problems) for file in files]
     model = problems.attempt(bare_model, args) if args else None
     if model is not None:
-        wanted = placements(model)
+        wanted = shard_specs(model)
         for file, shard in zip(files, shards, strict=True):
             if shard.keys is not None:
                 problems.attempt(require_keys, file, shard.keys, wanted)
         if numbered:
             for key in (key for key in wanted if all(key in shard.state for shard in shards)):
-                problems.attempt(require_fit, model, key, wanted[key], files, [shard.state for shard in shards])
+                problems.attempt(check_state_dict, model, key, wanted[key], files, [shard.state for shard in shards])
     for file, shard in zip(files, shards, strict=True):
         mine = [p for p in problems if p.startswith(str(file))]
         digest = _new_md5()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convert import layout, plain_lora
 from convert.shards import open_shards
-from llama.checkpoint import placements, read_base
+from llama.checkpoint import read_base, shard_specs
 from moa.lora import LoRA
 
 
@@ -35,7 +35,7 @@ def merge(
     args, _ = read_base(source)
     layout.require_elsewhere(output, source)
     model = plain_lora.load(adapter_path, args)
-    wanted, loras = placements(model), dict(plain_lora.loras(model))
+    wanted, loras = shard_specs(model), dict(plain_lora.loras(model))
     files, shards, cuts = open_shards(source, model)
     with layout.new_folder(output, overwrite) as new:
         for name in ("params.json", "tokenizer.model"):

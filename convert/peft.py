@@ -15,12 +15,12 @@ import torch
 from convert import hf, layout, plain_lora
 from llama.args import ModelArgs
 from llama.checkpoint import read_base
+from llama.distributed import init_distributed
 from llama.model import Transformer
-from llama.parallel import start_processes
 from moa.adapter_file import PARAMS, adapter_params, save_adapter
 from moa.config import AdapterConfig
 from moa.files import read_json
-from moa.state import adapter_state, load_adapter_state
+from moa.state import adapter_state_dict, load_adapter_state_dict
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FILES, OUR_FILES = (CONFIG, TENSORS, "README.md"), ("adapter.pth", PARAMS)
@@ -34,7 +34,7 @@ MODULES = {
 LINEARS = {module: linear for linear, module in MODULES.items()}
 PERMUTED = ("attention.wq", "attention.wk")
 
-# Settings of PEFT's LoRA that change nothing in what a trained adapter computes. Any other must be off.
+# RunConfig of PEFT's LoRA that change nothing in what a trained adapter computes. Any other must be off.
 HARMLESS = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
@@ -109,23 +109,23 @@ def from_peft(input: str | Path, ckpt_dir: str | Path, output: str | Path, overw
             if not match or match[2] not in LINEARS:
                 raise ValueError(f"{tensor_file}: tensor {name} is no LoRA at a linear layer of a LLaMA block")
             part, _, linear = LINEARS[match[2]].partition(".")
-            site = plain_lora.SITES[linear]
+            site = plain_lora.TARGETS[linear]
             state[f"layers.{match[1]}.{part}.adapters.lora_{site}.{match[3]}"] = opened.get_tensor(name)
             sites.add(site)
             layers.add(int(match[1]))
     settings |= {"lora_targets": ",".join(sorted(sites)), "lora_layers": ",".join(f"{i}-{i + 1}" for i in layers)}
     try:
-        config = AdapterConfig.from_flat(settings, args.n_layers)
+        config = AdapterConfig.from_dict(settings, args.n_layers)
     except ValueError as error:
         raise ValueError(f"{input}: {error}") from None
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     model = Transformer(args, config).requires_grad_(False)
-    load_adapter_state(model, state, str(tensor_file))
+    load_adapter_state_dict(model, state, str(tensor_file))
     for key, lora in plain_lora.loras(model):
         if key.endswith(("wq.weight", "wk.weight")):
             lora.B.copy_(hf.interleave(lora.B, args.head_dim))
     with layout.new_folder(output, overwrite, OUR_FILES) as new:
-        save_adapter(new, adapter_state(model), adapter_params(config, asdict(args)))
+        save_adapter(new, adapter_state_dict(model), adapter_params(config, asdict(args)))
     return output
 
 

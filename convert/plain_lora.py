@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 from llama.args import ModelArgs
+from llama.distributed import init_distributed
 from llama.model import Transformer
-from llama.parallel import start_processes
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 from moa.lora import LoRA
-from moa.state import load_adapter_state
+from moa.state import load_adapter_state_dict
 
 # LoRA's site -> the linear layer there, by Meta's name within the attention or the feed-forward block.
 LINEAR = {"Q": "wq", "K": "wk", "V": "wv", "O": "wo", "FFN_UP": "w3", "FFN_GATE": "w1", "FFN_DOWN": "w2"}
-SITES = {linear: site for site, linear in LINEAR.items()}
+TARGETS = {linear: site for site, linear in LINEAR.items()}
 
 
 def require_plain(config: AdapterConfig, origin: str) -> None:
@@ -43,9 +43,9 @@ def load(adapter_path: str | Path, args: ModelArgs) -> Transformer:
     """
     config, state = load_adapter(adapter_path, asdict(args))
     require_plain(config, str(adapter_path))
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     model = Transformer(args, config)
-    load_adapter_state(model, state, str(adapter_path))
+    load_adapter_state_dict(model, state, str(adapter_path))
     return model.requires_grad_(False)
 
 

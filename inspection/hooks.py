@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama.packing import PackedBatch
 from moa.adapter import AdapterModule
-from moa.rows import Rows
 
 TOKENS_AT_ONCE = 8192  # what is kept before the consumer gets it
 
@@ -79,7 +79,7 @@ class Recorder:
         self.consume(batch)
 
     def _clear(self) -> None:
-        self._passes: list[Rows] = []
+        self._passes: list[PackedBatch] = []
         self._tokens = 0
         self._kept_gates: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
         self._kept_limits: dict[int, list[Tensor]] = defaultdict(list)
@@ -115,7 +115,7 @@ def mixtures(model: nn.Module) -> list[tuple[int, str, AdapterModule]]:
     return [(layer, slot, adapter) for layer, slot, adapter in found if adapter.expert_router is not None]
 
 
-def _is_answer(passes: list[Rows]) -> list[bool]:
+def _is_answer(passes: list[PackedBatch]) -> list[bool]:
     """Of each token. What is read behind a row's first pass is answer."""
     marks: list[bool] = []
     for rows in passes:

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from cli import knob
+from cli import flag
 from llama.machine import check_machine
-from moa.knobs import METHODS
+from moa.methods import METHODS
 
 WHAT, MACHINE = "model", "machine"
 
@@ -16,16 +16,16 @@ WHAT, MACHINE = "model", "machine"
 class ModelFlags:
     """Which model, and where it runs; as in generate.py."""
 
-    adapter_path: str = knob(help="adapter.pth, beside its adapter_params.json, or their folder", group=WHAT)
-    ckpt_dir: str = knob(help="base model, a folder in Meta's layout", group=WHAT)
-    method: str | None = knob(
+    adapter_path: str = flag(help="adapter.pth, beside its adapter_params.json, or their folder", group=WHAT)
+    ckpt_dir: str = flag(help="base model, a folder in Meta's layout", group=WHAT)
+    method: str | None = flag(
         None, help="method of an authors' adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
     )
-    max_seq_len: int = knob(512, help="longest prompt with its answer, in tokens", group=WHAT)
-    max_batch_size: int = knob(32, help="rows that are read at once", group=MACHINE)
-    bf16: bool | None = knob(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
-    device: str = knob("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
-    model_parallel_size: int = knob(1, help="processes that share one copy of the model", group=MACHINE)
+    max_seq_len: int = flag(512, help="longest prompt with its answer, in tokens", group=WHAT)
+    max_batch_size: int = flag(32, help="rows that are read at once", group=MACHINE)
+    bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
+    device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
+    model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
 
     def __post_init__(self):
         for name in ("max_seq_len", "max_batch_size", "model_parallel_size"):
@@ -39,11 +39,11 @@ def running(flags: ModelFlags) -> Iterator[Any]:
     """The model, a `llama.Llama`, among the processes of this run."""
     from llama import Llama
     from llama.cpu import prepare_cpu
-    from llama.parallel import bf16_is_fast, pick_device, processes
+    from llama.distributed import bf16_is_fast, distributed_run, get_device
 
     prepare_cpu()
-    device = pick_device(flags.device)
-    with processes(device, flags.model_parallel_size):
+    device = get_device(flags.device)
+    with distributed_run(device, flags.model_parallel_size):
         yield Llama.build(
             flags.ckpt_dir,
             flags.adapter_path,

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import errors, knob, parse
+from cli import cli_errors, flag, parse
 
 
 @dataclass(frozen=True)
 class Flags:
-    runs: str = knob(help="folder of runs", positional=True)
-    output: str = knob("report.html", help="HTML file to write; one that is there is replaced")
-    samples: int = knob(1, help="answers shown per test and run of each kind: right, wrong, judged differently")
-    costs: str | None = knob(None, help="what `python -m benchmarks.cost --json FILE` wrote: times on equal terms")
-    title: str | None = knob(None, help="the page's title; default: the folder's name")
+    runs: str = flag(help="folder of runs", positional=True)
+    output: str = flag("report.html", help="HTML file to write; one that is there is replaced")
+    samples: int = flag(1, help="answers shown per test and run of each kind: right, wrong, judged differently")
+    costs: str | None = flag(None, help="what `python -m benchmarks.cost --json FILE` wrote: times on equal terms")
+    title: str | None = flag(None, help="the page's title; default: the folder's name")
 
     def __post_init__(self):
         if not 0 <= self.samples <= 1000:
@@ -32,7 +32,7 @@ class Flags:
 
 def main(argv: Sequence[str], prog: str) -> None:
     flags = parse(Flags, argv, prog=prog, description=__doc__)
-    with errors():
+    with cli_errors():
         from evaluate.report import write
         from inspection.page.document import document
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli import errors, knob, parse_into
+from cli import cli_errors, flag, parse_into
 from inspection.model import ModelFlags, running
 
 TEXT, VIEW = "prompt and answer", "what is shown"
@@ -26,16 +26,16 @@ TEXT, VIEW = "prompt and answer", "what is shown"
 
 @dataclass(frozen=True)
 class Flags:
-    prompt: str | None = knob(None, help="an instruction", group=TEXT)
-    data_path: str | None = knob(None, help="a file of test rows, in the place of --prompt", group=TEXT)
-    row: int | None = knob(None, help="which of its rows, from 1", group=TEXT)
-    answer: str | None = knob(None, help="the answer to read; default: the model's own", group=TEXT)
-    max_gen_len: int = knob(200, help="new tokens at most", group=TEXT)
-    show: str = knob("gate", help="what colours stand for", choices=("gate", "used", "weight"), group=VIEW)
-    layers: str = knob("mean", help="layers with commas, as 0,14,29; or mean: over all layers", group=VIEW)
-    slots: str | None = knob(None, help="adapters with commas, as lora_Q,p_adapter; default: all", group=VIEW)
-    expert: int | None = knob(None, help="--show weight: of which expert, from 0", group=VIEW)
-    html: str | None = knob(None, help="HTML file to write; one that is there is replaced", group=VIEW)
+    prompt: str | None = flag(None, help="an instruction", group=TEXT)
+    data_path: str | None = flag(None, help="a file of test rows, in the place of --prompt", group=TEXT)
+    row: int | None = flag(None, help="which of its rows, from 1", group=TEXT)
+    answer: str | None = flag(None, help="the answer to read; default: the model's own", group=TEXT)
+    max_gen_len: int = flag(200, help="new tokens at most", group=TEXT)
+    show: str = flag("gate", help="what colours stand for", choices=("gate", "used", "weight"), group=VIEW)
+    layers: str = flag("mean", help="layers with commas, as 0,14,29; or mean: over all layers", group=VIEW)
+    slots: str | None = flag(None, help="adapters with commas, as lora_Q,p_adapter; default: all", group=VIEW)
+    expert: int | None = flag(None, help="--show weight: of which expert, from 0", group=VIEW)
+    html: str | None = flag(None, help="HTML file to write; one that is there is replaced", group=VIEW)
 
     def __post_init__(self):
         if (self.prompt is None) == (self.data_path is None):
@@ -84,15 +84,15 @@ class Look(NamedTuple):
 
 def main(argv: Sequence[str], prog: str) -> None:
     (flags, model_flags), _ = parse_into([Flags, ModelFlags], argv, prog=prog, description=__doc__)
-    with errors():
+    with cli_errors():
         from inspection.paint import page, terminal
-        from llama.parallel import is_main
+        from llama.distributed import is_rank0
         from moa.files import write_file
 
         row = _row(flags)
         with running(model_flags) as llm:
             look = look_at(flags, llm, row)
-            if not is_main():
+            if not is_rank0():
                 return
             coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every sign

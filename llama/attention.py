@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llama.cache import Cache
+from llama.kv_cache import KVCache
+from llama.packing import PackedBatch
 from moa.adapter import wide_on_cpu
-from moa.rows import Rows
 
 aten = torch.ops.aten
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedBatch, flash: bool) -> Tensor:
     """q (N, H, h), k and v (N, K, h) -> (N, H, h): each token attends to itself and the earlier ones of its own row.
 
     flash: use flash-attn 2's variable-length kernel (a GPU and bf16 or fp16), one launch for all rows; else PyTorch's
@@ -28,7 +28,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -
         from flash_attn import flash_attn_varlen_func
 
         longest = max(rows.lengths)
-        return flash_attn_varlen_func(q, k, v, rows.boundaries, rows.boundaries, longest, longest, causal=True)
+        return flash_attn_varlen_func(q, k, v, rows.cu_seqlens, rows.cu_seqlens, longest, longest, causal=True)
     if q.device.type == "cpu":
         return _CPUAttention.apply(q, k, v, rows)
     if rows.uniform:
@@ -47,15 +47,15 @@ def _has_varlen(q: Tensor) -> bool:
     return fits and built and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: PackedBatch) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # takes two seconds to load
 
     longest, causal = max(rows.lengths), (-1, 0)  # a window: all that is earlier, nothing that is later
-    ends = (rows.boundaries, rows.boundaries, longest, longest)
+    ends = (rows.cu_seqlens, rows.cu_seqlens, longest, longest)
     return varlen_attn(q, k, v, *ends, window_size=causal, enable_gqa=True)
 
 
-def cached_attention(q: Tensor, cache: Cache, layer: int) -> Tensor:
+def cached_attention(q: Tensor, cache: KVCache, layer: int) -> Tensor:
     """Decode step: q (R, H, h), one new token per cached row -> (R, H, h), over all that the cache holds of the row.
 
     The H/K query heads that share a key head are treated as that many queries of one head: nothing is repeated.
@@ -87,7 +87,7 @@ class _CPUAttention(torch.autograd.Function):
     row into tensors of the whole batch. Kept are the inputs and the output in their own type."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rows: PackedBatch) -> Tensor:
         out, sums = torch.empty_like(q), []
         wide = [wide_on_cpu(t) for t in (q, k, v)]
         for row in _pieces(rows):
@@ -112,7 +112,7 @@ class _CPUAttention(torch.autograd.Function):
         return *grads, None
 
 
-def _pieces(rows: Rows) -> list[Callable[[Tensor], Tensor]]:
+def _pieces(rows: PackedBatch) -> list[Callable[[Tensor], Tensor]]:
     """Views (R, heads, T, h) of (N, heads, h) tensors: of all rows at once where they are of one length, else of one
     row each."""
     if rows.uniform:

@@ -1,6 +1,6 @@
 """Reading Meta's checkpoints: any number of shards, at any model-parallel size, memory-mapped and complete.
 
-Where a tensor is cut follows from the layer that holds it (`placements`), never from its name.
+Where a tensor is cut follows from the layer that holds it (`shard_specs`), never from its name.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.layers import ColumnParallel, RowParallel, VocabParallel
 from llama.model import Transformer
+from llama.parallel_layers import ColumnParallel, RowParallel, VocabParallel
 from llama.tokenizer import Tokenizer
 from moa.adapter import AdapterModule
 from moa.files import file_hash, read_torch
@@ -24,12 +24,12 @@ from moa.state import require_same_keys
 IGNORED = {"rope.freqs"}  # worked out from params.json instead
 
 
-class Placement(NamedTuple):
+class ShardSpec(NamedTuple):
     shape: tuple[int, ...]  # whole
     cut: int | None  # dimension cut over ranks and shards; None: every one holds the whole
 
 
-def placements(model: Transformer) -> dict[str, Placement]:
+def shard_specs(model: Transformer) -> dict[str, ShardSpec]:
     """Key -> whole shape and how it is cut, for every base tensor."""
     found = {}
     for path, module in model.named_modules():
@@ -37,13 +37,13 @@ def placements(model: Transformer) -> dict[str, Placement]:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, ColumnParallel):
-                place = Placement((module.out_features, module.in_features), 0)
+                place = ShardSpec((module.out_features, module.in_features), 0)
             elif isinstance(module, RowParallel):
-                place = Placement((module.out_features, module.in_features), 1)
+                place = ShardSpec((module.out_features, module.in_features), 1)
             elif isinstance(module, VocabParallel):
-                place = Placement((module.num_embeddings, module.embedding_dim), 0)
+                place = ShardSpec((module.num_embeddings, module.embedding_dim), 0)
             else:
-                place = Placement(tuple(parameter.shape), None)
+                place = ShardSpec(tuple(parameter.shape), None)
             found[f"{path}.{name}"] = place
     return found
 
@@ -76,14 +76,14 @@ def load_base(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, devi
     """
     files = shard_files(Path(ckpt_dir))
     shards = [open_shard(file) for file in files]
-    wanted = placements(model)
+    wanted = shard_specs(model)
     for file, shard in zip(files, shards, strict=True):
         require_same_keys(wanted, set(shard) - IGNORED, str(file), "tensor")
     state = {}
     for key, place in wanted.items():
         path, _, name = key.rpartition(".")
         layer = model.get_submodule(path)
-        cut = shard_cut(key, place, files, shards, getattr(layer, "heads", None))
+        cut = shard_dim(key, place, files, shards, getattr(layer, "heads", None))
         mine = _assemble(place, cut, getattr(layer, name).shape, [shard[key] for shard in shards])
         state[key] = mine.to(device, dtype)
     model.load_state_dict(state, strict=False, assign=True)
@@ -117,8 +117,8 @@ def open_shard(file: Path) -> dict[str, Tensor]:
     return shard
 
 
-def shard_cut(
-    key: str, place: Placement, files: list[Path], shards: list[dict[str, Tensor]], heads: int | None = None
+def shard_dim(
+    key: str, place: ShardSpec, files: list[Path], shards: list[dict[str, Tensor]], heads: int | None = None
 ) -> int | None:
     """The dimension along which the shards cut a base tensor; None where each holds the whole.
 
@@ -142,7 +142,7 @@ def shard_cut(
     raise ValueError(f"{files[0]}{several}: {key} has shape {held}, params.json asks for {place.shape} in all")
 
 
-def _assemble(place: Placement, dim: int | None, local: torch.Size, pieces: list[Tensor]) -> Tensor:
+def _assemble(place: ShardSpec, dim: int | None, local: torch.Size, pieces: list[Tensor]) -> Tensor:
     """This rank's part, of shape `local`, of a base tensor that shards hold in pieces along `dim`."""
     if place.cut is None:
         return pieces[0]

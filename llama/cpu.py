@@ -1,4 +1,4 @@
-"""Settings of the CPU libraries under torch. They are read when torch is loaded, so this module does not load it."""
+"""RunConfig of the CPU libraries under torch. They are read when torch is loaded, so this module does not load it."""
 
 import ctypes
 import os

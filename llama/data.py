@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from llama.tokenizer import Tokenizer
 from moa.reading import parse_json, read_text
 
-IGNORE = -100  # label of a position that is not learned
+IGNORE_INDEX = -100  # label of a position that is not learned
 
 
-def prompt_text(instruction: str, input: str = "") -> str:
+def format_prompt(instruction: str, input: str = "") -> str:
     """Alpaca's template; the parts about an input stand only where there is one."""
     pairing = ", paired with an input that provides further context" if input else ""
     return (
@@ -21,7 +21,7 @@ def prompt_text(instruction: str, input: str = "") -> str:
 
 
 class Example(NamedTuple):
-    """One row to learn: tokens from BOS to EOS, labels aligned with them (IGNORE on the prompt)."""
+    """One row to learn: tokens from BOS to EOS, labels aligned with them (IGNORE_INDEX on the prompt)."""
 
     tokens: list[int]
     labels: list[int]
@@ -63,12 +63,12 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], room: int) -> list[
     """BOS and the prompt of a row. Its input is cut from its end until the prompt has at most `room` tokens; the result
     is longer where even the prompt without an input is."""
     instruction, input = row["instruction"], row["input"]
-    tokens = tokenizer.encode(prompt_text(instruction, input), bos=True)
+    tokens = tokenizer.encode(format_prompt(instruction, input), bos=True)
     kept = tokenizer.encode(input) if len(tokens) > room else []
     while len(tokens) > room and input:
         kept = kept[: max(0, len(kept) - (len(tokens) - room))]
         input = tokenizer.decode(kept).rstrip("\ufffd")  # half a character may be left at the cut
-        tokens = tokenizer.encode(prompt_text(instruction, input), bos=True)
+        tokens = tokenizer.encode(format_prompt(instruction, input), bos=True)
     return tokens
 
 
@@ -81,4 +81,4 @@ def encode_example(tokenizer: Tokenizer, row: dict[str, Any], max_seq_len: int) 
     prompt = encode_prompt(tokenizer, row, max_seq_len - len(answer))
     if len(prompt) + len(answer) > max_seq_len:
         return None
-    return Example(prompt + answer, [IGNORE] * len(prompt) + answer, len(prompt))
+    return Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, len(prompt))

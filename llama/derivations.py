@@ -12,9 +12,9 @@ from torch import Tensor
 from llama.copies import packs
 from llama.free_memory import free_memory
 from llama.model import Transformer
+from llama.packing import PackedBatch
 from moa.adapter import weights_stand_still
 from moa.parallel import mp_size
-from moa.rows import Rows
 
 COPIES_PAY_FROM = 32  # decode steps
 COPIES_SHARE = 4  # the free memory must be so many times the size of the weights
@@ -76,7 +76,7 @@ def derive_ahead(model: Transformer) -> None:
         return
     weight = model.output.weight
     x = torch.zeros(1, model.args.dim, dtype=weight.dtype, device=weight.device)
-    step = model.step(Rows([1], weight.device))
+    step = model.step(PackedBatch([1], weight.device))
 
     @torch.inference_mode()
     def call(layer: Callable[..., Tensor], *inputs: object) -> None:

@@ -9,11 +9,11 @@ import torch
 
 from llama.checkpoint import load_base, read_base
 from llama.derivations import Derivations
-from llama.engine import Answer, Rules, run
+from llama.distributed import get_device, init_distributed
+from llama.engine import Request, SamplingParams, run
 from llama.machine import MIN_TEMPERATURE
 from llama.model import Transformer
-from llama.parallel import pick_device, start_processes
-from llama.sampling import row_uniforms
+from llama.sampling import seeded_uniforms
 from llama.tokenizer import Tokenizer
 from moa import state
 from moa.adapter_file import load_adapter
@@ -64,7 +64,7 @@ class Llama:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         if flash_attention2:
             require_flash(device, bf16)
-        torch_device = pick_device(device)
+        torch_device = get_device(device)
         if cuda_graphs:
             require_graphs(torch_device, model_parallel_size)
         args, tokenizer = read_base(ckpt_dir)
@@ -72,13 +72,13 @@ class Llama:
         if adapter_path is not None:
             assert config is None, "an adapter file brings its own configuration"
             config, adapter = load_adapter(adapter_path, asdict(args), method)
-        start_processes(torch_device, model_parallel_size)
+        init_distributed(torch_device, model_parallel_size)
         model = Transformer(args, config, flash_attention2)
         load_base(model, ckpt_dir, torch.bfloat16 if bf16 else torch.float32, torch_device)
         if adapter is not None:
-            state.load_adapter_state(model, adapter, str(adapter_path))
+            state.load_adapter_state_dict(model, adapter, str(adapter_path))
         else:
-            state.initialise(model, seed)
+            state.reset_adapters(model, seed)
         state.freeze_base(model)
         model.eval()
         return cls(model, tokenizer, max_seq_len, max_batch_size, cuda_graphs)
@@ -110,11 +110,11 @@ class Llama:
         samples = samples or [0] * len(prompts)
         limits = [min(max_gen_len, self.max_seq_len - len(prompt)) for prompt in prompts]
         draws = [
-            row_uniforms(prompt, seed, sample, limit).tolist() if temperature > 0 else []
+            seeded_uniforms(prompt, seed, sample, limit).tolist() if temperature > 0 else []
             for prompt, sample, limit in zip(prompts, samples, limits, strict=True)
         ]
-        answers = [Answer(i, *row) for i, row in enumerate(zip(prompts, limits, draws, strict=True))]
-        rules = Rules(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
+        answers = [Request(i, *row) for i, row in enumerate(zip(prompts, limits, draws, strict=True))]
+        rules = SamplingParams(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         graphs = self.cuda_graphs and not hooked
         behind = 0 if hooked else _steps_behind(self.model.output.weight.device)  # hooks see no step in vain

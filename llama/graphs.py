@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.cache import Cache
-from moa.rows import on_device
+from llama.kv_cache import KVCache
+from llama.packing import async_to_device
 
 BLOCK = 128  # tokens
 ROWS_AT_ONCE = 8  # from here on, rows are rounded up to a multiple
@@ -31,7 +31,7 @@ class Graphs:
     """The decode steps of one run of generation: nothing that `step` reads but `fed` and the cache may change, and
     nothing may move. step: `llama.engine.decode_step` of a model and this cache."""
 
-    def __init__(self, cache: Cache, step: Callable[[Tensor, list[int], bool], Tensor]):
+    def __init__(self, cache: KVCache, step: Callable[[Tensor, list[int], bool], Tensor]):
         self._cache, self._step = cache, step
         self._captured: dict[tuple[int, int], _Captured] = {}
 
@@ -42,7 +42,7 @@ class Graphs:
         rows = min(_rounded(len(tokens)), cache.max_rows)
         longest = min(-(-max(lengths) // BLOCK) * BLOCK, cache.max_len)
         idle = rows - len(tokens)
-        ends = on_device(lengths + [1] * idle, tokens.device)
+        ends = async_to_device(lengths + [1] * idle, tokens.device)
         if (rows, longest) not in self._captured:
             self._captured[rows, longest] = self._capture(torch.stack([torch.zeros_like(ends), ends]), longest)
         captured = self._captured[rows, longest]

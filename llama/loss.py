@@ -62,7 +62,7 @@ def _room(n: int, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return product, product if product.dtype.itemsize >= 4 else torch.empty_like(product, dtype=torch.float32)
 
 
-def label_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p(label) over all labels, a float32 scalar.
 
     hidden (M, D): final hidden states at the positions that predict a label; weight (V, D): the frozen output matrix

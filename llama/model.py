@@ -4,7 +4,7 @@
     y   = x + Attention(norm(x); g)
     out = y + FeedForward(norm(y); g) + g_parallel * ParallelAdapter(norm(y))
 
-Layer names are Meta's. Inside, a batch is packed (`moa.rows`): N tokens of all rows, laid end to end without padding.
+Layer names are Meta's. Inside, a batch is packed (`llama.packing`): N tokens of all rows, laid end to end without padding.
 Shapes: B rows of T tokens at the interface, N tokens inside, D model width, H query heads, K key/value heads, h head
 width, F hidden width of the feed-forward block, V vocabulary. Under model parallelism H, K, F and V are cut; with more
 ranks than key/value heads K is 1, and neighbouring ranks hold the same one.
@@ -19,22 +19,22 @@ from torch.utils.checkpoint import checkpoint
 
 from llama.args import ModelArgs
 from llama.attention import cached_attention, causal_attention
-from llama.cache import Cache
-from llama.data import IGNORE
-from llama.layers import ColumnParallel, RowParallel, VocabParallel, gated_side_by_side, side_by_side, unfilled
-from llama.loss import label_loss
+from llama.data import IGNORE_INDEX
+from llama.kv_cache import KVCache
+from llama.loss import chunked_cross_entropy
+from llama.packing import PackedBatch, async_to_device
+from llama.parallel_layers import ColumnParallel, RowParallel, VocabParallel, gated_side_by_side, side_by_side, unfilled
 from llama.pointwise import rms_norm
 from llama.rope import Rope, frequencies, rotations
-from moa.adapter import AdapterModule, Site
-from moa.base import NormWeight
-from moa.block import Adapters, Mixing, Read, build_router
+from moa.adapter import AdapterModule, Target
+from moa.bias_norm import TrainableNormWeight
+from moa.block import AdapterDict, Mixing, Read, build_router
 from moa.config import AdapterConfig, Slot
-from moa.experts import Balance
-from moa.parallel import copy_to_ranks, parts_of_heads, share
+from moa.expert_routers import RouterStats
+from moa.parallel import copy_to_model_parallel_region, num_kv_shards, share
 from moa.routers import Gates
-from moa.rows import Rows, on_device
 
-Outputs = tuple[Tensor, list[Balance]]  # hidden states (N, D), and of the load-balancing losses
+Outputs = tuple[Tensor, list[RouterStats]]  # hidden states (N, D), and of the load-balancing losses
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = unfilled(dim)
-        self.adapters = nn.ModuleDict({"norm": NormWeight(dim, lambda: self.weight)} if trained else {})
+        self.adapters = nn.ModuleDict({"norm": TrainableNormWeight(dim, lambda: self.weight)} if trained else {})
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.adapters["norm"].weight.to(x.dtype) if self.adapters else self.weight
@@ -55,21 +55,21 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs, config: AdapterConfig | None, slots: list[Slot]):
         super().__init__()
         heads, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-        parts = parts_of_heads(args.n_kv_heads)
+        parts = num_kv_shards(args.n_kv_heads)
         self.head_dim = args.head_dim
         self.wq = ColumnParallel(args.dim, heads)
         self.wk = ColumnParallel(args.dim, kv, args.n_kv_heads)
         self.wv = ColumnParallel(args.dim, kv, args.n_kv_heads)
         self.wo = RowParallel(heads, args.dim)
-        self.adapters = Adapters(
+        self.adapters = AdapterDict(
             config,
             slots,
             {
-                "Q": Site(args.dim, heads, "out", args.n_heads),
-                "K": Site(args.dim, kv, "out", args.n_heads, parts),
-                "V": Site(args.dim, kv, "out", args.n_heads, parts),
-                "attention": Site(args.dim, heads, "out", args.n_heads),
-                "O": Site(heads, args.dim, "in", args.n_heads),
+                "Q": Target(args.dim, heads, "out", args.n_heads),
+                "K": Target(args.dim, kv, "out", args.n_heads, parts),
+                "V": Target(args.dim, kv, "out", args.n_heads, parts),
+                "attention": Target(args.dim, heads, "out", args.n_heads),
+                "O": Target(heads, args.dim, "in", args.n_heads),
             },
         )
 
@@ -94,13 +94,13 @@ class FeedForward(nn.Module):
         self.w1 = ColumnParallel(dim, hidden)
         self.w2 = RowParallel(hidden, dim)
         self.w3 = ColumnParallel(dim, hidden)
-        self.adapters = Adapters(
+        self.adapters = AdapterDict(
             config,
             slots,
             {
-                "FFN_UP": Site(dim, hidden, "out", args.n_heads),
-                "FFN_GATE": Site(dim, hidden, "out", args.n_heads),
-                "FFN_DOWN": Site(hidden, dim, "in", args.n_heads),
+                "FFN_UP": Target(dim, hidden, "out", args.n_heads),
+                "FFN_GATE": Target(dim, hidden, "out", args.n_heads),
+                "FFN_DOWN": Target(hidden, dim, "in", args.n_heads),
             },
         )
 
@@ -122,7 +122,7 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(args, config, slots)
         self.ffn_norm = _norm(args, config)
         self.feed_forward = FeedForward(args, config, slots)
-        self.adapters = Adapters(config, slots, {"block": Site(args.dim, args.dim, None, args.n_heads)})
+        self.adapters = AdapterDict(config, slots, {"block": Target(args.dim, args.dim, None, args.n_heads)})
         self.router = build_router(config, slots, args.dim)
 
     def forward(self, x: Tensor, step: "Step") -> Outputs:
@@ -147,7 +147,7 @@ def _run_again_later(part: Callable[..., Outputs], *inputs: Any, when: bool) -> 
 def _require_divisible(args: ModelArgs) -> None:
     """ValueError with the numbers, unless the model-parallel ranks can share a model of this shape."""
     share(args.n_heads, "n_heads")
-    parts_of_heads(args.n_kv_heads)
+    num_kv_shards(args.n_kv_heads)
     share(args.ffn_dim, "the feed-forward width")
     share(args.vocab_size, "vocab_size")
 
@@ -161,7 +161,13 @@ class Step:
     backward pass is to work out again (`Transformer.activation_checkpointing`)."""
 
     def __init__(
-        self, rows: Rows, rope: Rope, flash: bool, cache: Cache | None, places: list[int] | None, recompute: str
+        self,
+        rows: PackedBatch,
+        rope: Rope,
+        flash: bool,
+        cache: KVCache | None,
+        places: list[int] | None,
+        recompute: str,
     ):
         self.rows, self.rope, self.flash, self.cache, self.places = rows, rope, flash, cache, places
         self.recompute = recompute
@@ -195,11 +201,11 @@ class Losses(NamedTuple):
 
     labels: Tensor
     auxiliary: Tensor
-    balance: Balance | None = None
+    balance: RouterStats | None = None
 
 
 class Transformer(nn.Module):
-    """The model. Base weights are unfilled until a checkpoint is loaded, adapters until `moa.state.initialise`.
+    """The model. Base weights are unfilled until a checkpoint is loaded, adapters until `moa.state.reset_adapters`.
 
     activation_checkpointing: what is not kept for the backward pass but worked out again there: nothing ("off"), the
     second half of each block, from the feed-forward part's norm on ("ffn"), or whole blocks ("all").
@@ -224,54 +230,62 @@ class Transformer(nn.Module):
 
         prompt_lens: prompt tokens of each row (default: the whole row), for methods that look at the prompt alone.
         """
-        rows = Rows([tokens.shape[1]] * len(tokens), tokens.device, prompt_lens)
-        return self.output(copy_to_ranks(self.hidden(tokens.flatten(), rows))).float().unflatten(0, tokens.shape)
+        rows = PackedBatch([tokens.shape[1]] * len(tokens), tokens.device, prompt_lens)
+        return (
+            self.output(copy_to_model_parallel_region(self.hidden(tokens.flatten(), rows)))
+            .float()
+            .unflatten(0, tokens.shape)
+        )
 
     def loss(self, tokens: Tensor, labels: Tensor, prompt_lens: list[int] | None = None) -> Tensor:
         """Mean cross-entropy over the label tokens plus the method's auxiliary loss, a float32 scalar.
 
-        tokens, labels (B, T) int64, labels aligned with tokens (the shift by one happens here), IGNORE where nothing is
+        tokens, labels (B, T) int64, labels aligned with tokens (the shift by one happens here), IGNORE_INDEX where nothing is
         learned. ValueError where no label is left or one is no token.
         """
         if tokens.shape != labels.shape:
             raise ValueError(f"labels {tuple(labels.shape)} must have the shape of tokens {tuple(tokens.shape)}")
-        rows = Rows([tokens.shape[1]] * len(tokens), tokens.device, prompt_lens)
-        wanted = labels[:, 1:][labels[:, 1:] != IGNORE]
+        rows = PackedBatch([tokens.shape[1]] * len(tokens), tokens.device, prompt_lens)
+        wanted = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
         n_labels = len(wanted)
         if not n_labels:
             raise ValueError("no label token: nothing to learn from")
         if wanted.min() < 0 or wanted.max() >= self.args.vocab_size:
-            raise ValueError(f"a label is neither {IGNORE} nor one of the {self.args.vocab_size} tokens")
+            raise ValueError(f"a label is neither {IGNORE_INDEX} nor one of the {self.args.vocab_size} tokens")
         losses = self.losses(tokens.flatten(), labels.flatten(), rows)
         return losses.labels / n_labels + losses.auxiliary
 
-    def losses(self, tokens: Tensor, labels: Tensor, rows: Rows) -> Losses:
+    def losses(self, tokens: Tensor, labels: Tensor, rows: PackedBatch) -> Losses:
         """The losses of a packed batch: tokens, labels (N,). The final layer's logits are worked out at positions that
         predict a label and nowhere else. With labels that lie on the CPU nothing here waits for a GPU."""
         labels = labels.cpu()
-        wanted = labels != IGNORE
+        wanted = labels != IGNORE_INDEX
         wanted[[begin for begin, _ in rows.spans]] = False  # nothing before a row's first token predicts it
         positions = wanted.nonzero().squeeze(1)
         hidden, balance = self._run(tokens, rows)
-        before, labels = (on_device(t, hidden.device) for t in (positions - 1, labels[positions]))
-        summed = label_loss(hidden[before], self.output.weight, labels)
+        before, labels = (async_to_device(t, hidden.device) for t in (positions - 1, labels[positions]))
+        summed = chunked_cross_entropy(hidden[before], self.output.weight, labels)
         if not balance:
             return Losses(summed, torch.zeros((), device=summed.device))
-        stacked = Balance(*map(torch.stack, zip(*balance, strict=True)))
+        stacked = RouterStats(*map(torch.stack, zip(*balance, strict=True)))
         return Losses(summed, self.auxiliary(stacked), stacked)
 
-    def auxiliary(self, balance: Balance) -> Tensor:
+    def auxiliary(self, balance: RouterStats) -> Tensor:
         """The load-balancing loss of all routers, times its coefficient: a float32 scalar."""
         return self.config.experts.lb_loss_coeff * balance.loss()
 
-    def hidden(self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, rows: PackedBatch, cache: KVCache | None = None, places: list[int] | None = None
+    ) -> Tensor:
         """tokens (N,), packed -> (N, D) final hidden states, normed.
 
         cache with places: the rows are new and go there; cache alone: one more token of every cached row.
         """
         return self._run(tokens, rows, cache, places)[0]
 
-    def _run(self, tokens: Tensor, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Outputs:
+    def _run(
+        self, tokens: Tensor, rows: PackedBatch, cache: KVCache | None = None, places: list[int] | None = None
+    ) -> Outputs:
         """Final hidden states, and what the load-balancing losses of all blocks are made of."""
         step, x, balances = self.step(rows, cache, places), self.tok_embeddings(tokens), []
         for block in self.layers:
@@ -279,12 +293,12 @@ class Transformer(nn.Module):
             balances += balance
         return self.norm(x), balances
 
-    def step(self, rows: Rows, cache: Cache | None = None, places: list[int] | None = None) -> Step:
+    def step(self, rows: PackedBatch, cache: KVCache | None = None, places: list[int] | None = None) -> Step:
         """What a pass of these rows hands to every block."""
         recompute = self.activation_checkpointing if torch.is_grad_enabled() else "off"
         return Step(rows, self._rope(rows), self.flash, cache, places, recompute)
 
-    def _rope(self, rows: Rows) -> Rope:
+    def _rope(self, rows: PackedBatch) -> Rope:
         """From a table of the rotations of all positions."""
         self.reach(max(start + length for start, length in zip(rows.starts, rows.lengths, strict=True)), rows.device)
         return Rope(self.turns[rows.positions])
@@ -295,8 +309,8 @@ class Transformer(nn.Module):
             with torch.inference_mode(False):
                 self.turns = rotations(self.freqs.to(device), torch.arange(2 * n, device=device))
 
-    def make_cache(self, max_rows: int, max_len: int) -> Cache:
+    def new_cache(self, max_rows: int, max_len: int) -> KVCache:
         """An empty KV cache in the base's dtype, on its device, for this rank's heads."""
         weight, args = self.output.weight, self.args
-        kv_heads = args.n_kv_heads // parts_of_heads(args.n_kv_heads)
-        return Cache(args.n_layers, max_rows, max_len, kv_heads, args.head_dim, weight.dtype, weight.device)
+        kv_heads = args.n_kv_heads // num_kv_shards(args.n_kv_heads)
+        return KVCache(args.n_layers, max_rows, max_len, kv_heads, args.head_dim, weight.dtype, weight.device)

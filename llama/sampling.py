@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def row_uniforms(prompt: list[int], seed: int, sample: int, n: int) -> Tensor:
+def seeded_uniforms(prompt: list[int], seed: int, sample: int, n: int) -> Tensor:
     """(n,) numbers in [0, 1) for the n tokens of one row: drawn from its prompt, the seed and the sample's number, so
     that neither neighbours nor the row's place in a batch matter."""
     digest = hashlib.sha256(f"{seed}/{sample}/{prompt}".encode()).digest()
@@ -14,7 +14,7 @@ def row_uniforms(prompt: list[int], seed: int, sample: int, n: int) -> Tensor:
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | None) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | None) -> Tensor:
     """logits (R, V) float32 -> (R,) token ids.
 
     temperature 0: the largest logit, the lowest id of equals. Otherwise one draw per row, by its number in `uniforms`

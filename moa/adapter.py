@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.parallel import Cut, copy_to_ranks, mp_size, share, sum_over_holders, sum_over_ranks
+from moa.parallel import (
+    Cut,
+    all_reduce_shared_grad,
+    copy_to_model_parallel_region,
+    mp_size,
+    reduce_from_model_parallel_region,
+    share,
+)
 
 T = TypeVar("T")
 FEW = 64  # tokens
@@ -43,7 +50,7 @@ def like_linear(in_features: int) -> Init:
 
 
 @dataclass(frozen=True)
-class Declared:
+class ParamSpec:
     """A trained parameter: its whole shape, its start, how it is cut over model-parallel ranks, weight decay."""
 
     shape: tuple[int, ...]
@@ -90,7 +97,7 @@ def weights_stand_still(model: nn.Module, may_copy: bool, known: Derived | None 
 
 
 class AdapterModule(Deriving):
-    """Base of adapters and routers. All parameters are float32 and made by `declare`: freezing, counting, saving,
+    """Base of adapters and routers. All parameters are float32 and made by `add_parameter`: freezing, counting, saving,
     loading, initialising, optimizer groups and model parallelism all read `declared`."""
 
     per_row = False  # of a block's router: it is asked once per row instead of once per token
@@ -98,10 +105,10 @@ class AdapterModule(Deriving):
 
     def __init__(self):
         super().__init__()
-        self.declared: dict[str, Declared] = {}
+        self.declared: dict[str, ParamSpec] = {}
         self.expert_router: nn.Module | None = None  # of an adapter that has several experts
 
-    def declare(
+    def add_parameter(
         self, name: str, shape: tuple[int, ...], init: Init, cut: Cut | None = None, decay: bool | None = None
     ) -> None:
         """Make parameter `name` of whole shape `shape`, of which this rank holds its part.
@@ -116,9 +123,9 @@ class AdapterModule(Deriving):
             local[cut.dim] = share(shape[cut.dim], what, cut.parts)
         parameter = nn.Parameter(torch.empty(local, dtype=torch.float32))
         if cut is not None and cut.parts < mp_size():
-            parameter.register_hook(partial(sum_over_holders, cut=cut))
+            parameter.register_hook(partial(all_reduce_shared_grad, cut=cut))
         self.register_parameter(name, parameter)
-        self.declared[name] = Declared(shape, init, cut, len(shape) > 1 if decay is None else decay)
+        self.declared[name] = ParamSpec(shape, init, cut, len(shape) > 1 if decay is None else decay)
 
     def reads(self) -> list[Tensor]:
         """Weights (k, in) whose products with its input u are all that an adapter, or a router of experts, wants of it.
@@ -136,7 +143,7 @@ class AdapterModule(Deriving):
 
 
 @dataclass(frozen=True)
-class Site:
+class Target:
     """A place where an adapter stands: whole widths of what goes in and comes out there, and how the layer beside it
     is cut: "out" (column-parallel), "in" (row-parallel) or None (replicated). parts: into how many parts, where they
     are fewer than ranks."""
@@ -156,10 +163,10 @@ class Site:
         return Cut(dim, self.parts or mp_size()) if self.cut == "in" else None
 
 
-def project_in(site: Site, u: Tensor, weight: Tensor) -> Tensor:
+def project_in(site: Target, u: Tensor, weight: Tensor) -> Tensor:
     """(N, in) -> (N, k), whole on every rank, by a (k, in) weight that is cut as the site's inputs are."""
     y = F.linear(u, weight)
-    return sum_over_ranks(y) if site.cut == "in" else y
+    return reduce_from_model_parallel_region(y) if site.cut == "in" else y
 
 
 def reads_of(modules: Sequence["AdapterModule"]) -> list[Tensor]:
@@ -180,11 +187,11 @@ def shared_out(product: Tensor, modules: Sequence["AdapterModule"]) -> dict["Ada
     return {module: tuple(next(parts) for _ in widths) for module, widths in counts}
 
 
-def add_product(output: Tensor, site: Site, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+def add_product(output: Tensor, site: Target, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """output (N, out) += scale * a W, in its place: a (N, k) is whole on every rank, W (k, out) and the output are cut
     as the site's outputs are. The output must be one that autograd does not keep, as a linear layer's."""
     if site.cut == "out":
-        a = copy_to_ranks(a)
+        a = copy_to_model_parallel_region(a)
     a = a.to(weight.dtype)
     if weight.dtype != output.dtype:  # `narrow_type`
         return output.add_(a @ weight, alpha=scale)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moa import authors
+from moa import reference_format
 from moa.config import AdapterConfig
 from moa.files import read_json, read_torch, write_file, write_json, write_torch
 from moa.reading import shown
@@ -23,7 +23,7 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str,
     """
     require_tensors(state, "the adapter")
     try:
-        AdapterConfig.from_flat({k: v for k, v in params.items() if k != "base"}, params["base"]["n_layers"])
+        AdapterConfig.from_dict({k: v for k, v in params.items() if k != "base"}, params["base"]["n_layers"])
         text = json.dumps(dict(params), indent=1, allow_nan=False) + "\n"
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"the adapter's settings are damaged ({error})") from None
@@ -35,13 +35,13 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str,
 
 def adapter_params(config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, Any]:
     """The content of adapter_params.json: every setting by flag name, and the shape of the base it was trained on."""
-    return config.flat() | {"base": dict(base)}
+    return config.to_dict() | {"base": dict(base)}
 
 
-def save_authors_adapter(folder: Path, state: Mapping[str, Tensor], config: AdapterConfig) -> Path:
-    """As `save_adapter`, in the format of the paper's authors. ValueError, before anything is written, for a mixture
+def save_reference_adapter(folder: Path, state: Mapping[str, Tensor], config: AdapterConfig) -> Path:
+    """As `save_adapter`, in the format of the paper's reference_format. ValueError, before anything is written, for a mixture
     that theirs cannot express."""
-    params, theirs = authors.their_params(config), authors.their_state(state, config)
+    params, theirs = reference_format.to_reference_params(config), reference_format.to_reference_state(state, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_torch(folder / "adapter.pth", theirs)
     write_json(folder / PARAMS, params)
@@ -64,8 +64,8 @@ def load_adapter(
         raise ValueError(f"{path}: is a training checkpoint; extract_adapter.py takes the adapter out of it")
     require_tensors(state, str(path))
     try:
-        if authors.is_authors(params, state):
-            flat = authors.settings(params, state)
+        if reference_format.is_reference(params, state):
+            flat = reference_format.settings(params, state)
             if method is not None:
                 flat["method"] = method
         else:
@@ -73,17 +73,17 @@ def load_adapter(
             if method not in (None, flat["method"]):
                 raise ValueError(f"this is an adapter of method {flat['method']}, not {method}")
             _require_base(params.get("base", {}), base)
-        config = AdapterConfig.from_flat(flat, base["n_layers"])
+        config = AdapterConfig.from_dict(flat, base["n_layers"])
         if "method" in params:
-            missing = sorted(config.in_use() - params.keys())
+            missing = sorted(config.active_fields() - params.keys())
             if missing:  # a preset's value in its place might not be what was trained
                 raise ValueError(f"missing setting{'s' * (len(missing) > 1)} {', '.join(missing)}")
     except (ValueError, KeyError, TypeError) as error:
         problem = f"missing setting {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{params_file}: {problem}") from None
-    if authors.is_authors(params, state):
+    if reference_format.is_reference(params, state):
         try:
-            state = authors.our_state(state, config)
+            state = reference_format.from_reference_state(state, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     return config, state

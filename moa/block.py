@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from moa.adapter import AdapterModule, Deriving, Site, narrow_type, project_in, reads_of, shared_out, stacked
-from moa.base import BIASED_SITES, Bias
+from moa.adapter import AdapterModule, Deriving, Target, narrow_type, project_in, reads_of, shared_out, stacked
+from moa.bias_norm import BIASED_TARGETS, TrainableBias
 from moa.config import AdapterConfig, Slot
-from moa.experts import Balance
-from moa.knobs import ADAPTERS, BLOCK_ROUTERS
+from moa.expert_routers import RouterStats
 from moa.load import load_class
+from moa.methods import ADAPTERS, BLOCK_ROUTERS
 from moa.routers import Gates
 
 
@@ -21,7 +21,7 @@ class Mixing:
     adapters have no entry. balance: what the load-balancing losses of the routers of experts are made of."""
 
     gates: Gates
-    balance: list[Balance] = field(default_factory=list)
+    balance: list[RouterStats] = field(default_factory=list)
 
 
 class Read(NamedTuple):
@@ -35,16 +35,16 @@ class Read(NamedTuple):
         return self.products.get(module) or (self.u,)
 
 
-class Adapters(nn.ModuleDict, Deriving):
+class AdapterDict(nn.ModuleDict, Deriving):
     """Those of a block's adapters that stand at some of its sites, by slot name."""
 
-    def __init__(self, config: AdapterConfig | None, slots: list[Slot], sites: dict[str, Site]):
+    def __init__(self, config: AdapterConfig | None, slots: list[Slot], sites: dict[str, Target]):
         super().__init__()
         self.sites = sites
         self.slots_at: dict[str, list[str]] = {name: [] for name in sites}
         if config is not None and config.base.train_bias_norm:
-            for name in (name for name in sites if name in BIASED_SITES):
-                self[f"bias_{name}"] = Bias(sites[name])
+            for name in (name for name in sites if name in BIASED_TARGETS):
+                self[f"bias_{name}"] = TrainableBias(sites[name])
                 self.slots_at[name].append(f"bias_{name}")
         for slot in slots:
             if slot.site in sites:

@@ -1,6 +1,6 @@
 """The configuration of a model's adapters: which stand where, and which router weighs them. Needs no torch.
 
-A method is a preset of knobs (`moa.knobs.METHODS`), nothing else. The flat dictionary of all flags
+A method is a preset of knobs (`moa.methods.METHODS`), nothing else. The flat dictionary of all flags
 (`AdapterConfig.flat`) is what `adapter_params.json` holds.
 """
 
@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from moa.knobs import (
+from moa.methods import (
     ADAPTERS,
     BLOCK_ROUTERS,
     EXPERT_ROUTERS,
     METHODS,
     SECTIONS,
-    SITES,
-    BaseKnobs,
-    ExpertKnobs,
-    RouterKnobs,
-    knob_fields,
+    TARGETS,
+    BiasNormConfig,
+    ExpertConfig,
+    RouterConfig,
+    config_fields,
 )
 from moa.reading import plain, shown
 
@@ -44,18 +44,18 @@ class Slot:
 class AdapterConfig:
     """All adapters of a model and how they are mixed, for a model of `n_layers` layers.
 
-    Built by `from_flat`, which checks everything; raises ValueError naming the flag.
+    Built by `from_dict`, which checks everything; raises ValueError naming the flag.
     """
 
     method: str
     n_layers: int
     adapters: Mapping[str, Any]  # kind -> its knobs
-    router: RouterKnobs = RouterKnobs()
-    experts: ExpertKnobs = ExpertKnobs()
-    base: BaseKnobs = BaseKnobs()
+    router: RouterConfig = RouterConfig()
+    experts: ExpertConfig = ExpertConfig()
+    base: BiasNormConfig = BiasNormConfig()
 
     @classmethod
-    def from_flat(cls, flat: Mapping[str, Any], n_layers: int) -> "AdapterConfig":
+    def from_dict(cls, flat: Mapping[str, Any], n_layers: int) -> "AdapterConfig":
         """Configuration of `flat["method"]` with the flat dictionary's other entries on top of its preset."""
         flat = dict(flat)
         method = flat.pop("method", None)
@@ -63,7 +63,7 @@ class AdapterConfig:
             raise ValueError(f"method {shown(method)} is none of {', '.join(METHODS)}")
         if type(n_layers) is not int or not 1 <= n_layers <= MAX_LAYERS:
             raise ValueError(f"n_layers must be a whole number from 1 to {MAX_LAYERS}, not {shown(n_layers)}")
-        known = knob_fields()
+        known = config_fields()
         for name in flat:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
@@ -86,7 +86,7 @@ class AdapterConfig:
             for section, knobs in SECTIONS.items()
         }
         config = cls(method, n_layers, adapters, **sections)
-        for name, value in config.flat().items():
+        for name, value in config.to_dict().items():
             if name != "method":
                 _check_type(name, value, known[name])
         for kind, knobs in adapters.items():
@@ -94,7 +94,7 @@ class AdapterConfig:
         config._check()
         return config
 
-    def flat(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All settings by flag name: the content of `adapter_params.json`."""
         flat = {"method": self.method}
         for name, knobs in self.adapters.items():
@@ -132,7 +132,7 @@ class AdapterConfig:
         if experts.lb_loss_coeff < 0:
             raise ValueError(f"lb_loss_coeff must be 0 or more, not {experts.lb_loss_coeff}")
 
-    def in_use(self) -> set[str]:
+    def active_fields(self) -> set[str]:
         """The settings that this configuration reads, by flag name; the others change nothing."""
         kinds = [name for name, knobs in self.adapters.items() if knobs.layers]
         names = {"train_bias_norm"} | {f"{name}_layers" for name in self.adapters}
@@ -145,9 +145,9 @@ class AdapterConfig:
             return names | {"expert_router"} | set(EXPERT_ROUTERS[self.experts.expert_router].uses)
         return names - {f"{name}_hydra" for name in kinds}
 
-    def without_effect(self, given: set[str]) -> str | None:
+    def unused_flag_message(self, given: set[str]) -> str | None:
         """A sentence about the first flag in `given` that this configuration does not use, else None."""
-        unused = sorted(given & (knob_fields().keys() - self.in_use()))
+        unused = sorted(given & (config_fields().keys() - self.active_fields()))
         if not unused:
             return None
         name, absent = unused[0], [kind for kind, knobs in self.adapters.items() if not knobs.layers]
@@ -188,7 +188,7 @@ class AdapterConfig:
             if layer in self._layers[kind]
             for site in self._sites(kind)
         ]
-        return sorted(found, key=lambda slot: SITES.index(slot.site))
+        return sorted(found, key=lambda slot: TARGETS.index(slot.site))
 
 
 def _check_type(name: str, value: Any, spec: Any) -> None:

@@ -2,28 +2,28 @@
 
 from torch import Tensor
 
-from moa.adapter import AdapterModule, Site, add_product, like_linear, narrow_type, weigh, zeros
+from moa.adapter import AdapterModule, Target, add_product, like_linear, narrow_type, weigh, zeros
 from moa.config import AdapterConfig
-from moa.experts import build_expert_router
+from moa.expert_routers import build_expert_router
 
 
 class LoRA(AdapterModule):
     """E experts, lying side by side: A (E r, in), or (r, in) where they share it (hydra, arXiv 2404.19245);
     B (out, E r)."""
 
-    def __init__(self, site: Site, config: AdapterConfig):
+    def __init__(self, site: Target, config: AdapterConfig):
         super().__init__()
         knobs, n_experts = config.adapters["lora"], config.experts.expert_num
         self.site, self.rank = site, knobs.rank
         self.scale = knobs.alpha / knobs.rank
         width = knobs.rank * n_experts
-        self.declare(
+        self.add_parameter(
             "A",
             (knobs.rank if knobs.hydra else width, site.in_features),
             like_linear(site.in_features),
             site.inputs(1),
         )
-        self.declare("B", (site.out_features, width), zeros, site.outputs(0))
+        self.add_parameter("B", (site.out_features, width), zeros, site.outputs(0))
         self.expert_router = build_expert_router(site, config, soft_bias=False)
 
     def reads(self) -> list[Tensor]:

@@ -1,12 +1,12 @@
 """The model-parallel group, seen from an adapter: its size, this process's rank, its parts of tensors, and exchanges.
 
 Adapters are cut as the base layer beside them is. What a rank computes alone goes through one of two functions, each
-the other's gradient: `copy_to_ranks` (forward: nothing; backward: sum over ranks) before a product with a shard of the
-outputs, `sum_over_ranks` (forward: sum; backward: nothing) after a product with a shard of the inputs. With one rank
+the other's gradient: `copy_to_model_parallel_region` (forward: nothing; backward: sum over ranks) before a product with a shard of the
+outputs, `reduce_from_model_parallel_region` (forward: sum; backward: nothing) after a product with a shard of the inputs. With one rank
 both do nothing.
 
 Where there are more ranks than key/value heads, each head is held by several neighbouring ranks (`Cut`). Their query
-heads differ, so each rank's gradient of the shared part is only a share of it: `sum_over_holders` completes it.
+heads differ, so each rank's gradient of the shared part is only a share of it: `all_reduce_shared_grad` completes it.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def share(total: int, what: str, parts: int | None = None) -> int:
     return total // parts
 
 
-def parts_of_heads(n_kv_heads: int) -> int:
+def num_kv_shards(n_kv_heads: int) -> int:
     """Into how many parts key/value heads are cut: one per rank, or one per head where several ranks share each.
     ValueError with both numbers where neither divides the other."""
     size = mp_size()
@@ -86,15 +86,15 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
-def copy_to_ranks(x: Tensor) -> Tensor:
+def copy_to_model_parallel_region(x: Tensor) -> Tensor:
     return _Copy.apply(x) if mp_size() > 1 else x
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
+def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
     return _Sum.apply(x) if mp_size() > 1 else x
 
 
-def sum_over_holders(x: Tensor, cut: Cut) -> Tensor:
+def all_reduce_shared_grad(x: Tensor, cut: Cut) -> Tensor:
     """The sum of a part's gradients over the ranks that hold it; every rank of the group must call it.
 
     All parts travel, zeros where they are not this rank's: a part is small, and no groups of holders are needed.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site, add_product, laid_out, narrow_type, uniform, weigh, zeros
+from moa.adapter import AdapterModule, Target, add_product, laid_out, narrow_type, uniform, weigh, zeros
 from moa.config import AdapterConfig
-from moa.experts import build_expert_router
+from moa.expert_routers import build_expert_router
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -20,16 +20,16 @@ class ParallelAdapter(AdapterModule):
     """E experts, lying side by side: down (E size, D), or (size, D) where they share it (hydra); up (D, E size), its
     bias (E, D). Whole on every model-parallel rank: its width is far too small to cut."""
 
-    def __init__(self, site: Site, config: AdapterConfig):
+    def __init__(self, site: Target, config: AdapterConfig):
         super().__init__()
         knobs, n_experts, dim = config.adapters["p_adapter"], config.experts.expert_num, site.in_features
         self.site, self.size, self.activation = site, knobs.size, ACTIVATIONS[knobs.activation]
         middle = knobs.size if knobs.hydra else knobs.size * n_experts
         xavier = uniform(1e-4 * math.sqrt(6 / (dim + knobs.size)))  # so small a start hardly touches the base
-        self.declare("down", (middle, dim), xavier)
-        self.declare("down_bias", (middle,), zeros)
-        self.declare("up", (dim, knobs.size * n_experts), xavier)
-        self.declare("up_bias", (n_experts, dim), zeros, decay=False)
+        self.add_parameter("down", (middle, dim), xavier)
+        self.add_parameter("down_bias", (middle,), zeros)
+        self.add_parameter("up", (dim, knobs.size * n_experts), xavier)
+        self.add_parameter("up_bias", (n_experts, dim), zeros, decay=False)
         self.expert_router = build_expert_router(site, config)
 
     def reads(self) -> list[Tensor]:

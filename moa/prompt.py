@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site, few, normal, wide_on_cpu, zeros
+from moa.adapter import AdapterModule, Target, few, normal, wide_on_cpu, zeros
 from moa.config import AdapterConfig
-from moa.experts import build_expert_router
-from moa.parallel import copy_to_ranks
+from moa.expert_routers import build_expert_router
+from moa.parallel import copy_to_model_parallel_region
 
 
 class Prompt(AdapterModule):
     """P: (E L, D), z: (H,)."""
 
-    def __init__(self, site: Site, config: AdapterConfig):
+    def __init__(self, site: Target, config: AdapterConfig):
         super().__init__()
         self.n_experts = config.experts.expert_num
-        self.declare("P", (self.n_experts * config.adapters["prompt"].len, site.in_features), normal)
-        self.declare("z", (site.n_heads,), zeros, site.outputs(0))
+        self.add_parameter("P", (self.n_experts * config.adapters["prompt"].len, site.in_features), normal)
+        self.add_parameter("z", (site.n_heads,), zeros, site.outputs(0))
         self.expert_router = build_expert_router(site, config)
 
     def forward(
@@ -52,7 +52,7 @@ class Prompt(AdapterModule):
             return torch.addcmul(output, out.transpose(0, 1), weight)
         weight = self.cast("z", query.dtype)[:, None, None]
         if gate is not None:  # each rank's heads give part of its gradient
-            weight = weight * copy_to_ranks(gate.to(query.dtype)).T
+            weight = weight * copy_to_model_parallel_region(gate.to(query.dtype)).T
         else:
             weight = weight.expand(-1, self.n_experts, len(query))
         return _Attention.apply(output, query, keys, values, weight)
@@ -61,7 +61,7 @@ class Prompt(AdapterModule):
         self, wk: Callable[[Tensor], Tensor], wv: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Of the prompt, (K, E L, h) each, the keys divided by sqrt(h)."""
-        prompt = copy_to_ranks(self.cast("P", dtype))
+        prompt = copy_to_model_parallel_region(self.cast("P", dtype))
         keys, values = (w(prompt).view(len(prompt), -1, width).transpose(0, 1) for w in (wk, wv))
         return keys / math.sqrt(width), values
 

@@ -19,7 +19,7 @@ from moa.state import adapter_parameters
 WHOLE = Cut(0, 1)
 
 
-def require_equal_replicas(model: nn.Module) -> None:
+def assert_replicas_equal(model: nn.Module) -> None:
     """ValueError, on all processes, naming the first tensor that differs between processes that hold the same part of
     it, and these processes. All processes must call it; two small exchanges. Does nothing where there is one process.
 

@@ -16,15 +16,15 @@ from moa.parallel import Cut
 Gates = dict[str, Tensor]  # slot -> (N, 1), in the type of what they weigh; worked out in float32
 
 
-class Linear(AdapterModule):
+class RouterLinear(AdapterModule):
     """W x + b, b zero at the start; cut as a site's inputs where it reads one. `finish` makes it of the product W x: in
     float32, whatever the product's type."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, cut: Cut | None = None):
         super().__init__()
-        self.declare("weight", (out_features, in_features), like_linear(in_features), cut)
+        self.add_parameter("weight", (out_features, in_features), like_linear(in_features), cut)
         if bias:
-            self.declare("bias", (out_features,), zeros)
+            self.add_parameter("bias", (out_features,), zeros)
         else:
             self.register_parameter("bias", None)
 
@@ -43,9 +43,9 @@ class SwiGLU(AdapterModule):
 
     def __init__(self, in_features: int, hidden: int, out_features: int):
         super().__init__()
-        self.w1 = Linear(in_features, hidden)
-        self.w2 = Linear(hidden, out_features)
-        self.w3 = Linear(in_features, hidden)
+        self.w1 = RouterLinear(in_features, hidden)
+        self.w2 = RouterLinear(hidden, out_features)
+        self.w3 = RouterLinear(in_features, hidden)
 
     def reads(self) -> list[Tensor]:
         return [self.w1.weight, self.w3.weight]
@@ -61,14 +61,14 @@ class SoftRouter(AdapterModule):
         super().__init__()
         self.slots = [slot.name for slot in slots]
         hidden = config.router.swi_x * len(slots)
-        self.router: nn.Module = SwiGLU(dim, hidden, len(slots)) if hidden else Linear(dim, len(slots))
+        self.router: nn.Module = SwiGLU(dim, hidden, len(slots)) if hidden else RouterLinear(dim, len(slots))
         self.compete = config.router.gate_activation == "softmax"
 
     def forward(self, x: Tensor) -> Gates:
         (y,) = self._read(x, self.router)
         return self._by_name(y.softmax(-1) if self.compete else torch.sigmoid(y), x)
 
-    def _read(self, x: Tensor, *layers: Linear | SwiGLU) -> list[Tensor]:
+    def _read(self, x: Tensor, *layers: RouterLinear | SwiGLU) -> list[Tensor]:
         """What each of these makes of x, (N, ...) float32: one product for all."""
         dtype = narrow_type(self, x)
         stack = self.derived(dtype, lambda: stacked(reads_of(layers), dtype))
@@ -85,8 +85,8 @@ class InstanceRouter(SoftRouter):
     per_row = True
 
 
-class KindRouter(AdapterModule):
-    """UniPEFT (arXiv 2110.07577): one gate per row and kind of adapter, s(W x + b); a block's LoRAs share theirs."""
+class UniPELTRouter(AdapterModule):
+    """UniPELT (arXiv 2110.07577): one gate per row and kind of adapter, s(W x + b); a block's LoRAs share theirs."""
 
     per_row = True
 
@@ -94,7 +94,7 @@ class KindRouter(AdapterModule):
         super().__init__()
         self.kind_of = {slot.name: slot.kind for slot in slots}
         for kind in dict.fromkeys(self.kind_of.values()):
-            self.add_module(kind, Linear(dim, 1))
+            self.add_module(kind, RouterLinear(dim, 1))
 
     def forward(self, x: Tensor) -> Gates:
         gates = {kind: torch.sigmoid(linear(x)) for kind, linear in self.named_children()}
@@ -114,7 +114,7 @@ class SparseRouter(SoftRouter):
         knobs = config.router
         self.max_threshold = knobs.max_threshold
         self.straight_through = knobs.threshold_gradient == "straight_through" and not knobs.const_threshold
-        self.threshold = None if knobs.const_threshold else Linear(dim, 1)
+        self.threshold = None if knobs.const_threshold else RouterLinear(dim, 1)
 
     def limit(self, x: Tensor) -> Tensor | float:
         """G of each token, (N, 1), or the constant that it is for all."""

@@ -1,4 +1,4 @@
-"""Which parameters are adapters: the one answer, read off the modules that declare them.
+"""Which parameters are adapters: the one answer, read off the modules that add_parameter them.
 
 Freezing, counting, optimizer groups, initialising, saving and loading all go through `adapter_parameters`. Saved
 tensors are always whole, whatever the model-parallel layout that wrote or reads them.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa.adapter import AdapterModule, Declared
+from moa.adapter import AdapterModule, ParamSpec
 from moa.files import tensor_problem
 from moa.parallel import gather, shard
 from moa.reading import shown
@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 class AdapterParameter(NamedTuple):
     parameter: nn.Parameter
-    declared: Declared
+    declared: ParamSpec
     slot: str  # adapter's name in its block ("lora_Q", "prompt", ...), or "router"
 
 
@@ -44,7 +44,7 @@ def freeze_base(model: nn.Module) -> None:
         entry.parameter.requires_grad_(True)
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def reset_adapters(model: nn.Module, seed: int) -> None:
     """Start values of all adapters. Each tensor is drawn whole from (seed, its key), so that they do not depend on
     the other adapters nor on the model-parallel layout."""
     with torch.no_grad():
@@ -55,7 +55,7 @@ def initialise(model: nn.Module, seed: int) -> None:
             parameter.copy_(whole if declared.cut is None else shard(whole, declared.cut))
 
 
-def count(model: nn.Module) -> dict[str, int]:
+def count_parameters(model: nn.Module) -> dict[str, int]:
     """Trainable parameters of the whole (uncut) model: per slot, summed over the layers, and "total"."""
     counts: dict[str, int] = {}
     for _, declared, slot in adapter_parameters(model).values():
@@ -72,7 +72,7 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def whole(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def gather_full(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Whole CPU tensors, keyed like `adapter_parameters(model)`, from this rank's parts (the parameters themselves, or
     anything of their shapes, such as optimizer moments). Every rank of a model-parallel group must call it."""
     result = {}
@@ -83,28 +83,28 @@ def whole(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def parts(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def shard_all(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Inverse of `whole`: this rank's parts of whole tensors."""
     cuts = {key: entry.declared.cut for key, entry in adapter_parameters(model).items()}
     return {k: t if cuts[k] is None else shard(t, cuts[k]) for k, t in tensors.items()}
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The whole adapter, float32 on the CPU: the content of `adapter.pth`."""
-    return whole({key: entry.parameter for key, entry in adapter_parameters(model).items()}, model)
+    return gather_full({key: entry.parameter for key, entry in adapter_parameters(model).items()}, model)
 
 
-def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Put a whole adapter into `model`. Raises ValueError naming `origin` and the tensors that do not fit; then the
     model is unchanged."""
     entries = adapter_parameters(model)
-    require_fit(model, state, origin)
+    check_state_dict(model, state, origin)
     with torch.no_grad():
-        for key, part in parts({key: state[key] for key in entries}, model).items():
+        for key, part in shard_all({key: state[key] for key in entries}, model).items():
             entries[key].parameter.copy_(part)
 
 
-def require_fit(model: nn.Module, state: Any, origin: str) -> None:
+def check_state_dict(model: nn.Module, state: Any, origin: str) -> None:
     """ValueError naming `origin` and the tensors at fault, unless `state` holds whole tensors of the shapes of the
     adapter's, by their keys: the adapter itself, or moments of its optimizer."""
     entries = adapter_parameters(model)

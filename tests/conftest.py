@@ -1,4 +1,4 @@
-"""Settings of all tests. Torch is not imported here: many tests do without it."""
+"""RunConfig of all tests. Torch is not imported here: many tests do without it."""
 
 import os
 

@@ -9,10 +9,10 @@ import torch
 
 import moa.files
 from llama import Llama
-from moa.adapter_file import adapter_params, load_adapter, save_adapter, save_authors_adapter
+from moa.adapter_file import adapter_params, load_adapter, save_adapter, save_reference_adapter
 from moa.config import AdapterConfig
 from moa.files import read_json, write_file
-from moa.state import adapter_parameters, adapter_state, count
+from moa.state import adapter_parameters, adapter_state_dict, count_parameters
 from tiny import (
     ARGS,
     BASE,
@@ -38,7 +38,7 @@ def test_saved_and_loaded_under_another_seed(name: str, tmp_path: Path) -> None:
     assert torch.equal(other.model(batch), llm.model(batch))
     by_folder = Llama.build(BASE, path.parent, device="cpu", seed=99)
     assert torch.equal(by_folder.model(batch), llm.model(batch))
-    size, parameters = path.stat().st_size, count(llm.model)["total"]
+    size, parameters = path.stat().st_size, count_parameters(llm.model)["total"]
     # per tensor: its name, its place in the file, padding to 64 bytes
     assert 4 * parameters < size < 4 * parameters + 500 * len(adapter_parameters(llm.model)) + 2000
 
@@ -46,9 +46,9 @@ def test_saved_and_loaded_under_another_seed(name: str, tmp_path: Path) -> None:
 def test_adapter_params_tell_everything(tmp_path: Path) -> None:
     params = json.loads(save(shared("sparse_moa"), tmp_path).with_name("adapter_params.json").read_text())
     assert params.pop("base") == asdict(ARGS)
-    assert AdapterConfig.from_flat(params, ARGS.n_layers) == shared("sparse_moa").model.config
+    assert AdapterConfig.from_dict(params, ARGS.n_layers) == shared("sparse_moa").model.config
     assert params["method"] == "sparse_moa" and params["max_threshold"] == 0.8 and params["lora_layers"] == "0-2"
-    assert set(params) == set(shared("sparse_moa").model.config.flat())
+    assert set(params) == set(shared("sparse_moa").model.config.to_dict())
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_settings_that_claim_a_base_of_any_depth_are_refused(tmp_path: Path) -> 
     for base in ({"n_layers": 10**12}, {"n_layers": "3"}, {"n_layers": 3, "dim": float("nan")}, {}, []):
         params = adapter_params(model.config, {}) | {"base": base}
         with pytest.raises(ValueError, match="the adapter's settings are damaged"):
-            save_adapter(tmp_path / "out", adapter_state(model), params)
+            save_adapter(tmp_path / "out", adapter_state_dict(model), params)
     assert not list(tmp_path.iterdir())
 
 
@@ -162,8 +162,8 @@ def test_the_authors_keys_there_and_back(name: str, tmp_path: Path) -> None:
     assert theirs
     config, state = load_adapter(GOLDEN / name / "adapter.pth", PARAMS)
     assert config.method == METHOD_OF.get(name, name)
-    assert state.keys() == adapter_parameters(unfilled(ARGS, config.flat())).keys()
-    written = save_authors_adapter(tmp_path, state, config)
+    assert state.keys() == adapter_parameters(unfilled(ARGS, config.to_dict())).keys()
+    written = save_reference_adapter(tmp_path, state, config)
     again = torch.load(written, weights_only=True)
     assert again.keys() == theirs.keys() and all(torch.equal(again[key], tensor) for key, tensor in theirs.items())
     params = json.loads((GOLDEN / name / "adapter_params.json").read_text())
@@ -186,13 +186,13 @@ METHOD_OF = {
 @pytest.mark.parametrize("name", [name for name in METHODS if authors_can_say(name)])
 def test_ours_in_the_authors_format_and_back(name: str, tmp_path: Path) -> None:
     llm, batch = shared(name), tokens(2, 7)
-    path = save_authors_adapter(tmp_path, adapter_state(llm.model), llm.model.config)
+    path = save_reference_adapter(tmp_path, adapter_state_dict(llm.model), llm.model.config)
     method = METHODS[name]["method"]
     for told in (None, method) if method != "soft_moa_instance" else (method,):
         other = Llama.build(BASE, path, method=told, device="cpu")
         assert torch.equal(other.model(batch), llm.model(batch))
-        mine, theirs = llm.model.config.flat(), other.model.config.flat()
-        # Settings without effect here, and how it trains, are not theirs to tell
+        mine, theirs = llm.model.config.to_dict(), other.model.config.to_dict()
+        # RunConfig without effect here, and how it trains, are not theirs to tell
         assert {k for k in mine if mine[k] != theirs[k]} <= {"lb_loss_coeff", "swi_x", "top_k", "threshold_gradient"}
 
 
@@ -209,7 +209,7 @@ ODD = {
 def test_odd_ones_in_the_authors_format_and_back(case: str, tmp_path: Path) -> None:
     model = unfilled(ARGS, ODD[case])
     state = random_state(model)
-    path = save_authors_adapter(tmp_path, state, model.config)
+    path = save_reference_adapter(tmp_path, state, model.config)
     assert " " not in json.loads(path.with_name("adapter_params.json").read_text())["lora_targets"]
     config, again = load_adapter(path, PARAMS)
     assert config.method == ODD[case]["method"] and again.keys() == state.keys()
@@ -262,16 +262,16 @@ def test_a_setting_that_is_missing_in_ours_is_named(missing: str, tmp_path: Path
     ],
 )
 def test_what_their_format_cannot_say_is_named(flat: dict, words: str, tmp_path: Path) -> None:
-    config = AdapterConfig.from_flat(flat, ARGS.n_layers)
+    config = AdapterConfig.from_dict(flat, ARGS.n_layers)
     with pytest.raises(ValueError, match=words):
-        save_authors_adapter(tmp_path / "out", {}, config)
+        save_reference_adapter(tmp_path / "out", {}, config)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"w_bias": True}, "missing tensors llama.layers.0.attention.wo.bias"),
+        ({"w_bias": True}, "missing tensors llama.parallel_layers.0.attention.wo.bias"),
         ({"expert_num": 4}, "lora_A_l.0.weight"),
         ({"hydra_moe": True, "expert_num": 2}, "lora_B_l.0.weight"),
         ({"lora_layers": "0-4"}, "lora_layers: '0-4' goes beyond the model's 3 layers"),

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from llama import ModelArgs
-from llama.checkpoint import placements
+from llama.checkpoint import shard_specs
 from moa.state import (
     adapter_parameters,
-    adapter_state,
-    count,
+    adapter_state_dict,
+    count_parameters,
     freeze_base,
-    initialise,
-    load_adapter_state,
+    load_adapter_state_dict,
     optimizer_groups,
+    reset_adapters,
 )
 from tiny import ARGS, BASE, METHODS, build, config, gradients, random_state, relative, shared, tokens, unfilled
 
@@ -26,7 +26,7 @@ from tiny import ARGS, BASE, METHODS, build, config, gradients, random_state, re
 @pytest.mark.parametrize("name", [None, *METHODS])
 def test_base_and_adapter_share_nothing_and_are_everything(name: str | None) -> None:
     model = shared(name).model
-    everything, base, adapters = dict(model.named_parameters()), set(placements(model)), set(adapter_parameters(model))
+    everything, base, adapters = dict(model.named_parameters()), set(shard_specs(model)), set(adapter_parameters(model))
     assert base | adapters == set(everything) == set(model.state_dict())
     assert not base & adapters
     assert base == set(torch.load(BASE / "consolidated.00.pth", weights_only=True))  # Meta's names
@@ -95,7 +95,7 @@ def test_published_counts_at_8b(flat: dict, total: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = unfilled(LLAMA_8B, flat)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
-    counts = count(model)
+    counts = count_parameters(model)
     assert counts["total"] == total == sum(n for slot, n in counts.items() if slot != "total")
     base = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     assert all(parameter.is_meta for parameter in base)
@@ -104,7 +104,7 @@ def test_published_counts_at_8b(flat: dict, total: int) -> None:
 
 
 def test_counts_by_slot() -> None:
-    counts = count(unfilled(LLAMA_8B, {"method": "soft_moa", "lora_targets": "O,Q", "lora_layers": "0-4"}))
+    counts = count_parameters(unfilled(LLAMA_8B, {"method": "soft_moa", "lora_targets": "O,Q", "lora_layers": "0-4"}))
     assert counts["lora_Q"] == counts["lora_O"] == 4 * 8 * (4096 + 4096)
     assert counts["prompt"] == 1_311_744 and counts["p_adapter"] == 4_325_888
     router = {n: 2 * (4096 + 1) * 4 * n + (4 * n + 1) * n for n in (2, 4)}  # n slots, 4 n hidden units
@@ -159,8 +159,8 @@ def test_three_steps_move_every_adapter_tensor_and_no_base_tensor(name: str) -> 
 def test_starts_follow_the_seed_and_the_key_alone() -> None:
     def start(flat: dict, seed: int) -> dict[str, Tensor]:
         model = unfilled(ARGS, flat)
-        initialise(model, seed)
-        return adapter_state(model)
+        reset_adapters(model, seed)
+        return adapter_state_dict(model)
 
     moa, again, other = start(METHODS["soft_moa"], 3), start(METHODS["soft_moa"], 3), start(METHODS["soft_moa"], 4)
     alone = start(METHODS["lora"], 3)
@@ -176,10 +176,10 @@ def test_starts_follow_the_seed_and_the_key_alone() -> None:
 
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
     model = unfilled(ARGS, METHODS["soft_moa"])
-    initialise(model, 0)
-    before = adapter_state(model)
+    reset_adapters(model, 0)
+    before = adapter_state_dict(model)
     key = list(before)[-1]
     state = random_state(model) | {key: torch.zeros(1)}
     with pytest.raises(ValueError, match=f"origin: {key}"):
-        load_adapter_state(model, state, "origin")
-    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_state(model).items())
+        load_adapter_state_dict(model, state, "origin")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_state_dict(model).items())

@@ -33,10 +33,10 @@ from benchmarks.steps import padded_step, step_of
 from commands import run, write_rows
 from cuda_graphs import stand_in
 from llama import ModelArgs
-from llama.data import IGNORE
-from llama.parallel import start_processes
+from llama.data import IGNORE_INDEX
+from llama.distributed import init_distributed
+from llama.packing import PackedBatch
 from llama.tokenizer import Tokenizer
-from moa.rows import Rows
 from tiny import BASE, METHODS, build, save, shared, tokens
 
 Run = Callable[..., tuple[dict[str, Any], str]]
@@ -61,7 +61,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         module.main([*map(str, words), "--json", str(figures)])
         return json.loads(figures.read_text()), capsys.readouterr().out
 
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     return of
 
 
@@ -389,7 +389,7 @@ def test_rows_are_drawn_as_the_data_has_them(data: str) -> None:
     prompts, lengths = sorted(row.prompt_len for row in rows), [len(row.tokens) for row in rows]
     assert max(lengths) <= 300 and abs(prompts[200] - LENGTHS[data][0][5]) < 6  # the median
     for row in rows[:20]:
-        assert row.labels == [IGNORE] * row.prompt_len + row.tokens[row.prompt_len :]
+        assert row.labels == [IGNORE_INDEX] * row.prompt_len + row.tokens[row.prompt_len :]
 
 
 def count_in_place(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
@@ -419,7 +419,7 @@ def test_a_steps_products_are_those_that_torch_counts(name: str | None) -> None:
         model.tok_embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
     row = tokens(sum(lengths))
     with counter() as counted:
-        losses = model.losses(row, row.clone(), Rows(lengths, "cpu", [2, 1, 2]))
+        losses = model.losses(row, row.clone(), PackedBatch(lengths, "cpu", [2, 1, 2]))
         (losses.labels + losses.auxiliary).backward()
     work = step_work(model, lengths, sum(lengths) - len(lengths))
     require_counted(counted, work, slack=0.0025 if name == "parallel_adapter" else 0.0)

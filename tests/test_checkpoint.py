@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import placements, read_base
+from llama.checkpoint import read_base, shard_specs
 from tiny import BASE, PARAMS, golden_state, tokens, write_base
 
 State = dict[str, Tensor]
@@ -24,7 +24,7 @@ def load(folder: Path) -> Llama:
 
 
 def base_tensors(llm: Llama) -> State:
-    return {key: tensor.detach() for key, tensor in llm.model.named_parameters() if key in placements(llm.model)}
+    return {key: tensor.detach() for key, tensor in llm.model.named_parameters() if key in shard_specs(llm.model)}
 
 
 def edit(file: Path, change: Callable[[State], State | None]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import errors, fail, first_word, knob, parse, parse_into
+from cli import cli_errors, die, flag, parse, parse_into, subcommand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 class Model:
     """Stands for the model's part of a command line."""
 
-    method: str = knob("lora", help="the adapter method", choices=("lora", "soft_moa"), group="model")
-    lora_targets: str = knob("Q,K", help="linears with a LoRA", group="model")
-    lora_rank: int = knob(8, help="rank", group="model")
-    bf16: bool = knob(True, help="bf16 weights", group="model")
+    method: str = flag("lora", help="the adapter method", choices=("lora", "soft_moa"), group="model")
+    lora_targets: str = flag("Q,K", help="linears with a LoRA", group="model")
+    lora_rank: int = flag(8, help="rank", group="model")
+    bf16: bool = flag(True, help="bf16 weights", group="model")
 
     def __post_init__(self) -> None:
         if self.lora_rank < 1:
@@ -30,20 +30,20 @@ class Model:
 class Train:
     """Stands for the training part."""
 
-    lr: float | None = knob(None, help="learning rate", group="optimiser")
-    data: str = knob(help="training rows")
-    max_steps: int | None = knob(None, help="stop early")
-    save: bool | None = knob(None, help="write checkpoints")
-    gradient: str | None = knob(None, help="how it learns", choices=("on", "none"))
-    again: str = knob("auto", help="what is done again", choices=("auto", "off", "half", "all"), switch=("off", "all"))
+    lr: float | None = flag(None, help="learning rate", group="optimiser")
+    data: str = flag(help="training rows")
+    max_steps: int | None = flag(None, help="stop early")
+    save: bool | None = flag(None, help="write checkpoints")
+    gradient: str | None = flag(None, help="how it learns", choices=("on", "none"))
+    again: str = flag("auto", help="what is done again", choices=("auto", "off", "half", "all"), switch=("off", "all"))
 
 
 @dataclass
 class Extract:
     """A command with an argument of its own."""
 
-    checkpoint: str = knob(help="the checkpoint", positional=True)
-    force: bool = knob(False, help="overwrite")
+    checkpoint: str = flag(help="the checkpoint", positional=True)
+    force: bool = flag(False, help="overwrite")
 
 
 @dataclass
@@ -212,8 +212,8 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture, argv: list[str]) -
 def test_help_wraps_long_texts_and_names(capsys: pytest.CaptureFixture) -> None:
     @dataclass
     class Wide:
-        a_name_that_is_longer_than_its_column: int = knob(0, help="word " * 50)
-        path: str = knob("/".join(["folder"] * 40), help="somewhere")
+        a_name_that_is_longer_than_its_column: int = flag(0, help="word " * 50)
+        path: str = flag("/".join(["folder"] * 40), help="somewhere")
 
     with pytest.raises(SystemExit):
         parse(Wide, ["--help"], prog="prog")
@@ -224,16 +224,16 @@ def test_help_wraps_long_texts_and_names(capsys: pytest.CaptureFixture) -> None:
 
 def test_the_first_word_names_a_command_or_the_commands_are_named(capsys: pytest.CaptureFixture) -> None:
     words = {"make": 1, "check": 2}
-    assert first_word(["check", "--help"], words, "overview") == "check"
+    assert subcommand(["check", "--help"], words, "overview") == "check"
     for argv, found in ([], "nothing was given"), (["mke"], "not 'mke'"):
         with pytest.raises(SystemExit) as stop:
-            first_word(argv, words, "overview")
+            subcommand(argv, words, "overview")
         assert (stop.value.code, capsys.readouterr().err) == (
             2,
             f"error: the first word must be one of make, check: {found}\n",
         )
     with pytest.raises(SystemExit) as stop:
-        first_word(["-h"], words, "\noverview\n")
+        subcommand(["-h"], words, "\noverview\n")
     assert (stop.value.code, capsys.readouterr().out) == (0, "overview\n")
 
 
@@ -244,7 +244,7 @@ def test_a_flag_that_cannot_work_is_the_programmers_fault() -> None:
 
     @dataclass
     class Choice:
-        method: str = knob("x", help="", choices=("a", "b"))
+        method: str = flag("x", help="", choices=("a", "b"))
 
     with pytest.raises(AssertionError, match="Tuple.targets"):
         parse(Tuple, [])
@@ -254,9 +254,9 @@ def test_a_flag_that_cannot_work_is_the_programmers_fault() -> None:
 
 def test_fail_and_errors(capsys: pytest.CaptureFixture) -> None:
     def ends(error: BaseException | None, status: int, said: str, otherwise: int = 1) -> None:
-        with pytest.raises(SystemExit) as stop, errors(otherwise):
+        with pytest.raises(SystemExit) as stop, cli_errors(otherwise):
             if error is None:
-                fail("no room", 3)
+                die("no room", 3)
             raise error
         assert stop.value.code == status
         assert capsys.readouterr().err == f"error: {said}\n"
@@ -268,7 +268,7 @@ def test_fail_and_errors(capsys: pytest.CaptureFixture) -> None:
     ends(OSError("disk full"), 1, "disk full")
     ends(ValueError(), 1, "ValueError")
     ends(KeyboardInterrupt(), 130, "interrupted")
-    with pytest.raises(KeyError), errors():
+    with pytest.raises(KeyError), cli_errors():
         raise KeyError("a fault of the program keeps its traceback")
 
 

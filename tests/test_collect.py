@@ -7,7 +7,7 @@ import json
 import pytest
 
 import exps.run_folders
-import training.settings
+import training.config
 from commands import refused, run
 
 
@@ -129,7 +129,7 @@ def test_runs_with_other_settings_are_not_averaged(changes, told, tmp_path):
 
 
 def test_what_a_resumed_run_may_change_is_not_compared():
-    assert training.settings.FREE <= exps.run_folders.FREE
+    assert training.config.FREE <= exps.run_folders.FREE
 
 
 def test_leaks_are_told(tmp_path):

@@ -6,13 +6,13 @@ import random
 import pytest
 
 from moa.config import AdapterConfig, parse_layers
-from moa.knobs import METHODS, knob_fields
+from moa.methods import METHODS, config_fields
 
 N = 32
 
 
 def config(method: str = "soft_moa", n_layers: int = N, **flat) -> AdapterConfig:
-    return AdapterConfig.from_flat({"method": method, **flat}, n_layers)
+    return AdapterConfig.from_dict({"method": method, **flat}, n_layers)
 
 
 def names(config: AdapterConfig, layer: int = 0) -> list[str]:
@@ -48,14 +48,14 @@ def test_presets(method: str, slots: list[str], router: str) -> None:
     preset = config(method)
     assert all(names(preset, layer) == slots for layer in range(N))
     assert preset.router.block_router == router
-    flat = preset.flat()
+    flat = preset.to_dict()
     assert (flat["lora_rank"], flat["lora_alpha"]) == ((16, 16.0) if method == "lora" else (8, 8.0))
     assert (flat["p_adapter_size"], flat["prompt_len"], flat["max_threshold"]) == (16, 10, 0.5)
     several = method in ("molora", "hydralora", "topk_moelora", "adamole", "parallel_adapter_moe", "prompt_moe")
     assert (flat["expert_num"], flat["top_k"], flat["lora_hydra"]) == (8 if several else 1, 2, method == "hydralora")
     assert flat["lb_loss_coeff"] == (0.01 if method in ("topk_moelora", "adamole") else 0)
     assert not flat["train_bias_norm"] and not flat["noisy_router"]
-    assert AdapterConfig.from_flat(flat, N) == preset
+    assert AdapterConfig.from_dict(flat, N) == preset
 
 
 def test_every_method_has_a_test_here() -> None:
@@ -67,7 +67,7 @@ def test_targets_may_come_in_any_order_and_with_spaces() -> None:
     mixed = config("soft_moa", lora_targets="FFN_DOWN, FFN_GATE,Q,FFN_UP,O", lora_layers="3-5,0-1", p_adapter_layers="")
     assert names(mixed, 0) == ["lora_Q", "prompt", "lora_O", "lora_FFN_UP", "lora_FFN_GATE", "lora_FFN_DOWN"]
     assert names(mixed, 1) == ["prompt"] == names(mixed, 5)
-    assert mixed.flat()["lora_layers"] == "0-1,3-5"
+    assert mixed.to_dict()["lora_layers"] == "0-1,3-5"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_layer_ranges(text: str, layers: list[int]) -> None:
     assert parse_layers("lora_layers", text, N) == layers
     with_prompts = config("prompt", lora_layers=text)  # so that some adapter is left
     assert [layer for layer in range(N) if "lora_Q" in names(with_prompts, layer)] == layers
-    assert parse_layers("lora_layers", with_prompts.flat()["lora_layers"], N) == layers
+    assert parse_layers("lora_layers", with_prompts.to_dict()["lora_layers"], N) == layers
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_layer_ranges_there_and_back() -> None:
     for _ in range(50):
         layers = sorted(choose.sample(range(N), choose.randint(1, N)))
         text = ",".join(f"{layer}-{layer + 1}" for layer in choose.sample(layers, len(layers)))
-        shortest = config("lora", lora_layers=text).flat()["lora_layers"]
+        shortest = config("lora", lora_layers=text).to_dict()["lora_layers"]
         assert parse_layers("lora_layers", shortest, N) == layers
         runs = sum(layer - 1 not in layers for layer in layers)
         assert shortest.count("-") == runs
@@ -158,13 +158,13 @@ def test_bad_settings_are_named(flat: dict, words: str) -> None:
 
 
 def test_whole_numbers_may_stand_for_floats() -> None:
-    assert config(lora_alpha=16).flat()["lora_alpha"] == 16
+    assert config(lora_alpha=16).to_dict()["lora_alpha"] == 16
 
 
 def test_every_setting_says_what_it_is() -> None:
-    flat = config().flat()
-    assert set(knob_fields()) == set(flat) - {"method"}
-    for name, field in knob_fields().items():
+    flat = config().to_dict()
+    assert set(config_fields()) == set(flat) - {"method"}
+    for name, field in config_fields().items():
         assert field.metadata["help"], name
         assert isinstance(field.default, field.type), name
 
@@ -199,5 +199,5 @@ def test_every_setting_says_what_it_is() -> None:
     ],
 )
 def test_settings_without_effect_are_told(flat: dict, given: set[str], words: str | None) -> None:
-    told = config(**flat).without_effect(given)
+    told = config(**flat).unused_flag_message(given)
     assert told is None if words is None else words in told

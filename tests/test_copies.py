@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import llama.copies
 import llama.derivations
-import llama.layers
+import llama.parallel_layers
 from llama import Llama
 from llama.copies import can_pack, fits_half, frozen_product, product_of_copy
 from tiny import build, drawn, tokens
@@ -62,7 +62,7 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.n = 0
-        monkeypatch.setattr(llama.layers, "product_of_copy", self)
+        monkeypatch.setattr(llama.parallel_layers, "product_of_copy", self)
 
     def __call__(self, *words) -> llama.copies.Product:
         self.n += 1

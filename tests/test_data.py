@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llama.data import IGNORE, encode_example, encode_prompt, prompt_text, read_rows
+from llama.data import IGNORE_INDEX, encode_example, encode_prompt, format_prompt, read_rows
 from llama.tokenizer import Tokenizer
 from tiny import BASE
 
@@ -18,14 +18,14 @@ def tokenizer():
 
 
 def test_template_without_input():
-    assert prompt_text("Do it") == (
+    assert format_prompt("Do it") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nDo it\n\n### Response:"
     )
 
 
 def test_template_with_input():
-    assert prompt_text("Do it", "on this") == (
+    assert format_prompt("Do it", "on this") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nDo it\n\n### Input:\non this\n\n### Response:"
@@ -34,10 +34,10 @@ def test_template_with_input():
 
 def test_example_is_bos_prompt_answer_eos_with_labels_on_the_answer(tokenizer):
     example = encode_example(tokenizer, ROW, 300)
-    prompt = tokenizer.encode(prompt_text("Add 1 and 2"))
+    prompt = tokenizer.encode(format_prompt("Add 1 and 2"))
     answer = tokenizer.encode("3")
     assert example.tokens == [tokenizer.bos_id, *prompt, *answer, tokenizer.eos_id]
-    assert example.labels == [IGNORE] * (len(prompt) + 1) + answer + [tokenizer.eos_id]
+    assert example.labels == [IGNORE_INDEX] * (len(prompt) + 1) + answer + [tokenizer.eos_id]
     assert example.prompt_len == len(prompt) + 1
     assert encode_prompt(tokenizer, ROW, 300) == example.tokens[: example.prompt_len]
 

@@ -13,10 +13,10 @@ from benchmarks.shapes import LLAMA_3_1, SMOLLM2_135M
 from commands import side_by_side
 from count import CASES, LENGTHS, PROMPT
 from llama import ModelArgs
+from training.config import RECOMPUTED
 from training.estimate import activation_bytes, cache_bytes, estimates, held_bytes, traffic, uneven
 from training.layout import Message, first_rank
 from training.rehearsal import Kept, kept, messages_of_generation, messages_of_step, unfilled_model
-from training.settings import RECOMPUTED
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -101,7 +101,7 @@ def test_base_of_each_rank() -> None:
     q_and_o, ffn = 2 * args.dim * args.dim, 3 * args.dim * args.ffn_dim
     for size in (1, 8, 16):
         with first_rank(size, size):
-            model = unfilled_model(args, tiny.AdapterConfig.from_flat({"method": "lora"}, args.n_layers), bf16=True)
+            model = unfilled_model(args, tiny.AdapterConfig.from_dict({"method": "lora"}, args.n_layers), bf16=True)
             kv = 2 * args.dim * args.head_dim * max(1, args.n_kv_heads // size)
             expected = embeddings // size + norms + args.n_layers * ((q_and_o + ffn) // size + kv)
             assert held_bytes(model)["base"] == 2 * expected
@@ -120,7 +120,7 @@ def test_memory_of_a_gpu() -> None:
     def found(n_layers: int) -> Kept:
         flat = {"method": "lora", "lora_targets": "Q", "lora_layers": f"0-{n_layers}"}
         shape = replace(args, n_layers=n_layers)
-        return kept(unfilled_model(shape, tiny.AdapterConfig.from_flat(flat, n_layers), bf16=True), lengths, GPU)
+        return kept(unfilled_model(shape, tiny.AdapterConfig.from_dict(flat, n_layers), bf16=True), lengths, GPU)
 
     with first_rank(1, 1):
         three, four = found(3), found(4)
@@ -139,7 +139,7 @@ def test_memory_of_a_gpu() -> None:
 
 
 def test_an_estimate_is_the_sum_of_its_parts_and_more_ranks_need_less() -> None:
-    args, config = ModelArgs(**LLAMA_3_1["8B"]), tiny.AdapterConfig.from_flat({"method": "soft_moa"}, 32)
+    args, config = ModelArgs(**LLAMA_3_1["8B"]), tiny.AdapterConfig.from_dict({"method": "soft_moa"}, 32)
     totals = []
     for size in (1, 2, 8):
         with first_rank(size, size):

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site
+from moa.adapter import AdapterModule, Target
 from moa.config import AdapterConfig
-from moa.experts import Balance, build_expert_router
-from moa.state import initialise
+from moa.expert_routers import RouterStats, build_expert_router
+from moa.state import reset_adapters
 from tiny import build, tokens
 
 N, D, E = 40, 6, 4
@@ -16,8 +16,8 @@ N, D, E = 40, 6, 4
 
 def router(kind: str, **flat) -> AdapterModule:
     settings = {"method": "custom", "lora_layers": "all", "expert_num": E, "expert_router": kind}
-    made = build_expert_router(Site(D, D, None, 1), AdapterConfig.from_flat(settings | flat, 1))
-    initialise(made, seed=2)
+    made = build_expert_router(Target(D, D, None, 1), AdapterConfig.from_dict(settings | flat, 1))
+    reset_adapters(made, seed=2)
     return made.eval()
 
 
@@ -25,7 +25,7 @@ def inputs(seed: int = 0) -> Tensor:
     return torch.randn(N, D, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def ask(router: AdapterModule, u: Tensor) -> tuple[Tensor, Balance | None]:
+def ask(router: AdapterModule, u: Tensor) -> tuple[Tensor, RouterStats | None]:
     return router(*(F.linear(u, weight) for weight in router.reads()))
 
 
@@ -81,9 +81,9 @@ def test_adamole_chooses_by_threshold_and_is_safe_where_nothing_is_left() -> Non
 
 def test_the_balance_loss_is_least_where_all_experts_are_used_alike() -> None:
     even, one = torch.full((E,), 1 / E), torch.eye(E)[0]
-    assert Balance(even, even).loss().item() == pytest.approx(1.0)
-    assert Balance(one, one).loss().item() == pytest.approx(E)
-    both = Balance(torch.stack([even, one]), torch.stack([even, one]))
+    assert RouterStats(even, even).loss().item() == pytest.approx(1.0)
+    assert RouterStats(one, one).loss().item() == pytest.approx(E)
+    both = RouterStats(torch.stack([even, one]), torch.stack([even, one]))
     assert both.loss().item() == pytest.approx(1.0 + E)
 
 
@@ -105,7 +105,7 @@ def test_the_balance_is_of_what_is_chosen_and_of_what_would_be(kind: str) -> Non
 
 def test_a_soft_router_has_a_bias_where_it_is_asked_for() -> None:
     settings = {"method": "custom", "lora_layers": "all", "expert_num": E}
-    config = AdapterConfig.from_flat(settings, 1)
-    without, with_bias = (build_expert_router(Site(D, D, None, 1), config, soft_bias=b) for b in (False, True))
+    config = AdapterConfig.from_dict(settings, 1)
+    without, with_bias = (build_expert_router(Target(D, D, None, 1), config, soft_bias=b) for b in (False, True))
     assert without.linear.bias is None and with_bias.linear.bias is not None
-    assert build_expert_router(Site(D, D, None, 1), AdapterConfig.from_flat(settings | {"expert_num": 1}, 1)) is None
+    assert build_expert_router(Target(D, D, None, 1), AdapterConfig.from_dict(settings | {"expert_num": 1}, 1)) is None

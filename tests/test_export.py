@@ -26,7 +26,7 @@ from convert_samples import write_hf
 from llama import Llama
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
-from moa.state import load_adapter_state
+from moa.state import load_adapter_state_dict
 from tiny import (
     ARGS,
     BASE,
@@ -75,9 +75,9 @@ def adapter(tmp_path: Path) -> Path:
 
 def random_lora(ckpt_dir: Path, folder: Path, **flat: Any) -> tuple[Llama, Path]:
     """A model with random LoRAs, and their file."""
-    config = AdapterConfig.from_flat({"method": "lora", **flat}, n_layers=2)
+    config = AdapterConfig.from_dict({"method": "lora", **flat}, n_layers=2)
     llm = Llama.build(ckpt_dir, config=config)
-    load_adapter_state(llm.model, random_state(llm.model), "random")
+    load_adapter_state_dict(llm.model, random_state(llm.model), "random")
     return llm, save(llm, folder)
 
 
@@ -317,7 +317,7 @@ def test_what_is_more_than_plain_lora(name: str, tmp_path: Path) -> None:
 
 
 def test_lora_alone_is_not_plain_behind_a_router(tmp_path: Path) -> None:
-    llm = Llama.build(BASE, config=AdapterConfig.from_flat(METHODS["lora"] | {"block_router": "soft"}, ARGS.n_layers))
+    llm = Llama.build(BASE, config=AdapterConfig.from_dict(METHODS["lora"] | {"block_router": "soft"}, ARGS.n_layers))
     with pytest.raises(ValueError, match=r"this adapter has a router \(block_router soft\)$"):
         to_peft(save(llm, tmp_path / "adapter"), tmp_path / "out")
 

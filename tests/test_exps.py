@@ -12,10 +12,10 @@ from cli import parse
 from commands import REPO, refused, run, write_rows
 from exps.recipe import RECIPES, generate_flags, train_flags
 from generate import Flags
-from moa.knobs import METHODS
+from moa.methods import METHODS
 from tiny import BASE
+from training.config import read_settings
 from training.schedule import make_plan
-from training.settings import read_settings
 
 NAMED = [method for method, preset in METHODS.items() if preset]  # a custom one has no adapters by itself
 EIGHT_EXPERTS = {"molora", "hydralora", "topk_moelora", "adamole", "parallel_adapter_moe", "prompt_moe"}
@@ -57,7 +57,7 @@ def test_the_presets_and_recipes_together_have_the_published_sizes(method):
 
     args = ModelArgs(dim=8, n_layers=3, n_heads=2)
     for dataset, swi_x in (("math_14k", 4), ("commonsense_15k", SWI_X.get(method)), ("codealpaca", 4)):
-        flat = settings(method, train_flags(method, dataset)).config(args).flat()
+        flat = settings(method, train_flags(method, dataset)).config(args).to_dict()
         rank = 16 if method == "lora" else 8
         assert (flat["lora_rank"], flat["lora_alpha"], flat["lora_targets"]) == (rank, rank, "Q,K,V,O,FFN_DOWN")
         assert (flat["p_adapter_size"], flat["prompt_len"], flat["max_threshold"]) == (16, 10, 0.5)

@@ -12,7 +12,7 @@ import llama.attention
 import llama.generation
 from llama import Llama
 from llama.attention import causal_attention
-from moa.rows import Rows
+from llama.packing import PackedBatch
 from tiny import BASE, METHODS, gradients, relative, shared, tokens
 
 
@@ -62,7 +62,7 @@ def flash(monkeypatch) -> list[int]:
 def test_same_results_by_the_kernel(name: str | None, flash: list[int], monkeypatch) -> None:
     llm = shared(name)
     model, batch = llm.model, tokens(2, 7)
-    rows = Rows([3, 1, 10], "cpu")
+    rows = PackedBatch([3, 1, 10], "cpu")
     ragged = tokens(14)
     prompts = [[256, 1, 2, 3], [256, 9], [256, 4, 4, 7, 8, 1]]
 
@@ -128,7 +128,7 @@ def test_pytorchs_own_kernel_gives_the_same() -> None:
 
     varlen._varlen_attn.register_kernel("cpu")(_varlen_forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(_varlen_backward)
-    rows, generator = Rows([3, 1, 10], "cpu"), torch.Generator().manual_seed(0)
+    rows, generator = PackedBatch([3, 1, 10], "cpu"), torch.Generator().manual_seed(0)
     found = []
     for attention in (llama.attention._varlen, lambda *given: causal_attention(*given, flash=False)):
         generator.manual_seed(0)

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 import llama.loss
 from llama import ModelArgs
 from llama.model import RMSNorm
+from llama.packing import PackedBatch
 from llama.rope import Rope, frequencies, rotations
 from moa.config import AdapterConfig
 from moa.routers import SparseRouter
-from moa.rows import Rows
-from moa.state import adapter_parameters, initialise
+from moa.state import adapter_parameters, reset_adapters
 from observe import float64
 from plain_model import PlainModel, rms_norm, rotate
 from tiny import METHODS, PARAMS, build, config, gradients, relative, shared, tokens
@@ -26,7 +26,7 @@ def plain(name: str | None) -> PlainModel:
     model = shared(name).model
     adapters = adapter_parameters(model)
     w = {k: t.detach().double().requires_grad_(k in adapters) for k, t in model.named_parameters()}
-    return PlainModel(PARAMS, config(name or "lora").flat(), w)
+    return PlainModel(PARAMS, config(name or "lora").to_dict(), w)
 
 
 @pytest.mark.parametrize("name", [None, *METHODS])
@@ -97,7 +97,7 @@ def test_loss_without_gradient_and_in_float32_range() -> None:
     hidden, weight = torch.randn(5, 8) * 1e3, torch.randn(20, 8) * 1e3  # exp of such logits overflows
     labels = torch.tensor([0, 19, 7, 7, 3])
     with torch.no_grad():
-        loss = llama.loss.label_loss(hidden, weight, labels)
+        loss = llama.loss.chunked_cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels, reduction="sum"))
 
 
@@ -112,7 +112,7 @@ def test_loss_needs_a_label_and_equal_shapes() -> None:
 
 
 ROWS, PROMPT_LENS = [tokens(n, seed=n) for n in (5, 11, 1, 8)], [2, 6, 1, 4]
-PACKED = Rows([len(row) for row in ROWS], "cpu", PROMPT_LENS)
+PACKED = PackedBatch([len(row) for row in ROWS], "cpu", PROMPT_LENS)
 
 
 def packed_alone_and_padded(model: torch.nn.Module) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -121,7 +121,7 @@ def packed_alone_and_padded(model: torch.nn.Module) -> list[tuple[Tensor, dict[s
     labels[1][:6] = -100
     padded = torch.nn.utils.rnn.pad_sequence(ROWS, batch_first=True, padding_value=7)
     padded_labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-    whole = Rows([padded.shape[1]] * len(ROWS), "cpu", PROMPT_LENS)
+    whole = PackedBatch([padded.shape[1]] * len(ROWS), "cpu", PROMPT_LENS)
 
     def alone(row: Tensor, label: Tensor, n: int) -> Tensor:
         return by_cross_entropy(model, row[None], label[None], [n]) * (label[1:] != -100).sum()
@@ -142,7 +142,7 @@ def test_packed_rows_equal_each_row_alone_and_padded_rows(name: str) -> None:
     model = shared(name).model
     hidden = model.hidden(torch.cat(ROWS), PACKED)
     for row, n, (begin, end) in zip(ROWS, PROMPT_LENS, PACKED.spans, strict=True):
-        alone = model.hidden(row, Rows([len(row)], "cpu", [n]))
+        alone = model.hidden(row, PackedBatch([len(row)], "cpu", [n]))
         torch.testing.assert_close(hidden[begin:end], alone, rtol=1e-5, atol=1e-5)
 
     (loss, grads), *others = packed_alone_and_padded(model)
@@ -195,9 +195,9 @@ def test_activation_checkpointing_changes_nothing(monkeypatch, method, choice, b
 
 def sparse_router(threshold_gradient: str) -> SparseRouter:
     flat = {"method": "sparse_moa", "max_threshold": 0.9, "swi_x": 0, "threshold_gradient": threshold_gradient}
-    config = AdapterConfig.from_flat(flat | {"lora_targets": "Q,V,O", "p_adapter_layers": ""}, 1)
+    config = AdapterConfig.from_dict(flat | {"lora_targets": "Q,V,O", "p_adapter_layers": ""}, 1)
     router = SparseRouter(config.slots(0), 6, config)
-    initialise(router, seed=3)
+    reset_adapters(router, seed=3)
     return router
 
 

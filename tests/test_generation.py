@@ -13,8 +13,8 @@ import llama.engine
 import llama.generation
 import moa.adapter
 from llama import Llama
-from llama.engine import NOT_FINITE, Answer, Rules, _choose, decode, prefill
-from llama.sampling import choose, row_uniforms
+from llama.engine import INVALID_TOKEN, Request, SamplingParams, _choose, decode, prefill
+from llama.sampling import sample, seeded_uniforms
 from moa.adapter import Deriving, weights_stand_still
 from tiny import METHODS, build, config, relative, shared, tokens
 
@@ -71,7 +71,7 @@ def test_cached_equals_uncached(name: str | None) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_sampled_equals_uncached(name: str | None) -> None:
     llm, rows = shared(name), prompts(5, 2)
-    uniforms = [row_uniforms(row, seed=3, sample=0, n=8) for row in rows]
+    uniforms = [seeded_uniforms(row, seed=3, sample=0, n=8) for row in rows]
     expected = [by_recomputation(llm, r, 8, temperature=0.8, uniforms=u) for r, u in zip(rows, uniforms, strict=True)]
     assert llm.generate(rows, max_gen_len=8, temperature=0.8, seed=3) == expected
     assert expected != llm.generate(rows, max_gen_len=8)
@@ -182,7 +182,7 @@ def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy:
     with torch.inference_mode():
         wanted = [model(torch.tensor([row]), [len(row) - n])[0] for row in (long, short)]
         with weights_stand_still(model, may_copy):
-            cache = model.make_cache(2, 12)
+            cache = model.new_cache(2, 12)
             found = [prefill(model, cache, [long[:-n], short[:-n]], device)]
             found += [decode(model, cache, torch.tensor([long[-i], short[-i]])) for i in range(n, 0, -1)]
     assert all(module._derived is None for module in model.modules() if isinstance(module, Deriving))
@@ -326,7 +326,7 @@ def test_sizes_must_be_positive(name: str) -> None:
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(probabilities: list, top_p: float, kept: set) -> None:
     draws = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
     logits = torch.tensor(probabilities).log().expand(len(draws), -1)
-    chosen = choose(logits, 1.0, top_p, draws)
+    chosen = sample(logits, 1.0, top_p, draws)
     assert set(chosen.tolist()) == kept
     total = sum(probabilities[i] for i in kept)
     for i in kept:  # in proportion to their probabilities
@@ -337,34 +337,34 @@ def test_temperature_sharpens() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     draws = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
     for temperature in (0.5, 1.0, 2.0):
-        share = (choose(logits.expand(2000, -1), temperature, 1.0, draws) == 0).float().mean().item()
+        share = (sample(logits.expand(2000, -1), temperature, 1.0, draws) == 0).float().mean().item()
         assert abs(share - (logits[0] / temperature).softmax(0)[0].item()) < 0.001
 
 
 def test_choose_at_the_limits() -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0, -math.inf], [-math.inf, 300.0, 2.0, 1.0]])
-    assert choose(logits, 0.0, 1.0, None).tolist() == [1, 1]  # the lowest id of equals
+    assert sample(logits, 0.0, 1.0, None).tolist() == [1, 1]  # the lowest id of equals
     largest = torch.full((2,), 1 - 2**-53, dtype=torch.float64)
-    assert choose(logits, 2e-38, 1.0, largest).tolist() == [2, 1]  # no overflow
-    assert choose(logits, 1.0, 1.0, largest)[0] == 0  # the last that is possible, never an excluded one
+    assert sample(logits, 2e-38, 1.0, largest).tolist() == [2, 1]  # no overflow
+    assert sample(logits, 1.0, 1.0, largest)[0] == 0  # the last that is possible, never an excluded one
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_logits_that_are_not_finite_are_marked(temperature: float) -> None:
     logits = torch.tensor([[1.0, 2.0, -math.inf], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [-math.inf] * 3])
-    running = [Answer(i, [256], 5, [0.1] * 5) for i in range(4)]
-    chosen = _choose(logits, running, Rules((0,), 0, temperature, 0.9))
-    assert chosen.tolist() == [1, NOT_FINITE, NOT_FINITE, NOT_FINITE]
+    running = [Request(i, [256], 5, [0.1] * 5) for i in range(4)]
+    chosen = _choose(logits, running, SamplingParams((0,), 0, temperature, 0.9))
+    assert chosen.tolist() == [1, INVALID_TOKEN, INVALID_TOKEN, INVALID_TOKEN]
 
 
 def test_equal_tokens_stand_in_the_order_of_their_ids() -> None:
     draws = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
-    assert torch.equal(choose(torch.zeros(4096, 4096), 1.0, 1.0, draws), torch.arange(4096))
+    assert torch.equal(sample(torch.zeros(4096, 4096), 1.0, 1.0, draws), torch.arange(4096))
 
 
 def test_the_numbers_of_a_row() -> None:
-    numbers = row_uniforms([1, 2], seed=0, sample=0, n=2000)
+    numbers = seeded_uniforms([1, 2], seed=0, sample=0, n=2000)
     assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.03
-    assert torch.equal(row_uniforms([1, 2], 0, 0, 5), numbers[:5])  # max_gen_len does not matter
-    others = [row_uniforms(*key, n=5) for key in (([1, 3], 0, 0), ([1, 2], 1, 0), ([1, 2], 0, 1), ([12], 0, 0))]
+    assert torch.equal(seeded_uniforms([1, 2], 0, 0, 5), numbers[:5])  # max_gen_len does not matter
+    others = [seeded_uniforms(*key, n=5) for key in (([1, 3], 0, 0), ([1, 2], 1, 0), ([1, 2], 0, 1), ([12], 0, 0))]
     assert len({tuple(t.tolist()) for t in (numbers[:5], *others)}) == 5

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llama import Llama
-from moa import authors
+from moa import reference_format
 from moa.adapter_file import load_adapter
-from moa.state import load_adapter_state
+from moa.state import load_adapter_state_dict
 from tiny import BASE, GOLDEN, PARAMS, gradients, relative
 
 METHODS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected.npz").is_file())
@@ -34,7 +34,7 @@ def load(name: str, model_parallel_size: int = 1) -> Llama:
     config, state = load_adapter(path, PARAMS, METHOD_OF.get(name))
     config = replace(config, router=replace(config.router, threshold_gradient="none"))
     llm = Llama.build(BASE, config=config, max_seq_len=64, seed=5, model_parallel_size=model_parallel_size)
-    load_adapter_state(llm.model, state, str(path))
+    load_adapter_state_dict(llm.model, state, str(path))
     return llm
 
 
@@ -58,7 +58,7 @@ def test_every_gradient(name: str) -> None:
     llm, want = load(name), expected(name)
     llm.model.loss(want["tokens"], want["labels"], [LABELLED] * len(want["tokens"])).backward()
     wanted = {key.removeprefix("grad/"): grad for key, grad in want.items() if key.startswith("grad/")}
-    found = authors.their_state(gradients(llm.model), llm.model.config)
+    found = reference_format.to_reference_state(gradients(llm.model), llm.model.config)
     for key in [key for key in found if "adapter_threshold_fn" in key]:
         assert key not in wanted and not found.pop(key).any()  # theirs has no gradient
     if name == "unipeft":  # there the parallel adapter reads the prompt's gate, which holds the same weights

@@ -34,12 +34,12 @@ from hostile import (
 )
 from llama import Llama
 from llama.data import read_rows
-from llama.parallel import start_processes
+from llama.distributed import init_distributed
 from llama.predictions import Predictions
 from llama.tokenizer import Tokenizer
 from moa.adapter_file import load_adapter
 from moa.files import read_torch
-from moa.state import adapter_state
+from moa.state import adapter_state_dict
 from tiny import BASE, GOLDEN, PARAMS, golden_state, shared, tokens
 from training.checkpoint import read
 
@@ -54,7 +54,7 @@ def flags(**values: Any) -> list[str]:
 @pytest.fixture(autouse=True)
 def _processes() -> Iterator[None]:
     yield
-    start_processes(torch.device("cpu"))  # a run leaves the process group at its end; other tests' models need it
+    init_distributed(torch.device("cpu"))  # a run leaves the process group at its end; other tests' models need it
 
 
 class Made(SimpleNamespace):
@@ -77,7 +77,7 @@ def made(tmp_path_factory) -> Made:
     assert refusal(MAINS["extract_adapter"], [run, "--output_dir", folder / "adapter"]) is None
     words = flags(ckpt_dir=BASE, adapter_path=folder / "adapter", data_path=tests, **ANSWER)
     assert refusal(MAINS["generate"], [*words, "--save_path", folder / "answers" / "AddSub.jsonl"]) is None
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     return Made(
         folder=folder,
         data=data,
@@ -184,7 +184,7 @@ def test_adapter_pth(data, made, ground: Ground) -> None:
     file = folder / "adapter" / "adapter.pth"
     file.write_bytes(data.draw(torch_files(made.state, trace)))
     found = []
-    build = lambda: found.append(adapter_state(Llama.build(BASE, file, device="cpu").model))  # noqa: E731
+    build = lambda: found.append(adapter_state_dict(Llama.build(BASE, file, device="cpu").model))  # noqa: E731
     if unchanged(folder, lambda: sentence_of(build, str(file))) is None:
         assert all(torch.equal(tensor, made.state[key]) for key, tensor in found[0].items())
     assert not trace.exists()

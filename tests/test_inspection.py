@@ -18,8 +18,8 @@ from inspection.hooks import Recorder
 from inspection.statistics import BINS, QUANTILES, Statistics, quantiles, read_statistics
 from llama import Llama
 from llama.data import encode_prompt
-from llama.parallel import start_processes
-from moa.rows import Rows
+from llama.distributed import init_distributed
+from llama.packing import PackedBatch
 from moa.state import adapter_parameters
 from plain_model import PlainModel
 from test_golden import load as golden
@@ -87,7 +87,7 @@ def model_of(name: str) -> Llama:
 
 def heard(llm: Llama, rows: list[list[int]], prompt_lens: list[int], monkeypatch: pytest.MonkeyPatch) -> Heard:
     w = {k: t.detach().double() for k, t in llm.model.named_parameters()}
-    by_hand, ears = PlainModel(PARAMS, llm.model.config.flat(), w), Heard(monkeypatch)
+    by_hand, ears = PlainModel(PARAMS, llm.model.config.to_dict(), w), Heard(monkeypatch)
     for row, prompt_len in zip(rows, prompt_lens, strict=True):
         by_hand.logits(row, prompt_len)
     return ears
@@ -101,7 +101,7 @@ def whole_pass(llm: Llama, rows: list[list[int]], prompt_lens: list[int]) -> dic
     statistics = Statistics(llm.model)
     with statistics.recorder(), torch.inference_mode():
         packed = torch.tensor([token for row in rows for token in row])
-        llm.model.hidden(packed, Rows([len(row) for row in rows], "cpu", prompt_lens))
+        llm.model.hidden(packed, PackedBatch([len(row) for row in rows], "cpu", prompt_lens))
     statistics.reduce()
     return statistics.result({"rows": len(rows)})
 
@@ -287,7 +287,7 @@ def flags(tmp_path: Path, name: str, *words: object) -> list[str]:
 def gates(tmp_path: Path, name: str, *words: object) -> dict[str, Any]:
     out = tmp_path / "new" / "gates.json"
     command.main(flags(tmp_path, name, "--save_path", out, *words), "gates")
-    start_processes(torch.device("cpu"))  # the command leaves the process group
+    init_distributed(torch.device("cpu"))  # the command leaves the process group
     return read_statistics(out)
 
 
@@ -338,7 +338,7 @@ def test_two_processes_count_what_one_counts(tmp_path: Path, name: str) -> None:
 def test_gates_refuses(tmp_path: Path, words: list[str], told: str, status: int, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         command.main(flags(tmp_path, "soft_moa", "--save_path", tmp_path / "x.json", *words), "gates")
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     assert end.value.code == status and told in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
 

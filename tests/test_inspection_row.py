@@ -11,8 +11,8 @@ from inspection import row as command
 from inspection.colours import colour, ink
 from inspection.paint import page, terminal
 from inspection.row import Flags, Look, View, look_at, texts
-from llama.parallel import start_processes
-from moa.rows import Rows
+from llama.distributed import init_distributed
+from llama.packing import PackedBatch
 from tiny import BASE, build, save, shared
 
 HOSTILE = 'a <b>&amp; "\x1b[31m\u202e\x00 \n\n\té🙂</script>'
@@ -32,7 +32,7 @@ def router_says(name: str, found: Look) -> dict[str, torch.Tensor]:
     x = llm.model.tok_embeddings(torch.tensor(tokens))
     router = llm.model.layers[0].router
     if router.per_row:
-        x = Rows([len(tokens)], "cpu", [found.prompt_len]).prompt_means(x)
+        x = PackedBatch([len(tokens)], "cpu", [found.prompt_len]).prompt_means(x)
     with torch.no_grad():
         gates = router(x)
     return {slot: gate.squeeze(1).expand(len(tokens)) for slot, gate in gates.items()}
@@ -156,7 +156,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     adapter, html = save(shared("sparse_moa"), tmp_path), tmp_path / "new" / "row.html"
     words = ["--adapter_path", adapter, "--ckpt_dir", BASE, "--device", "cpu", "--bf16", "False", "--max_gen_len", 4]
     command.main([str(w) for w in (*words, "--prompt", "Hi", "--show", "used", "--html", html)], "row")
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     assert "adapters used, mean over 3 layers" in capsys.readouterr().out
     assert html.read_text().startswith("<!doctype html>")
     for wrong, told in ((["--layers", "0-3"], "--layers must be"), (["--row", "3"], "--data_path and --row")):

@@ -13,7 +13,7 @@ from benchmarks.shapes import SMOLLM2_135M
 from llama import ModelArgs
 from llama.data import Example
 from llama.model import Transformer
-from moa.state import adapter_parameters, adapter_state
+from moa.state import adapter_parameters, adapter_state_dict
 from tiny import METHODS, NOISY, build, gradients, relative, tokens
 from training.data import label_count, micro_batches
 from training.estimate import temporary_bytes
@@ -164,7 +164,7 @@ def test_a_whole_run(two_threads: None, seen: list) -> None:
         torch.set_num_threads(threads)
         model, log = build("adamole").model, []
         train(model, make_optimizer(model, 0.02), examples(LENGTHS * 2), plan, 4, 7, Progress(), log.append)
-        states.append(adapter_state(model))
+        states.append(adapter_state_dict(model))
         logs.append([(entry["loss"], entry["auxiliary_loss"]) for entry in log])
     assert len(seen) == 4 + 8
     for expected, found in zip(*logs, strict=True):

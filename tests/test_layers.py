@@ -8,9 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from llama.copies import frozen_product
-from llama.layers import RowParallel, _GatedSideBySide, gated_side_by_side
-from moa.adapter import AdapterModule, Site, zeros
-from moa.block import Adapters
+from llama.parallel_layers import RowParallel, _GatedSideBySide, gated_side_by_side
+from moa.adapter import AdapterModule, Target, zeros
+from moa.block import AdapterDict
 from tiny import drawn
 
 
@@ -32,15 +32,15 @@ class Reader(AdapterModule):
     def __init__(self, narrow: bool):
         super().__init__()
         self.narrow = narrow
-        self.declare("A", (2, 6), zeros)
+        self.add_parameter("A", (2, 6), zeros)
         self.A.data = drawn(2, 6)
 
     def reads(self) -> list[Tensor]:
         return [self.A] if self.narrow else []
 
 
-def beside(*readers: Reader) -> Adapters:
-    adapters = Adapters(None, [], {"FFN_DOWN": Site(6, 4, "in", 1)})
+def beside(*readers: Reader) -> AdapterDict:
+    adapters = AdapterDict(None, [], {"FFN_DOWN": Target(6, 4, "in", 1)})
     for number, reader in enumerate(readers):
         adapters[f"reader_{number}"] = reader
         adapters.slots_at["FFN_DOWN"].append(f"reader_{number}")

@@ -12,8 +12,8 @@ from benchmarks.layouts import main as layouts
 from benchmarks.shapes import LLAMA_3_1
 from commands import refused, run, write_rows
 from tiny import BASE, PARAMS
+from training.config import RECOMPUTED, read_settings
 from training.dry_run import dry_run, print_dry_run
-from training.settings import RECOMPUTED, read_settings
 
 
 @pytest.fixture

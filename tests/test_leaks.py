@@ -9,7 +9,7 @@ from commands import refused, run, train_flags, write_rows
 from corpus.compare import compare, compare_within, files_of, read_asked, summary
 from corpus.leaks import KINDS, find_pairs
 from corpus.questions import parse_question, question_text
-from training.settings import continued, read_settings
+from training.config import continued, read_settings
 
 STAMPS = (
     "Max bought 16 snowflake stamps at the post office. He bought 3 more truck stamps than snowflake stamps, and 9 "

@@ -13,9 +13,9 @@ import torch
 from commands import script, train_flags, write_rows
 from evaluate.scoring import score_file
 from llama import Llama
-from moa.adapter_file import save_authors_adapter
-from moa.knobs import METHODS as PRESETS
-from moa.state import adapter_state
+from moa.adapter_file import save_reference_adapter
+from moa.methods import METHODS as PRESETS
+from moa.state import adapter_state_dict
 from tiny import ARGS, BASE, METHODS, authors_can_say, tokens
 
 LENGTHS = (3, 11, 7)
@@ -46,16 +46,16 @@ def test_training_moves_the_adapter_and_the_loss(trained) -> None:
     assert config["trainable_parameters"] == sum(t.numel() for t in state.values())
     assert all(torch.isfinite(t).all() for t in state.values())
     fresh = Llama.build(BASE, config=trained.llm.model.config, device="cpu", seed=config["settings"]["seed"]).model
-    still = [key for key, tensor in adapter_state(fresh).items() if torch.equal(tensor, state[key])]
+    still = [key for key, tensor in adapter_state_dict(fresh).items() if torch.equal(tensor, state[key])]
     assert not still
 
 
 def test_what_is_extracted_is_what_was_trained(trained) -> None:
     checkpoint = torch.load(trained.out / "checkpoint-4.pth", weights_only=True)
-    state = adapter_state(trained.llm.model)
+    state = adapter_state_dict(trained.llm.model)
     assert state.keys() == checkpoint["adapter"].keys()
     assert all(torch.equal(tensor, checkpoint["adapter"][key]) for key, tensor in state.items())
-    flat = trained.llm.model.config.flat()
+    flat = trained.llm.model.config.to_dict()
     assert {k: v for k, v in METHODS[trained.name].items() if flat[k] != v} == {}
 
 
@@ -64,7 +64,7 @@ def test_resuming_gives_the_same_adapter(trained, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((trained.out / name).read_bytes())
     script("finetune.py", "--data_path", trained.data, "--output_dir", tmp_path, "--resume")
     script("extract_adapter.py", tmp_path)
-    again, state = torch.load(tmp_path / "adapter.pth", weights_only=True), adapter_state(trained.llm.model)
+    again, state = torch.load(tmp_path / "adapter.pth", weights_only=True), adapter_state_dict(trained.llm.model)
     assert all(torch.equal(tensor, again[key]) for key, tensor in state.items())
 
 
@@ -89,10 +89,10 @@ def test_the_authors_format_there_and_back(trained, tmp_path: Path) -> None:
     model, batch = trained.llm.model, tokens(2, 9)
     if not authors_can_say(trained.name):
         with pytest.raises(ValueError, match="the authors'"):
-            save_authors_adapter(tmp_path / "theirs", adapter_state(model), model.config)
+            save_reference_adapter(tmp_path / "theirs", adapter_state_dict(model), model.config)
         assert not (tmp_path / "theirs").exists()
         return
-    path = save_authors_adapter(tmp_path / "theirs", adapter_state(model), model.config)
+    path = save_reference_adapter(tmp_path / "theirs", adapter_state_dict(model), model.config)
     assert "method" not in json.loads(path.with_name("adapter_params.json").read_text())
     assert all(key.startswith("llama.") for key in torch.load(path, weights_only=True))
     other = Llama.build(BASE, path, method=METHODS[trained.name]["method"], device="cpu")

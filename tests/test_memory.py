@@ -7,10 +7,10 @@ import torch
 
 import training.memory
 from commands import script, train_flags, write_rows
+from llama.distributed import init_distributed
 from llama.free_memory import _of_groups, _of_the_system, free_memory
-from llama.parallel import start_processes
+from training.config import RunConfig, TrainConfig
 from training.memory import RESERVED, Needed, advice, needed_by_all
-from training.settings import Settings, TrainFlags
 
 GB = 2**30
 NAMES = ("base", "adapters", "gradients", "optimizer", "activations", "temporary")
@@ -50,14 +50,14 @@ def test_auto_says_what_it_has_come_to():
     ],
 )
 def test_advice_names_the_choices_that_fit(memory, words):
-    settings = Settings(TrainFlags(), {}, frozenset())
+    settings = RunConfig(TrainConfig(), {}, frozenset())
     with pytest.raises(MemoryError) as told, advice(settings, memory):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert words in str(told.value) and memory.total(memory.choice) in str(told.value)
 
 
 def test_one_process_is_all():
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     assert needed_by_all(need(3)) == need(3) and needed_by_all(need(None)).free is None
 
 

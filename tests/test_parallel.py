@@ -10,9 +10,9 @@ import torch
 import observe
 from commands import side_by_side
 from llama import Llama, Transformer
-from llama.parallel import pick_device, start_processes
-from moa.replicas import require_equal_replicas
-from moa.state import adapter_state
+from llama.distributed import get_device, init_distributed
+from moa.replicas import assert_replicas_equal
+from moa.state import adapter_state_dict
 from observe import DRIFTING, EVERYTHING, IMPOSSIBLE, LARGE, SIZES, WORLD
 from tiny import BASE, METHODS, PARAMS, build, golden_state, relative, save, write_base
 
@@ -30,7 +30,7 @@ def write_folders(folder: Path) -> None:
     for i in range(4):  # two shards hold the same of two key/value heads
         heads = {key: state[key].chunk(2)[i // 2].clone() for key in state if ".wk." in key or ".wv." in key}
         change(shared / f"consolidated.{i:02d}.pth", heads)
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     shapes = {key: tensor.shape for key, tensor in Transformer(LARGE).named_parameters()}
     large = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
@@ -260,7 +260,7 @@ def test_adapter_files_are_whole(everyone, folder: Path) -> None:
             require_identical(state, wanted)
     for size in SIZES:
         llm = Llama.build(BASE, folder / f"adapter_{size}", device="cpu")
-        require_identical(adapter_state(llm.model), wanted)
+        require_identical(adapter_state_dict(llm.model), wanted)
 
 
 def test_copies_that_drift_apart_are_named_on_all_processes(everyone) -> None:
@@ -283,7 +283,7 @@ def test_copies_that_drift_apart_are_named_on_all_processes(everyone) -> None:
 
 
 def test_one_process_has_no_copies() -> None:
-    require_equal_replicas(build("lora").model)
+    assert_replicas_equal(build("lora").model)
 
 
 def test_impossible_sizes_are_refused_with_the_numbers(everyone) -> None:
@@ -317,6 +317,6 @@ def test_unknown_devices_are_named(device: str) -> None:
 
 def test_a_gpu_that_is_not_there(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == torch.device("cpu")
+    assert get_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="device 'cuda:0': this machine has no GPU"):
-        pick_device("cuda:0")
+        get_device("cuda:0")

@@ -7,7 +7,7 @@ import pytest
 from llama.args import ModelArgs
 from moa.adapter_file import adapter_params
 from tiny import BASE
-from training.settings import read_settings
+from training.config import read_settings
 
 RECIPE = {"max_steps": 100, "lr": 2e-3, "batch_size": 8}
 ARGS = ModelArgs(dim=8, n_layers=4, n_heads=2)
@@ -46,13 +46,13 @@ def test_a_typed_flag_is_not_undone_by_its_counterpart_in_the_recipe():
 )
 def test_every_adapter_flag_reaches_the_configuration(words, name, value):
     config = settings("--method", "sparse_moa", *words).config(ARGS)
-    assert config.flat()[name] == value
-    assert settings("--method", "sparse_moa").config(ARGS).flat()[name] != value
+    assert config.to_dict()[name] == value
+    assert settings("--method", "sparse_moa").config(ARGS).to_dict()[name] != value
 
 
 def test_prompt_flags_reach_the_configuration():
     config = settings("--method", "prompt", "--prompt_layers", "2-4", "--prompt_len", "7").config(ARGS)
-    assert (config.flat()["prompt_layers"], config.flat()["prompt_len"]) == ("2-4", 7)
+    assert (config.to_dict()["prompt_layers"], config.to_dict()["prompt_len"]) == ("2-4", 7)
 
 
 @pytest.mark.parametrize("pair", [("--epochs", "--max_steps"), ("--lr", "--blr")])
@@ -87,7 +87,7 @@ def test_a_mixture_from_flags_and_from_a_file_are_the_same(tmp_path):
     file.write_text(json.dumps(adapter_params(read, {"dim": 99})))
     assert settings("--adapter_config", str(file)).config(ARGS) == read
     changed = settings("--adapter_config", str(file), "--lora_rank", "5").config(ARGS)
-    assert changed.flat() == read.flat() | {"lora_rank": 5}
+    assert changed.to_dict() == read.to_dict() | {"lora_rank": 5}
 
 
 def test_a_file_of_sizes_goes_with_the_method_that_is_typed(tmp_path):

@@ -11,11 +11,11 @@ import torch
 
 import tiny
 import training.loop
-from llama.data import IGNORE, Example
+from llama.data import IGNORE_INDEX, Example
 from llama.model import Losses, Transformer
+from llama.packing import PackedBatch
 from moa.files import read_torch, write_torch
-from moa.rows import Rows
-from moa.state import adapter_parameters, adapter_state, optimizer_groups
+from moa.state import adapter_parameters, adapter_state_dict, optimizer_groups
 from training.checkpoint import Saver, newest, pack, read, restore, save
 from training.data import load_examples, micro_batches
 from training.log import RunLog
@@ -93,7 +93,7 @@ def examples(n=8, seed=0):
     for i in range(n):
         tokens = torch.randint(0, 256, (6 + 3 * (i % 4),), generator=generator).tolist()
         prompt = 2 + i % 3
-        made.append(Example(tokens, [IGNORE] * prompt + tokens[prompt:], prompt))
+        made.append(Example(tokens, [IGNORE_INDEX] * prompt + tokens[prompt:], prompt))
     return made
 
 
@@ -123,8 +123,8 @@ def test_a_step_is_one_mean_over_all_its_labels_whatever_the_micro_batches():
     for size in (1, 2, 3):
         parts, _, log_parts = trained(batch_size=size)
         assert [e["loss"] for e in log_parts] == pytest.approx([e["loss"] for e in log_whole], rel=1e-5)
-        for key, tensor in adapter_state(parts.model).items():
-            assert tiny.relative(tensor, adapter_state(whole.model)[key]) < 1e-3, key
+        for key, tensor in adapter_state_dict(parts.model).items():
+            assert tiny.relative(tensor, adapter_state_dict(whole.model)[key]) < 1e-3, key
 
 
 def test_the_auxiliary_loss_is_a_mean_over_micro_batches_by_their_tokens():
@@ -134,7 +134,7 @@ def test_the_auxiliary_loss_is_a_mean_over_micro_batches_by_their_tokens():
     total = 0.0
     for part in (batch[:2], batch[2:]):
         tokens = [t for example in part for t in example.tokens]
-        rows = Rows([len(example.tokens) for example in part], "cpu")
+        rows = PackedBatch([len(example.tokens) for example in part], "cpu")
         labels = torch.tensor([label for example in part for label in example.labels])
         total += model.losses(torch.tensor(tokens), labels, rows).auxiliary.item() * len(tokens)
     assert log[0]["auxiliary_loss"] == pytest.approx(total / log[0]["tokens"], rel=1e-5) and total > 0
@@ -173,8 +173,8 @@ def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method)
     unbroken, _, log = trained(method, steps=6, on_step=keep)
     resumed, _, rest = trained(method, done=2, steps=6, state=tmp_path / "checkpoint-2.pth")
     assert [e["loss"] for e in rest] == [e["loss"] for e in log[2:]]
-    for key, tensor in adapter_state(unbroken.model).items():
-        assert torch.equal(tensor, adapter_state(resumed.model)[key]), key
+    for key, tensor in adapter_state_dict(unbroken.model).items():
+        assert torch.equal(tensor, adapter_state_dict(resumed.model)[key]), key
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
@@ -198,15 +198,15 @@ def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, 
     use(second)
     found, optimizer, _ = trained("custom", done=2, steps=4, state=tmp_path / "checkpoint-2.pth")
     assert bool(optimizer.param_groups[0]["fused"]) == second
-    for key, tensor in adapter_state(expected.model).items():
-        assert tiny.relative(adapter_state(found.model)[key], tensor) < 1e-6, key
+    for key, tensor in adapter_state_dict(expected.model).items():
+        assert tiny.relative(adapter_state_dict(found.model)[key], tensor) < 1e-6, key
 
 
 def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
     llm, optimizer, _ = trained(steps=2)
     path = save(tmp_path, pack(llm.model, optimizer, Progress(2), {"method": "soft_moa"}))
-    adapter_bytes = sum(t.numel() * 4 for t in adapter_state(llm.model).values())
-    entries = 3 * len(adapter_state(llm.model))
+    adapter_bytes = sum(t.numel() * 4 for t in adapter_state_dict(llm.model).values())
+    entries = 3 * len(adapter_state_dict(llm.model))
     assert 3 * adapter_bytes < path.stat().st_size < 3 * adapter_bytes + 600 * entries
     assert set(read_torch(path)) == {"adapter", "adapter_params", "optimizer", "step", "skipped"}
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-2.pth"]
@@ -229,7 +229,7 @@ def damaged(monkeypatch, steps, gradient=False):
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_step_that_is_not_finite_is_skipped_and_named(monkeypatch, tmp_path, gradient):
     def keep(entry, model, optimizer):
-        states.append(adapter_state(model))
+        states.append(adapter_state_dict(model))
         updates.append({int(state["step"]) for state in optimizer.state.values()})
         if entry["step"] == 3:
             save(tmp_path, pack(model, optimizer, Progress(3, [2]), {}))
@@ -249,8 +249,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(monkeypatch, tmp_path, g
     assert not torch.equal(states[2]["layers.0.router.router.w1.bias"], states[0]["layers.0.router.router.w1.bias"])
     # ... and a run that is resumed later knows of it
     resumed, _, _ = trained(batch_size=4, steps=6, done=3, state=tmp_path / "checkpoint-3.pth")
-    for key, tensor in adapter_state(llm.model).items():
-        assert torch.equal(tensor, adapter_state(resumed.model)[key]), key
+    for key, tensor in adapter_state_dict(llm.model).items():
+        assert torch.equal(tensor, adapter_state_dict(resumed.model)[key]), key
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama.data import IGNORE, Example
-from llama.engine import Answer, Rules, _choose, _leave, decode, prefill
-from llama.parallel import start_processes
+from llama.data import IGNORE_INDEX, Example
+from llama.distributed import init_distributed
+from llama.engine import Request, SamplingParams, _choose, _leave, decode, prefill
+from llama.packing import async_to_device
 from moa.adapter import weights_stand_still
-from moa.rows import on_device
 from tiny import ARGS, METHODS, config
 from training.data import micro_batches
 from training.rehearsal import unfilled_model
 
 DEVICE = torch.device("meta")
-ROWS = [Example(list(range(n)), [IGNORE] * p + list(range(p, n)), p) for n, p in ((5, 2), (3, 2), (7, 3))]
+ROWS = [Example(list(range(n)), [IGNORE_INDEX] * p + list(range(p, n)), p) for n, p in ((5, 2), (3, 2), (7, 3))]
 
 
 class Copies(TorchDispatchMode):
@@ -80,7 +80,7 @@ class _Calls(TorchFunctionMode):
 
 @pytest.fixture(autouse=True)
 def alone() -> None:
-    start_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
 
 
 def test_what_waits_is_seen() -> None:
@@ -114,12 +114,12 @@ def test_training(name: str, recompute: str) -> None:
 @pytest.mark.parametrize("name", [None, *METHODS])
 def test_decoding(name: str | None) -> None:
     model = unfilled_model(ARGS, config(name), bf16=True).eval()
-    rules = Rules((0, 1), min_new_tokens=3, temperature=0.5, top_p=0.9)
-    answers = [Answer(i, row.tokens, 5, [0.5] * 5) for i, row in enumerate(ROWS)]
+    rules = SamplingParams((0, 1), min_new_tokens=3, temperature=0.5, top_p=0.9)
+    answers = [Request(i, row.tokens, 5, [0.5] * 5) for i, row in enumerate(ROWS)]
     with torch.inference_mode(), weights_stand_still(model, False):
-        cache = model.make_cache(3, 20)
+        cache = model.new_cache(3, 20)
         prefill(model, cache, [row.tokens for row in ROWS], DEVICE)
-        newest = on_device([1, 2, 3], DEVICE)
+        newest = async_to_device([1, 2, 3], DEVICE)
         with Copies() as copies:
             tokens = _choose(decode(model, cache, newest).float(), answers, rules)
         assert copies.all == 4 and not copies.waiting  # lengths; early rows, stops, draws

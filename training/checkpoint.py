@@ -12,21 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama.parallel import from_main, is_main
+from llama.distributed import broadcast_from_rank0, is_rank0
 from moa.files import read_torch, write_torch
 from moa.reading import shown
 from moa.state import (
     adapter_parameters,
-    adapter_state,
-    load_adapter_state,
-    parts,
-    require_fit,
+    adapter_state_dict,
+    check_state_dict,
+    gather_full,
+    load_adapter_state_dict,
     require_same_keys,
     require_tensors,
-    whole,
+    shard_all,
 )
-from training.folder import checkpoints
 from training.loop import Progress
+from training.paths import checkpoints
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,9 +37,9 @@ def pack(
     """The content of a checkpoint, a copy on the CPU. Every rank of a model-parallel group must call it. ValueError
     where it has numbers that are not finite: nobody could go on from it."""
     entries = adapter_parameters(model)
-    adapter = adapter_state(model)
+    adapter = adapter_state_dict(model)
     moments = {
-        name: whole({key: _moment(optimizer, entry.parameter, name) for key, entry in entries.items()}, model)
+        name: gather_full({key: _moment(optimizer, entry.parameter, name) for key, entry in entries.items()}, model)
         for name in MOMENTS
     }
     for what, tensors in {"adapter": adapter, **moments}.items():
@@ -112,7 +112,7 @@ def read(path: Path, model: nn.Module) -> dict[str, Any]:
         raise ValueError(f"{path}: optimizer must be a dictionary, not {type(optimizer_state).__name__}")
     require_same_keys(MOMENTS, optimizer_state, str(path), "optimizer entry")
     for what, tensors in {"adapter": content["adapter"], **optimizer_state}.items():
-        require_fit(model, tensors, f"{path}: {what}")
+        check_state_dict(model, tensors, f"{path}: {what}")
     return content
 
 
@@ -132,11 +132,11 @@ def restore(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.o
     """Put a checkpoint (`read`) back. The main process has it and hands it to all others, which give None: they need
     not see its file."""
     entries = adapter_parameters(model)
-    step, skipped = from_main(lambda: (content["step"], content["skipped"]))
-    load_adapter_state(model, _hand_out(content and content["adapter"], model), "checkpoint")
+    step, skipped = broadcast_from_rank0(lambda: (content["step"], content["skipped"]))
+    load_adapter_state_dict(model, _hand_out(content and content["adapter"], model), "checkpoint")
     for name in MOMENTS:
         moments = _hand_out(content and content["optimizer"][name], model)
-        for key, part in parts(moments, model).items():
+        for key, part in shard_all(moments, model).items():
             parameter = entries[key].parameter
             state = optimizer.state[parameter]
             state[name] = torch.empty_like(parameter).copy_(part)  # laid out as the parameter, as fused AdamW has it
@@ -157,7 +157,7 @@ def _hand_out(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping
     entries = adapter_parameters(model)
     device = next(iter(entries.values())).parameter.device
     sizes = [torch.Size(entry.declared.shape).numel() for entry in entries.values()]
-    if is_main():
+    if is_rank0():
         flat = torch.cat([tensors[key].flatten().float() for key in entries]).to(device)
     else:
         flat = torch.empty(sum(sizes), device=device)

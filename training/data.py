@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.data import IGNORE, Example, encode_example, read_rows
+from llama.data import IGNORE_INDEX, Example, encode_example, read_rows
+from llama.packing import PackedBatch, async_to_device
 from llama.tokenizer import Tokenizer
-from moa.rows import Rows, on_device
 
 FIELDS = ("instruction", "input", "output")
 
@@ -33,12 +33,12 @@ def load_examples(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, quie
 
 
 def label_count(example: Example) -> int:
-    return sum(label != IGNORE for label in example.labels)
+    return sum(label != IGNORE_INDEX for label in example.labels)
 
 
 def micro_batches(
     examples: Sequence[Example], batch_size: int, device: torch.device, count: int | None = None
-) -> Iterator[tuple[Tensor, Tensor, Rows]]:
+) -> Iterator[tuple[Tensor, Tensor, PackedBatch]]:
     """(tokens (N,), labels (N,), rows) of at most `batch_size` examples at a time, packed, in their order; labels
     stay on the CPU, where the model chooses by them.
 
@@ -49,6 +49,6 @@ def micro_batches(
         to_come -= 1
         end = max(begin + 1, min(begin + batch_size, len(examples) - to_come))
         batch, begin = examples[begin:end], end
-        tokens = on_device([t for example in batch for t in example.tokens], device)
+        tokens = async_to_device([t for example in batch for t in example.tokens], device)
         labels = torch.tensor([t for example in batch for t in example.labels])
-        yield tokens, labels, Rows([len(e.tokens) for e in batch], device, [e.prompt_len for e in batch])
+        yield tokens, labels, PackedBatch([len(e.tokens) for e in batch], device, [e.prompt_len for e in batch])

@@ -14,20 +14,20 @@ import torch
 from llama import ModelArgs
 from llama.checkpoint import read_base
 from llama.data import read_rows
-from llama.parallel import bf16_is_fast, data_size, pick_device
-from moa.state import count
+from llama.distributed import bf16_is_fast, dp_size, get_device
+from moa.state import count_parameters
+from training.config import RECOMPUTED, RunConfig, TrainConfig
 from training.data import FIELDS, load_examples
 from training.estimate import base_parameters, cache_bytes, estimates, traffic, uneven
 from training.layout import first_rank
 from training.leaks import check_leaks
 from training.rehearsal import messages_of_step, unfilled_model
 from training.schedule import plan_of
-from training.settings import RECOMPUTED, Settings, TrainFlags
 
 GENERATION = {"max_batch_size": 32, "max_seq_len": 512}  # what generate.py does by default
 
 
-def print_dry_run(settings: Settings) -> None:
+def print_dry_run(settings: RunConfig) -> None:
     """Print `dry_run` for a reader, then as JSON on the last line; of torchrun's processes the first one does."""
     if os.environ.get("RANK", "0") != "0":
         return
@@ -52,7 +52,7 @@ def _messages(summed: dict[str, int]) -> str:
     return f"{summed['messages']} messages, {summed['bytes'] / 2**20:.1f} MiB"
 
 
-def dry_run(settings: Settings) -> dict[str, Any]:
+def dry_run(settings: RunConfig) -> dict[str, Any]:
     """What a run would train, need and send, from `params.json` alone (and the rows of `data_path`, if it is there).
     Memory and messages are those of one process; all are alike."""
     flags = settings.train
@@ -68,7 +68,7 @@ def dry_run(settings: Settings) -> dict[str, Any]:
     with first_rank(processes, flags.model_parallel_size) as notes:
         model = unfilled_model(args, config, bf16)
         n_rows = _rows(flags)
-        plan = plan_of(flags, n_rows or 1, data_size())
+        plan = plan_of(flags, n_rows or 1, dp_size())
         known = n_rows is not None
         memory = estimates(model, lengths, device)
         # What is free when the run starts is not known here
@@ -76,12 +76,12 @@ def dry_run(settings: Settings) -> dict[str, Any]:
         model.activation_checkpointing = recompute
         return {
             "method": config.method,
-            "trainable_parameters": count(model),
+            "trainable_parameters": count_parameters(model),
             "base_parameters": base_parameters(model),
             "layout": {
                 "processes": processes,
                 "model_parallel_size": flags.model_parallel_size,
-                "data_parallel_size": data_size(),
+                "data_parallel_size": dp_size(),
             },
             "memory_bytes": memory[recompute],
             "activation_checkpointing": {choice: parts["total"] for choice, parts in memory.items()},
@@ -94,7 +94,7 @@ def dry_run(settings: Settings) -> dict[str, Any]:
             "steps": plan.steps if known or flags.max_steps else None,
             "warmup_steps": plan.warmup_steps if known else None,
             "lr": plan.lr,
-            "adapter": config.flat(),
+            "adapter": config.to_dict(),
         }
 
 
@@ -102,10 +102,10 @@ def _device(name: str) -> torch.device:
     """The run's device. Here a GPU may be named where there is none, to plan for it."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         return torch.device("cuda")
-    return pick_device(name)
+    return get_device(name)
 
 
-def _processes(flags: TrainFlags) -> int:
+def _processes(flags: TrainConfig) -> int:
     """Processes of the run. ValueError where the environment says nonsense."""
     text = os.environ.get("WORLD_SIZE", str(flags.model_parallel_size))
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
@@ -113,7 +113,7 @@ def _processes(flags: TrainFlags) -> int:
     return int(text)
 
 
-def _rows(flags: TrainFlags) -> int | None:
+def _rows(flags: TrainConfig) -> int | None:
     """Rows that fit; all of them where there is no tokenizer to tell; None without data."""
     if flags.data_path is None:
         return None

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint import placements
+from llama.checkpoint import shard_specs
 from llama.loss import CHUNK_ELEMENTS, CHUNK_LABELS
 from llama.model import Transformer
 from moa.state import adapter_parameters
+from training.config import RECOMPUTED
 from training.lanes import lanes_of, threads_of
 from training.layout import Message
 from training.rehearsal import Kept, StepMessages, kept
-from training.settings import RECOMPUTED
 
 
 def base_parameters(model: Transformer) -> int:
     """Parameters of the whole base."""
-    return sum(math.prod(place.shape) for place in placements(model).values())
+    return sum(math.prod(place.shape) for place in shard_specs(model).values())
 
 
 def uneven(n_rows: int, length: int) -> list[int]:
@@ -36,7 +36,7 @@ def held_bytes(model: Transformer) -> dict[str, int]:
     """What this rank holds from the first step to the last: its parts of the base and of the float32 adapters, their
     gradients and the optimizer's two moments."""
     trained = sum(4 * entry.parameter.numel() for entry in adapter_parameters(model).values())
-    base = sum(math.prod(t.shape) * t.element_size() for t in map(model.get_parameter, placements(model)))
+    base = sum(math.prod(t.shape) * t.element_size() for t in map(model.get_parameter, shard_specs(model)))
     return {"base": base, "adapters": trained, "gradients": trained, "optimizer": 2 * trained}
 
 
@@ -73,7 +73,7 @@ def estimates(model: Transformer, lengths: list[int], device: torch.device) -> d
 
 def cache_bytes(model: Transformer, n_rows: int, length: int) -> int:
     """What this rank's keys and values take when so many rows of up to `length` tokens are generated at once."""
-    cache = model.make_cache(n_rows, length)
+    cache = model.new_cache(n_rows, length)
     return sum(t.numel() * t.element_size() for t in (*cache.k, *cache.v))
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
 from torch import Tensor, nn
 
-from llama.parallel import data_size
+from llama.distributed import dp_size
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -26,7 +26,7 @@ class GradientSum:
         self._waiting: list[set[nn.Parameter]] = []  # of each bucket, whose gradients are still to come
         self._sent: list[tuple[Tensor, Any]] = []
         self._hooks: list[Any] = []
-        if data_size() == 1:
+        if dp_size() == 1:
             return
         size = bucket_bytes
         for parameter in reversed(parameters):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from llama.model import Losses, Transformer
+from llama.packing import PackedBatch
 from moa.adapter import AdapterModule
 from moa.parallel import mp_size
-from moa.rows import Rows
 from training.schedule import share_out
 
-Batch = tuple[Tensor, Tensor, Rows]  # tokens (N,), labels (N,), rows
+Batch = tuple[Tensor, Tensor, PackedBatch]  # tokens (N,), labels (N,), rows
 In, Out = TypeVar("In"), TypeVar("Out")
 
 LANES = 2  # more would wait for each other: Python runs one at a time
@@ -109,4 +109,4 @@ def _rows_of(batch: Batch, chosen: Sequence[int]) -> Batch:
     tokens, labels, rows = batch
     spans = [rows.spans[i] for i in chosen]
     tokens, labels = (torch.cat([t[begin:end] for begin, end in spans]) for t in (tokens, labels))
-    return tokens, labels, Rows([b - a for a, b in spans], rows.device, [rows.prompt_lens[i] for i in chosen])
+    return tokens, labels, PackedBatch([b - a for a, b in spans], rows.device, [rows.prompt_lens[i] for i in chosen])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 
-from llama.parallel import start_alone, start_processes, stop_processes
+from llama.distributed import destroy_distributed, init_distributed, init_single_process
 
 BACKEND = "notebook"
 
@@ -64,16 +64,16 @@ def first_rank(processes: int, model_parallel_size: int) -> Iterator[list[Messag
     """
     alone = dist.is_initialized()
     assert not alone or dist.get_world_size() == 1, "a real group of processes stands already"
-    stop_processes()
+    destroy_distributed()
     _Notebook.notes.clear()
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, lambda _, rank, size, __: _Notebook(rank, size), devices=["cpu", "cuda"])
     try:
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=processes)
-        start_processes(torch.device("cpu"), model_parallel_size)
+        init_distributed(torch.device("cpu"), model_parallel_size)
         yield _Notebook.notes
     finally:
-        stop_processes()
+        destroy_distributed()
         if alone:
-            start_alone()
-            start_processes(torch.device("cpu"))
+            init_single_process()
+            init_distributed(torch.device("cpu"))

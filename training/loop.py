@@ -14,8 +14,8 @@ from fairscale.nn.model_parallel import initialize as mp
 from torch import nn
 
 from llama.data import Example
+from llama.distributed import dp_rank, dp_size
 from llama.model import Transformer
-from llama.parallel import data_rank, data_size
 from moa.state import adapter_parameters, optimizer_groups
 from training.data import label_count, micro_batches
 from training.exchange import GradientSum
@@ -70,14 +70,14 @@ def train(
             lengths = [len(example.tokens) for example in batch]
             n_tokens, n_labels = sum(lengths), sum(map(label_count, batch))
             # Whatever is random in a step follows from its number: a resumed run needs no generator's state.
-            torch.manual_seed((seed * plan.steps + step) * data_size() + data_rank())
+            torch.manual_seed((seed * plan.steps + step) * dp_size() + dp_rank())
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate(step)
             optimizer.zero_grad(set_to_none=True)
             losses = torch.zeros(2, device=device)  # of the labels; auxiliary
-            share = [batch[i] for i in share_out(lengths, data_size())[data_rank()]]
+            share = [batch[i] for i in share_out(lengths, dp_size())[dp_rank()]]
             # On all ranks alike, also where an epoch's last step has too few rows to go round
-            n_micro_batches = -(-len(batch) // (data_size() * batch_size))
+            n_micro_batches = -(-len(batch) // (dp_size() * batch_size))
             mine = list(micro_batches(share, batch_size, device, n_micro_batches))
             for i, micro_batch in enumerate(mine, 1):
                 if i == len(mine):
@@ -127,7 +127,7 @@ def _agree(losses: torch.Tensor, parameters: list[nn.Parameter], signum: int) ->
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if data_size() > 1:
+    if dp_size() > 1:
         dist.all_reduce(losses, group=mp.get_data_parallel_group())
     largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], torch.inf)
     finite = torch.isfinite(torch.stack([largest.square(), *losses])).all()  # squares are what AdamW keeps

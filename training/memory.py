@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from cli import out_of_memory
 from llama.args import ModelArgs
+from llama.distributed import bf16_is_fast
 from llama.free_memory import free_memory
-from llama.parallel import bf16_is_fast
+from training.config import RECOMPUTED, RunConfig
 from training.estimate import estimates, uneven
 from training.layout import first_rank
 from training.rehearsal import unfilled_model
-from training.settings import RECOMPUTED, Settings
 
 RESERVED = 2**30  # bytes of free memory that are left to the libraries and to what allocators lose
 
@@ -59,7 +59,7 @@ class Needed(NamedTuple):
         )
 
 
-def needed(settings: Settings, args: ModelArgs, device: torch.device) -> Needed:
+def needed(settings: RunConfig, args: ModelArgs, device: torch.device) -> Needed:
     """What this process will take, and has. No process group may stand, and no model. ValueError as the run would raise
     it."""
     flags = settings.train
@@ -83,7 +83,7 @@ def _gib(size: float) -> str:
 
 
 @contextmanager
-def advice(settings: Settings, memory: Needed) -> Iterator[None]:
+def advice(settings: RunConfig, memory: Needed) -> Iterator[None]:
     """Where memory runs out: a MemoryError that says what to turn down, with the estimate beside it."""
     try:
         yield

@@ -13,17 +13,17 @@ import torch.distributed as dist
 
 from llama import ModelArgs
 from moa.config import AdapterConfig
+from training.config import RunConfig
 from training.schedule import Plan
-from training.settings import Settings
 
 
 def start_record(
-    settings: Settings, config: AdapterConfig, args: ModelArgs, plan: Plan, contents: dict[str, str]
+    settings: RunConfig, config: AdapterConfig, args: ModelArgs, plan: Plan, contents: dict[str, str]
 ) -> dict[str, Any]:
     """Of a run that begins. contents: hashes of its base and its rows."""
     return {
         "settings": asdict(settings.train) | settings.adapter,
-        "adapter": config.flat(),
+        "adapter": config.to_dict(),
         "base": asdict(args),
         "steps": plan.steps,
         "warmup_steps": plan.warmup_steps,

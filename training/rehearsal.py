@@ -15,16 +15,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import llama.model
 from llama.args import ModelArgs
-from llama.checkpoint import placements
+from llama.checkpoint import shard_specs
 from llama.engine import decode_step
-from llama.loss import label_loss
+from llama.loss import chunked_cross_entropy
 from llama.model import Transformer
+from llama.packing import PackedBatch
 from moa.config import AdapterConfig
-from moa.rows import Rows
 from moa.state import adapter_parameters, freeze_base
+from training.config import RECOMPUTED
 from training.exchange import GradientSum
 from training.layout import Message
-from training.settings import RECOMPUTED
 
 
 def unfilled_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool) -> Transformer:
@@ -32,7 +32,7 @@ def unfilled_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool) ->
     with torch.device("meta"):
         model = Transformer(args, config)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        base = {key: torch.empty_like(model.get_parameter(key), dtype=dtype) for key in placements(model)}
+        base = {key: torch.empty_like(model.get_parameter(key), dtype=dtype) for key in shard_specs(model)}
     model.load_state_dict(base, strict=False, assign=True)
     freeze_base(model)
     return model.train()
@@ -63,7 +63,7 @@ def kept(model: Transformer, lengths: list[int], device: torch.device) -> Kept:
     try:
         with saved_tensors_hooks(found.add, lambda t: t), _attention_of(device, model):
             every = torch.zeros(sum(lengths), dtype=torch.int64)  # labels, which stay on the CPU
-            losses = model.losses(_tokens(len(every)), every, Rows(lengths, "meta"))
+            losses = model.losses(_tokens(len(every)), every, PackedBatch(lengths, "meta"))
     finally:
         model.activation_checkpointing = recompute
         for hook in hooks:
@@ -88,7 +88,7 @@ def messages_of_step(model: Transformer, lengths: list[int], notes: list[Message
         begin = len(notes)
         return work(), notes[begin:]
 
-    hidden, forward = of(lambda: model.hidden(_tokens(sum(lengths)), Rows(lengths, "meta")))
+    hidden, forward = of(lambda: model.hidden(_tokens(sum(lengths)), PackedBatch(lengths, "meta")))
     loss, in_loss = of(lambda: _loss(model, hidden, len(lengths)))
     _, backward = of(loss.backward)
     model.zero_grad(set_to_none=True)
@@ -112,9 +112,9 @@ def messages_of_generation(
 ) -> GenerationMessages:
     """Rehearse the first steps of generation. notes: of `first_rank`."""
     model.eval()
-    cache = model.make_cache(n_rows, prompt_len + 1)
+    cache = model.new_cache(n_rows, prompt_len + 1)
     begin = len(notes)
-    rows = Rows([prompt_len] * n_rows, "meta")
+    rows = PackedBatch([prompt_len] * n_rows, "meta")
     places = cache.admit(rows.lengths)
     model.output(model.hidden(_tokens(n_rows * prompt_len), rows, cache, places)[:n_rows])
     middle = len(notes)
@@ -130,7 +130,7 @@ def _tokens(*shape: int) -> Tensor:
 def _loss(model: Transformer, hidden: Tensor, n_rows: int) -> Tensor:
     """As `Transformer.losses` does it where all tokens are labels, but for each row's first."""
     labels = _tokens(len(hidden) - n_rows)
-    return label_loss(hidden[labels], model.output.weight, labels)
+    return chunked_cross_entropy(hidden[labels], model.output.weight, labels)
 
 
 class _Storages:
@@ -182,7 +182,7 @@ def _attention_of(device: torch.device, model: Transformer) -> Iterator[None]:
     In float32 with shared key heads there is no such kernel for a GPU: all weights are kept, as on the meta device.
     """
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, flash: bool) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedBatch, flash: bool) -> Tensor:
         if device.type != "cuda" or rows.uniform or bf16:
             return _Attention.apply(q, k, v)
         return torch.cat([_Attention.apply(q[a:b], k[a:b], v[a:b]) for a, b in rows.spans])

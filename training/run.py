@@ -13,55 +13,55 @@ import torch.distributed as dist
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import fingerprint, read_base
-from llama.parallel import (
+from llama.distributed import (
+    assert_same_on_all_ranks,
     bf16_is_fast,
-    data_size,
-    from_main,
-    is_main,
-    pick_device,
-    processes,
-    require_same,
+    broadcast_from_rank0,
+    distributed_run,
+    dp_size,
+    get_device,
+    is_rank0,
 )
 from llama.tokenizer import Tokenizer
 from moa.adapter_file import PARAMS, adapter_params
 from moa.files import claim, file_hash, read_json, release, remove_leftovers, write_json
 from moa.reading import shown
-from moa.replicas import require_equal_replicas
-from moa.state import count
+from moa.replicas import assert_replicas_equal
+from moa.state import count_parameters
 from training.checkpoint import Saver, newest, pack, restore
+from training.config import HERE, RunConfig, TrainConfig, run_folder
 from training.data import load_examples
 from training.estimate import base_parameters
-from training.folder import CONFIG, DAMAGED, LOCK, checkpoints
 from training.leaks import check_leaks
 from training.log import RunLog
 from training.loop import NotFinite, Progress, make_optimizer, train
 from training.memory import Needed, advice, needed, needed_by_all
+from training.paths import CONFIG, DAMAGED, LOCK, checkpoints
 from training.record import resume_record, start_record
 from training.schedule import Plan, plan_of
-from training.settings import HERE, Settings, TrainFlags, output_folder
 from training.stop import Stopped, StopRequest
 
 
-def run(settings: Settings) -> Path:
+def run(settings: RunConfig) -> Path:
     """Train as the settings say (`ckpt_dir` and `data_path` filled in). Returns the run's folder.
 
     Raises ValueError or OSError with one sentence; what an earlier run left is then untouched. Raises Stopped, a
     SystemExit, after a last checkpoint, where a signal asked for it.
     """
-    device = pick_device(settings.train.device)
+    device = get_device(settings.train.device)
     args, tokenizer = read_base(settings.train.ckpt_dir)
     memory = needed(settings, args, device)
-    with processes(device, settings.train.model_parallel_size):
+    with distributed_run(device, settings.train.model_parallel_size):
         memory = needed_by_all(memory)
         with advice(settings, memory):
             return _run(settings, args, tokenizer, device, memory)
 
 
-def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torch.device, memory: Needed) -> Path:
+def _run(settings: RunConfig, args: ModelArgs, tokenizer: Tokenizer, device: torch.device, memory: Needed) -> Path:
     flags = settings.train
-    folder = output_folder(settings)
+    folder = run_folder(settings)
     contents = {"base_fingerprint": fingerprint(flags.ckpt_dir), "data_sha256": file_hash(flags.data_path)}
-    resumed = from_main(lambda: _run_to_resume(settings, folder, contents))
+    resumed = broadcast_from_rank0(lambda: _run_to_resume(settings, folder, contents))
     begun = resumed is not None and resumed["begun"]
     if flags.bf16 is None:
         flags = replace(flags, bf16=bf16_is_fast(device))
@@ -69,15 +69,15 @@ def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torc
 
     config = settings.config(args)
     same = {f"--{name}": value for name, value in asdict(flags).items() if name not in HERE}
-    require_same(same | config.flat() | contents | {"torch": torch.__version__})
-    examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_main())
-    plan = plan_of(flags, len(examples), data_size(), resumed and resumed["rows_per_step"])
+    assert_same_on_all_ranks(same | config.to_dict() | contents | {"torch": torch.__version__})
+    examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_rank0())
+    plan = plan_of(flags, len(examples), dp_size(), resumed and resumed["rows_per_step"])
     if resumed and resumed.get("steps") != plan.steps:
         raise ValueError(
             f"{folder / CONFIG}: steps is {shown(resumed.get('steps'))}, its settings ask for {plan.steps}"
         )
     leaks = {}
-    if flags.leak_tests is not None and is_main():
+    if flags.leak_tests is not None and is_rank0():
         leaks = {"leaks": check_leaks(flags.data_path, flags.leak_tests)}
     llm = Llama.build(
         flags.ckpt_dir,
@@ -91,17 +91,17 @@ def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torc
     model = llm.model
     model.activation_checkpointing = memory.choice
     optimizer = make_optimizer(model, flags.weight_decay)
-    with _claimed(folder) if is_main() else nullcontext():
-        if is_main() and not begun and not flags.overwrite and checkpoints(folder):
+    with _claimed(folder) if is_rank0() else nullcontext():
+        if is_rank0() and not begun and not flags.overwrite and checkpoints(folder):
             raise ValueError(f"{folder}: another run has been there in the meantime; give --resume to go on with it")
         progress = Progress()
         if begun:
-            progress = restore(_newest(folder, model) if is_main() else None, model, optimizer)
-        require_equal_replicas(model)
-        complete, trained = progress.done >= plan.steps, count(model)["total"]
-        if is_main() and begun:
+            progress = restore(_newest(folder, model) if is_rank0() else None, model, optimizer)
+        assert_replicas_equal(model)
+        complete, trained = progress.done >= plan.steps, count_parameters(model)["total"]
+        if is_rank0() and begun:
             _add_to_record(folder, leaks, None if complete else progress.done)
-        elif is_main():
+        elif is_rank0():
             record = start_record(settings, config, args, plan, contents)
             _prepare(folder, record | {"trainable_parameters": trained} | leaks)
         if complete:
@@ -120,7 +120,7 @@ def _run(settings: Settings, args: ModelArgs, tokenizer: Tokenizer, device: torc
 
 
 def _train(
-    flags: TrainFlags,
+    flags: TrainConfig,
     model: Transformer,
     optimizer: torch.optim.AdamW,
     examples: list,
@@ -130,7 +130,7 @@ def _train(
     folder: Path,
 ) -> None:
     """The loop with its log and its checkpoints: every `save_every` steps, at the end, and before an early end."""
-    log = RunLog(folder, plan.steps, progress.done) if is_main() else None
+    log = RunLog(folder, plan.steps, progress.done) if is_rank0() else None
     saver = Saver(folder, flags.keep_checkpoints)
     every = flags.save_every or plan.steps_per_epoch
     saved = progress.done
@@ -138,9 +138,9 @@ def _train(
     def save() -> None:
         nonlocal saved
         if saved != progress.done:
-            require_equal_replicas(model)
+            assert_replicas_equal(model)
             content = pack(model, optimizer, progress, params)
-            if is_main():
+            if is_rank0():
                 saver.save(content)
             saved = progress.done
 
@@ -171,11 +171,11 @@ def _train(
 
 def say(text: str) -> None:
     """Tell the user, once for all processes."""
-    if is_main():
+    if is_rank0():
         print(text, file=sys.stderr, flush=True)
 
 
-def _run_to_resume(settings: Settings, folder: Path, contents: dict[str, str]) -> dict[str, Any] | None:
+def _run_to_resume(settings: RunConfig, folder: Path, contents: dict[str, str]) -> dict[str, Any] | None:
     """The record of the run to go on with, None where one begins; "begun": whether it has a checkpoint. ValueError
     where the folder holds a run and neither --resume nor --overwrite is given, or where its run had another base, other
     rows or other numbers of them."""
@@ -200,10 +200,10 @@ def _run_to_resume(settings: Settings, folder: Path, contents: dict[str, str]) -
         raise ValueError(f"{folder / CONFIG}: rows_per_step must be a number from 1 to 10**9, not {shown(rows)}")
     if not isinstance(record.get("resumed", []), list):
         raise ValueError(f"{folder / CONFIG}: resumed must be a list, not {shown(record['resumed'])}")
-    if "accum_iter" in settings.given and rows != plan_of(flags, 1, data_size()).rows_per_step:
+    if "accum_iter" in settings.given and rows != plan_of(flags, 1, dp_size()).rows_per_step:
         raise ValueError(
             f"{folder}: the run takes {rows} rows per step, not --batch_size {flags.batch_size} x --accum_iter "
-            f"{flags.accum_iter} x {data_size()} data-parallel ranks; leave --accum_iter out"
+            f"{flags.accum_iter} x {dp_size()} data-parallel ranks; leave --accum_iter out"
         )
     return record | {"begun": bool(found)}
 

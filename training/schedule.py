@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from training.settings import TrainFlags
+from training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def make_plan(
     return Plan(n_rows, rows_per_step, steps, min(warmup, steps), peak, min_lr, constant)
 
 
-def plan_of(flags: TrainFlags, n_rows: int, ranks: int, rows_per_step: int | None = None) -> Plan:
+def plan_of(flags: TrainConfig, n_rows: int, ranks: int, rows_per_step: int | None = None) -> Plan:
     """The plan of a run with these flags on `ranks` data-parallel ranks. rows_per_step: of a run that is resumed, on
     whatever ranks it was; None: `batch_size * accum_iter` on each."""
     return make_plan(

@@ -13,7 +13,7 @@ from inspection.runs import Run
 def section(datasets: dict[str, list[Line]]) -> Html:
     parts: list[Part] = [el("h2", "Configuration", id="configuration")]
     for dataset, lines in datasets.items():
-        parts += [el("h3", f"Settings on {dataset}"), *_dataset(dataset, lines)]
+        parts += [el("h3", f"RunConfig on {dataset}"), *_dataset(dataset, lines)]
     return el("section", *parts)
 
 
@@ -29,7 +29,7 @@ def _dataset(dataset: str, lines: Sequence[Line]) -> Iterable[Part]:
         f"In what each run on {dataset} differs from most", [Column("run"), Column("settings of its own")], rows
     )
     if usual:
-        caption = f"Settings that most runs on {dataset} share"
+        caption = f"RunConfig that most runs on {dataset} share"
         yield folded("What most runs share", _pairs(caption, usual))
     for name, run, _ in runs:
         whole = _whole(run)

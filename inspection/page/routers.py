@@ -160,5 +160,5 @@ def _expert_table(title: str, routing: Routing) -> Html:
         ]
         for one in routing.mixtures
     ]
-    caption = f"Experts of {title}. Balance: 1 where all weigh the same over all tokens, 0 where one has everything"
+    caption = f"Experts of {title}. RouterStats: 1 where all weigh the same over all tokens, 0 where one has everything"
     return table(caption, columns, rows)

@@ -1,17 +1,17 @@
 """The KV cache of a set of rows being generated.
 
-Rows occupy the first places, without gaps: when one finishes, the last row moves into its place (`Cache.drop`), so that
+Rows occupy the first places, without gaps: when one finishes, the last row moves into its place (`KVCache.drop`), so that
 a decode step always works on one contiguous piece.
 """
 
 import torch
 from torch import Tensor
 
+from llama.packing import async_to_device
 from moa.routers import Gates
-from moa.rows import on_device
 
 
-class Cache:
+class KVCache:
     """Keys and values of up to `max_rows` rows of up to `max_len` tokens each, for every layer.
 
     k, v: one (max_rows, K, max_len, h) tensor per layer; on a CPU the keys' tokens lie innermost in memory, as its
@@ -51,7 +51,7 @@ class Cache:
         """Prefill: put the gates (R, 1) of newly admitted rows into their places."""
         for slot, gate in gates.items():
             kept = self.gates[layer].setdefault(slot, gate.new_zeros(self.max_rows, 1))
-            kept[on_device(places, kept.device)] = gate
+            kept[async_to_device(places, kept.device)] = gate
 
     def kept_gates(self, layer: int) -> Gates:
         """Decode: (R, 1) by slot."""

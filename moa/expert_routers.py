@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Site
+from moa.adapter import AdapterModule, Target
 from moa.config import AdapterConfig
-from moa.knobs import EXPERT_ROUTERS
 from moa.load import load_class
-from moa.routers import Linear
+from moa.methods import EXPERT_ROUTERS
+from moa.routers import RouterLinear
 
 
-class Balance(NamedTuple):
+class RouterStats(NamedTuple):
     """What a load-balancing loss is made of, (..., E) float32, means over tokens. load: f_e, without a gradient."""
 
     load: Tensor
@@ -32,17 +32,17 @@ class Balance(NamedTuple):
         return self.p.shape[-1] * (self.load * self.p).sum()
 
 
-def _balance(chosen: Tensor, p: Tensor) -> Balance | None:
+def _balance(chosen: Tensor, p: Tensor) -> RouterStats | None:
     """Of chosen (N, E), True or False, and p (N, E)."""
-    return None if torch.is_inference_mode_enabled() else Balance(chosen.float().mean(0), p.mean(0))
+    return None if torch.is_inference_mode_enabled() else RouterStats(chosen.float().mean(0), p.mean(0))
 
 
-class SoftExperts(AdapterModule):
+class SoftmaxRouter(AdapterModule):
     """softmax(R u), with a bias where `soft_bias` says so."""
 
-    def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
+    def __init__(self, site: Target, config: AdapterConfig, soft_bias: bool):
         super().__init__()
-        self.linear = Linear(site.in_features, config.experts.expert_num, bias=soft_bias, cut=site.inputs(1))
+        self.linear = RouterLinear(site.in_features, config.experts.expert_num, bias=soft_bias, cut=site.inputs(1))
 
     def reads(self) -> list[Tensor]:
         return [self.linear.weight]
@@ -51,22 +51,22 @@ class SoftExperts(AdapterModule):
         return self.linear.finish(y).softmax(-1).to(y.dtype), None
 
 
-class TopKExperts(AdapterModule):
+class TopKRouter(AdapterModule):
     """The k largest of softmax(R u + b), made to sum to 1; under `noisy_router` the logits carry noise while training,
     N(0, 1) softplus(W_n u + b_n) (arXiv 1701.06538)."""
 
-    def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
+    def __init__(self, site: Target, config: AdapterConfig, soft_bias: bool):
         super().__init__()
         self.top_k = config.experts.top_k
-        self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.inputs(1))
+        self.linear = RouterLinear(site.in_features, config.experts.expert_num, cut=site.inputs(1))
         noisy = config.experts.noisy_router
-        self.noise = Linear(site.in_features, config.experts.expert_num, cut=site.inputs(1)) if noisy else None
+        self.noise = RouterLinear(site.in_features, config.experts.expert_num, cut=site.inputs(1)) if noisy else None
         self.draws = noisy
 
     def reads(self) -> list[Tensor]:
         return [self.linear.weight] + ([self.noise.weight] if self.noise is not None else [])
 
-    def forward(self, y: Tensor, y_noise: Tensor | None = None) -> tuple[Tensor, Balance | None]:
+    def forward(self, y: Tensor, y_noise: Tensor | None = None) -> tuple[Tensor, RouterStats | None]:
         logits = self.linear.finish(y)
         if self.noise is not None and self.training:
             logits = logits + torch.randn_like(logits) * F.softplus(self.noise.finish(y_noise))
@@ -76,19 +76,19 @@ class TopKExperts(AdapterModule):
         return weights.to(y.dtype), _balance(chosen, logits.softmax(-1))
 
 
-class AdaMoLEExperts(AdapterModule):
+class AdaMoLERouter(AdapterModule):
     """p = softmax(R u + b) against the threshold G = (1/E) s(w.u + b_G); d = p - G counts where it is not negative, and
     is divided by the sum (arXiv 2405.00361)."""
 
-    def __init__(self, site: Site, config: AdapterConfig, soft_bias: bool):
+    def __init__(self, site: Target, config: AdapterConfig, soft_bias: bool):
         super().__init__()
-        self.linear = Linear(site.in_features, config.experts.expert_num, cut=site.inputs(1))
-        self.threshold = Linear(site.in_features, 1, cut=site.inputs(1))
+        self.linear = RouterLinear(site.in_features, config.experts.expert_num, cut=site.inputs(1))
+        self.threshold = RouterLinear(site.in_features, 1, cut=site.inputs(1))
 
     def reads(self) -> list[Tensor]:
         return [self.linear.weight, self.threshold.weight]
 
-    def forward(self, y: Tensor, y_threshold: Tensor) -> tuple[Tensor, Balance | None]:
+    def forward(self, y: Tensor, y_threshold: Tensor) -> tuple[Tensor, RouterStats | None]:
         p = self.linear.finish(y).softmax(-1)
         d = p - torch.sigmoid(self.threshold.finish(y_threshold)) / p.shape[1]
         chosen = d >= 0
@@ -98,7 +98,7 @@ class AdaMoLEExperts(AdapterModule):
         return weights.to(y.dtype), _balance(chosen, d)
 
 
-def build_expert_router(site: Site, config: AdapterConfig, soft_bias: bool = True) -> AdapterModule | None:
+def build_expert_router(site: Target, config: AdapterConfig, soft_bias: bool = True) -> AdapterModule | None:
     """The router of an adapter's experts; None where it has one expert. soft_bias: whether a soft router has a bias
     (LoRA's has none, as published)."""
     if config.experts.expert_num == 1:

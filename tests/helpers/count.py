@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
 from llama import ModelArgs, Transformer
+from llama.distributed import destroy_distributed, init_distributed
 from llama.engine import decode, prefill
-from llama.parallel import start_processes, stop_processes
-from moa.rows import Rows
-from moa.state import adapter_parameters, freeze_base, initialise
+from llama.packing import PackedBatch
+from moa.state import adapter_parameters, freeze_base, reset_adapters
 from tiny import ARGS, METHODS, config
+from training.config import RECOMPUTED
 from training.exchange import GradientSum
-from training.settings import RECOMPUTED
 
 LENGTHS = [7, 9, 4]
 PROMPT = 6  # tokens of each of two rows that are generated
@@ -41,7 +41,7 @@ def zeros(method: str, args: ModelArgs, bf16: bool) -> Transformer:
     base = {name: t for name, t in model.named_parameters() if t.is_meta}
     dtype = torch.bfloat16 if bf16 else torch.float32
     model.load_state_dict({name: torch.zeros(t.shape, dtype=dtype) for name, t in base.items()}, False, assign=True)
-    initialise(model, 0)
+    reset_adapters(model, 0)
     freeze_base(model)
     return model.train()
 
@@ -51,7 +51,7 @@ def kept_bytes(model: Transformer, lengths: list[int]) -> tuple[int, torch.Tenso
     found: dict[int, torch.UntypedStorage] = {}
     tokens = torch.ones(sum(lengths), dtype=torch.int64)
     with saved_tensors_hooks(partial(note, found), lambda t: t):
-        losses = model.losses(tokens, tokens.clone(), Rows(lengths, "cpu"))
+        losses = model.losses(tokens, tokens.clone(), PackedBatch(lengths, "cpu"))
     own = {t.untyped_storage().data_ptr() for t in model.parameters()}
     return sum(s.nbytes() for address, s in found.items() if address not in own), losses.labels + losses.auxiliary
 
@@ -79,7 +79,7 @@ def kept_in_parts(model: Transformer, lengths: list[int]) -> int:
             stack.enter_context(mock.patch.object(block, name, noted(getattr(block, name))))
         model.activation_checkpointing = "off"
         stack.enter_context(saved_tensors_hooks(partial(note, outside), lambda t: t))
-        losses = model.losses(tokens, tokens.clone(), Rows(lengths, "cpu"))
+        losses = model.losses(tokens, tokens.clone(), PackedBatch(lengths, "cpu"))
     model.activation_checkpointing = recompute
     own = {t.untyped_storage().data_ptr() for t in model.parameters()}
     assert losses.labels.requires_grad
@@ -130,7 +130,7 @@ def observe(name: str, counted: Counted) -> dict[str, Any]:
     found["base"] = sum(p.numel() * p.element_size() for p in model.parameters()) - found["adapters"]
     model.eval()
     with torch.inference_mode():
-        cache = model.make_cache(2, PROMPT + 1)
+        cache = model.new_cache(2, PROMPT + 1)
         found["cache"] = sum(t.nbytes for t in (*cache.k, *cache.v))
         prefill(model, cache, [[1] * PROMPT, [2] * PROMPT], torch.device("cpu"))
         found["prefill"] = counted.take()
@@ -151,14 +151,14 @@ def observe_gradients(name: str, counted: Counted) -> list[list[Any]]:
 def main(rank: int, folder: Path) -> None:
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", rendezvous, timeout=timedelta(seconds=60), rank=rank, world_size=2)
-    start_processes(torch.device("cpu"), 2)
+    init_distributed(torch.device("cpu"), 2)
     counted = Counted()
     found = {name: observe(name, counted) for name in CASES}
-    start_processes(torch.device("cpu"), 1)
+    init_distributed(torch.device("cpu"), 1)
     for name in CASES:
         found[name]["gradients"] = observe_gradients(name, counted)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    stop_processes()
+    destroy_distributed()
 
 
 if __name__ == "__main__":

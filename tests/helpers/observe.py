@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 import llama.derivations
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import load_base, open_shard, placements
-from llama.data import IGNORE, Example
-from llama.parallel import data_rank, data_size, start_processes, stop_processes
+from llama.checkpoint import load_base, open_shard, shard_specs
+from llama.data import IGNORE_INDEX, Example
+from llama.distributed import destroy_distributed, dp_rank, dp_size, init_distributed
 from moa.adapter_file import adapter_params, save_adapter
-from moa.parallel import Cut, copy_to_ranks, gather, mp_rank, mp_size, sum_over_ranks
-from moa.replicas import require_equal_replicas
-from moa.state import adapter_parameters, adapter_state, initialise, whole
+from moa.parallel import Cut, copy_to_model_parallel_region, gather, mp_rank, mp_size, reduce_from_model_parallel_region
+from moa.replicas import assert_replicas_equal
+from moa.state import adapter_parameters, adapter_state_dict, gather_full, reset_adapters
 from test_golden import METHODS as GOLDEN_METHODS
 from test_golden import expected, load
 from tiny import ARGS, BASE, METHODS, build, config, gradients, random_state, tokens
@@ -68,7 +68,7 @@ def observe(name: str, model_parallel_size: int) -> dict[str, Any]:
     """Everything that must not depend on how many ranks share the model: whole tensors and plain values."""
     llm = build(name, model_parallel_size=model_parallel_size)
     model, batch = llm.model, tokens(2, 9)
-    found = {"state": adapter_state(model), "loaded": random_state(model)}
+    found = {"state": adapter_state_dict(model), "loaded": random_state(model)}
     with torch.no_grad():
         found["logits"] = model(batch)
     found["float32"] = _backward(model, batch)
@@ -84,19 +84,19 @@ def observe(name: str, model_parallel_size: int) -> dict[str, Any]:
             found[choice] = _backward(model, batch)
     cuts = {key: entry.declared.cut for key, entry in adapter_parameters(model).items()}
     found["cut"] = {key: tuple(cut) for key, cut in cuts.items() if cut is not None}
-    initialise(model, seed=3)
-    found["fresh"] = adapter_state(model)
+    reset_adapters(model, seed=3)
+    found["fresh"] = adapter_state_dict(model)
     return found
 
 
 def _backward(model: Transformer, batch: torch.Tensor) -> dict[str, Any]:
     """Loss, whole gradients and this rank's own."""
     labels = batch.clone()
-    labels[0, :5] = IGNORE
+    labels[0, :5] = IGNORE_INDEX
     loss = model.loss(batch, labels)
     loss.backward()
     local = gradients(model)
-    return {"loss": loss.detach(), "gradients": whole(local, model), "local": local}
+    return {"loss": loss.detach(), "gradients": gather_full(local, model), "local": local}
 
 
 def observe_step(name: str, model_parallel_size: int, exact: bool) -> dict[str, Any]:
@@ -105,14 +105,14 @@ def observe_step(name: str, model_parallel_size: int, exact: bool) -> dict[str, 
     rows, losses = [], []
     for i, row in enumerate(tokens(3, 15).tolist()):
         row = row[: 15 - 2 * i]
-        rows.append(Example(row, [IGNORE] * (2 + i % 2) + row[2 + i % 2 :], 2 + i % 2))
+        rows.append(Example(row, [IGNORE_INDEX] * (2 + i % 2) + row[2 + i % 2 :], 2 + i % 2))
     plan = Plan(n_rows=3, rows_per_step=3, steps=1, warmup_steps=0, lr=0.01, min_lr=0.0, constant=True)
     # Micro-batches of one row, since an auxiliary loss is one of a micro-batch
     with float64(model) if exact else nullcontext():
         optimizer = make_optimizer(model, weight_decay=0.02)
         train(model, optimizer, rows, plan, 1, 7, Progress(), lambda entry: losses.append(entry["loss"]))
-        require_equal_replicas(model)
-    return {"loss": losses, "gradients": whole(gradients(model), model), "state": adapter_state(model)}
+        assert_replicas_equal(model)
+    return {"loss": losses, "gradients": gather_full(gradients(model), model), "state": adapter_state_dict(model)}
 
 
 def observe_noise(model_parallel_size: int) -> dict[str, Any]:
@@ -122,13 +122,13 @@ def observe_noise(model_parallel_size: int) -> dict[str, Any]:
     torch.manual_seed(5)
     loss = model.loss(batch, batch)
     loss.backward()
-    return {"loss": loss.detach(), "gradients": whole(gradients(model), model)}
+    return {"loss": loss.detach(), "gradients": gather_full(gradients(model), model)}
 
 
 def golden_differences(model_parallel_size: int) -> dict[str, float]:
     """Largest difference of logits from the golden ones, by method."""
     found = {}
-    for name in GOLDEN_METHODS[data_rank() :: data_size()]:
+    for name in GOLDEN_METHODS[dp_rank() :: dp_size()]:
         want, model = expected(name), load(name, model_parallel_size).model
         with torch.no_grad():
             found[name] = (model(want["tokens"]) - want["logits"]).abs().max().item()
@@ -138,7 +138,7 @@ def golden_differences(model_parallel_size: int) -> dict[str, float]:
 def whole_base(model: Transformer) -> dict[str, torch.Tensor]:
     """All base tensors, whole, from the ranks' parts."""
     found = {}
-    for key, (shape, dim) in placements(model).items():
+    for key, (shape, dim) in shard_specs(model).items():
         part = model.get_parameter(key).detach()
         found[key] = part if dim is None else gather(part, Cut(dim, shape[dim] // part.shape[dim]))
     return found
@@ -207,10 +207,16 @@ def exchanges(rank: int) -> dict[str, torch.Tensor]:
     """The two exchanges beside another branch that shares their gradient or their input."""
     factor = torch.tensor([1.0, 2.0]) * (rank + 1)
     u, v, w = (torch.ones(2, requires_grad=True) for _ in range(3))
-    ((copy_to_ranks(u) + v) * factor).sum().backward()
+    ((copy_to_model_parallel_region(u) + v) * factor).sum().backward()
     x = w * factor
-    (sum_over_ranks(x) + x).sum().backward()
-    return {"u": u.grad, "v": v.grad, "w": w.grad, "x": x.detach(), "sum": sum_over_ranks(x).detach()}
+    (reduce_from_model_parallel_region(x) + x).sum().backward()
+    return {
+        "u": u.grad,
+        "v": v.grad,
+        "w": w.grad,
+        "x": x.detach(),
+        "sum": reduce_from_model_parallel_region(x).detach(),
+    }
 
 
 def message(work: Callable[[], Any]) -> str | None:
@@ -228,7 +234,7 @@ def refusals(folder: Path) -> dict[str, str | None]:
         what: message(lambda c=c: Transformer(replace(ARGS, **c), config("lora"))) for what, c in IMPOSSIBLE.items()
     }
     found["no weights"] = message(lambda: Llama.build(folder / "impossible", model_parallel_size=mp_size()))
-    found["processes"] = message(lambda: start_processes(CPU, 3))
+    found["processes"] = message(lambda: init_distributed(CPU, 3))
     return found
 
 
@@ -240,11 +246,11 @@ def drifts() -> dict[str, str | None]:
         for rank in range(WORLD):
             bits = model.get_parameter(key).detach().view(torch.int32)
             bits[(-1,) * bits.dim()] ^= int(dist.get_rank() == rank)
-            found[f"{key} {rank}"] = message(lambda: require_equal_replicas(model))
+            found[f"{key} {rank}"] = message(lambda: assert_replicas_equal(model))
             bits[(-1,) * bits.dim()] ^= int(dist.get_rank() == rank)
-    require_equal_replicas(model)
+    assert_replicas_equal(model)
     other = build("soft_moa" if dist.get_rank() != 2 else "lora", model_parallel_size=mp_size()).model
-    found["other adapters"] = message(lambda: require_equal_replicas(other))
+    found["other adapters"] = message(lambda: assert_replicas_equal(other))
     return found
 
 
@@ -253,33 +259,33 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", rendezvous, timeout=timedelta(seconds=60), rank=rank, world_size=WORLD)
     everything: dict[int, dict[str, Any]] = {}
     for size in SIZES:
-        start_processes(CPU, size)
+        init_distributed(CPU, size)
         found = everything[size] = {"rank": mp_rank(), "bases": {}, "copied": {}}
         # Two replicas have no need to observe the same, here and among the golden methods
-        found["methods"] = {name: observe(name, size) for name in list(METHODS)[data_rank() :: data_size()]}
+        found["methods"] = {name: observe(name, size) for name in list(METHODS)[dp_rank() :: dp_size()]}
         found["noise"] = observe_noise(size)
         found["golden"] = golden_differences(size)
         for shards in sorted(folder.glob("base_*")):
             with Reads() as reads:
                 model = Llama.build(shards, model_parallel_size=size).model
             found["bases"][shards.name] = whole_base(model)
-            copied = {key.split(".")[-2] for key in placements(model) if not reads.in_file(model.get_parameter(key))}
+            copied = {key.split(".")[-2] for key in shard_specs(model) if not reads.in_file(model.get_parameter(key))}
             found["copied"][shards.name] = sorted(copied)
         found["steps"] = {name: observe_step(name, size, exact=True) for name in METHODS} if size == 2 else {}
         found["step in float32"] = observe_step("soft_moa", size, exact=False)
         found["adapters"] = {
-            path.name: adapter_state(Llama.build(BASE, path, model_parallel_size=size).model)
+            path.name: adapter_state_dict(Llama.build(BASE, path, model_parallel_size=size).model)
             for path in sorted(folder.glob("adapter_*"))
         }
         llm = build(EVERYTHING, model_parallel_size=size)
-        state, params = adapter_state(llm.model), adapter_params(llm.model.config, asdict(ARGS))
+        state, params = adapter_state_dict(llm.model), adapter_params(llm.model.config, asdict(ARGS))
         if rank == 0:
             save_adapter(folder / f"adapter_{size}", state, params)
         dist.barrier()
         found["read"] = {name: reading(folder / name) for name in ("large_1", "large_4")}
         found |= {"exchanges": exchanges(mp_rank()), "refusals": refusals(folder), "drifts": drifts()}
     torch.save(everything, folder / f"rank{rank}.pt")
-    stop_processes()
+    destroy_distributed()
 
 
 if __name__ == "__main__":

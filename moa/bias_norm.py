@@ -5,23 +5,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moa.adapter import AdapterModule, Site, zeros
+from moa.adapter import AdapterModule, Target, zeros
 
-BIASED_SITES = ("Q", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN")
+BIASED_TARGETS = ("Q", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN")
 
 
-class Bias(AdapterModule):
+class TrainableBias(AdapterModule):
     """W u + b. Never gated: the block's router has no output for it."""
 
-    def __init__(self, site: Site):
+    def __init__(self, site: Target):
         super().__init__()
-        self.declare("bias", (site.out_features,), zeros, site.outputs(0))
+        self.add_parameter("bias", (site.out_features,), zeros, site.outputs(0))
 
     def forward(self, output: Tensor, u: Tensor, gate: None) -> Tensor:
         return output + self.cast("bias", output.dtype)
 
 
-class NormWeight(AdapterModule):
+class TrainableNormWeight(AdapterModule):
     """A norm's weight in the place of the base's, from which it starts. weight_of_base: gives it, (D,)."""
 
     def __init__(self, dim: int, weight_of_base: Callable[[], Tensor]):
@@ -30,4 +30,4 @@ class NormWeight(AdapterModule):
         def from_base(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
             return weight_of_base().detach().float().cpu()
 
-        self.declare("weight", (dim,), from_base)
+        self.add_parameter("weight", (dim,), from_base)

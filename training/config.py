@@ -6,63 +6,62 @@ from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cli import fail, knob, parse_into
-from cli.knobs import knobs_of
+from cli import die, flag, flags_of, parse_into
 from llama.args import ModelArgs
 from llama.machine import check_machine
 from moa.config import AdapterConfig
-from moa.knobs import METHODS, knob_fields
+from moa.methods import METHODS, config_fields
 from moa.reading import parse_json, plain, read_text, shown
-from training.folder import CONFIG, checkpoints
+from training.paths import CONFIG, checkpoints
 
 RECOMPUTED = ("off", "ffn", "all")  # choices of what the backward pass works out again, each keeps less than the last
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
 
 @dataclass(frozen=True)
-class TrainFlags:
+class TrainConfig:
     """Flags of finetune.py that are not an adapter's."""
 
-    method: str = knob("soft_moa", help="the method; custom: a mixture of your own", choices=tuple(METHODS), group=DATA)
-    adapter_config: str | None = knob(
+    method: str = flag("soft_moa", help="the method; custom: a mixture of your own", choices=tuple(METHODS), group=DATA)
+    adapter_config: str | None = flag(
         None, help="settings of the adapters from a file like adapter_params.json; flags go on top", group=DATA
     )
-    ckpt_dir: str | None = knob(None, help="base model, a folder in Meta's layout; default: the demo model", group=DATA)
-    data_path: str | None = knob(
+    ckpt_dir: str | None = flag(None, help="base model, a folder in Meta's layout; default: the demo model", group=DATA)
+    data_path: str | None = flag(
         None, help="training rows, JSON or JSON lines of instruction, input, output; default: the demo data", group=DATA
     )
-    leak_tests: str | None = knob(
+    leak_tests: str | None = flag(
         None, help="test files, or folders of them, to look for among the training rows first; commas", group=DATA
     )
-    max_seq_len: int = knob(
+    max_seq_len: int = flag(
         300, help="longest row in tokens, prompt and answer; longer ones are cut or left out", group=DATA
     )
-    output_dir: str | None = knob(None, help="folder of the run; default: runs/METHOD-DATA-sSEED", group=RUN)
-    seed: int = knob(0, help="seed of the adapters' start and of the order of rows", group=RUN)
-    save_every: int | None = knob(None, help="steps between checkpoints; default: one per epoch", group=RUN)
-    keep_checkpoints: int | None = knob(None, help="only the newest so many stay; default: all", group=RUN)
-    resume: bool = knob(False, help="go on from the output folder's last whole checkpoint, if it has one", group=RUN)
-    overwrite: bool = knob(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
-    dry_run: bool = knob(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
-    epochs: float = knob(2.0, help="passes over the data", group=STEPS)
-    max_steps: int | None = knob(None, help="stop after this many optimizer steps instead", group=STEPS)
-    batch_size: int = knob(4, help="rows per data-parallel rank and micro-batch", group=STEPS)
-    accum_iter: int = knob(1, help="micro-batches per optimizer step", group=STEPS)
-    lr: float | None = knob(None, help="peak learning rate; default: blr * rows per step / 256", group=STEPS)
-    blr: float = knob(6e-3, help="peak learning rate per 256 rows", group=STEPS)
-    min_lr: float = knob(0.0, help="learning rate at the end", group=STEPS)
-    warmup_epochs: float | None = knob(
+    output_dir: str | None = flag(None, help="folder of the run; default: runs/METHOD-DATA-sSEED", group=RUN)
+    seed: int = flag(0, help="seed of the adapters' start and of the order of rows", group=RUN)
+    save_every: int | None = flag(None, help="steps between checkpoints; default: one per epoch", group=RUN)
+    keep_checkpoints: int | None = flag(None, help="only the newest so many stay; default: all", group=RUN)
+    resume: bool = flag(False, help="go on from the output folder's last whole checkpoint, if it has one", group=RUN)
+    overwrite: bool = flag(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
+    dry_run: bool = flag(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
+    epochs: float = flag(2.0, help="passes over the data", group=STEPS)
+    max_steps: int | None = flag(None, help="stop after this many optimizer steps instead", group=STEPS)
+    batch_size: int = flag(4, help="rows per data-parallel rank and micro-batch", group=STEPS)
+    accum_iter: int = flag(1, help="micro-batches per optimizer step", group=STEPS)
+    lr: float | None = flag(None, help="peak learning rate; default: blr * rows per step / 256", group=STEPS)
+    blr: float = flag(6e-3, help="peak learning rate per 256 rows", group=STEPS)
+    min_lr: float = flag(0.0, help="learning rate at the end", group=STEPS)
+    warmup_epochs: float | None = flag(
         None, help="epochs of linear warm-up; default: half of the run, at most 1", group=STEPS
     )
-    lr_schedule: str = knob("cosine", help="after the warm-up", choices=("cosine", "constant"), group=STEPS)
-    weight_decay: float = knob(0.02, help="AdamW's, on matrices", group=STEPS)
-    bf16: bool | None = knob(
+    lr_schedule: str = flag("cosine", help="after the warm-up", choices=("cosine", "constant"), group=STEPS)
+    weight_decay: float = flag(0.02, help="AdamW's, on matrices", group=STEPS)
+    bf16: bool | None = flag(
         None, help="base in bf16 (adapters stay fp32); default: where the hardware multiplies bf16", group=MACHINE
     )
-    flash_attention2: bool = knob(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
-    device: str = knob("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
-    model_parallel_size: int = knob(1, help="processes that share one copy of the model", group=MACHINE)
-    activation_checkpointing: str = knob(
+    flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
+    device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
+    model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
+    activation_checkpointing: str = flag(
         "auto",
         help="what the backward pass works out again to save memory: nothing, the blocks' feed-forward parts, or whole "
         "blocks (also the flag alone); auto: the least that fits into free memory",
@@ -98,11 +97,11 @@ AdapterFlags = make_dataclass(
     "AdapterFlags",
     [
         (name, f.type | None, field(default=None, metadata={**f.metadata, "group": "adapters (default: the method's)"}))
-        for name, f in knob_fields().items()
+        for name, f in config_fields().items()
     ],
 )
 
-# Settings in which a resumed run may differ from its start: they do not change what is computed. Where rows and model
+# RunConfig in which a resumed run may differ from its start: they do not change what is computed. Where rows and model
 # lie may change too; that they are the same is told by their contents.
 FREE = {
     *("resume", "overwrite", "dry_run", "save_every", "keep_checkpoints", "device", "ckpt_dir", "data_path"),
@@ -114,34 +113,34 @@ HERE = {"device", "ckpt_dir", "data_path", "output_dir", "leak_tests", "adapter_
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunConfig:
     """A checked command line: `train` and the adapter settings that were typed."""
 
-    train: TrainFlags
+    train: TrainConfig
     adapter: dict[str, Any]
     given: frozenset[str]
 
     def config(self, args: ModelArgs) -> AdapterConfig:
         """The adapters for a model of this shape. ValueError naming the flag."""
-        method, known = self.train.method, knob_fields()
-        config = AdapterConfig.from_flat({"method": method} | self.adapter, args.n_layers)
+        method, known = self.train.method, config_fields()
+        config = AdapterConfig.from_dict({"method": method} | self.adapter, args.n_layers)
         # A file may tell what its settings would be anyway
         changed = {k for k, v in self.adapter.items() if v != METHODS[method].get(k, known[k].default)}
-        problem = config.without_effect(self.given & known.keys() | changed)
+        problem = config.unused_flag_message(self.given & known.keys() | changed)
         if problem:
             raise ValueError(problem)
         return config
 
 
-def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description: str) -> Settings:
+def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description: str) -> RunConfig:
     """The command line of finetune.py; what it lacks of `recipe` is taken from there where neither
     model nor data is named, which is the demo."""
-    parsed = parse_into([TrainFlags, AdapterFlags], argv, prog="finetune.py", description=description)
+    parsed = parse_into([TrainConfig, AdapterFlags], argv, prog="finetune.py", description=description)
     train, adapter = parsed.values
     given = set(parsed.given)
     for pair in ({"epochs", "max_steps"}, {"lr", "blr"}):
         if pair <= given:
-            fail(" and ".join(f"--{name}" for name in sorted(pair)) + " exclude each other", status=2)
+            die(" and ".join(f"--{name}" for name in sorted(pair)) + " exclude each other", status=2)
         if pair & given:
             given |= pair  # the recipe has no say in either
     values, flat = asdict(train), {k: v for k, v in asdict(adapter).items() if v is not None}
@@ -150,14 +149,14 @@ def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description
         try:
             chosen = read_adapter_config(Path(train.adapter_config), train.method if "method" in typed else None)
         except (ValueError, OSError) as error:
-            fail(str(error))
+            die(str(error))
         typed |= {"method"} & chosen.keys()
         values["method"], flat = chosen.pop("method", train.method if "method" in typed else "custom"), chosen | flat
     if train.data_path is None and train.ckpt_dir is None:
         values |= {name: value for name, value in recipe.items() if name not in given}
-    settings = Settings(TrainFlags(**values), flat, typed)
+    settings = RunConfig(TrainConfig(**values), flat, typed)
     # What goes with the settings of a run's start is seen when they are read (`continued`)
-    if not (train.resume and (output_folder(settings) / CONFIG).exists()):
+    if not (train.resume and (run_folder(settings) / CONFIG).exists()):
         _check_early(settings)
     return settings
 
@@ -177,7 +176,7 @@ def read_adapter_config(path: Path, method: str | None) -> dict[str, Any]:
     return found
 
 
-def _check_early(settings: Settings) -> None:
+def _check_early(settings: RunConfig) -> None:
     """Refuse what does not fit together before any file of the model is read, as far as that can be known."""
     ckpt_dir = settings.train.ckpt_dir
     params = Path(ckpt_dir) / "params.json" if ckpt_dir else None
@@ -186,17 +185,17 @@ def _check_early(settings: Settings) -> None:
         # Without a model at hand ranges are checked against one that is deeper than any.
         settings.config(args or ModelArgs(dim=2, n_layers=10_000, n_heads=1))
     except OSError as error:
-        fail(f"{params}: {error.strerror}")
+        die(f"{params}: {error.strerror}")
     except ValueError as error:
         if params and str(error).startswith(str(params)):
-            fail(str(error))
+            die(str(error))
         words = re.findall(r"\w+", str(error).partition("(")[0])
         if settings.train.adapter_config and not settings.given & set(words):
-            fail(f"{settings.train.adapter_config}: {error}")
-        fail(str(error), status=2)
+            die(f"{settings.train.adapter_config}: {error}")
+        die(str(error), status=2)
 
 
-def output_folder(settings: Settings) -> Path:
+def run_folder(settings: RunConfig) -> Path:
     """Folder of a run; by default it is named after method, data and seed."""
     flags = settings.train
     if flags.output_dir is not None:
@@ -206,12 +205,12 @@ def output_folder(settings: Settings) -> Path:
     return Path("runs") / f"{flags.method}-{name}-s{flags.seed}"
 
 
-def continued(settings: Settings) -> Settings:
+def continued(settings: RunConfig) -> RunConfig:
     """With --resume and a run in the output folder: flags that are not typed are those of the run's start.
 
     ValueError naming the flag that is typed and differs.
     """
-    folder = output_folder(settings)
+    folder = run_folder(settings)
     record = folder / CONFIG
     if not settings.train.resume or not (record.exists() or checkpoints(folder)):
         return settings
@@ -220,8 +219,8 @@ def continued(settings: Settings) -> Settings:
         before, resolved, n_layers = {**start["settings"]}, {**start["adapter"]}, start["base"]["n_layers"]
         if type(n_layers) is not int:
             raise TypeError
-        known = {k: v for k, v in resolved.items() if k in knob_fields()} | {"method": resolved.get("method")}
-        AdapterConfig.from_flat(known, n_layers)
+        known = {k: v for k, v in resolved.items() if k in config_fields()} | {"method": resolved.get("method")}
+        AdapterConfig.from_dict(known, n_layers)
     except (KeyError, TypeError):
         raise ValueError(f"{record}: the record of the run to resume is damaged") from None
     except ValueError as error:
@@ -231,7 +230,7 @@ def continued(settings: Settings) -> Settings:
         if name not in FREE and value != before.get(name):
             raise _other_start(folder, name, before.get(name), value)
     # An adapter's flag may also spell out what the method's preset came to
-    now_flat = AdapterConfig.from_flat(known | settings.adapter, n_layers).flat()
+    now_flat = AdapterConfig.from_dict(known | settings.adapter, n_layers).to_dict()
     for name in settings.adapter:
         if now_flat[name] != resolved.get(name, now_flat[name]):
             raise _other_start(folder, name, resolved[name], now_flat[name])
@@ -239,19 +238,19 @@ def continued(settings: Settings) -> Settings:
     # and the folder is the one that was looked into, whatever is written there.
     once = {"overwrite": False, "dry_run": False, "leak_tests": None, "output_dir": str(folder)}
     # What may differ need not be in the record, which may be older than the flag
-    now = {k.name: k.default for k in knobs_of(TrainFlags) if k.name in FREE} | before | once
+    now = {k.name: k.default for k in flags_of(TrainConfig) if k.name in FREE} | before | once
     now |= {k: v for k, v in typed.items() if k in FREE}
     try:
         strange = [name for name, value in now.items() if not str(value).isprintable()]
         if strange:
             raise ValueError(f"setting {plain(strange[0])} has characters that no path and no setting has")
-        train = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(TrainFlags)}
-        adapter = {k.name: k.convert(str(now.pop(k.name))) for k in knobs_of(AdapterFlags) if k.name in now}
+        train = {k.name: k.convert(str(now.pop(k.name))) for k in flags_of(TrainConfig)}
+        adapter = {k.name: k.convert(str(now.pop(k.name))) for k in flags_of(AdapterFlags) if k.name in now}
         if now:
             raise ValueError(f"unknown setting {plain(next(iter(now)))}")
-        if AdapterConfig.from_flat({"method": train["method"]} | adapter, n_layers).flat() != resolved:
+        if AdapterConfig.from_dict({"method": train["method"]} | adapter, n_layers).to_dict() != resolved:
             raise ValueError("what it says of the adapters does not follow from its settings")
-        return replace(settings, train=TrainFlags(**train), adapter=adapter)
+        return replace(settings, train=TrainConfig(**train), adapter=adapter)
     except KeyError as error:
         raise ValueError(f"{record}: setting {error} is missing") from None
     except ValueError as error:

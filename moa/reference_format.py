@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moa.base import BIASED_SITES
+from moa.bias_norm import BIASED_TARGETS
 from moa.config import AdapterConfig
 from moa.reading import shown
 from moa.state import require_same_keys
@@ -33,7 +33,7 @@ class _Name(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
-def is_authors(params: Mapping[str, Any], keys: Collection[str]) -> bool:
+def is_reference(params: Mapping[str, Any], keys: Collection[str]) -> bool:
     """Whether flags and tensor names are the authors' (our flags name the method)."""
     return "method" not in params and all(key.startswith(PREFIX) for key in keys)
 
@@ -95,7 +95,7 @@ def _empty(layers: Any) -> bool:
     return all(first == last for first, _, last in ends)
 
 
-def their_params(config: AdapterConfig) -> dict[str, Any]:
+def to_reference_params(config: AdapterConfig) -> dict[str, Any]:
     """Their `adapter_params.json` for a configuration of ours. ValueError naming the setting that theirs cannot say."""
     lora, p_adapter, prompt = (config.adapters[kind] for kind in ("lora", "p_adapter", "prompt"))
     router, experts = config.router, config.experts
@@ -136,7 +136,7 @@ def their_params(config: AdapterConfig) -> dict[str, Any]:
     return params | {"hydra_moe": lora.hydra}
 
 
-def our_state(state: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
+def from_reference_state(state: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """Their tensors under our keys, in our shapes. ValueError naming what is missing, left over or of odd shapes."""
     names = _names(config)
     theirs = [key for name in names.values() for key in name.theirs]
@@ -156,8 +156,8 @@ def our_state(state: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, T
     return ours
 
 
-def their_state(state: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
-    """Inverse of `our_state`."""
+def to_reference_state(state: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
+    """Inverse of `from_reference_state`."""
     theirs = {}
     for key, (keys, dim, shape) in _names(config).items():
         for their_key, part in zip(keys, state[key].chunk(len(keys), dim), strict=True):
@@ -198,7 +198,7 @@ def _layer_names(config: AdapterConfig, layer: int) -> dict[str, _Name]:
         if config.router.block_router == "sparse" and not config.router.const_threshold:
             names |= {f"router.threshold.{p}": _Name([f"adapter_threshold_fn.{p}"]) for p in ("weight", "bias")}
     if config.base.train_bias_norm:
-        for site in BIASED_SITES:
+        for site in BIASED_TARGETS:
             part, _, base = _PLACES[site]
             names[f"{part}.adapters.bias_{site}.bias"] = _Name([f"{part}.{base}.bias"])
         names |= {f"{norm}.adapters.norm.weight": _Name([f"{norm}.weight"]) for norm in ("attention_norm", "ffn_norm")}

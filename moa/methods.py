@@ -10,46 +10,46 @@ from typing import Any
 
 # The places of a block where an adapter can stand, in the order of the router's outputs. Those named like a linear
 # layer are beside it; "attention" adds to the heads' output before W_o, "block" to the block's output.
-SITES = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "block")
-LINEAR_SITES = tuple(s for s in SITES if s not in ("attention", "block"))
+TARGETS = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "block")
+LINEAR_TARGETS = tuple(s for s in TARGETS if s not in ("attention", "block"))
 
 
-def knob(default: Any, help: str, choices: Collection | None = None) -> Any:
+def option(default: Any, help: str, choices: Collection | None = None) -> Any:
     """A dataclass field with the metadata that the command line shows."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
-class LoRAKnobs:
+class LoRAConfig:
     """Low-rank updates beside linear layers."""
 
-    layers: str = knob("", "layers with LoRA: all, or ranges with the end excluded, as 0-8,24-32")
-    targets: str = knob("Q,K,V,O,FFN_DOWN", f"linear layers with LoRA, of {','.join(LINEAR_SITES)}")
-    rank: int = knob(8, "rank of each LoRA")
-    alpha: float = knob(8.0, "LoRA's scale is alpha / rank")
-    hydra: bool = knob(False, "the LoRA experts of a layer share one A")
+    layers: str = option("", "layers with LoRA: all, or ranges with the end excluded, as 0-8,24-32")
+    targets: str = option("Q,K,V,O,FFN_DOWN", f"linear layers with LoRA, of {','.join(LINEAR_TARGETS)}")
+    rank: int = option(8, "rank of each LoRA")
+    alpha: float = option(8.0, "LoRA's scale is alpha / rank")
+    hydra: bool = option(False, "the LoRA experts of a layer share one A")
 
 
 @dataclass(frozen=True)
-class ParallelAdapterKnobs:
+class ParallelAdapterConfig:
     """A bottleneck network beside the feed-forward block."""
 
-    layers: str = knob("", "layers with a parallel adapter, as for --lora_layers")
-    size: int = knob(16, "hidden width of each parallel adapter")
-    activation: str = knob("silu", "activation of the parallel adapters", ("silu", "gelu", "relu"))
-    hydra: bool = knob(False, "the parallel adapters of a layer share one down projection")
+    layers: str = option("", "layers with a parallel adapter, as for --lora_layers")
+    size: int = option(16, "hidden width of each parallel adapter")
+    activation: str = option("silu", "activation of the parallel adapters", ("silu", "gelu", "relu"))
+    hydra: bool = option(False, "the parallel adapters of a layer share one down projection")
 
 
 @dataclass(frozen=True)
-class PromptKnobs:
+class PromptConfig:
     """Trained vectors that each layer's queries attend to."""
 
-    layers: str = knob("", "layers with a prompt, as for --lora_layers")
-    len: int = knob(10, "prompt vectors per layer (of each expert)")
+    layers: str = option("", "layers with a prompt, as for --lora_layers")
+    len: int = option(10, "prompt vectors per layer (of each expert)")
 
 
 @dataclass(frozen=True)
-class AdapterKind:
+class AdapterType:
     """A kind of adapter: `module` ("package.module:Class") is built at each chosen site of each chosen layer."""
 
     name: str
@@ -62,22 +62,22 @@ class AdapterKind:
         return f"{self.name}_{site}" if len(self.sites) > 1 else self.name
 
 
-ADAPTERS: dict[str, AdapterKind] = {}
+ADAPTERS: dict[str, AdapterType] = {}
 
 
 def register_adapter(name: str, knobs: type, module: str, sites: tuple[str, ...]) -> None:
     """Make a kind of adapter known. `knobs` is a frozen dataclass with at least `layers` (and `targets` where the
     kind can stand at several sites); its fields become the flags `<name>_<field>`."""
-    ADAPTERS[name] = AdapterKind(name, knobs, module, sites)
+    ADAPTERS[name] = AdapterType(name, knobs, module, sites)
 
 
-register_adapter("lora", LoRAKnobs, "moa.lora:LoRA", LINEAR_SITES)
-register_adapter("prompt", PromptKnobs, "moa.prompt:Prompt", ("attention",))
-register_adapter("p_adapter", ParallelAdapterKnobs, "moa.parallel_adapter:ParallelAdapter", ("block",))
+register_adapter("lora", LoRAConfig, "moa.lora:LoRA", LINEAR_TARGETS)
+register_adapter("prompt", PromptConfig, "moa.prompt:Prompt", ("attention",))
+register_adapter("p_adapter", ParallelAdapterConfig, "moa.parallel_adapter:ParallelAdapter", ("block",))
 
 
 @dataclass(frozen=True)
-class RouterKind:
+class RouterType:
     """A kind of router: `module` ("package.module:Class") is built where one is needed; uses: the knobs it reads."""
 
     module: str
@@ -86,66 +86,66 @@ class RouterKind:
 
 # Routers that weigh the adapters of a block against each other, and those that weigh the experts of one adapter, by
 # the value of --block_router and --expert_router.
-BLOCK_ROUTERS: dict[str, RouterKind] = {
-    "none": RouterKind("", ()),
-    "soft": RouterKind("moa.routers:SoftRouter", ("swi_x", "gate_activation")),
-    "sparse": RouterKind(
+BLOCK_ROUTERS: dict[str, RouterType] = {
+    "none": RouterType("", ()),
+    "soft": RouterType("moa.routers:SoftRouter", ("swi_x", "gate_activation")),
+    "sparse": RouterType(
         "moa.routers:SparseRouter", ("swi_x", "max_threshold", "const_threshold", "threshold_gradient")
     ),
-    "instance": RouterKind("moa.routers:InstanceRouter", ("swi_x", "gate_activation")),
-    "kinds": RouterKind("moa.routers:KindRouter", ()),
+    "instance": RouterType("moa.routers:InstanceRouter", ("swi_x", "gate_activation")),
+    "kinds": RouterType("moa.routers:UniPELTRouter", ()),
 }
-EXPERT_ROUTERS: dict[str, RouterKind] = {
-    "soft": RouterKind("moa.experts:SoftExperts", ()),
-    "topk": RouterKind("moa.experts:TopKExperts", ("top_k", "noisy_router", "lb_loss_coeff")),
-    "adamole": RouterKind("moa.experts:AdaMoLEExperts", ("lb_loss_coeff",)),
+EXPERT_ROUTERS: dict[str, RouterType] = {
+    "soft": RouterType("moa.expert_routers:SoftmaxRouter", ()),
+    "topk": RouterType("moa.expert_routers:TopKRouter", ("top_k", "noisy_router", "lb_loss_coeff")),
+    "adamole": RouterType("moa.expert_routers:AdaMoLERouter", ("lb_loss_coeff",)),
 }
 
 
 @dataclass(frozen=True)
-class RouterKnobs:
+class RouterConfig:
     """The block's router and its gates."""
 
-    block_router: str = knob(
+    block_router: str = option(
         "none",
         "router of a block's adapters: soft and sparse per token; instance and kinds once per row, from its prompt, "
         "with one gate per adapter or one per kind of adapter",
         BLOCK_ROUTERS,
     )
-    gate_activation: str = knob(
+    gate_activation: str = option(
         "sigmoid", "gates from the router's outputs: each by itself, or (softmax) sharing 1", ("sigmoid", "softmax")
     )
-    swi_x: int = knob(4, "SwiGLU router with swi_x hidden units per adapter; 0: a linear router")
-    max_threshold: float = knob(0.5, "sparse router: the largest threshold, G_max")
-    const_threshold: bool = knob(False, "sparse router: every threshold is G_max instead of learned")
-    threshold_gradient: str = knob(
+    swi_x: int = option(4, "SwiGLU router with swi_x hidden units per adapter; 0: a linear router")
+    max_threshold: float = option(0.5, "sparse router: the largest threshold, G_max")
+    const_threshold: bool = option(False, "sparse router: every threshold is G_max instead of learned")
+    threshold_gradient: str = option(
         "straight_through", "sparse router: how the threshold learns (none: not at all)", ("straight_through", "none")
     )
 
 
 @dataclass(frozen=True)
-class ExpertKnobs:
+class ExpertConfig:
     """Several adapters of one kind in the place of one."""
 
-    expert_num: int = knob(1, "experts in each adapter's place")
-    expert_router: str = knob("soft", "router of the experts of each adapter", EXPERT_ROUTERS)
-    top_k: int = knob(2, "topk router: experts that a token goes to")
-    noisy_router: bool = knob(False, "topk router: learned noise on its logits while training")
-    lb_loss_coeff: float = knob(0.0, "topk and adamole routers: weight of the load-balancing loss")
+    expert_num: int = option(1, "experts in each adapter's place")
+    expert_router: str = option("soft", "router of the experts of each adapter", EXPERT_ROUTERS)
+    top_k: int = option(2, "topk router: experts that a token goes to")
+    noisy_router: bool = option(False, "topk router: learned noise on its logits while training")
+    lb_loss_coeff: float = option(0.0, "topk and adamole routers: weight of the load-balancing loss")
 
 
 @dataclass(frozen=True)
-class BaseKnobs:
+class BiasNormConfig:
     """What of the base itself trains."""
 
-    train_bias_norm: bool = knob(False, "also train the norms' weights, and biases of wq, wo, w1, w2 and w3")
+    train_bias_norm: bool = option(False, "also train the norms' weights, and biases of wq, wo, w1, w2 and w3")
 
 
 # Sections of a configuration beside the adapters, by their name there.
-SECTIONS: dict[str, type] = {"router": RouterKnobs, "experts": ExpertKnobs, "base": BaseKnobs}
+SECTIONS: dict[str, type] = {"router": RouterConfig, "experts": ExpertConfig, "base": BiasNormConfig}
 
 
-def knob_fields() -> dict[str, Field]:
+def config_fields() -> dict[str, Field]:
     """Every flag of the adapter configuration -> its dataclass field (type, default, help, choices)."""
     flags = {f"{kind.name}_{f.name}": f for kind in ADAPTERS.values() for f in fields(kind.knobs)}
     return flags | {f.name: f for section in SECTIONS.values() for f in fields(section)}

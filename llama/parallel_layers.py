@@ -3,7 +3,7 @@
 
 fairscale's own constructors make each matrix whole on every rank and fill it before they cut it, gigabytes for nothing.
 These take no memory, and know the whole sizes as well as this rank's. Forward passes are fairscale's, but for the sum
-of an input's gradients over the ranks: layers that share an input share one (`moa.parallel.copy_to_ranks`, outside).
+of an input's gradients over the ranks: layers that share an input share one (`moa.parallel.copy_to_model_parallel_region`, outside).
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,16 @@ from torch.nn import functional as F
 from llama.copies import frozen_product, packs, product_of_copy
 from llama.pointwise import swiglu, swiglu_gradients
 from moa.adapter import AdapterModule, Deriving, reads_of, shared_out, stacked
-from moa.block import Adapters, Read
-from moa.parallel import all_reduce, copy_to_ranks, mp_rank, mp_size, parts_of_heads, share, sum_over_ranks
+from moa.block import AdapterDict, Read
+from moa.parallel import (
+    all_reduce,
+    copy_to_model_parallel_region,
+    mp_rank,
+    mp_size,
+    num_kv_shards,
+    reduce_from_model_parallel_region,
+    share,
+)
 
 
 def unfilled(*shape: int) -> nn.Parameter:
@@ -28,13 +36,13 @@ def unfilled(*shape: int) -> nn.Parameter:
 
 class ColumnParallel(Deriving, ColumnParallelLinear):
     """y = W x, (N, in) whole -> (N, out / parts), this rank's part; `gather`: whole. heads: the outputs are so many
-    key/value heads, each of which several ranks hold where there are more ranks (`moa.parallel.parts_of_heads`). The
+    key/value heads, each of which several ranks hold where there are more ranks (`moa.parallel.num_kv_shards`). The
     gradient of x is this rank's part of a sum."""
 
     def __init__(self, in_features: int, out_features: int, heads: int | None = None, gather: bool = False):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output, self.heads = in_features, out_features, gather, heads
-        parts = mp_size() if heads is None else parts_of_heads(heads)
+        parts = mp_size() if heads is None else num_kv_shards(heads)
         self.weight = unfilled(share(out_features, "output width", parts), in_features)
         self.register_parameter("bias", None)
 
@@ -56,7 +64,7 @@ class RowParallel(RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum_over_ranks(frozen_product(x, self.weight))
+        return reduce_from_model_parallel_region(frozen_product(x, self.weight))
 
 
 class VocabParallel(VocabParallelEmbedding):
@@ -76,7 +84,7 @@ class VocabParallel(VocabParallelEmbedding):
 def side_by_side(
     x: Tensor,
     layers: list[ColumnParallel] | list[RowParallel],
-    adapters: Adapters,
+    adapters: AdapterDict,
     *sites: str,
     others: Sequence[AdapterModule] = (),
 ) -> tuple[list[Tensor], Read]:
@@ -91,21 +99,21 @@ def side_by_side(
         alone = packs(weights[0])
         copied = weights if alone else [*weights, *read]
         y = adapters.derived(("copy", sites, x.dtype), lambda: product_of_copy(copied, x.dtype))(x)
-        y = y if column else sum_over_ranks(y)
+        y = y if column else reduce_from_model_parallel_region(y)
         if alone:
             return list(y.split(widths, -1)), adapters.read(x, *sites, others=others)
         *outputs, product = y.split([*widths, y.shape[1] - sum(widths)], -1)
     elif torch.is_grad_enabled() and x.requires_grad and read:
         outputs = _SideBySide.apply(x, stacked(read, x.dtype), column and mp_size() > 1, *weights)
-        *outputs, product = outputs if column else map(sum_over_ranks, outputs)
+        *outputs, product = outputs if column else map(reduce_from_model_parallel_region, outputs)
     else:
-        shared = copy_to_ranks(x) if column else x
+        shared = copy_to_model_parallel_region(x) if column else x
         return [layer(shared) for layer in layers], adapters.read(x, *sites, others=others)
     return outputs, Read(x, shared_out(product, readers))
 
 
 def gated_side_by_side(
-    gate: Tensor, up: Tensor, layer: RowParallel, adapters: Adapters, site: str
+    gate: Tensor, up: Tensor, layer: RowParallel, adapters: AdapterDict, site: str
 ) -> tuple[Tensor, Read]:
     """The same for one layer and the input silu(gate) * up, (N, in) each. In training that product is not kept where
     adapters want no more of it than what they read: the backward pass, which needs most of it anyway, makes it anew."""
@@ -115,7 +123,7 @@ def gated_side_by_side(
         (output,), read = side_by_side(swiglu(gate, up), [layer], adapters, site)
         return output, read
     made = _GatedSideBySide.apply(gate, up, stacked(reads_of(readers), gate.dtype), layer.weight)
-    output, product = map(sum_over_ranks, made)
+    output, product = map(reduce_from_model_parallel_region, made)
     return output, Read(None, shared_out(product, readers))
 
 

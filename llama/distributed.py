@@ -23,7 +23,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
 
 
-def pick_device(device: str = "auto") -> torch.device:
+def get_device(device: str = "auto") -> torch.device:
     """ "auto": this process's GPU where there is one, else the CPU. ValueError where the device is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 def processes(device: torch.device, model_parallel_size: int = 1) -> Iterator[None]:
     """Join the other processes for the length of a command. When one of them fails, the others end too, at once, and
     say so; what went wrong is told once."""
-    start_processes(device, model_parallel_size)
+    init_distributed(device, model_parallel_size)
     watch = None
     if dist.get_world_size() > 1:
         watch = Watch(dist.distributed_c10d._get_default_store().clone(), dist.get_rank(), dist.get_world_size())
@@ -79,7 +79,7 @@ def processes(device: torch.device, model_parallel_size: int = 1) -> Iterator[No
             known = isinstance(error, (ValueError, OSError, MemoryError)) and str(error)
             watch.tell(str(error) if known else f"{type(error).__name__} {error}".strip())
         raise
-    stop_processes()
+    destroy_distributed()
 
 
 def _broken_off(error: BaseException) -> bool:
@@ -90,7 +90,7 @@ def _broken_off(error: BaseException) -> bool:
     )
 
 
-def start_processes(device: torch.device, model_parallel_size: int = 1) -> None:
+def init_distributed(device: torch.device, model_parallel_size: int = 1) -> None:
     """Join the other processes of torchrun (or form a group of one), and cut them into model-parallel groups.
 
     Does nothing when groups of that size stand already. ValueError where the sizes do not divide.
@@ -99,7 +99,7 @@ def start_processes(device: torch.device, model_parallel_size: int = 1) -> None:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         else:
-            start_alone()
+            init_single_process()
     world = dist.get_world_size()
     if model_parallel_size < 1 or world % model_parallel_size:
         raise ValueError(f"model_parallel_size {model_parallel_size} does not divide the {world} processes of this run")
@@ -111,27 +111,27 @@ def start_processes(device: torch.device, model_parallel_size: int = 1) -> None:
         mp.initialize_model_parallel(model_parallel_size)
 
 
-def start_alone() -> None:
+def init_single_process() -> None:
     """A process group of one, whatever the environment says."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def stop_processes() -> None:
+def destroy_distributed() -> None:
     """Leave the group cleanly; harmless where there is none."""
     if dist.is_initialized():
         mp.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def from_main(work: Callable[[], T]) -> T:
+def broadcast_from_rank0(work: Callable[[], T]) -> T:
     """What `work` returns on the main process, which alone does it, on all of them."""
-    made = [work() if is_main() else None]
+    made = [work() if is_rank0() else None]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(made)
     return made[0]
 
 
-def require_same(facts: dict[str, Any]) -> None:
+def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
     """ValueError, on all processes, naming the first of `facts` that is not everywhere what it is on the main one."""
     everyone: list[Any] = [None] * dist.get_world_size()
     if len(everyone) == 1:
@@ -143,14 +143,14 @@ def require_same(facts: dict[str, Any]) -> None:
                 raise ValueError(f"{name}: process {rank} has {shown(theirs[name], 80)}, process 0 {shown(value, 80)}")
 
 
-def data_rank() -> int:
+def dp_rank() -> int:
     return mp.get_data_parallel_rank()
 
 
-def data_size() -> int:
+def dp_size() -> int:
     return mp.get_data_parallel_world_size()
 
 
-def is_main() -> bool:
+def is_rank0() -> bool:
     """The one process that prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,6 +1,6 @@
 """A small run on two processes, killed (SIGKILL) again and again at random moments, and resumed each time:
 
-    PYTHONPATH=.:tests python tests/kills.py --kills 50 [--seed 0]
+    PYTHONPATH=.:tests/helpers python tests/helpers/kills.py --kills 50 [--seed 0]
 
 ends with the same bytes of adapter, moments and losses as a run that nobody disturbed, and with nothing left over. A
 checkpoint is written after every step, so that many of the kills fall into a save. Prints what was hit, and raises

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from llama.parallel import start_processes
+from llama.distributed import init_distributed
 from tiny import BASE
 
-REPO = Path(__file__).resolve().parent.parent
-PATHS = {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}  # of a program among the tests
+REPO = Path(__file__).resolve().parents[2]
+PATHS = {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests" / "helpers")])}  # of a program among the tests
 PROGRAM = PATHS | {"OMP_NUM_THREADS": "1"}
 
 
@@ -58,7 +58,7 @@ def torchrun(n: int, *words: object, timeout: float = 240) -> subprocess.Complet
 def script(name: str, *words: object) -> None:
     """An entry script's own main, in this process: a new one takes seconds to load torch."""
     runpy.run_path(str(REPO / name))["main"]([str(word) for word in words])
-    start_processes(torch.device("cpu"))  # a run leaves the process group at its end; other tests' models need it
+    init_distributed(torch.device("cpu"))  # a run leaves the process group at its end; other tests' models need it
 
 
 def _run(command: Sequence[str], env: dict[str, str] | None, timeout: float) -> subprocess.CompletedProcess:

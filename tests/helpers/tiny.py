@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from llama import Llama, ModelArgs, Transformer
-from llama.parallel import start_processes
+from llama.distributed import init_distributed
 from moa.adapter_file import adapter_params, save_adapter
 from moa.config import AdapterConfig
-from moa.knobs import LINEAR_SITES
-from moa.state import adapter_parameters, adapter_state, load_adapter_state
+from moa.methods import LINEAR_TARGETS
+from moa.state import adapter_parameters, adapter_state_dict, load_adapter_state_dict
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 BASE = GOLDEN / "base"
 PARAMS: dict[str, Any] = json.loads((BASE / "params.json").read_text())
 ARGS = ModelArgs(**PARAMS)
 
-_LORA = {"lora_rank": 4, "lora_alpha": 6.0, "lora_targets": ",".join(LINEAR_SITES)}
+_LORA = {"lora_rank": 4, "lora_alpha": 6.0, "lora_targets": ",".join(LINEAR_TARGETS)}
 _PROMPT = {"prompt_len": 5}
 _P_ADAPTER = {"p_adapter_size": 8}
 # Layer ranges differ, so that blocks have different slots; every linear layer has a LoRA.
@@ -71,7 +71,7 @@ NOISY = {"noisy": {**METHODS["topk_moelora"], "noisy_router": True}}
 
 def config(name: str | None) -> AdapterConfig | None:
     """Configuration of one of METHODS or NOISY; None (no adapters) for None."""
-    return None if name is None else AdapterConfig.from_flat((METHODS | NOISY)[name], ARGS.n_layers)
+    return None if name is None else AdapterConfig.from_dict((METHODS | NOISY)[name], ARGS.n_layers)
 
 
 def authors_can_say(name: str) -> bool:
@@ -96,7 +96,7 @@ def build(name: str | None, *, seed: int | None = 1, ckpt_dir: Path = BASE, **kw
     """A fresh model on the golden base with a method's adapters, random from `seed` (None: as they start)."""
     llm = Llama.build(ckpt_dir, config=config(name), device="cpu", **({"max_seq_len": 64} | kwargs))
     if seed is not None:
-        load_adapter_state(llm.model, random_state(llm.model, seed), "random")
+        load_adapter_state_dict(llm.model, random_state(llm.model, seed), "random")
     return llm
 
 
@@ -108,13 +108,13 @@ def shared(name: str | None) -> Llama:
 
 def unfilled(args: ModelArgs, flat: Mapping[str, Any]) -> Transformer:
     """A model without weights."""
-    start_processes(torch.device("cpu"))
-    return Transformer(args, AdapterConfig.from_flat(flat, args.n_layers))
+    init_distributed(torch.device("cpu"))
+    return Transformer(args, AdapterConfig.from_dict(flat, args.n_layers))
 
 
 def save(llm: Llama, folder: Path) -> Path:
     """The adapter of `llm` as the project writes it; path of adapter.pth."""
-    return save_adapter(folder, adapter_state(llm.model), adapter_params(llm.model.config, asdict(llm.model.args)))
+    return save_adapter(folder, adapter_state_dict(llm.model), adapter_params(llm.model.config, asdict(llm.model.args)))
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

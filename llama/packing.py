@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def on_device(numbers: Sequence | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def async_to_device(numbers: Sequence | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of numbers that the CPU knows, on a GPU without waiting for what is still under way there."""
     tensor = torch.as_tensor(numbers, dtype=dtype)
     if device.type == "cuda":
@@ -19,7 +19,7 @@ def on_device(numbers: Sequence | Tensor, device: torch.device, dtype: torch.dty
     return tensor.to(device, non_blocking=True)
 
 
-class Rows:
+class PackedBatch:
     """The rows of one forward pass.
 
     lengths: tokens of each row in this pass. starts: how many tokens of each row came before, in a cache (default 0).
@@ -59,12 +59,12 @@ class Rows:
     def positions(self) -> Tensor:
         """(N,) position of each token within its row."""
         parts = [torch.arange(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
-        return on_device(torch.cat(parts), self.device)
+        return async_to_device(torch.cat(parts), self.device)
 
     @cached_property
-    def boundaries(self) -> Tensor:
+    def cu_seqlens(self) -> Tensor:
         """(R + 1,) int32: where rows begin, and N; what variable-length attention kernels call cu_seqlens."""
-        return on_device([0] + [end for _, end in self.spans], self.device, torch.int32)
+        return async_to_device([0] + [end for _, end in self.spans], self.device, torch.int32)
 
     def prompt_means(self, x: Tensor) -> Tensor:
         """x (N, D) -> (R, D) float32: the mean over the tokens of each row's prompt."""
@@ -81,9 +81,9 @@ class Rows:
         shares = torch.zeros(len(self.lengths), sum(self.lengths))
         for row, (begin, _), n in zip(shares, self.spans, self.prompt_lens, strict=True):
             row[begin : begin + n] = 1 / n
-        return on_device(shares, self.device)
+        return async_to_device(shares, self.device)
 
     @cached_property
     def _owners(self) -> Tensor:
         """(N,) the row of each token."""
-        return on_device([row for row, n in enumerate(self.lengths) for _ in range(n)], self.device)
+        return async_to_device([row for row, n in enumerate(self.lengths) for _ in range(n)], self.device)
