@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import cli_errors, die, flag, parse, parse_into, subcommand
+from cli import cli_errors, die, flag, flags_of, out_of_memory, parse, parse_into, subcommand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +68,9 @@ def refused(capsys: pytest.CaptureFixture, classes: type | list[type], argv: lis
     [
         (["--lora_targets", "Q,K,V"], "lora_targets", "Q,K,V"),
         (["--lora_targets=0-8,24-32"], "lora_targets", "0-8,24-32"),
+        (["--lora_targets", "2024"], "lora_targets", "2024"),
+        (["--lora_targets", "[1,2]"], "lora_targets", "[1,2]"),
+        (["--lora-targets", "Q"], "lora_targets", "Q"),
         (["--lora_targets=a=b"], "lora_targets", "a=b"),
         (["--lora_targets", "1e3"], "lora_targets", "1e3"),
         (["--lora_targets", "None"], "lora_targets", "None"),
@@ -123,14 +126,17 @@ def test_several_dataclasses_share_a_line() -> None:
     ("argv", "said"),
     [
         (["--lora_rnk", "8"], "unknown flag --lora_rnk; the nearest is --lora_rank"),
-        (["--lora-rank=8"], "unknown flag --lora-rank; the nearest is --lora_rank"),
         (["--lora_ran", "8"], "unknown flag --lora_ran; the nearest is --lora_rank"),
-        (["-lr", "8"], "unknown flag -lr; the nearest is --lr"),
+        (["-l", "8"], "unknown flag --l; the nearest is --lr"),
+        (["--=3"], "unknown flag --=3"),
+        (["---"], "unknown flag ---"),
         (["--nobf16"], "unknown flag --nobf16; write --bf16 False"),
         (["--no_bf16"], "unknown flag --no_bf16; write --bf16 False"),
         (["--no_again"], "unknown flag --no_again; write --again False"),
         (["--again", "maybe"], "--again: expected one of auto, off, half, all, got 'maybe'"),
-        (["--", "--trace"], "unknown flag --"),
+        (["--", "--trace"], "unexpected '-- --trace': only --completion may stand behind --"),
+        (["--", "--lr", "3"], "unexpected '-- --lr 3': only --completion may stand behind --"),
+        (["--lr", "--", "3"], "--lr needs a value"),
         (["--interactive"], "unknown flag --interactive"),
         (["--lora_rank", "8.0"], "--lora_rank: expected a whole number, got '8.0'"),
         (["--lora_rank", "None"], "--lora_rank: expected a whole number, got 'None'"),
@@ -143,12 +149,17 @@ def test_several_dataclasses_share_a_line() -> None:
         (["--method", "soft"], "--method: expected one of lora, soft_moa, got 'soft' (nearest: soft_moa)"),
         (["--lr", "1", "--lr=2"], "--lr is given twice"),
         (["--bf16", "--bf16", "False"], "--bf16 is given twice"),
-        (["--lr"], "--lr needs a value\n"),
-        (["--lr", "--bf16"], "--lr needs a value\n"),
+        (["--lora-rank=1", "--lora_rank", "1"], "--lora_rank is given twice"),
+        (["--lr"], "--lr needs a value (write --lr=VALUE if it begins with a dash)\n"),
+        (["--lr", "--bf16"], "--lr needs a value (write --lr=VALUE if it begins with a dash)\n"),
         (["--lora_targets", "-Q"], "--lora_targets needs a value (write --lora_targets=VALUE if"),
         (["--lora_targets", "Q", "K"], "unexpected argument 'K'"),
         (["lora_rank=3"], "unexpected argument 'lora_rank=3' (values follow their flag; nearest flag: --lora_rank)"),
         (["-"], "unexpected argument '-'"),
+        (["lr"], "unexpected argument 'lr'"),
+        (["values"], "unexpected argument 'values'"),
+        (["0"], "unexpected argument '0'"),
+        (["--lr", "1", "-", "values"], "unexpected argument 'values'"),
         (["--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
     ],
 )
@@ -167,7 +178,7 @@ def test_a_required_flag_is_missed(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_all_problems_are_said_at_once(capsys: pytest.CaptureFixture) -> None:
-    argv = ["--methd", "lora", "--lora_rank", "x", "--lr", "y", "--lr", "1", "extra"]
+    argv = ["--methd", "lora", "--lora_rank", "x", "--lr", "1", "--lr", "y", "extra"]
     message = refused(capsys, [Model, Train], argv)
     for said in ("--methd", "--lora_rank: ", "--lr: ", "--lr is given twice", "'extra'", "--data is required"):
         assert said in message

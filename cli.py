@@ -1,0 +1,346 @@
+"""Command lines from dataclasses: every field is a flag, and no work begins before every flag is right.
+
+    @dataclass
+    class Flags:
+        input: str = flag(help="folder with config.json")
+        dtype: str = flag("bf16", help="type of the written tensors", choices=("bf16", "fp32"))
+
+    flags = parse(Flags, prog="python -m convert hf", description="...")
+
+`fire` reads the words and calls a function that only checks them and builds the dataclasses. Every value reaches it as
+text, so `Q,K,V` is no tuple and a path `2024` no number. All that is wrong with a line is named at once.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import select
+import sys
+import textwrap
+import typing
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
+from inspect import Parameter, Signature
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
+
+import fire
+
+T = TypeVar("T")
+
+SWITCHED = ("false", "true")
+EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
+NAMED = re.compile("--|-[a-zA-Z]")  # how a word begins that is a flag to fire; `-`, `-1` and `-.5` are values
+NO_VALUE = "\0"  # the value of a flag that stands alone; no word of a shell can hold it
+WIDTH, COLUMN = 100, 32  # columns of --help, and where its help texts begin
+OUT_OF_MEMORY = re.compile("out ?of ?memory|_STATUS_ALLOC_FAILED|DefaultCPUAllocator", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag, read off a dataclass field. `type` is str, int, float or bool; `optional`: None is a value too."""
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+    help: str = ""
+    choices: Sequence[Any] = ()
+    group: str = "flags"
+    positional: bool = False
+    switch: tuple[str, str] | None = None
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag alone, without a value, means True."""
+        return self.type is bool or self.switch is not None
+
+    def convert(self, text: str) -> Any:
+        """Return the value that `text` stands for; ValueError names the flag, the value and what was expected."""
+        if text == NO_VALUE and not self.is_switch:
+            raise ValueError(f"--{self.name} needs a value (write --{self.name}=VALUE if it begins with a dash)")
+        text = "True" if text == NO_VALUE else text
+        if self.optional and text in ("None", "none") and text not in self.choices:
+            return None
+        if self.switch and text.lower() in SWITCHED:
+            text = self.switch[SWITCHED.index(text.lower())]
+        try:
+            value = SWITCHED.index(text.lower()) == 1 if self.type is bool else self.type(text)
+            # nan and inf are numbers to Python, but no rate, size or temperature.
+            if value in self.choices or not self.choices and (self.type is not float or math.isfinite(value)):
+                return value
+        except ValueError:
+            pass
+        words = [str(choice) for choice in self.choices]
+        expected = f"one of {', '.join(words)}" if words else EXPECTED[self.type] + " or None" * self.optional
+        near = f" (nearest: {nearest(text, words)})" if words else ""
+        short = text if len(text) <= 60 else text[:57] + "..."
+        raise ValueError(f"--{self.name}: expected {expected}, got {short!r}{near}")
+
+
+def flag(
+    default: Any = MISSING,
+    *,
+    help: str,
+    choices: Sequence[Any] | None = None,
+    group: str | None = None,
+    positional: bool = False,
+    switch: tuple[str, str] | None = None,
+) -> Any:
+    """Make a dataclass field that is a flag; without a `default` the flag is required.
+
+    `group` is the heading it stands under in `--help`. A `positional` flag may be given without its name as well.
+    `switch` names two of the choices, which may also be typed as False and as True; the flag alone means True.
+    The field is keyword-only, so required flags may follow optional ones. A plain field makes a flag just as well.
+    """
+    metadata = {"help": help, "choices": choices, "group": group, "positional": positional, "switch": switch}
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
+def flags_of(cls: type) -> list[Flag]:
+    """List the flags of a dataclass, in the order of its fields."""
+    hints, flags = typing.get_type_hints(cls), []
+    for field in filter(lambda field: field.init, dataclasses.fields(cls)):
+        name, hint = f"{cls.__name__}.{field.name}", hints[field.name]
+        types = [t for t in typing.get_args(hint) if t is not NoneType] if isinstance(hint, UnionType) else [hint]
+        assert len(types) == 1 and types[0] in EXPECTED, f"{name}: a flag cannot be of type {hint}"
+        assert field.default_factory is MISSING, f"{name}: a flag needs a plain default"
+        metadata = {key: value for key, value in field.metadata.items() if value is not None}
+        flag = Flag(field.name, types[0], len(types) < len(typing.get_args(hint)), field.default, **metadata)
+        # Choices bind what a user types; an optional flag may be None beside them.
+        allowed = not flag.choices or flag.default in (*flag.choices, MISSING) or flag.optional and flag.default is None
+        assert allowed, f"{name}: the default {flag.default!r} is not among the choices"
+        assert set(flag.switch or ()) <= set(flag.choices), f"{name}: {flag.switch} are not among the choices"
+        flags.append(flag)
+    return flags
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return the one of `words` (at least one) that is spelled most like `word`."""
+    return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
+
+
+class Parsed(NamedTuple):
+    """`values`: one instance per dataclass, in the order of the classes. `given`: the names of the typed flags."""
+
+    values: list[Any]
+    given: frozenset[str]
+
+
+def subcommand(argv: Sequence[str], words: Collection[str], overview: str, *, where: str = "the first word") -> str:
+    """Return the command that a line begins with, one of `words`.
+
+    `--help` in its place prints the overview, exit status 0. Anything else is an error that says `where` it belongs.
+    """
+    if list(argv[:1]) in (["--help"], ["-h"]):
+        _print_and_exit(overview.strip())
+    if not argv or argv[0] not in words:
+        die(f"{where} must be one of {', '.join(words)}: {f'not {argv[0]!r}' if argv else 'nothing was given'}", 2)
+    return argv[0]
+
+
+def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str = "") -> T:
+    """Return an instance of the dataclass `cls` from `argv` (None: this process's); see `parse_into`."""
+    return parse_into([cls], argv, prog=prog, description=description).values[0]
+
+
+def parse_into(
+    classes: Sequence[type], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str = ""
+) -> Parsed:
+    """Return instances of several dataclasses that share one command line; their field names must not clash.
+
+    Whatever is wrong (unknown flag, bad value, flag given twice, missing flag, a ValueError of a dataclass's own
+    `__post_init__`) is printed as `error: ...` on stderr, with exit status 2. `--help` prints all flags, exit 0.
+    """
+    owned = [flags_of(cls) for cls in classes]
+    flags = {flag.name: flag for part in owned for flag in part}
+    assert len(flags) == sum(map(len, owned)), f"flags of {classes} clash: {[[f.name for f in part] for part in owned]}"
+    assert flags and not {"help", "h"} & set(flags), "--help is taken, and there must be a flag"
+    argv = list(sys.argv[1:] if argv is None else argv)
+    prog = prog or os.path.basename(sys.argv[0])
+    if {"--help", "-h"} & set(argv):
+        _print_and_exit(_help(list(flags.values()), prog, description))
+    problems: list[str] = []
+    words, fire_words = _without_traps(argv, flags, problems)
+
+    def build(*arguments: str, **texts: str) -> Parsed:
+        values, instances = _convert(flags, arguments, texts, problems), []
+        for cls, part in [] if problems else zip(classes, owned, strict=True):
+            try:
+                instances.append(cls(**{flag.name: values[flag.name] for flag in part if flag.name in values}))
+            except ValueError as error:
+                problems.append(str(error))
+        return Parsed(instances, frozenset(values))
+
+    # The names serve completion. As build takes any name and any words, fire has nothing to refuse or to look up.
+    names = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in flags]
+    rest = [Parameter("_words", Parameter.VAR_POSITIONAL), *names, Parameter("_texts", Parameter.VAR_KEYWORD)]
+    build.__signature__ = Signature(rest)
+    parsed = fire.Fire(
+        fire.decorators.SetParseFn(str)(build),
+        command=[*words, "--", *fire_words, "--separator", NO_VALUE],  # without one, `-` would be it
+        name=prog.split()[-1],
+        # A text is the completion script; a Parsed is not for printing.
+        serialize=lambda result: _print_and_exit(_for_python(result, prog)) if isinstance(result, str) else None,
+    )
+    if problems:
+        die("\nerror: ".join(problems) + f"\n`{prog} --help` lists the flags.", 2)
+    return parsed
+
+
+def _without_traps(argv: list[str], flags: dict[str, Flag], problems: list[str]) -> tuple[list[str], list[str]]:
+    """Split off the words for fire itself, behind `--`, and rewrite the rest where fire would misread it.
+
+    Fire lets the last of two equal flags win, and reads `--data_path` without a value as True and `--nox` as x=False.
+    """
+    count = argv.index("--") if "--" in argv else len(argv)
+    nameless = [word for word in argv[:count] if re.match("--+(=|$)", word)]
+    line, fire_words, names = [word for word in argv[:count] if word not in nameless], argv[count:], []
+    if fire_words == ["--", "--completion"]:
+        return [], ["--completion"]
+    problems += [f"unknown flag {word}" for word in nameless]
+    if fire_words:
+        problems.append(f"unexpected {' '.join(fire_words)!r}: only --completion may stand behind --")
+    for i, word in enumerate(line):
+        if NAMED.match(word):
+            names.append(word.lstrip("-").partition("=")[0].replace("-", "_"))
+            flag, after = flags.get(names[-1]), line[i + 1] if i + 1 < len(line) else "--"
+            has_value = not NAMED.match(after)
+            if flag and flag.is_switch and any(flag.positional for flag in flags.values()):
+                has_value = after.lower() in SWITCHED or after in flag.choices  # else it is an argument
+            line[i] = word if "=" in word or has_value else f"{word}={NO_VALUE}"
+    problems += [f"--{name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    return line, []
+
+
+def _convert(flags: dict[str, Flag], arguments: Sequence[str], texts: dict[str, str], problems: list[str]) -> dict:
+    """Return the value of every typed flag by name. What is wrong, or missing, is added to `problems`."""
+    values, positional = {}, [name for name, flag in flags.items() if flag.positional]
+    pairs = [*texts.items(), *zip(positional, arguments, strict=False)]
+    for word in arguments[len(positional) :]:
+        near = nearest(word.partition("=")[0], flags)
+        problems.append(f"unexpected argument {word!r} (values follow their flag; nearest flag: --{near})")
+    for name, text in pairs:
+        positive = re.sub("^no_?", "", name)
+        if name not in flags:
+            is_negation = positive in flags and flags[positive].is_switch
+            hint = f"write --{positive} False" if is_negation else f"the nearest is --{nearest(name, flags)}"
+            problems.append(f"unknown flag --{name}; {hint}")
+        elif name in values:
+            problems.append(f"--{name} is given twice")
+        else:
+            try:
+                values[name] = flags[name].convert(text)
+            except ValueError as error:
+                problems.append(str(error))
+    missing = [flag for flag in flags.values() if flag.default is MISSING and flag.name not in dict(pairs)]
+    problems += [f"--{flag.name} is required: {flag.help}" for flag in missing]
+    return values
+
+
+def _for_python(script: str, prog: str) -> str:
+    """Bind fire's completion script to `python` and `torchrun`, as no program is called by its own name alone.
+
+    Flags are offered with underscores, as they are documented, wherever the words of `prog` stand on the line.
+    """
+    words = prog.removeprefix("python ")
+    script = re.sub(r"--[a-z]\w*(-\w+)+", lambda match: "--" + match[0][2:].replace("-", "_"), script)
+    condition = f'[[ " ${{COMP_WORDS[*]}} " == *[\\ /]"{words} "* ]] && lastcommand={words.split()[-1]}'
+    script = script.replace("lastcommand=$(get_lastcommand)", condition)
+    return re.sub("^complete -F", "complete -o default -F", script.rstrip(), flags=re.MULTILINE) + " python torchrun"
+
+
+def _help(flags: Sequence[Flag], prog: str, description: str) -> str:
+    """Return usage, description and all flags, group by group in order of first appearance; at most WIDTH columns."""
+    usage, groups = [prog], {}
+    for flag in sorted(flags, key=lambda flag: not flag.positional):
+        if flag.positional or flag.default is MISSING:
+            word = flag.name.upper() if flag.positional else f"--{flag.name} {flag.type.__name__.upper()}"
+            usage.append(word if flag.default is MISSING else f"[{word}]")
+        groups.setdefault("arguments" if flag.positional else flag.group, []).append(_help_entry(flag))
+    usage += ["[flags]"] if any(flag.default is not MISSING and not flag.positional for flag in flags) else []
+    # Prose is filled; a paragraph with indented lines (an example) stays as it is.
+    prose = [text if "\n " in f"\n{text}" else _fill(text) for text in description.strip().split("\n\n") if text]
+    blocks = ["\n".join([f"{group}:", *entries]) for group, entries in groups.items()]
+    end = f"Tab completion in bash: source <({prog} -- --completion)"
+    return "\n\n".join([_fill(f"usage: {' '.join(usage)}", subsequent_indent="    "), *prose, *blocks, end])
+
+
+def _help_entry(flag: Flag) -> str:
+    type_name = "True|False" if flag.type is bool else flag.type.__name__
+    type_name = f"[{type_name}]" if flag.is_switch else type_name  # in brackets, for `--x` alone means True
+    left = f"  {flag.name.upper() if flag.positional else '--' + flag.name} {type_name}"
+    notes = [f"one of {', '.join(map(str, flag.choices))}"] if flag.choices else []
+    if flag.default is not None:  # what leaving out a flag without a default means, its own text says
+        notes.append(
+            "required" if flag.default is MISSING else f"default: {flag.default if flag.default != '' else repr('')}"
+        )
+    text = (flag.help + (f" ({'; '.join(notes)})" if notes else "")).strip()
+    gap = "\n" + " " * COLUMN if len(left) > COLUMN - 2 else " " * (COLUMN - len(left))
+    return left + gap + _fill(text, subsequent_indent=" " * COLUMN, initial_indent=" " * COLUMN).lstrip()
+
+
+def _fill(text: str, **indents: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, **indents)
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    with cli_errors():
+        print(text)
+    raise SystemExit(0)
+
+
+def die(message: str, status: int = 1) -> NoReturn:
+    """Print `error: message` on stderr and exit with `status` (2 for flags, 1 for the rest).
+
+    Control characters, in a file's name say, are escaped: a terminal would obey them.
+    """
+    escaped = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    print(f"error: {escaped}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+@contextmanager
+def cli_errors(status: int = 1, memory_advice: str = "") -> Iterator[None]:
+    """Turn ValueError, OSError and lack of memory into `error: ...` with exit `status`, Ctrl-C into exit status 130.
+
+    `memory_advice` ends the message about lack of memory. A reader of stdout that has gone (`| head`) ends the command
+    quietly, status 141. Other exceptions are faults of the program and keep their traceback.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        die("interrupted", 130)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to write
+            raise SystemExit(141) from None
+        message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        elif out_of_memory(error):
+            message = f"out of memory: {message.splitlines()[0].rstrip('.')}"
+            message += f"; {memory_advice}" if memory_advice else ""
+        elif isinstance(error, RuntimeError):
+            raise
+        die(message, status)
+
+
+def _has_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's own error, or torch's for a GPU or the CPU, known by its text."""
+    is_torch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}") is not None
+    return is_torch or isinstance(error, MemoryError)
+
+
+# Old names, until every caller has moved.
+knob, errors, fail, first_word = flag, cli_errors, die, subcommand
