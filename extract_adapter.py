@@ -24,15 +24,15 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="extract_adapter.py", description=__doc__)
     with cli_errors():
         from moa.adapter_file import save_adapter
-        from moa.files import read_torch
-        from moa.reading import shown
+        from moa.files import load_tensors
+        from moa.reading import short_repr
 
         checkpoint = resolve(Path(flags.checkpoint))
-        content = read_torch(checkpoint)
+        content = load_tensors(checkpoint)
         if not {"adapter", "adapter_params", "step"} <= content.keys():
             raise ValueError(f"{checkpoint}: not a checkpoint of finetune.py (no adapter in it)")
         if type(content["step"]) is not int:
-            raise ValueError(f"{checkpoint}: step must be a whole number, not {shown(content['step'])}")
+            raise ValueError(f"{checkpoint}: step must be a whole number, not {short_repr(content['step'])}")
         try:
             folder = Path(flags.output_dir) if flags.output_dir else checkpoint.parent
             path = save_adapter(folder, content["adapter"], content["adapter_params"])

@@ -87,7 +87,7 @@ def main(argv: Sequence[str], prog: str) -> None:
     with cli_errors():
         from inspection.paint import page, terminal
         from llama.distributed import is_rank0
-        from moa.files import write_file
+        from moa.files import atomic_write
 
         row = _row(flags)
         with running(model_flags) as llm:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str], prog: str) -> None:
             print(terminal(look, coloured))
             if flags.html is not None:
                 Path(flags.html).parent.mkdir(parents=True, exist_ok=True)
-                write_file(Path(flags.html), page(look).encode("utf-8", "backslashreplace"))
+                atomic_write(Path(flags.html), page(look).encode("utf-8", "backslashreplace"))
                 print(f"wrote {flags.html}", file=sys.stderr)
 
 

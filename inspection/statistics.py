@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from inspection.hooks import Batch, Recorder, mixtures
 from moa.files import read_json
-from moa.reading import shown
+from moa.reading import short_repr
 
 FORMAT, VERSION = "moa-router-statistics", 1
 BINS = 50
@@ -214,7 +214,7 @@ def read_statistics(path: str | Path) -> dict[str, Any]:
     if value.get("format") != FORMAT:
         raise ValueError(f"{path}: not router statistics as `python -m inspection gates` writes them")
     if value.get("version") != VERSION:
-        raise ValueError(f"{path}: statistics of version {shown(value.get('version'))}, expected {VERSION}")
+        raise ValueError(f"{path}: statistics of version {short_repr(value.get('version'))}, expected {VERSION}")
     for name, kind in (("blocks", list), ("experts", list), ("source", dict), ("counts", dict)):
         if not isinstance(value.get(name), kind):
             raise ValueError(f"{path}: field {name!r} is missing or no {kind.__name__}")

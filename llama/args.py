@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from moa.config import MAX_LAYERS
-from moa.reading import parse_json, plain, read_text, shown
+from moa.reading import parse_json, read_text, safe_name, short_repr
 
 # Far beyond every model there is; a larger number is a damaged file, and would only fail later and less clearly.
 MAX_SIZE, MAX_NUMBER = 2**24, 1e12
@@ -40,18 +40,18 @@ class ModelArgs:
             value = getattr(self, name)
             most = MAX_LAYERS if name == "n_layers" else MAX_SIZE
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {shown(value)}")
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {short_repr(value)}")
         vocab = self.vocab_size
         if isinstance(vocab, bool) or not isinstance(vocab, int) or not -1 <= vocab <= MAX_SIZE or vocab == 0:
-            raise ValueError(f"vocab_size must be a positive whole number (or -1), not {shown(vocab)}")
+            raise ValueError(f"vocab_size must be a positive whole number (or -1), not {short_repr(vocab)}")
         positive = ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
         for name in positive + (("ffn_dim_multiplier",) if self.ffn_dim_multiplier is not None else ()):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 1 / MAX_NUMBER <= value <= MAX_NUMBER:
-                raise ValueError(f"{name} must be a positive number up to {MAX_NUMBER:g}, not {shown(value)}")
+                raise ValueError(f"{name} must be a positive number up to {MAX_NUMBER:g}, not {short_repr(value)}")
         if not isinstance(self.use_scaled_rope, bool):
-            raise ValueError(f"use_scaled_rope must be true or false, not {shown(self.use_scaled_rope)}")
+            raise ValueError(f"use_scaled_rope must be true or false, not {short_repr(self.use_scaled_rope)}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must split into n_heads {self.n_heads} heads of even width")
         if self.n_heads % self.n_kv_heads:
@@ -88,7 +88,7 @@ class ModelArgs:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(raw) - known)
         if unknown:
-            raise ValueError(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(map(plain, unknown[:3]))}")
+            raise ValueError(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(map(safe_name, unknown[:3]))}")
         missing = [name for name in ("dim", "n_layers", "n_heads") if name not in raw]
         if missing:
             raise ValueError(f"{path}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")

@@ -1,6 +1,6 @@
 """Reading Meta's checkpoints: any number of shards, at any model-parallel size, memory-mapped and complete.
 
-Where a tensor is cut follows from the layer that holds it (`shard_specs`), never from its name.
+Which dimension is sharded follows from the layer that holds it (`shard_specs`), never from its name.
 """
 
 import hashlib
@@ -14,41 +14,41 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.model import Transformer
-from llama.parallel_layers import ColumnParallel, RowParallel, VocabParallel
+from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.tokenizer import Tokenizer
 from moa.adapter import AdapterModule
-from moa.files import file_hash, read_torch
-from moa.parallel import Cut, mp_rank
+from moa.files import file_hash, load_tensors
+from moa.parallel import Shard, mp_rank
 from moa.state import require_same_keys
 
-IGNORED = {"rope.freqs"}  # worked out from params.json instead
+IGNORED_KEYS = {"rope.freqs"}  # computed from params.json instead
 
 
 class ShardSpec(NamedTuple):
     shape: tuple[int, ...]  # whole
-    cut: int | None  # dimension cut over ranks and shards; None: every one holds the whole
+    dim: int | None  # sharded over ranks and files; None: each holds the whole
 
 
 def shard_specs(model: Transformer) -> dict[str, ShardSpec]:
-    """Key -> whole shape and how it is cut, for every base tensor."""
-    found = {}
+    """Key -> whole shape and sharded dimension, for every base tensor."""
+    specs = {}
     for path, module in model.named_modules():
         if isinstance(module, AdapterModule):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, ColumnParallel):
-                place = ShardSpec((module.out_features, module.in_features), 0)
-            elif isinstance(module, RowParallel):
-                place = ShardSpec((module.out_features, module.in_features), 1)
-            elif isinstance(module, VocabParallel):
-                place = ShardSpec((module.num_embeddings, module.embedding_dim), 0)
+            if isinstance(module, ColumnParallelLinear):
+                spec = ShardSpec((module.out_features, module.in_features), 0)
+            elif isinstance(module, RowParallelLinear):
+                spec = ShardSpec((module.out_features, module.in_features), 1)
+            elif isinstance(module, VocabParallelEmbedding):
+                spec = ShardSpec((module.num_embeddings, module.embedding_dim), 0)
             else:
-                place = ShardSpec(tuple(parameter.shape), None)
-            found[f"{path}.{name}"] = place
-    return found
+                spec = ShardSpec(tuple(parameter.shape), None)
+            specs[f"{path}.{name}"] = spec
+    return specs
 
 
-def read_base(ckpt_dir: str | Path) -> tuple[ModelArgs, Tokenizer]:
+def load_params_and_tokenizer(ckpt_dir: str | Path) -> tuple[ModelArgs, Tokenizer]:
     """`params.json` and `tokenizer.model` of a checkpoint folder, checked against each other. ValueError otherwise."""
     folder = Path(ckpt_dir)
     if not folder.is_dir():
@@ -65,7 +65,7 @@ def read_base(ckpt_dir: str | Path) -> tuple[ModelArgs, Tokenizer]:
     return args, tokenizer
 
 
-def load_base(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, device: torch.device) -> None:
+def load_base_weights(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, device: torch.device) -> None:
     """Fill the base of `model` from all shards in `ckpt_dir`, as `dtype` on `device`; adapters go to `device` too.
 
     A rank reads its own part of the files and no more. Files stay mapped, so what needs no other type or device is
@@ -78,13 +78,13 @@ def load_base(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, devi
     shards = [open_shard(file) for file in files]
     wanted = shard_specs(model)
     for file, shard in zip(files, shards, strict=True):
-        require_same_keys(wanted, set(shard) - IGNORED, str(file), "tensor")
+        require_same_keys(wanted, set(shard) - IGNORED_KEYS, str(file), "tensor")
     state = {}
-    for key, place in wanted.items():
+    for key, spec in wanted.items():
         path, _, name = key.rpartition(".")
         layer = model.get_submodule(path)
-        cut = shard_dim(key, place, files, shards, getattr(layer, "heads", None))
-        mine = _assemble(place, cut, getattr(layer, name).shape, [shard[key] for shard in shards])
+        file_dim = shard_dim(key, spec, files, shards, getattr(layer, "heads", None))
+        mine = _assemble(spec, file_dim, getattr(layer, name).shape, [shard[key] for shard in shards])
         state[key] = mine.to(device, dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.to(device)
@@ -96,31 +96,31 @@ def load_base(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, devi
 
 def shard_files(folder: Path) -> list[Path]:
     """All `consolidated.NN.pth` of a checkpoint, in order. ValueError where there is none, or one is missing."""
-    found = {}
+    shards = {}
     for file in folder.glob("consolidated.*.pth"):
         match = re.fullmatch(r"consolidated\.(\d+)\.pth", file.name)
         if match:
-            found[int(match[1])] = file
-    if not found:
+            shards[int(match[1])] = file
+    if not shards:
         raise ValueError(f"{folder}: no consolidated.NN.pth (a Meta checkpoint's weights)")
-    missing = sorted(set(range(max(found) + 1)) - set(found))
+    missing = sorted(set(range(max(shards) + 1)) - set(shards))
     if missing:
-        raise ValueError(f"{folder}: shard consolidated.{missing[0]:02d}.pth is missing ({len(found)} found)")
-    return [found[i] for i in sorted(found)]
+        raise ValueError(f"{folder}: shard consolidated.{missing[0]:02d}.pth is missing ({len(shards)} present)")
+    return [shards[i] for i in sorted(shards)]
 
 
 def open_shard(file: Path) -> dict[str, Tensor]:
     """The tensors of a shard, mapped. ValueError naming the file."""
-    shard = read_torch(file, mmap=True)
+    shard = load_tensors(file, mmap=True)
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in shard.items()):
         raise ValueError(f"{file}: expected a dictionary of tensors")
     return shard
 
 
 def shard_dim(
-    key: str, place: ShardSpec, files: list[Path], shards: list[dict[str, Tensor]], heads: int | None = None
+    key: str, spec: ShardSpec, files: list[Path], shards: list[dict[str, Tensor]], heads: int | None = None
 ) -> int | None:
-    """The dimension along which the shards cut a base tensor; None where each holds the whole.
+    """The dimension along which the files shard a base tensor; None where each holds the whole.
 
     LLaMA-2's writers cut the embedding along its width, LLaMA-3's along the vocabulary: the shapes tell. heads: of wk
     and wv, the number of key/value heads; where there are more shards, neighbours may hold the same head. ValueError
@@ -132,27 +132,27 @@ def shard_dim(
             raise ValueError(f"{file}: {key} has type {shard[key].dtype}, expected floating-point numbers")
         if tuple(shard[key].shape) != held:
             raise ValueError(f"{file}: {key} has shape {tuple(shard[key].shape)}, in {files[0].name} {held}")
-    cut = place.cut if n > 1 else None
-    for dim in (None,) if cut is None else (cut, 1 - cut):
-        if held == tuple(size / n if d == dim else size for d, size in enumerate(place.shape)):
+    expected = spec.dim if n > 1 else None
+    for dim in (None,) if expected is None else (expected, 1 - expected):
+        if held == tuple(size / n if d == dim else size for d, size in enumerate(spec.shape)):
             return dim
-    if heads is not None and n % heads == 0 and held == (place.shape[0] // heads, *place.shape[1:]):
-        return cut
+    if heads is not None and n % heads == 0 and held == (spec.shape[0] // heads, *spec.shape[1:]):
+        return expected
     several = f" of {n} shards" if n > 1 else ""
-    raise ValueError(f"{files[0]}{several}: {key} has shape {held}, params.json asks for {place.shape} in all")
+    raise ValueError(f"{files[0]}{several}: {key} has shape {held}, params.json asks for {spec.shape} in all")
 
 
-def _assemble(place: ShardSpec, dim: int | None, local: torch.Size, pieces: list[Tensor]) -> Tensor:
+def _assemble(spec: ShardSpec, dim: int | None, local: torch.Size, pieces: list[Tensor]) -> Tensor:
     """This rank's part, of shape `local`, of a base tensor that shards hold in pieces along `dim`."""
-    if place.cut is None:
+    if spec.dim is None:
         return pieces[0]
-    size = local[place.cut]
-    begin = size * Cut(place.cut, place.shape[place.cut] // size).part(mp_rank())
-    if dim != place.cut:  # each piece has some of what is this rank's
-        mine = [piece.narrow(place.cut, begin, size) for piece in pieces]
+    size = local[spec.dim]
+    begin = size * Shard(spec.dim, spec.shape[spec.dim] // size).index(mp_rank())
+    if dim != spec.dim:  # each piece has some of what is this rank's
+        mine = [piece.narrow(spec.dim, begin, size) for piece in pieces]
     else:
         mine, width = [], pieces[0].shape[dim]
-        for i, piece in enumerate(pieces[:: len(pieces) * width // place.shape[dim]]):  # the first of those alike
+        for i, piece in enumerate(pieces[:: len(pieces) * width // spec.shape[dim]]):  # the first of those alike
             first, last = max(begin, i * width), min(begin + size, (i + 1) * width)
             if first < last:
                 mine.append(piece.narrow(dim, first - i * width, last - first))

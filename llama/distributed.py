@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
 
 from llama.watch import Watch
-from moa.reading import shown
+from moa.reading import short_repr
 
 T = TypeVar("T")
 # Replicas may load, or end their share of rows, at very different times; that one is gone is noticed by other means
@@ -140,7 +140,9 @@ def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
     for rank, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
             if theirs[name] != value:
-                raise ValueError(f"{name}: process {rank} has {shown(theirs[name], 80)}, process 0 {shown(value, 80)}")
+                raise ValueError(
+                    f"{name}: process {rank} has {short_repr(theirs[name], 80)}, process 0 {short_repr(value, 80)}"
+                )
 
 
 def dp_rank() -> int:

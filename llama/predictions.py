@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moa.files import claim, open_to_append, read_json, release, remove_leftovers, write_file, write_json
-from moa.reading import parse_json, plain, shown
+from moa.files import atomic_write, claim, open_to_append, read_json, release, remove_stale_temp_files, write_json
+from moa.reading import parse_json, safe_name, short_repr
 
 Answer = str | list[str]
 
@@ -35,8 +35,8 @@ class Predictions:
             for name in sorted(made_with.keys() | settings.keys()):
                 if made_with.get(name) != settings.get(name):
                     raise ValueError(
-                        f"{path}: was made with {plain(name)} {shown(made_with.get(name))}, now it is "
-                        f"{shown(settings.get(name))}; give --overwrite to begin anew, or another --save_path"
+                        f"{path}: was made with {safe_name(name)} {short_repr(made_with.get(name))}, now it is "
+                        f"{short_repr(settings.get(name))}; give --overwrite to begin anew, or another --save_path"
                     )
         elif path.exists() or self._parts():
             raise ValueError(f"{path}: exists, but {settings_file.name} does not: give --overwrite to begin anew")
@@ -54,7 +54,7 @@ class Predictions:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = claim(self._beside("lock"), f"{self.path}: another generate.py is writing it")
         for file in (self.path, self._beside("settings.json")):
-            remove_leftovers(file.parent, file.name)
+            remove_stale_temp_files(file.parent, file.name)
         if self.overwrite:
             for file in [self.path, *self._parts()]:
                 file.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ class Predictions:
         assert not self.missing, f"{len(self.missing)} rows without an answer"
         lines = (json.dumps(row | {"generate": self.answers[i]}, ensure_ascii=False) for i, row in enumerate(self.rows))
         # Half a surrogate pair, which UTF-8 cannot hold, is written as JSON spells it
-        write_file(self.path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+        atomic_write(self.path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
         for part in self._parts():
             part.unlink()
         self.release()

@@ -20,7 +20,7 @@ from moa.archive import require_intact
 from moa.reading import parse_json, read_text
 
 
-def write_file(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Put a file in place whole or not at all. OSError (disk full, read-only) leaves what was there before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -38,8 +38,8 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what processes left in `folder` that were killed in `write_file`; only of the file `name` where one is
+def remove_stale_temp_files(folder: Path, name: str | None = None) -> None:
+    """Remove what processes left in `folder` that were killed in `atomic_write`; only of the file `name` where one is
     given. For who holds the folder (the file) by `claim`. What a process that still runs may be writing stays."""
     for file in folder.iterdir():
         match = re.fullmatch(r"\.(.+)\.(\d{1,10})\.tmp", file.name)
@@ -98,14 +98,14 @@ def open_to_append(path: Path) -> IO[bytes]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+    atomic_write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_torch(path: Path, value: Any) -> None:
     """`torch.save`, whole or not at all."""
     buffer = BytesIO()
     torch.save(value, buffer)
-    write_file(path, buffer.getbuffer())
+    atomic_write(path, buffer.getbuffer())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_torch(path: Path, mmap: bool = False) -> dict[str, Any]:
+def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
     """A dictionary that `torch.save` wrote, on the CPU, without executing anything in it: a tree of dictionaries, lists
     and tuples with plain tensors, numbers and texts in it. ValueError naming the file, also where its content does not
     match the checksums in it.
@@ -157,7 +157,7 @@ _CONTAINERS, _SCALARS = (dict, OrderedDict, list, tuple, torch.Size), (str, int,
 
 
 def _problems(value: Any, size: int) -> Iterator[tuple[str, str]]:
-    """(name, problem) of what `read_torch` does not take from a file of `size` bytes. Tensors lose their gradients."""
+    """(name, problem) of what `load_tensors` refuses in a file of `size` bytes. Tensors lose their gradients."""
     seen: set[int] = set()
     left = [("it", 0, value)]
     while left:

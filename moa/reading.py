@@ -9,7 +9,7 @@ MAX_DEPTH = 100  # of nested JSON: nothing of ours has ten levels, and deeper va
 MAX_DIGITS = 4000  # Python itself reads no more than 4300
 
 
-def shown(value: Any, length: int = 60) -> str:
+def short_repr(value: Any, length: int = 60) -> str:
     """A value as a message can show it: its repr, cut. Never large, slow or an error, whatever the value holds."""
     if isinstance(value, str):
         text = repr(value[: 2 * length])
@@ -18,15 +18,15 @@ def shown(value: Any, length: int = 60) -> str:
     elif isinstance(value, bool | int | float | None):
         text = repr(value)
     elif isinstance(value, list | tuple) and len(value) <= 4 and not any(isinstance(v, list | dict) for v in value):
-        text = f"[{', '.join(shown(v, length // 4) for v in value)}]"
+        text = f"[{', '.join(short_repr(v, length // 4) for v in value)}]"
     else:
         text = f"a {type(value).__name__}"
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def plain(name: str) -> str:
+def safe_name(name: str) -> str:
     """A name from a file as a message can show it: as it is where it is short and printable."""
-    return name if len(name) <= 60 and name.isprintable() else shown(name)
+    return name if len(name) <= 60 and name.isprintable() else short_repr(name)
 
 
 def read_text(path: Path) -> str:
@@ -65,7 +65,7 @@ def _integer(digits: str) -> int:
 def _number(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"the number {shown(text)} is too large")
+        raise ValueError(f"the number {short_repr(text)} is too large")
     return value
 
 
@@ -77,7 +77,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(next(n for n in names if names.count(n) > 1))} stands there twice")
+        raise ValueError(f"the key {short_repr(next(n for n in names if names.count(n) > 1))} stands there twice")
     return value
 
 

@@ -11,7 +11,7 @@ import moa.files
 from llama import Llama
 from moa.adapter_file import adapter_params, load_adapter, save_adapter, save_reference_adapter
 from moa.config import AdapterConfig
-from moa.files import read_json, write_file
+from moa.files import atomic_write, read_json
 from moa.state import adapter_parameters, adapter_state_dict, count_parameters
 from tiny import (
     ARGS,
@@ -139,14 +139,14 @@ def test_missing_and_malformed_adapter_files(saved: Path) -> None:
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "a.json"
-    write_file(file, b'{"a": 1}')
+    atomic_write(file, b'{"a": 1}')
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(moa.files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_file(file, b'{"a": 2}')
+        atomic_write(file, b'{"a": 2}')
     assert read_json(file) == {"a": 1} and list(tmp_path.iterdir()) == [file]
 
 

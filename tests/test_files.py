@@ -12,8 +12,8 @@ import torch
 
 from hostile import compressed, saved
 from moa.archive import checksum_problem, require_intact
-from moa.files import claim, file_hash, read_json, read_torch, release, remove_leftovers, write_file
-from moa.reading import parse_json, plain, read_text, shown
+from moa.files import atomic_write, claim, file_hash, load_tensors, read_json, release, remove_stale_temp_files
+from moa.reading import parse_json, read_text, safe_name, short_repr
 
 VALID = {"small": torch.arange(4.0), "large": torch.zeros(2**19)}
 
@@ -35,23 +35,23 @@ def test_a_flipped_bit_in_a_tensor_is_named(file: Path) -> None:
     require_intact(file)
     flip(file, file.read_bytes().index(VALID["small"].numpy().tobytes()) + 5)
     with pytest.raises(ValueError, match=r"file.pth: damaged \(checksum of archive/data/0 does not match\)"):
-        read_torch(file)
+        load_tensors(file)
     with pytest.raises(ValueError, match="checksum of archive/data/0"):
-        read_torch(file, mmap=True)  # small enough to be looked at all the same
+        load_tensors(file, mmap=True)  # small enough to be looked at all the same
 
 
 def test_large_tensors_that_stay_in_the_file_are_not_looked_at(file: Path) -> None:
     flip(file, file.stat().st_size // 2)
     assert checksum_problem(file) == "damaged (checksum of archive/data/1 does not match)"
     assert checksum_problem(file, whole=False) is None
-    assert read_torch(file, mmap=True).keys() == VALID.keys()
+    assert load_tensors(file, mmap=True).keys() == VALID.keys()
 
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_compressed_archives_are_refused_however_they_are_read(file: Path, mmap: bool) -> None:
     file.write_bytes(compressed(saved(VALID), zipfile.ZIP_DEFLATED))
     with pytest.raises(ValueError, match="is compressed, which torch.save does not do"):
-        read_torch(file, mmap)
+        load_tensors(file, mmap)
 
 
 def test_a_member_that_poses_as_a_folder_is_refused(file: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_member_that_poses_as_a_folder_is_refused(file: Path) -> None:
     entry = data.rindex(b"PK\1\2", 0, data.rindex(b"archive/data/0"))
     file.write_bytes(data[: entry + 38] + b"\x10" + data[entry + 39 :])
     with pytest.raises(ValueError, match="archive/data/0 is a folder"):
-        read_torch(file)
+        load_tensors(file)
 
 
 def test_a_second_directory_does_not_count(file: Path) -> None:
@@ -73,14 +73,14 @@ def test_a_second_directory_does_not_count(file: Path) -> None:
 def test_what_torch_wrote_before_its_archives(file: Path) -> None:
     torch.save(VALID, file, _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match="load and save it with a newer one"):
-        read_torch(file)
+        load_tensors(file)
 
 
 def test_trees_of_tensors_are_read_and_lose_their_gradients(file: Path) -> None:
     pair = (0.9, 0.95)
     value = {"a": torch.nn.Parameter(torch.ones(2)), "groups": [{"betas": pair}, {"betas": pair}], 7: None}
     torch.save(value, file)
-    found = read_torch(file)
+    found = load_tensors(file)
     assert found["groups"] == value["groups"] and not found["a"].requires_grad
 
 
@@ -125,10 +125,10 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path: Path) -> No
     }
     for name in names.values():
         (tmp_path / name).write_text("")
-    remove_leftovers(tmp_path, "a.json")
+    remove_stale_temp_files(tmp_path, "a.json")
     left = {what for what, name in names.items() if (tmp_path / name).exists()}
     assert left == names.keys() - {"dead", "my own"}
-    remove_leftovers(tmp_path)
+    remove_stale_temp_files(tmp_path)
     assert not (tmp_path / names["of another file"]).exists() and len(list(tmp_path.iterdir())) == 3
 
 
@@ -137,7 +137,7 @@ def test_writing_does_not_follow_a_link(tmp_path: Path) -> None:
     mine.write_text("mine")
     path.symlink_to(mine)
     (tmp_path / f".a.json.{os.getpid()}.tmp").symlink_to(mine)
-    write_file(path, b"{}")
+    atomic_write(path, b"{}")
     assert mine.read_text() == "mine" and read_json(path) == {} and not path.is_symlink()
 
 
@@ -166,7 +166,7 @@ def test_json_that_is_fine() -> None:
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for read in (read_text, read_json, read_torch, file_hash):
+    for read in (read_text, read_json, load_tensors, file_hash):
         with pytest.raises(ValueError, match="pipe: (not a regular file|no such file)"):
             read(tmp_path / "pipe")
 
@@ -175,7 +175,7 @@ def test_values_are_shown_in_few_words() -> None:
     circle: list = []
     circle.append(circle)
     for value in ("x" * 10**6, 10**10_000, -(10**10_000), circle, [[1]] * 10**5, {"a": circle}, torch.zeros(3, 3)):
-        assert len(shown(value)) <= 60 and "\n" not in shown(value)
-    assert [shown(v) for v in (7, True, None, [1, "b"], 1.5)] == ["7", "True", "None", "[1, 'b']", "1.5"]
-    assert shown("a\n") == r"'a\n'"
-    assert plain("lora_rank") == "lora_rank" and plain("a\x1b[2J") == r"'a\x1b[2J'"
+        assert len(short_repr(value)) <= 60 and "\n" not in short_repr(value)
+    assert [short_repr(v) for v in (7, True, None, [1, "b"], 1.5)] == ["7", "True", "None", "[1, 'b']", "1.5"]
+    assert short_repr("a\n") == r"'a\n'"
+    assert safe_name("lora_rank") == "lora_rank" and safe_name("a\x1b[2J") == r"'a\x1b[2J'"

@@ -14,7 +14,7 @@ import training.loop
 from llama.data import IGNORE_INDEX, Example
 from llama.model import Losses, Transformer
 from llama.packing import PackedBatch
-from moa.files import read_torch, write_torch
+from moa.files import load_tensors, write_torch
 from moa.state import adapter_parameters, adapter_state_dict, optimizer_groups
 from training.checkpoint import Saver, newest, pack, read, restore, save
 from training.data import load_examples, micro_batches
@@ -208,7 +208,7 @@ def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
     adapter_bytes = sum(t.numel() * 4 for t in adapter_state_dict(llm.model).values())
     entries = 3 * len(adapter_state_dict(llm.model))
     assert 3 * adapter_bytes < path.stat().st_size < 3 * adapter_bytes + 600 * entries
-    assert set(read_torch(path)) == {"adapter", "adapter_params", "optimizer", "step", "skipped"}
+    assert set(load_tensors(path)) == {"adapter", "adapter_params", "optimizer", "step", "skipped"}
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-2.pth"]
 
 

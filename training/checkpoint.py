@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama.distributed import broadcast_from_rank0, is_rank0
-from moa.files import read_torch, write_torch
-from moa.reading import shown
+from moa.files import load_tensors, write_torch
+from moa.reading import short_repr
 from moa.state import (
     adapter_parameters,
     adapter_state_dict,
@@ -100,12 +100,12 @@ class Saver:
 
 def read(path: Path, model: nn.Module) -> dict[str, Any]:
     """A checkpoint of a run of this model, checked. ValueError naming the file and what is wrong with it."""
-    content = read_torch(path)
+    content = load_tensors(path)
     content.setdefault("skipped", [])  # runs of earlier revisions
     require_same_keys(("adapter", "adapter_params", "optimizer", "step", "skipped"), content, str(path), "entry")
     step, skipped, optimizer_state = content["step"], content["skipped"], content["optimizer"]
     if not _is_step(step):
-        raise ValueError(f"{path}: step must be a positive whole number, not {shown(step)}")
+        raise ValueError(f"{path}: step must be a positive whole number, not {short_repr(step)}")
     if not isinstance(skipped, list) or not all(_is_step(s) and s <= step for s in skipped):
         raise ValueError(f"{path}: skipped must be a list of steps")
     if not isinstance(optimizer_state, dict):
@@ -156,7 +156,7 @@ def _hand_out(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping
         return tensors
     entries = adapter_parameters(model)
     device = next(iter(entries.values())).parameter.device
-    sizes = [torch.Size(entry.declared.shape).numel() for entry in entries.values()]
+    sizes = [torch.Size(entry.spec.shape).numel() for entry in entries.values()]
     if is_rank0():
         flat = torch.cat([tensors[key].flatten().float() for key in entries]).to(device)
     else:

@@ -11,7 +11,7 @@ from llama.args import ModelArgs
 from llama.machine import check_machine
 from moa.config import AdapterConfig
 from moa.methods import METHODS, config_fields
-from moa.reading import parse_json, plain, read_text, shown
+from moa.reading import parse_json, read_text, safe_name, short_repr
 from training.paths import CONFIG, checkpoints
 
 RECOMPUTED = ("off", "ffn", "all")  # choices of what the backward pass works out again, each keeps less than the last
@@ -243,11 +243,11 @@ def continued(settings: RunConfig) -> RunConfig:
     try:
         strange = [name for name, value in now.items() if not str(value).isprintable()]
         if strange:
-            raise ValueError(f"setting {plain(strange[0])} has characters that no path and no setting has")
+            raise ValueError(f"setting {safe_name(strange[0])} has characters that no path and no setting has")
         train = {k.name: k.convert(str(now.pop(k.name))) for k in flags_of(TrainConfig)}
         adapter = {k.name: k.convert(str(now.pop(k.name))) for k in flags_of(AdapterFlags) if k.name in now}
         if now:
-            raise ValueError(f"unknown setting {plain(next(iter(now)))}")
+            raise ValueError(f"unknown setting {safe_name(next(iter(now)))}")
         if AdapterConfig.from_dict({"method": train["method"]} | adapter, n_layers).to_dict() != resolved:
             raise ValueError("what it says of the adapters does not follow from its settings")
         return replace(settings, train=TrainConfig(**train), adapter=adapter)
@@ -259,5 +259,5 @@ def continued(settings: RunConfig) -> RunConfig:
 
 def _other_start(folder: Path, name: str, before: Any, now: Any) -> ValueError:
     hint = "(--overwrite in the place of --resume begins anew)"
-    before = before if before is None or isinstance(before, str | int | float) else shown(before)
+    before = before if before is None or isinstance(before, str | int | float) else short_repr(before)
     return ValueError(f"{folder}: the run was started with --{name} {before}, not {now} {hint}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moa.files import write_file
+from moa.files import atomic_write
 
 
 class RunLog:
@@ -22,7 +22,7 @@ class RunLog:
         if damaged:
             print(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out", file=sys.stderr)
         kept = [line for line in lines if 0 < _step(line) <= done]
-        write_file(path, "".join(line + "\n" for line in kept).encode())
+        atomic_write(path, "".join(line + "\n" for line in kept).encode())
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run goes on
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         # disable=None: a bar on a terminal, nothing elsewhere; there a line now and then takes its place.

@@ -21,7 +21,7 @@ from training.data import label_count, micro_batches
 from training.exchange import GradientSum
 from training.lanes import Passes
 from training.schedule import Plan, share_out
-from training.stop import Stopped
+from training.shutdown import Stopped
 
 
 @dataclass

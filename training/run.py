@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import fingerprint, read_base
+from llama.checkpoint import fingerprint, load_params_and_tokenizer
 from llama.distributed import (
     assert_same_on_all_ranks,
     bf16_is_fast,
@@ -24,8 +24,8 @@ from llama.distributed import (
 )
 from llama.tokenizer import Tokenizer
 from moa.adapter_file import PARAMS, adapter_params
-from moa.files import claim, file_hash, read_json, release, remove_leftovers, write_json
-from moa.reading import shown
+from moa.files import claim, file_hash, read_json, release, remove_stale_temp_files, write_json
+from moa.reading import short_repr
 from moa.replicas import assert_replicas_equal
 from moa.state import count_parameters
 from training.checkpoint import Saver, newest, pack, restore
@@ -39,7 +39,7 @@ from training.memory import Needed, advice, needed, needed_by_all
 from training.paths import CONFIG, DAMAGED, LOCK, checkpoints
 from training.record import resume_record, start_record
 from training.schedule import Plan, plan_of
-from training.stop import Stopped, StopRequest
+from training.shutdown import GracefulShutdown, Stopped
 
 
 def run(settings: RunConfig) -> Path:
@@ -49,7 +49,7 @@ def run(settings: RunConfig) -> Path:
     SystemExit, after a last checkpoint, where a signal asked for it.
     """
     device = get_device(settings.train.device)
-    args, tokenizer = read_base(settings.train.ckpt_dir)
+    args, tokenizer = load_params_and_tokenizer(settings.train.ckpt_dir)
     memory = needed(settings, args, device)
     with distributed_run(device, settings.train.model_parallel_size):
         memory = needed_by_all(memory)
@@ -74,7 +74,7 @@ def _run(settings: RunConfig, args: ModelArgs, tokenizer: Tokenizer, device: tor
     plan = plan_of(flags, len(examples), dp_size(), resumed and resumed["rows_per_step"])
     if resumed and resumed.get("steps") != plan.steps:
         raise ValueError(
-            f"{folder / CONFIG}: steps is {shown(resumed.get('steps'))}, its settings ask for {plan.steps}"
+            f"{folder / CONFIG}: steps is {short_repr(resumed.get('steps'))}, its settings ask for {plan.steps}"
         )
     leaks = {}
     if flags.leak_tests is not None and is_rank0():
@@ -150,7 +150,7 @@ def _train(
         if entry["step"] % every == 0 or entry["step"] == plan.steps:
             save()
 
-    with StopRequest() as request:
+    with GracefulShutdown() as request:
         try:
             arguments = (flags.batch_size, flags.seed, progress, on_step, lambda: request.signum)
             train(model, optimizer, examples, plan, *arguments)
@@ -197,9 +197,9 @@ def _run_to_resume(settings: RunConfig, folder: Path, contents: dict[str, str]) 
         raise ValueError(f"{flags.ckpt_dir}: not the base that the run in {folder} was started with")
     rows = record.get("rows_per_step")
     if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows <= 10**9:
-        raise ValueError(f"{folder / CONFIG}: rows_per_step must be a number from 1 to 10**9, not {shown(rows)}")
+        raise ValueError(f"{folder / CONFIG}: rows_per_step must be a number from 1 to 10**9, not {short_repr(rows)}")
     if not isinstance(record.get("resumed", []), list):
-        raise ValueError(f"{folder / CONFIG}: resumed must be a list, not {shown(record['resumed'])}")
+        raise ValueError(f"{folder / CONFIG}: resumed must be a list, not {short_repr(record['resumed'])}")
     if "accum_iter" in settings.given and rows != plan_of(flags, 1, dp_size()).rows_per_step:
         raise ValueError(
             f"{folder}: the run takes {rows} rows per step, not --batch_size {flags.batch_size} x --accum_iter "
@@ -214,7 +214,7 @@ def _claimed(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = claim(folder / LOCK, f"{folder}: another run is writing there; give another --output_dir")
     try:
-        remove_leftovers(folder)
+        remove_stale_temp_files(folder)
         yield
     finally:
         release(lock)

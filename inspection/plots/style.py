@@ -100,7 +100,7 @@ def layer_ticks(axes: Any, layers: Sequence[int]) -> None:
 def save(figure: Any, path: str | Path) -> list[Path]:
     """Write PATH.svg and PATH.png, without a date or anything of this machine in them; the same bytes for the same
     figure."""
-    from moa.files import write_file
+    from moa.files import atomic_write
 
     path = Path(path)
     path = path.with_suffix("") if path.suffix in (".svg", ".png") else path
@@ -110,5 +110,5 @@ def save(figure: Any, path: str | Path) -> list[Path]:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
         written.append(path.with_name(f"{path.name}.{kind}"))
-        write_file(written[-1], buffer.getvalue())
+        atomic_write(written[-1], buffer.getvalue())
     return written

@@ -18,14 +18,14 @@ class Stopped(SystemExit):
         self.name = signal.Signals(signum).name
 
 
-class StopRequest:
+class GracefulShutdown:
     """Takes note of the signals while it is entered; `signum` is the first that came, 0 before. The last of PATIENCE
     signals ends the process on the spot: a thread counts them, for the main one may be waiting for another process."""
 
     def __init__(self) -> None:
         self.signum = 0
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "GracefulShutdown":
         self._heard, self._told = socket.socketpair()
         self._told.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
