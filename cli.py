@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from inspect import Parameter, Signature
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import fire
 
@@ -265,7 +265,7 @@ def _help(flags: Sequence[Flag], prog: str, description: str) -> str:
     # Prose is filled; a paragraph with indented lines (an example) stays as it is.
     prose = [text if "\n " in f"\n{text}" else _fill(text) for text in description.strip().split("\n\n") if text]
     blocks = ["\n".join([f"{group}:", *entries]) for group, entries in groups.items()]
-    end = f"Tab completion in bash: source <({prog} -- --completion)"
+    end = f"Tab completion in bash: source <(python {prog.removeprefix('python ')} -- --completion)"
     return "\n\n".join([_fill(f"usage: {' '.join(usage)}", subsequent_indent="    "), *prose, *blocks, end])
 
 
@@ -310,14 +310,16 @@ def cli_errors(status: int = 1, memory_advice: str = "") -> Iterator[None]:
     `memory_advice` ends the message about lack of memory. A reader of stdout that has gone (`| head`) ends the command
     quietly, status 141. Other exceptions are faults of the program and keep their traceback.
     """
+    stdout = select.poll()
+    stdout.register(1, 0)
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         die("interrupted", 130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to write
+        if isinstance(error, BrokenPipeError) and stdout.poll(0):  # its reader has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left to write
             raise SystemExit(141) from None
         message = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -328,12 +330,6 @@ def cli_errors(status: int = 1, memory_advice: str = "") -> Iterator[None]:
         elif isinstance(error, RuntimeError):
             raise
         die(message, status)
-
-
-def _has_reader(stream: TextIO) -> bool:
-    poll = select.poll()
-    poll.register(stream, 0)
-    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -63,49 +63,44 @@ def refused(capsys: pytest.CaptureFixture, classes: type | list[type], argv: lis
     return err
 
 
-@pytest.mark.parametrize(
-    ("argv", "name", "value"),
-    [
-        (["--lora_targets", "Q,K,V"], "lora_targets", "Q,K,V"),
-        (["--lora_targets=0-8,24-32"], "lora_targets", "0-8,24-32"),
-        (["--lora_targets", "2024"], "lora_targets", "2024"),
-        (["--lora_targets", "[1,2]"], "lora_targets", "[1,2]"),
-        (["--lora-targets", "Q"], "lora_targets", "Q"),
-        (["--lora_targets=a=b"], "lora_targets", "a=b"),
-        (["--lora_targets", "1e3"], "lora_targets", "1e3"),
-        (["--lora_targets", "None"], "lora_targets", "None"),
-        (["--lora_targets="], "lora_targets", ""),
-        (["--lora_targets=--odd"], "lora_targets", "--odd"),
-        (["--lora_targets", "-"], "lora_targets", "-"),
-        (["--lora_rank", "16"], "lora_rank", 16),
-        (["--bf16"], "bf16", True),
-        (["--bf16", "False"], "bf16", False),
-        (["--bf16=false"], "bf16", False),
-        (["--bf16", "True"], "bf16", True),
-        (["--method", "soft_moa"], "method", "soft_moa"),
-        (["--lr", "-1"], "lr", -1.0),
-        (["--lr", "-6e-3"], "lr", -6e-3),
-        (["--lr", "-.5"], "lr", -0.5),
-        (["--lr=3"], "lr", 3.0),
-        (["--lr", "None"], "lr", None),
-        (["--max_steps", "7"], "max_steps", 7),
-        (["--save"], "save", True),
-        (["--save", "none"], "save", None),
-        (["--gradient", "none"], "gradient", "none"),
-        (["--again"], "again", "all"),
-        (["--again", "True"], "again", "all"),
-        (["--again", "false"], "again", "off"),
-        (["--again=half"], "again", "half"),
-        (["--gradient", "None"], "gradient", None),
-        (["--plain", "1"], "plain", 1.0),
-        (["--described", "x y"], "described", "x y"),
-    ],
-)
-def test_a_typed_value_arrives_with_its_type(argv: list[str], name: str, value: object) -> None:
-    parsed = parse_into([Everything], ["--data", "d.json", *argv])
-    got = getattr(parsed.values[0], name)
-    assert got == value and type(got) is type(value)
-    assert parsed.given == {"data", name}
+VALUES = [
+    ("lora_rank", 16, ("--lora_rank 16", "--lora_rank=16", "--lora-rank 16")),
+    ("bf16", True, ("--bf16", "--bf16 True", "--bf16 true", "--bf16=True")),
+    ("bf16", False, ("--bf16 False", "--bf16 false", "--bf16=false")),
+    ("method", "soft_moa", ("--method soft_moa",)),
+    ("lr", -1.0, ("--lr -1", "--lr=-1")),
+    ("lr", -6e-3, ("--lr -6e-3",)),
+    ("lr", -0.5, ("--lr -.5",)),
+    ("lr", 3.0, ("--lr=3",)),
+    ("lr", None, ("--lr None", "--lr=none")),
+    ("max_steps", 7, ("--max_steps 7",)),
+    ("save", True, ("--save",)),
+    ("save", None, ("--save none",)),
+    ("gradient", "none", ("--gradient none",)),
+    ("gradient", None, ("--gradient None",)),
+    ("again", "all", ("--again", "--again True", "--again all")),
+    ("again", "off", ("--again false", "--again=off")),
+    ("again", "half", ("--again=half",)),
+    ("plain", 1.0, ("--plain 1",)),
+]
+TEXTS = ("Q,K,V", "0-8,24-32", "2024", "1e3", "None", "True", "[1,2]", "{a:1}", "a=b", "x y", "", "-", "-1")
+
+
+@pytest.mark.parametrize(("name", "value", "lines"), VALUES)
+def test_a_typed_value_arrives_with_its_type(name: str, value: object, lines: tuple[str, ...]) -> None:
+    for line in lines:
+        for argv in (["--data", "d.json", *line.split()], [*line.split(), "--data=d.json"]):
+            (flags,), given = parse_into([Everything], argv)
+            assert getattr(flags, name) == value and type(getattr(flags, name)) is type(value)
+            assert flags.data == "d.json" and given == {"data", name}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_stays_as_it_was_typed(text: str) -> None:
+    for argv in (["--lora_targets", text], [f"--lora_targets={text}"], ["--described", text, "--lora_targets", text]):
+        assert parse(Everything, ["--data", text, *argv]).lora_targets == text
+    assert parse(Everything, ["--data=--odd", "--lora_targets=-Q"]).lora_targets == "-Q"
+    assert parse(Extract, [text]).checkpoint == text
 
 
 def test_defaults_stand_where_nothing_is_typed() -> None:
@@ -126,21 +121,17 @@ def test_several_dataclasses_share_a_line() -> None:
     ("argv", "said"),
     [
         (["--lora_rnk", "8"], "unknown flag --lora_rnk; the nearest is --lora_rank"),
-        (["--lora_ran", "8"], "unknown flag --lora_ran; the nearest is --lora_rank"),
         (["-l", "8"], "unknown flag --l; the nearest is --lr"),
         (["--=3"], "unknown flag --=3"),
         (["---"], "unknown flag ---"),
         (["--nobf16"], "unknown flag --nobf16; write --bf16 False"),
-        (["--no_bf16"], "unknown flag --no_bf16; write --bf16 False"),
         (["--no_again"], "unknown flag --no_again; write --again False"),
         (["--again", "maybe"], "--again: expected one of auto, off, half, all, got 'maybe'"),
         (["--", "--trace"], "unexpected '-- --trace': only --completion may stand behind --"),
         (["--", "--lr", "3"], "unexpected '-- --lr 3': only --completion may stand behind --"),
         (["--lr", "--", "3"], "--lr needs a value"),
-        (["--interactive"], "unknown flag --interactive"),
         (["--lora_rank", "8.0"], "--lora_rank: expected a whole number, got '8.0'"),
         (["--lora_rank", "None"], "--lora_rank: expected a whole number, got 'None'"),
-        (["--lora_rank="], "--lora_rank: expected a whole number, got ''"),
         (["--max_steps", "many"], "--max_steps: expected a whole number or None, got 'many'"),
         (["--lr", "fast"], "--lr: expected a number or None, got 'fast'"),
         (["--lr", "nan"], "--lr: expected a number or None, got 'nan'"),
@@ -169,14 +160,6 @@ def test_what_is_wrong_is_named(capsys: pytest.CaptureFixture, argv: list[str], 
     assert message.endswith("`prog --help` lists the flags.\n")
 
 
-def test_a_switch_stands_alone_before_another_flag() -> None:
-    assert parse(Train, ["--again", "--data", "d.json"]) == Train(data="d.json", again="all")
-
-
-def test_a_required_flag_is_missed(capsys: pytest.CaptureFixture) -> None:
-    assert "error: --data is required: training rows\n" in refused(capsys, Train, [])
-
-
 def test_all_problems_are_said_at_once(capsys: pytest.CaptureFixture) -> None:
     argv = ["--methd", "lora", "--lora_rank", "x", "--lr", "1", "--lr", "y", "extra"]
     message = refused(capsys, [Model, Train], argv)
@@ -186,17 +169,12 @@ def test_all_problems_are_said_at_once(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_positional_argument(capsys: pytest.CaptureFixture) -> None:
-    for argv in (
-        ["a.pth", "--force"],
-        ["--force", "a.pth"],
-        ["--force", "True", "a.pth"],
-        ["--checkpoint=a.pth", "--force"],
-    ):
-        assert parse(Extract, argv) == Extract(checkpoint="a.pth", force=True)
+    for line in ("a.pth --force", "--force a.pth", "--force True a.pth", "--checkpoint=a.pth --force"):
+        assert parse(Extract, line.split()) == Extract(checkpoint="a.pth", force=True)
     assert parse_into([Extract], ["a.pth"]).given == {"checkpoint"}
     assert "unexpected argument 'b.pth'" in refused(capsys, Extract, ["a.pth", "b.pth"])
     assert "--checkpoint is given twice" in refused(capsys, Extract, ["a.pth", "--checkpoint", "b.pth"])
-    assert "--checkpoint is required" in refused(capsys, Extract, ["--force"])
+    assert "error: --checkpoint is required: the checkpoint\n" in refused(capsys, Extract, ["--force"])
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--nonsense", "--help"]])
@@ -206,6 +184,7 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture, argv: list[str]) -
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and err == ""
     assert out.startswith("usage: prog --data STR [flags]\n")
+    assert out.endswith("\n\nTab completion in bash: source <(python prog -- --completion)\n")
     assert max(map(len, out.splitlines())) <= 100
     assert "\n    prog --data x\n" in out
     assert out.index("\nmodel:") < out.index("\noptimiser:") < out.index("\nflags:")
@@ -229,58 +208,95 @@ def test_help_wraps_long_texts_and_names(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse(Wide, ["--help"], prog="prog")
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 100
-    assert out.count("word") == 50
+    assert max(map(len, out.splitlines())) <= 100 and out.count("word") == 50
 
 
-def test_the_first_word_names_a_command_or_the_commands_are_named(capsys: pytest.CaptureFixture) -> None:
+def test_completion_in_bash_offers_the_flags_that_are_left(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_into([Model, Train], ["--", "--completion"], prog="python -m make it")
+    script = capsys.readouterr().out
+    assert stop.value.code == 0
+    for line, offered in (
+        ("python -m make it --lo", {"--lora_rank", "--lora_targets"}),
+        ("python -m make it --lora_rank 3 --lo", {"--lora_targets"}),
+        ("python -m make other --lo", set()),
+    ):
+        words = f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}"
+        code = f'{script}\n{words}; _complete-it; echo "${{COMPREPLY[@]}}"; complete -p python >&2'
+        result = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+        assert set(result.stdout.split()) == offered and "-F _complete-it python" in result.stderr
+
+
+@pytest.mark.parametrize("work", ["parse(F, ['--help'])", "subcommand(['--help'], ['a'], 'a')", "work()"])
+def test_a_reader_that_has_gone_ends_the_command_quietly(work: str) -> None:
+    code = f"""
+from dataclasses import make_dataclass
+from cli import *
+F = make_dataclass("F", [("x", int, 0)])
+def work():
+    with cli_errors():
+        for i in range(9999):
+            print(i)
+{work}"""
+    line = (
+        f"{{ sleep 0.5; exec {sys.executable} -c '{code.replace(chr(39), chr(34))}'; }} | true; exit ${{PIPESTATUS[0]}}"
+    )
+    result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_subcommand_returns_the_first_word_or_names_the_words(capsys: pytest.CaptureFixture) -> None:
     words = {"make": 1, "check": 2}
     assert subcommand(["check", "--help"], words, "overview") == "check"
-    for argv, found in ([], "nothing was given"), (["mke"], "not 'mke'"):
+    for argv, status, out, err in (
+        ([], 2, "", "error: the first word must be one of make, check: nothing was given\n"),
+        (["mke"], 2, "", "error: the first word must be one of make, check: not 'mke'\n"),
+        (["-h"], 0, "overview\n", ""),
+    ):
         with pytest.raises(SystemExit) as stop:
-            subcommand(argv, words, "overview")
-        assert (stop.value.code, capsys.readouterr().err) == (
-            2,
-            f"error: the first word must be one of make, check: {found}\n",
-        )
-    with pytest.raises(SystemExit) as stop:
-        subcommand(["-h"], words, "\noverview\n")
-    assert (stop.value.code, capsys.readouterr().out) == (0, "overview\n")
+            subcommand(argv, words, "\noverview\n")
+        assert (stop.value.code, *capsys.readouterr()) == (status, out, err)
 
 
 def test_a_flag_that_cannot_work_is_the_programmers_fault() -> None:
-    @dataclass
-    class Tuple:
-        targets: tuple[str, ...] = ("Q",)
-
-    @dataclass
-    class Choice:
-        method: str = flag("x", help="", choices=("a", "b"))
-
-    with pytest.raises(AssertionError, match="Tuple.targets"):
-        parse(Tuple, [])
-    with pytest.raises(AssertionError, match="Choice.method"):
-        parse(Choice, [])
+    fields = {"targets": (tuple[str, ...], ("Q",)), "method": (str, flag("x", help="", choices=("a", "b")))}
+    for name, (hint, default) in fields.items():
+        with pytest.raises(AssertionError, match=f"Wrong.{name}"):
+            flags_of(make_dataclass("Wrong", [(name, hint, default)]))
 
 
-def test_fail_and_errors(capsys: pytest.CaptureFixture) -> None:
-    def ends(error: BaseException | None, status: int, said: str, otherwise: int = 1) -> None:
-        with pytest.raises(SystemExit) as stop, cli_errors(otherwise):
-            if error is None:
-                die("no room", 3)
+def test_errors_end_in_a_sentence_and_a_status(capsys: pytest.CaptureFixture) -> None:
+    def ends(error: Exception | KeyboardInterrupt, status: int, message: str, otherwise: int = 1) -> None:
+        with pytest.raises(SystemExit) as stop, cli_errors(otherwise, memory_advice="turn it down"):
             raise error
-        assert stop.value.code == status
-        assert capsys.readouterr().err == f"error: {said}\n"
+        assert (stop.value.code, capsys.readouterr().err) == (status, f"error: {message}\n")
 
-    ends(None, 3, "no room")
     ends(ValueError("row 3: no answer"), 1, "row 3: no answer")
     ends(ValueError("--a needs --b"), 2, "--a needs --b", otherwise=2)
-    ends(FileNotFoundError(2, "No such file or directory", "x.json"), 1, "x.json: No such file or directory")
+    ends(FileNotFoundError(2, "No such file or directory", "x\t.json"), 1, "x\\t.json: No such file or directory")
     ends(OSError("disk full"), 1, "disk full")
+    ends(BrokenPipeError(32, "Broken pipe"), 1, "[Errno 32] Broken pipe")  # some other pipe than stdout
     ends(ValueError(), 1, "ValueError")
     ends(KeyboardInterrupt(), 130, "interrupted")
-    with pytest.raises(KeyError), cli_errors():
-        raise KeyError("a fault of the program keeps its traceback")
+    ends(MemoryError(), 1, "out of memory: MemoryError; turn it down")
+    ends(RuntimeError("CUDA out of memory.\nMore"), 1, "out of memory: CUDA out of memory; turn it down")
+    for fault in (KeyError("a fault of the program keeps its traceback"), RuntimeError("shapes")):
+        with pytest.raises(type(fault)), cli_errors():
+            raise fault
+    with pytest.raises(SystemExit) as stop:
+        die("no room", 3)
+    assert (stop.value.code, capsys.readouterr().err) == (3, "error: no room\n")
+
+
+def test_out_of_memory_in_all_spellings() -> None:
+    for text in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    ):
+        assert out_of_memory(RuntimeError(text)) and not out_of_memory(ValueError(text))
+    assert out_of_memory(MemoryError()) and out_of_memory(type("OutOfMemoryError", (RuntimeError,), {})(""))
+    assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 
 def test_importing_cli_leaves_torch_alone() -> None:
