@@ -1,22 +1,5 @@
-"""HellaSwag: how a scene goes on, four endings.
+"""HellaSwag: how a scene goes on, four endings (`python -m evaluate.hellaswag`)."""
 
-python -m evaluate.hellaswag --predict_file OUT/HellaSwag.jsonl
-"""
+from evaluate.__main__ import main
 
-from evaluate.keywords import Keywords
-from evaluate.suite import Suite
-
-_KEYWORDS = Keywords("ending", 4)
-SUITE = Suite(
-    "HellaSwag",
-    problems=10042,
-    family="commonsense",
-    read_answer=_KEYWORDS.read_answer,
-    published=_KEYWORDS.published,
-    robust=_KEYWORDS.robust,
-)
-
-if __name__ == "__main__":
-    from evaluate.command import main
-
-    main(SUITE)
+main(task="HellaSwag")

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluate.metrics import Program
 from evaluate.sandbox_kernel import policy, readable_folders
-from evaluate.suite import Program
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 SECONDS = 10.0  # a program's time limit, where none is given

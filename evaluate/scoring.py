@@ -1,173 +1,161 @@
-"""Scores of a prediction file under a suite's two rules, with every verdict kept."""
+"""Scores of a prediction file under a task's two metrics, with the score of every text kept."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from evaluate.registry import suite_named, suite_of_file
+from evaluate.metrics import Extraction
 from evaluate.rows import Row, read_rows
-from evaluate.suite import Found, Program, Rule, Suite
+from evaluate.sandbox import Sandbox
+from evaluate.tasks import Task, task_named, task_of_file
 
-if TYPE_CHECKING:  # most suites run nothing
-    from evaluate.sandbox import Sandbox
-
+METRICS = ("published", "robust")
 Z_95 = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
 def wilson_half_width(share: float, rows: int) -> float:
-    """Half the width of the 95 % Wilson interval for a share (0 to 1) seen over `rows` rows, as a share."""
+    """Return half the width of the 95 % Wilson interval for a share (0 to 1) over `rows` rows, as a share."""
     z2 = Z_95**2
     return Z_95 / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a rule found in one text, None where it found nothing, and whether that is right. why: of a program that was
-    run, "passed" or why not."""
+def pass_at(k: int, samples: int, passed: int) -> float:
+    """Return the unbiased estimate of pass@k, 1 - C(samples - passed, k) / C(samples, k).
 
-    found: Found | None
-    right: bool
+    It is the chance (0 to 1) that one of k samples passes, drawn from these without replacement.
+    """
+    assert 0 < k <= samples and 0 <= passed <= samples
+    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """What a metric extracted from one text, None where it found no answer, and whether that is correct.
+
+    why: of a program that was run, "passed" or why it failed.
+    """
+
+    extraction: Extraction | None
+    is_correct: bool
     why: str = ""
 
 
 @dataclass(frozen=True)
-class JudgedRow:
-    """A row with its verdicts under both rules, one per sample."""
+class ScoredRow:
+    """A row with its scores under both metrics, one per sample."""
 
     row: Row
-    published: tuple[Verdict, ...]
-    robust: tuple[Verdict, ...]
+    published: tuple[SampleScore, ...]
+    robust: tuple[SampleScore, ...]
 
     @property
     def wrong(self) -> bool:
-        """Some sample is wrong under some rule."""
-        return not all(verdict.right for verdict in self.published + self.robust)
+        """Whether some sample is wrong under some metric."""
+        return not all(score.is_correct for score in self.published + self.robust)
 
     @property
     def disagree(self) -> bool:
-        """The two rules differ about some sample."""
-        return any(one.right != other.right for one, other in zip(self.published, self.robust, strict=True))
+        """Whether the two metrics differ about some sample."""
+        return [score.is_correct for score in self.published] != [score.is_correct for score in self.robust]
 
 
 @dataclass(frozen=True)
-class RuleScore:
-    """percent: mean over rows, each the mean over its samples. half_width: of the 95 % Wilson interval, in percentage
-    points. missing: samples in which the rule found no answer (they count as wrong)."""
+class MetricScore:
+    """A file's score under one metric.
+
+    percent: mean over rows, each the mean over its samples. half_width: of the 95 % Wilson interval, in percentage
+    points. missing: samples in which the metric found no answer (they count as wrong).
+    """
 
     percent: float
     half_width: float
     missing: int
 
     @classmethod
-    def of(cls, verdicts: list[tuple[Verdict, ...]]) -> "RuleScore":
-        shares = [sum(verdict.right for verdict in samples) / len(samples) for samples in verdicts]
-        share = math.fsum(shares) / len(shares)
-        missing = sum(verdict.found is None for samples in verdicts for verdict in samples)
-        return cls(100 * share, 100 * wilson_half_width(share, len(shares)), missing)
-
-
-def pass_at(k: int, samples: int, passed: int) -> float:
-    """The probability (0 to 1) that one of k samples passes, drawn from these without replacement: the unbiased
-    estimate of pass@k, 1 - C(samples - passed, k) / C(samples, k)."""
-    assert 0 < k <= samples and 0 <= passed <= samples
-    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
+    def of(cls, rows: list[tuple[SampleScore, ...]]) -> "MetricScore":
+        share = math.fsum(sum(score.is_correct for score in row) / len(row) for row in rows) / len(rows)
+        missing = sum(score.extraction is None for row in rows for score in row)
+        return cls(100 * share, 100 * wilson_half_width(share, len(rows)), missing)
 
 
 @dataclass(frozen=True)
 class Score:
-    """The scores of one prediction file; `rows` holds every verdict beside its text."""
+    """The scores of one prediction file; `rows` holds the score of every text beside it."""
 
-    suite: Suite
+    task: Task
     path: str
-    rows: list[JudgedRow]
+    rows: list[ScoredRow]
 
     @cached_property
-    def published(self) -> RuleScore:
-        return RuleScore.of([row.published for row in self.rows])
+    def published(self) -> MetricScore:
+        return MetricScore.of([row.published for row in self.rows])
 
     @cached_property
-    def robust(self) -> RuleScore:
-        return RuleScore.of([row.robust for row in self.rows])
+    def robust(self) -> MetricScore:
+        return MetricScore.of([row.robust for row in self.rows])
 
     @property
     def samples(self) -> int:
-        return sum(len(row.row.texts) for row in self.rows)
+        return sum(len(row.published) for row in self.rows)
 
     @property
     def same_samples(self) -> bool:
-        """Every row has as many samples as the others."""
-        return len({len(row.row.texts) for row in self.rows}) == 1
+        """Whether every row has as many samples as the others."""
+        return len({len(row.published) for row in self.rows}) == 1
 
-    def pass_at(self, rule: str) -> dict[int, float]:
-        """pass@k in percent, the mean over rows, for each k of 1, 5, 10 that the samples allow; k above 1 needs as many
-        samples in every row. rule: "published" or "robust"."""
-        counts = [(len(row.row.texts), sum(one.right for one in getattr(row, rule))) for row in self.rows]
+    def pass_at(self, metric: str) -> dict[int, float]:
+        """Return pass@k in percent, the mean over rows, for each k of 1, 5, 10 that the samples allow.
+
+        A k above 1 needs as many samples in every row. metric: "published" or "robust".
+        """
+        counts = [(len(scores), sum(score.is_correct for score in scores)) for scores in self._scores(metric)]
         most = min(samples for samples, _ in counts) if self.same_samples else 1
         return {
             k: 100 * math.fsum(pass_at(k, *count) for count in counts) / len(counts) for k in (1, 5, 10) if k <= most
         }
 
-
-def score_file(path: str | Path, suite: Suite | str | None = None, sandbox: "Sandbox | None" = None) -> Score:
-    """Score a prediction file. suite: a suite or its name; None takes it from the file's name (OUT/AddSub.jsonl).
-    sandbox: where to run the programs of HumanEval and MBPP; without one, these are refused before the file is read.
-    ValueError (bad input, naming file, line and field) and OSError."""
-    if suite is None:
-        suite = suite_of_file(path)
-    elif isinstance(suite, str):
-        suite = suite_named(suite)
-    if suite.program and sandbox is None:
-        raise ValueError(f"{suite.name} runs generated code: allow it by score_file(path, sandbox=Sandbox())")
-    rows = read_rows(path)
-    answers = [_answer(suite, row, path) for row in rows]
-    rules = (suite.published, suite.robust)
-    found = {rule: [[rule.extract(text, row.fields) for text in row.texts] for row in rows] for rule in rules}
-    judge = _compare
-    if suite.program and sandbox:
-        both = [one for rule in rules for one in zip(found[rule], answers, strict=True)]
-        judge = _run({suite.program(one, answer) for samples, answer in both for one in samples if one}, suite, sandbox)
-
-    def verdicts(rule: Rule, place: int) -> tuple[Verdict, ...]:
-        return tuple(judge(rule, one, answers[place]) if one else Verdict(None, False) for one in found[rule][place])
-
-    judged = [JudgedRow(row, *(verdicts(rule, place) for rule in rules)) for place, row in enumerate(rows)]
-    return Score(suite, str(path), judged)
+    def _scores(self, metric: str) -> list[tuple[SampleScore, ...]]:
+        return [getattr(row, metric) for row in self.rows]
 
 
-def _answer(suite: Suite, row: Row, path: str | Path) -> Any:
-    """What the row's texts are compared with; ValueError names the field that does not tell."""
-    try:
-        if suite.program:
-            return suite.read_answer(row.fields)
-        if "answer" not in row.fields:
-            raise ValueError("field 'answer' is missing")
-        try:
-            return suite.read_answer(row.fields["answer"])
-        except ValueError as error:
-            raise ValueError(f"field 'answer': {suite.name} expects {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {row.place}: {error}") from None
+def score_file(path: str | Path, task: Task | str | None = None, sandbox: Sandbox | None = None) -> Score:
+    """Score a prediction file.
 
+    task: a task or its name; None takes it from the file's name (OUT/AddSub.jsonl). sandbox: where the programs of
+    HumanEval and MBPP are run; without one, these are refused before the file is read. Raises ValueError (bad input,
+    naming file, line and field) and OSError.
+    """
+    if not isinstance(task, Task):
+        task = task_of_file(path) if task is None else task_named(task)
+    if task.program and sandbox is None:
+        raise ValueError(f"{task.name} runs generated code: allow it by score_file(path, sandbox=Sandbox())")
+    rows = read_rows(path, task.answer_of)
+    extractions = {
+        metric: [[getattr(task, metric).extract(text, row.fields) for text in row.texts] for row in rows]
+        for metric in METRICS
+    }
+    outcomes = {}
+    if task.program and sandbox:
+        pairs = [(row.answer, each) for metric in METRICS for row, each in zip(rows, extractions[metric], strict=True)]
+        programs = list(
+            {task.program(extraction, answer) for answer, each in pairs for extraction in each if extraction}
+        )
+        outcomes = dict(zip(programs, sandbox.run(programs), strict=True))
 
-_Judge = Callable[[Rule, Found, Any], Verdict]
+    def scored(metric: str, extraction: Extraction | None, row: Row) -> SampleScore:
+        if extraction is None:
+            return SampleScore(None, False)
+        if task.program:
+            outcome = outcomes[task.program(extraction, row.answer)]
+            return SampleScore(extraction, outcome.passed, outcome.why)
+        return SampleScore(extraction, getattr(task, metric).is_correct(extraction, row.answer))
 
-
-def _compare(rule: Rule, found: Found, answer: Any) -> Verdict:
-    assert rule.right is not None
-    return Verdict(found, rule.right(found, answer))
-
-
-def _run(programs: set[Program], suite: Suite, sandbox: "Sandbox") -> _Judge:
-    """The judge that knows how each of the programs ended, once all have been run."""
-    order = list(programs)
-    outcomes = dict(zip(order, sandbox.run(order), strict=True))
-
-    def judge(rule: Rule, found: Found, answer: Any) -> Verdict:
-        assert suite.program is not None
-        outcome = outcomes[suite.program(found, answer)]
-        return Verdict(found, outcome.passed, outcome.why)
-
-    return judge
+    return Score(
+        task,
+        str(path),
+        [
+            ScoredRow(row, *(tuple(scored(m, each, row) for each in extractions[m][row.index]) for m in METRICS))
+            for row in rows
+        ],
+    )

@@ -1,14 +1,5 @@
-"""SingleEq: one equation a problem.
+"""SingleEq: one equation a problem (`python -m evaluate.singleeq`)."""
 
-python -m evaluate.singleeq --predict_file OUT/SingleEq.jsonl
-"""
+from evaluate.__main__ import main
 
-from evaluate.numeric import PUBLISHED, ROBUST, read_answer
-from evaluate.suite import Suite
-
-SUITE = Suite("SingleEq", problems=508, read_answer=read_answer, published=PUBLISHED, robust=ROBUST)
-
-if __name__ == "__main__":
-    from evaluate.command import main
-
-    main(SUITE)
+main(task="SingleEq")

@@ -10,12 +10,12 @@ tuned=runs/quickstart/$method
 
 python -m demo                                                    # models/SmolLM2-135M-Instruct, data/demo
 python generate.py --save_path "$base/demo.jsonl" --temperature 0 --max_gen_len 100
-python -m evaluate demo --predict_file "$base/demo.jsonl" --json "$base/scores.json"
+python -m evaluate demo --predict_file "$base/demo.jsonl" --save_path "$base/scores.json"
 
 python finetune.py --method "$method" --output_dir "$tuned" --resume
 python extract_adapter.py "$tuned/checkpoint-LAST.pth"
 python generate.py --adapter_path "$tuned/adapter.pth" --save_path "$tuned/demo.jsonl" --temperature 0 --max_gen_len 100
-python -m evaluate demo --predict_file "$tuned/demo.jsonl" --json "$tuned/scores.json" --show 2
+python -m evaluate demo --predict_file "$tuned/demo.jsonl" --save_path "$tuned/scores.json" --show 2
 
 echo
 python exps/collect.py "$base" "$tuned"

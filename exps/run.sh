@@ -95,5 +95,5 @@ if [ -n "$code" ] && [ "${ALLOW_CODE_EXECUTION:-}" != 1 ]; then
         "same command with ALLOW_CODE_EXECUTION=1" >&2
     exit
 fi
-python -m evaluate --predict_files "${answers[@]}" --json "$out/scores.json" ${code:+--allow_code_execution}
+python -m evaluate --predict_files "${answers[@]}" --save_path "$out/scores.json" ${code:+--allow_code_execution}
 printf '%s\n' "$inputs" > "$out/inputs.txt"

@@ -15,7 +15,7 @@ from corpus.catalogue import CATALOGUE, choose
 from corpus.check import check_file, check_rows
 from corpus.fetch import address, fetch
 from corpus.rows import write_rows
-from evaluate.registry import SUITES
+from evaluate import TASKS
 
 
 def one(name):
@@ -115,7 +115,7 @@ def server(monkeypatch):
 def test_the_catalogue_agrees_with_the_suites():
     assert len({one.label for one in CATALOGUE}) == len({one.origin for one in CATALOGUE}) == len(CATALOGUE)
     tests = {one.suite: one for one in CATALOGUE if one.kind == "test"}
-    for name, suite in SUITES.items():
+    for name, suite in TASKS.items():
         if name != "demo":
             assert tests[name].rows == suite.problems and tests[name].family == suite.family, name
 
@@ -127,7 +127,7 @@ def test_answers_are_those_that_the_suite_can_read(data_set):
         row = {"instruction": "What?", "input": "", "output": "", "answer": value}
         accepted = not [fault for fault in check_rows(data_set, [row]).faults if fault.startswith("answer")]
         try:
-            SUITES[data_set.suite].read_answer(value)
+            TASKS[data_set.suite].read_answer(value)
             assert accepted, value
             readable.add(value)
         except ValueError:

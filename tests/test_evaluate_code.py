@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from code_rows import MBPP, PROBLEMS, predicted, write_rows
-from evaluate import SUITES, Sandbox, programs, score_file
-from evaluate.command import main
+from evaluate import TASKS, Sandbox, extract_code, score_file
+from evaluate.__main__ import main
 from evaluate.scoring import pass_at
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ def box() -> Sandbox:
 def scored(box: Sandbox, path: Path, rows: list[Problem], suite: str = "HumanEval") -> list[tuple[bool, bool]]:
     """(published, robust) of each row's first sample."""
     score = score_file(write_rows(path, rows), suite, box)
-    return [(row.published[0].right, row.robust[0].right) for row in score.rows]
+    return [(row.published[0].is_correct, row.robust[0].is_correct) for row in score.rows]
 
 
 def whole(problem: Problem) -> str:
@@ -114,20 +114,21 @@ def test_broken_answers(box: Sandbox, tmp_path: Path) -> None:
 )
 def test_wrong_answers(box: Sandbox, tmp_path: Path, text: str, why: tuple[str, ...]) -> None:
     score = score_file(write_rows(tmp_path / "x.jsonl", [predicted(PROBLEMS[0], text)]), "HumanEval", box)
-    for one, said in zip((score.rows[0].published[0], score.rows[0].robust[0]), why * 2, strict=False):
-        assert not one.right and one.why.startswith(said) and (one.found is None) == (said == "")
+    for sample, reason in zip((score.rows[0].published[0], score.rows[0].robust[0]), why * 2, strict=False):
+        assert not sample.is_correct and sample.why.startswith(reason)
+        assert (sample.extraction is None) == (reason == "")
     assert score.robust.missing == score.published.missing == (why[0] == "")
 
 
 def test_what_is_run(box: Sandbox) -> None:
     total = PROBLEMS[0]
     text = f"Sure:\n{without_imports(total)}\nresult = total([2])\nprint(result)\n### Response:\nmore"
-    published = programs.published(text, total["prompt"], "total")
-    robust = programs.robust(text, total["prompt"], "total")
+    published = extract_code.published(text, total["prompt"], "total")
+    robust = extract_code.robust(text, total["prompt"], "total")
     assert published is not None and robust is not None
     assert published.text == text.rstrip("\n") + "\n"
     assert robust.text == f"from typing import List\n\n\n{without_imports(total)}"
-    body = programs.published("return 1\nprint(2)", total["prompt"], "total")
+    body = extract_code.published("return 1\nprint(2)", total["prompt"], "total")
     assert body is not None and body.text == total["prompt"] + "    return 1\n"
 
 
@@ -154,7 +155,7 @@ def test_samples(box: Sandbox, tmp_path: Path, capsys: pytest.CaptureFixture[str
     right, wrong = "    return max(words, key=len) if words else None", "    return 1"
     rows = [predicted(PROBLEMS[3], [right] * n + [wrong] * (10 - n)) for n in (0, 1, 10)]
     path, saved = write_rows(tmp_path / "HumanEval.jsonl", rows), tmp_path / "scores.json"
-    main(None, ["--predict_file", str(path), "--allow_code_execution", "--weak_sandbox", "--json", str(saved)])
+    main(["--predict_file", str(path), "--allow_code_execution", "--weak_sandbox", "--save_path", str(saved)])
     suite = json.loads(saved.read_text())["suites"]["HumanEval"]
     expected = {"1": 1.1 / 3, "5": 1.5 / 3, "10": 2 / 3}
     for rule in ("published", "robust"):
@@ -170,7 +171,7 @@ def test_samples(box: Sandbox, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert out[2].index("36.67") == out[1].index("36.67")
     uneven = write_rows(tmp_path / "x.jsonl", [predicted(PROBLEMS[3], [right] * n) for n in (5, 6)])
     assert score_file(uneven, "HumanEval", box).pass_at("robust") == {1: 100.0}
-    main(SUITES["HumanEval"], ["--predict_file", str(uneven), "--allow_code_execution", "--weak_sandbox"])
+    main(["--predict_file", str(uneven), "--allow_code_execution", "--weak_sandbox"], "HumanEval")
     assert "not as many samples in every row, so that only pass@1 is known" in capsys.readouterr().out
 
 
@@ -178,7 +179,7 @@ def test_verdicts_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     rows = [predicted(PROBLEMS[3], "return 1"), predicted(PROBLEMS[0], [whole(PROBLEMS[0]), ""])]
     path, saved = write_rows(tmp_path / "humaneval.jsonl", rows), tmp_path / "verdicts.jsonl"
     flags = ["--allow_code_execution", "true", "--weak_sandbox", "--show", "2", "--verdicts", str(saved)]
-    main(None, ["--predict_file", str(path), *flags])
+    main(["--predict_file", str(path), *flags])
     out = capsys.readouterr().out
     assert "--- HumanEval line 1: task Made/3; published AssertionError (wrong), robust AssertionError (wrong)\n" in out
     assert "  published and robust ran\n    def longest(words):\n" in out and "        return 1\n" in out
@@ -196,44 +197,11 @@ def test_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mbpp = write_rows(tmp_path / "MBPP.jsonl", [predicted(MBPP[0], "")])
     sums = write_rows(tmp_path / "AddSub.jsonl", [{"answer": "4", "generate": "4"}])
     files = ["--predict_files", str(sums), str(code), str(mbpp)]
-    main(None, [*files, "--allow_code_execution", "--jobs", "1", "--timeout", "30", "--weak_sandbox"])
+    main([*files, "--allow_code_execution", "--jobs", "1", "--timeout", "30", "--weak_sandbox"])
     out = capsys.readouterr().out
     assert "mean, code" in out and "mean, math" not in out
     assert out.splitlines()[2].split()[:5] == ["HumanEval", "2", "of", "164", "100.00"]
     assert "MBPP" in out and "1 of 500" in out
-
-
-def refusal(capsys: pytest.CaptureFixture[str], status: int, *argv: object, suite: str | None = None) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(SUITES[suite] if suite else None, [str(argument) for argument in argv])
-    out, err = capsys.readouterr()
-    assert stopped.value.code == status
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-    return err
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--predict_file", "HumanEval.jsonl"], "HumanEval runs generated programs on this machine: allow it with "),
-        (["--predict_files", "AddSub.jsonl", "mbpp.jsonl"], "MBPP runs generated programs"),
-        (["MBPP", "--predict_file", "x"], "MBPP runs generated programs"),
-        (["mbpp", "--predict_file", "x", "--allow_code_execution", "False"], "allow it with --allow_code_execution"),
-        (["mbpp", "--predict_file", "x", "--allow_code_execution=perhaps"], "expected True or False, got 'perhaps'"),
-        (["mbpp", "--predict_file", "x", "--allow_code"], "(nearest: --allow_code_execution)"),
-        (["addsub", "--predict_file", "x", "--timeout", "3"], "--timeout is for suites that run code"),
-        (["addsub", "--predict_file", "x", "--jobs", "3"], "--jobs is for suites that run code"),
-        (["addsub", "--predict_file", "x", "--weak_sandbox"], "--weak_sandbox is for suites that run code"),
-        (["mbpp", "--predict_file", "x", "--timeout", "0"], "--timeout: expected seconds above 0"),
-        (["mbpp", "--predict_file", "x", "--timeout", "nan"], "--timeout: expected seconds above 0"),
-        (["mbpp", "--predict_file", "x", "--timeout", "1e9"], "--timeout: expected seconds above 0, at most 3600"),
-        (["mbpp", "--predict_file", "x", "--jobs", "0"], "--jobs: expected at least 1"),
-    ],
-)
-def test_bad_flags_are_refused_before_any_file_is_read(
-    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
-    assert message in refusal(capsys, 2, *argv)  # none of these files exists
 
 
 def test_nothing_is_run_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +210,7 @@ def test_nothing_is_run_without_a_word(tmp_path: Path, monkeypatch: pytest.Monke
         score_file(path)
     # the word on a suite that runs nothing is no mistake: one command line serves all
     sums = write_rows(tmp_path / "AddSub.jsonl", [{"answer": "4", "generate": "4"}])
-    main(SUITES["AddSub"], ["--predict_file", str(sums), "--allow_code_execution"])
+    main(["--predict_file", str(sums), "--allow_code_execution"], "AddSub")
 
 
 def test_as_a_module(tmp_path: Path) -> None:
@@ -266,9 +234,14 @@ def test_as_a_module(tmp_path: Path) -> None:
             {"entry_point": "f(x); import os"},
             "field 'entry_point': expected the name of a function, got 'f(",
         ),
-        ("HumanEval", {"generate": 4}, "field 'generate': expected a text or a list of texts, got 4"),
-        ("MBPP", {"test_list": "assert True"}, "field 'test_list': expected a list of texts, got 'assert True'"),
-        ("MBPP", {"test_list": []}, "field 'test_list': expected at least one test, got an empty list"),
+        ("HumanEval", {"generate": 4}, "field 'generate': expected a text, got 4"),
+        (
+            "MBPP",
+            {"test_list": "assert True"},
+            "field 'test_list': expected a list of at least one text, got 'assert True'",
+        ),
+        ("MBPP", {"test_list": []}, "field 'test_list': expected a list of at least one text, got []"),
+        ("MBPP", {"test_imports": "import re"}, "field 'test_imports': expected a list of at least one text, got"),
         ("MBPP", {"test_setup_code": []}, "field 'test_setup_code': expected a text, got []"),
     ],
 )
@@ -291,42 +264,22 @@ def test_missing_fields_are_named(box: Sandbox, tmp_path: Path, suite: str, fiel
 
 
 def test_the_code_suites_are_the_papers() -> None:
-    sizes = {name: suite.problems for name, suite in SUITES.items() if suite.family == "code"}
+    sizes = {name: task.problems for name, task in TASKS.items() if task.family == "code"}
     assert sizes == {"HumanEval": 164, "MBPP": 500}
 
 
-PIECES = ["def total(x):\n", "    return x\n", "return x", "```", "```python\n", "\n", " ", "    ", "\t", "print(1)\n"]
-PIECES += [
-    "### Response:\n",
-    "class A:\n",
-    "'''",
-    '"',
-    "(",
-    "#",
-    "\\",
-    "\r\n",
-    "\0",
-    "\ud800",
-    "import os\n",
-    "x = 1\n",
-]
-PIECES += [
-    "if __name__ == '__main__':\n",
-    "@x\n",
-    "for i in x:\n",
-    "from x",
-    "async ",
-    "½",
-    "Here it is:\n",
-    "total = 1",
-]
+PIECES = (
+    "def total(x):\n|    return x\n|return x|```|```python\n|\n| |    |\t|print(1)\n|### Response:\n|class A:\n|'''"
+)
+PIECES += "|\"|(|#|\\|\r\n|\0|import os\n|x = 1\n|if __name__ == '__main__':\n|@x\n"
+PIECES += "|for i in x:\n|from x|async |½|Here it is:\n|total = 1"
 
 
 @settings(deadline=None)
-@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
+@given(st.one_of(st.text(), st.lists(st.sampled_from([*PIECES.split("|"), "\ud800"])).map("".join)))
 def test_every_text_is_read(text: str) -> None:
     for start, name in ((PROBLEMS[0]["prompt"], "total"), ("", "total"), ("", None)):
-        published, robust = programs.published(text, start, name), programs.robust(text, start, name)
+        published, robust = extract_code.published(text, start, name), extract_code.robust(text, start, name)
         assert (published is None) == (not text.strip() or "```" in text and published is None)
         assert robust is not None or published is None or "```" in text or "###" in text
 
@@ -337,5 +290,5 @@ def test_every_text_is_read(text: str) -> None:
 )
 def test_long_texts_are_read(piece: str) -> None:
     for name in ("f", "g", None):
-        programs.published(piece * (50_000 // len(piece)), "def f(x):\n", name)
-        programs.robust(piece * (50_000 // len(piece)), "def f(x):\n", name)
+        extract_code.published(piece * (50_000 // len(piece)), "def f(x):\n", name)
+        extract_code.robust(piece * (50_000 // len(piece)), "def f(x):\n", name)

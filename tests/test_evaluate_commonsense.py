@@ -1,17 +1,17 @@
-"""The commonsense suites: their rules on tables of nasty answers, published rows, their names, and their mean."""
+"""The commonsense tasks: what their metrics extract, published rows as predictions, their names, and their mean."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluate import SUITES, score_file
-from evaluate.command import main
-from evaluate.registry import suite_named, suite_of_file
+from code_rows import LISTED, RUN_ON, extracted, write_rows
+from evaluate import TASKS, score_file
+from evaluate.__main__ import main
 from evaluate.report import mean
+from evaluate.tasks import task_named, task_of_file
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "commonsense_suites"
 SIZES = {
@@ -37,21 +37,82 @@ INSTRUCTIONS = {
     "ARC-e": "Please choose the correct answer to the question: What?\n\nAnswer1: 3 grams Answer2: the Moon\n\n"
     "Answer format: answer1/answer2",
 }
+WORDS = {  # the keyword, how many the row lists
+    "PIQA": ("solution", 2),
+    "SIQA": ("answer", 3),
+    "HellaSwag": ("ending", 4),
+    "WinoGrande": ("option", 2),
+    "ARC-c": ("answer", 4),
+    "ARC-e": ("answer", 4),
+    "OBQA": ("answer", 4),
+}
+# (text, what the published metric extracts, what the robust one does)
+TRUTH = [
+    ("the correct answer is true", "true", "true"),
+    ("True.", None, "true"),
+    ("FALSE", None, "false"),
+    ("Answer: True", None, "true"),
+    ("Answer: B", None, None),
+    ("yes", None, "true"),
+    ("It is not true that it is.", "true", "false"),
+    ("False, as it would be true of the Moon.", "true", "false"),
+    ("True or false?", "false", None),
+    (f"True.{RUN_ON}the correct answer is false", "false", "true"),
+    (f"the correct answer is true{RUN_ON}false", "true", "true"),
+    ("1,000", None, None),
+    ("untrue", "true", None),
+    ("I don't know.", None, None),
+    ("", None, None),
+]
+KEYWORDS = [  # {0} is the suite's keyword, {1} the same with a capital
+    ("the correct answer is {0}2", 2, 2),
+    ("{1}2.", None, 2),
+    ("{1} 2", None, 2),
+    ("The answer is {1} (2).", None, 2),
+    ("**{1} #2**", None, 2),
+    ("The answer is 2.", None, 2),
+    ("The answer is 1,000 km.", None, 2),
+    ("1,000 km", None, 2),
+    ("The answer is 2 km.", None, None),
+    ("{0}1 is wrong, so {0}2", 1, 2),
+    ("I think it's {0}2, since {0}1 makes no sense", 2, 2),
+    ("not {0}1 but {0}2", 1, 2),
+    ("either {0}1 or {0}2", 1, None),
+    ("Answer: B", None, None),
+    ("True.", None, None),
+    ("the correct answer is {0}2" + RUN_ON + "the correct answer is {0}1", 2, 2),
+    ("{1} 2" + RUN_ON + "the correct answer is {0}1", 1, 2),
+    ("{1} 2\n\nPlease choose the correct answer to the question: Why? {0}1", 1, 2),
+    ("the correct answer is {0}9", None, None),
+    ("The second one.", None, None),
+    ("I don't know.", None, None),
+    ("", None, None),
+]
 
 
-def found(suite: str, rule: str, text: str, instruction: str | None = None) -> str | None:
-    instruction = INSTRUCTIONS.get(suite, "") if instruction is None else instruction
-    one = getattr(SUITES[suite], rule).extract(text, {"instruction": instruction})
-    return one.readings[0] if one else None
+@pytest.mark.parametrize(("text", "published", "robust"), TRUTH)
+def test_truth(text: str, published: str | None, robust: str | None) -> None:
+    assert extracted("BoolQ", "published", text, INSTRUCTIONS["BoolQ"]) == published
+    assert extracted("BoolQ", "robust", text, INSTRUCTIONS["BoolQ"]) == robust
 
 
-def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
-    return path
+@pytest.mark.parametrize("task", WORDS)
+@pytest.mark.parametrize(("text", "published", "robust"), KEYWORDS)
+def test_keywords(task: str, text: str, published: int | None, robust: int | None) -> None:
+    word, count = WORDS[task]
+    listed = " ".join(f"{word.capitalize()}{n}: {LISTED[n - 1]}" for n in range(1, count + 1))
+    instruction = f"Which?\n\n{listed}\n\nAnswer format: {'/'.join(f'{word}{n}' for n in range(1, count + 1))}"
+    for metric, number in (("published", published), ("robust", robust)):
+        keyword = extracted(task, metric, text.format(word, word.capitalize()), instruction)
+        assert keyword == (f"{word}{number}" if number else None)
+
+
+def test_the_tables_have_every_task() -> None:
+    assert sorted(["BoolQ", *WORDS]) == sorted(name for name, task in TASKS.items() if task.family == "commonsense")
 
 
 @pytest.mark.parametrize(
-    ("suite", "text", "keyword"),
+    ("task", "text", "keyword"),
     [
         ("BoolQ", "the correct answer is true", "true"),
         ("BoolQ", "it is untrue, so false", "true"),  # inside a word
@@ -69,8 +130,8 @@ def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
         ("WinoGrande", "", None),
     ],
 )
-def test_published(suite: str, text: str, keyword: str | None) -> None:
-    assert found(suite, "published", text) == keyword
+def test_published(task: str, text: str, keyword: str | None) -> None:
+    assert extracted(task, "published", text, INSTRUCTIONS.get(task, "")) == keyword
 
 
 ROBUST = [
@@ -149,18 +210,18 @@ ROBUST = [
 ]
 
 
-@pytest.mark.parametrize(("suite", "text", "keyword"), ROBUST)
-def test_robust(suite: str, text: str, keyword: str | None) -> None:
-    assert found(suite, "robust", text) == keyword
+@pytest.mark.parametrize(("task", "text", "keyword"), ROBUST)
+def test_robust(task: str, text: str, keyword: str | None) -> None:
+    assert extracted(task, "robust", text, INSTRUCTIONS.get(task, "")) == keyword
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLE.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_published_rows(path: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    score = score_file(write_rows(tmp_path / path.name, *(one | {"generate": one["output"]} for one in rows)))
-    assert len(rows) >= 2 and score.suite.name == path.stem
+    score = score_file(write_rows(tmp_path / path.name, [row | {"generate": row["output"]} for row in rows]))
+    assert len(rows) >= 2 and score.task.name == path.stem
     assert score.published.percent == score.robust.percent == 100.0
-    shouted = write_rows(tmp_path / path.name, *(one | {"generate": one["output"].upper()} for one in rows))
+    shouted = write_rows(tmp_path / path.name, [row | {"generate": row["output"].upper()} for row in rows])
     assert (score_file(shouted).published.percent, score_file(shouted).robust.percent) == (0.0, 100.0)
 
 
@@ -168,11 +229,11 @@ def test_an_option_of_a_published_row_can_be_stated_in_its_words() -> None:
     row = json.loads((SAMPLE / "WinoGrande.jsonl").read_text(encoding="utf-8").splitlines()[0])
     options = row["instruction"].split("Option1: ")[1].split(" Answer format")[0].split(" Option2: ")
     for number, words in enumerate(options, 1):
-        assert found("WinoGrande", "robust", f"The answer is {words}.", row["instruction"]) == f"option{number}"
+        assert extracted("WinoGrande", "robust", f"The answer is {words}.", row["instruction"]) == f"option{number}"
 
 
 def test_the_commonsense_suites_are_the_papers() -> None:
-    assert {name: suite.problems for name, suite in SUITES.items() if suite.family == "commonsense"} == SIZES
+    assert {name: task.problems for name, task in TASKS.items() if task.family == "commonsense"} == SIZES
 
 
 @pytest.mark.parametrize(
@@ -195,11 +256,11 @@ def test_the_commonsense_suites_are_the_papers() -> None:
     ],
 )
 def test_spellings(spelling: str, name: str) -> None:
-    assert suite_named(spelling).name == suite_of_file(f"OUT/{spelling}.seed1.jsonl").name == name
+    assert task_named(spelling).name == task_of_file(f"OUT/{spelling}.seed1.jsonl").name == name
 
 
 @pytest.mark.parametrize(
-    ("suite", "answer", "expected"),
+    ("task", "answer", "expected"),
     [
         ("BoolQ", True, "one of true, false, got True"),
         ("BoolQ", "True", "one of true, false, got 'True'"),
@@ -211,24 +272,24 @@ def test_spellings(spelling: str, name: str) -> None:
         ("OBQA", ["answer1"], "answer4, got ['answer1']"),
     ],
 )
-def test_other_answers_are_refused(tmp_path: Path, suite: str, answer: object, expected: str) -> None:
-    path = write_rows(tmp_path / "x.jsonl", {"answer": answer, "generate": "answer1"})
+def test_other_answers_are_refused(tmp_path: Path, task: str, answer: object, expected: str) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"answer": answer, "generate": "answer1"}])
     with pytest.raises(ValueError) as refused:
-        score_file(path, suite)
-    assert str(refused.value).startswith(f"{path}: line 1: field 'answer': {suite} expects one of ")
+        score_file(path, task)
+    assert str(refused.value).startswith(f"{path}: line 1: field 'answer': {task} expects one of ")
     assert str(refused.value).endswith(expected)
 
 
 def test_families_have_means_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = {"AddSub": ("4", "4"), "BoolQ": ("true", "True"), "SVAMP": ("4", "5"), "PIQA": ("solution1", "solution1")}
+    answers = {"AddSub": ("4", "4"), "BoolQ": ("true", "True"), "SVAMP": ("4", "5"), "PIQA": ("solution1", "solution1")}
     files = [
-        str(write_rows(tmp_path / f"{name}.jsonl", {"answer": answer, "generate": text}))
-        for name, (answer, text) in said.items()
+        str(write_rows(tmp_path / f"{name}.jsonl", [{"answer": answer, "generate": text}]))
+        for name, (answer, text) in answers.items()
     ]
     saved = tmp_path / "scores.json"
-    main(None, ["--predict_files", *files, "--json", str(saved)])
+    main(["--predict_files", *files, "--save_path", str(saved)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:7]] == [*said, "mean, math", "mean, commonsense"]
+    assert [line.split("  ")[0] for line in lines[1:7]] == [*answers, "mean, math", "mean, commonsense"]
     assert lines[5].split()[2] == lines[5].split()[5] == "50.00"  # published, robust
     assert (lines[6].split()[2], lines[6].split()[5]) == ("50.00", "100.00")
     scores = json.loads(saved.read_text(encoding="utf-8"))
@@ -241,53 +302,30 @@ def test_families_have_means_of_their_own(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_one_suite_of_a_family_has_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    addsub = write_rows(tmp_path / "AddSub.jsonl", {"answer": "4", "generate": "4"})
-    boolq = write_rows(tmp_path / "boolq.jsonl", {"answer": "true", "generate": "true"})
-    main(None, ["--predict_files", str(addsub), str(boolq)])
+    addsub = write_rows(tmp_path / "AddSub.jsonl", [{"answer": "4", "generate": "4"}])
+    boolq = write_rows(tmp_path / "boolq.jsonl", [{"answer": "true", "generate": "true"}])
+    main(["--predict_files", str(addsub), str(boolq)])
     assert "mean" not in capsys.readouterr().out
 
 
-PIECES = st.sampled_from(
-    [
-        "answer is ",
-        "Answer:",
-        "### ",
-        "\\boxed{",
-        "}",
-        "true",
-        "False",
-        "yes",
-        "answer2",
-        "Answer 1",
-        "solution1",
-        "(2)",
-    ]
-    + ["not ", " is wrong", " or ", ", ", "/", ".", ":", " ", "\n", "3", "٣", "\ud800", "**", "I choose ", " than "]
-)
+PIECES = "answer is |Answer:|### |\\boxed{|}|true|False|yes|answer2|Answer 1|solution1|(2)"
+PIECES += "|not | is wrong| or |, |/|.|:| |\n|3|٣|**"
 
 
 @settings(deadline=None)
-@given(st.one_of(st.text(), st.lists(PIECES).map("".join)))
-def test_what_is_found_is_an_option(text: str) -> None:
-    for name, options in (("BoolQ", ("true", "false")), ("SIQA", ("answer1", "answer2", "answer3"))):
-        assert found(name, "robust", text) in (None, *options)
-
-
-@pytest.mark.parametrize(
-    "piece",
-    [
-        "answer1 or ",
-        "answer9",
-        "not ",
-        "the ",
-        "answer is ",
-        "Answer: ",
-        "the answer is the ",
-        "true/",
-        "(",
-        "I choose ",
-    ],
+@given(
+    st.one_of(st.text(), st.lists(st.sampled_from([*PIECES.split("|"), "\ud800", "I choose ", " than "])).map("".join))
 )
-def test_long_texts_get_a_verdict(piece: str) -> None:
+def test_what_is_extracted_is_an_option(text: str) -> None:
+    for name, options in (("BoolQ", ("true", "false")), ("SIQA", ("answer1", "answer2", "answer3"))):
+        assert extracted(name, "robust", text, INSTRUCTIONS[name]) in (None, *options)
+
+
+LONG = "answer1 or |answer9|not |the |answer is |Answer: |the answer is the |true/|(|I choose "
+
+
+@pytest.mark.parametrize("piece", LONG.split("|"))
+def test_long_texts_get_a_score(piece: str) -> None:
     for name in ("BoolQ", "SIQA"):
-        assert found(name, "robust", piece * (50_000 // len(piece))) in (None, "true", "answer1")
+        text = piece * (50_000 // len(piece))
+        assert extracted(name, "robust", text, INSTRUCTIONS[name]) in (None, "true", "answer1")

@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from evaluate import SUITES, score_file
-from evaluate.command import main
+from code_rows import refusal, row, write_rows
+from evaluate import TASKS, score_file
+from evaluate.__main__ import main
 from evaluate.report import mean, show
 from evaluate.scoring import wilson_half_width
 
@@ -19,19 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = Path(__file__).resolve().parent / "data" / "math_suites"
 
 
-def row(answer: Any, generate: Any, **others: Any) -> dict[str, Any]:
-    return {"instruction": "How many?", "input": "", "output": "", "answer": answer, "generate": generate} | others
-
-
-def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
-    return path
-
-
 def predictions(folder: Path, name: str) -> Path:
     """The sample's worked answers as a prediction file."""
     rows = [json.loads(line) for line in (SAMPLE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-    return write_rows(folder / f"{name}.jsonl", *(one | {"generate": one["output"]} for one in rows))
+    return write_rows(folder / f"{name}.jsonl", [row | {"generate": row["output"]} for row in rows])
 
 
 def run(*arguments: object, terminal: str = "utf-8") -> subprocess.CompletedProcess[str]:
@@ -40,31 +31,22 @@ def run(*arguments: object, terminal: str = "utf-8") -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, encoding=terminal, timeout=60)
 
 
-def refusal(capsys: pytest.CaptureFixture[str], status: int, *argv: object, suite: str | None = None) -> str:
-    """The one line on stderr of a command that must fail with that status."""
-    with pytest.raises(SystemExit) as stopped:
-        main(SUITES[suite] if suite else None, [str(argument) for argument in argv])
-    out, err = capsys.readouterr()
-    assert stopped.value.code == status
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-    return err
-
-
 def test_score_file(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "AddSub.jsonl", row("4", "The answer is 4. 2 steps"), row("5", "5"), row("6", "none"))
+    rows = [row("4", "The answer is 4. 2 steps"), row("5", "5"), row("6", "none")]
+    path = write_rows(tmp_path / "AddSub.jsonl", rows)
     score = score_file(path)
-    assert (score.suite.name, score.samples, len(score.rows)) == ("AddSub", 3, 3)
+    assert (score.task.name, score.samples, len(score.rows)) == ("AddSub", 3, 3)
     assert score.published.percent == pytest.approx(100 / 3)
     assert score.robust.percent == pytest.approx(200 / 3)
     assert (score.published.missing, score.robust.missing) == (1, 1)
-    assert [one.disagree for one in score.rows] == [True, False, False]
-    assert [one.wrong for one in score.rows] == [True, False, True]
-    assert score_file(path, "gsm8k").suite is SUITES["GSM8K"]
+    assert [row.disagree for row in score.rows] == [True, False, False]
+    assert [row.wrong for row in score.rows] == [True, False, True]
+    assert score_file(path, "gsm8k").task is TASKS["GSM8K"]
 
 
 def test_samples_are_averaged_within_their_row(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "x.jsonl", row("4", ["4", "4", "5", "no"]), row(4, "4"))
-    score = score_file(path, SUITES["SVAMP"])
+    path = write_rows(tmp_path / "x.jsonl", [row("4", ["4", "4", "5", "no"]), row(4, "4")])
+    score = score_file(path, TASKS["SVAMP"])
     assert score.robust.percent == 75.0  # (1/2 + 1) / 2, not 3/5
     assert (score.samples, score.robust.missing) == (5, 1)
 
@@ -76,17 +58,17 @@ def test_wilson_half_width_is_half_the_intervals_width() -> None:
 
 
 def test_mean_is_unweighted(tmp_path: Path) -> None:
-    one = score_file(write_rows(tmp_path / "AddSub.jsonl", row("4", "4")))
-    other = score_file(write_rows(tmp_path / "SVAMP.jsonl", *[row("4", "5")] * 9))
-    percent, half_width = mean([one, other], "robust")
+    first = score_file(write_rows(tmp_path / "AddSub.jsonl", [row("4", "4")]))
+    second = score_file(write_rows(tmp_path / "SVAMP.jsonl", [row("4", "5")] * 9))
+    percent, half_width = mean([first, second], "robust")
     assert percent == 50.0
-    assert half_width == pytest.approx(math.hypot(one.robust.half_width, other.robust.half_width) / 2)
+    assert half_width == pytest.approx(math.hypot(first.robust.half_width, second.robust.half_width) / 2)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "list", "pretty list", "bom", "crlf", "blank lines", "separators"])
 def test_forms_of_a_file(tmp_path: Path, form: str) -> None:
     rows = [row("4", "4\u2028 4"), row("5", "6", id=int("9" * 299))]
-    lines = "\n".join(json.dumps(one) for one in rows)
+    lines = "\n".join(json.dumps(row) for row in rows)
     text = {
         "jsonl": lines,
         "list": json.dumps(rows),
@@ -94,7 +76,7 @@ def test_forms_of_a_file(tmp_path: Path, form: str) -> None:
         "bom": "\ufeff" + lines,
         "crlf": lines.replace("\n", "\r\n") + "\r\n",
         "blank lines": lines.replace("\n", "\n\n") + "\n\n",
-        "separators": "\n".join(json.dumps(one, ensure_ascii=False) for one in rows),
+        "separators": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
     }[form]
     path = tmp_path / "AddSub.jsonl"
     path.write_bytes(text.encode())
@@ -107,34 +89,35 @@ GOOD = json.dumps(row("4", "4"))
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file is empty"),
-        (" \n\n", "the file is empty"),
-        ("[]", "the list is empty"),
+        ("", "expected prediction rows, the file is empty"),
+        (" \n\n", "expected prediction rows, the file is empty"),
+        ("[]", "expected prediction rows, the file is empty"),
         (f"{GOOD}\n{GOOD[:-3]}", "line 2: not valid JSON: "),
         (f"{GOOD}\n[4]", "line 2: expected an object with the row's fields, got [4]"),
         (f"[{GOOD}, 4]", "row 2: expected an object with the row's fields, got 4"),
         (f"[{GOOD},", "not valid JSON: "),
         ('{"generate": "4"}', "line 1: field 'answer' is missing"),
         (f'{GOOD}\n\n{{"answer": "4"}}', "line 3: field 'generate' is missing"),
-        ('{"answer": "4", "generate": null}', "field 'generate': expected a text or a list of texts, got None"),
-        ('{"answer": "4", "generate": ["4", 4]}', "field 'generate': expected a text or a list of texts, got 4"),
-        ('{"answer": "4", "generate": []}', "field 'generate': expected at least one text"),
+        ('{"answer": "4", "generate": null}', "field 'generate': expected a text, got None"),
+        (
+            '{"answer": "4", "generate": ["4", 4]}',
+            "field 'generate': expected a list of at least one text, got ['4', 4]",
+        ),
+        ('{"answer": "4", "generate": []}', "field 'generate': expected a list of at least one text, got []"),
         ('{"answer": "4", "generate": "4", "instruction": 3}', "field 'instruction': expected a text, got 3"),
         ('{"answer": "four", "generate": "4"}', "line 1: field 'answer': AddSub expects a finite number, got 'four'"),
         ('{"answer": NaN, "generate": "4"}', "line 1: not valid JSON: NaN"),
         ('{"answer": -Infinity, "generate": "4"}', "line 1: not valid JSON: -Infinity"),
         ('{"answer": 1e999, "generate": "4"}', "field 'answer': AddSub expects a finite number, got inf"),
         ('{"answer": ' + "9" * 5000 + ', "generate": "4"}', "AddSub expects a finite number, got inf"),
-        ('{"answer": "4", "answer": "5", "generate": "4"}', "line 1: field 'answer' stands there twice"),
         ('{"a": ' + "[" * 200_000 + "}", "line 1: not valid JSON: nested too deep"),
-        ('{"a": ' + "[" * 500 + "]" * 500 + "}", "line 1: not valid JSON: nested too deep"),
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text(text, encoding="utf-8")
-    said = refusal(capsys, 1, "--predict_file", path, suite="AddSub")
-    assert said.startswith(f"error: {path}: ") and message in said and len(said) < 400
+    shown = refusal(capsys, 1, "--predict_file", path, task="AddSub")
+    assert shown.startswith(f"error: {path}: ") and message in shown and shown.count("\n") == 1 and len(shown) < 400
 
 
 def test_other_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +126,7 @@ def test_other_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert refusal(capsys, 1, "addsub", "--predict_file", tmp_path).startswith(f"error: {tmp_path}: ")
     path.write_bytes(b'{"answer": "4", "generate": "\xff"}')
     assert "not UTF-8 text (byte 29)" in refusal(capsys, 1, "--predict_file", path)
-    write_rows(path, row("A", "4"))
+    write_rows(path, [row("A", "4")])
     assert "field 'answer': AddSub expects a finite number, got 'A'" in refusal(capsys, 1, "--predict_file", path)
 
 
@@ -151,19 +134,32 @@ def test_other_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("argv", "message"),
     [
         ([], "give --predict_file or --predict_files"),
-        (["--predict_fil", "x"], "unknown argument --predict_fil (nearest: --predict_file)"),
-        (["--predict_file=x", "--verdict=y"], "unknown argument --verdict (nearest: --verdicts)"),
+        (["--predict_fil", "x"], "--predict_file"),
+        (["--predict_file=x", "--verdict=y"], "--verdicts"),
         (["adsub", "--predict_file", "x"], "no suite is named 'adsub' (nearest: AddSub)"),
         (["--predict_file", "x.jsonl"], "x.jsonl: cannot tell the suite from the file's name"),
         (["--predict_files", "AddSub.jsonl", "x.jsonl"], "x.jsonl: cannot tell the suite"),
         (["--predict_files", "AddSub.jsonl", "addsub.2.jsonl"], "two files of one suite"),
         (["aqua", "--predict_files", "AddSub.jsonl"], "leave out 'aqua'"),
         (["--predict_file", "AddSub.jsonl", "--predict_files", "AQuA.jsonl"], "not both"),
-        (["--predict_file", "AddSub.jsonl", "--show", "-1"], "--show"),
-        (["--predict_file", "AddSub.jsonl", "--show", "many"], "--show"),
-        (["--predict_file", "AddSub.jsonl", "--show_rows", "right"], "--show_rows"),
-        (["--predict_file", "AddSub.jsonl", "--json", "./AddSub.jsonl"], "need files of their own"),
-        (["--predict_file", "AddSub.jsonl", "--json", "x", "--verdicts", "x"], "need files of their own"),
+        (["--predict_file", "AddSub.jsonl", "--show", "-1"], "--show: expected a whole number from 0, got -1"),
+        (["--predict_file", "AddSub.jsonl", "--show", "many"], "--show: expected "),
+        (["--predict_file", "AddSub.jsonl", "--show_rows", "right"], "wrong, disagree"),
+        (["--predict_file", "AddSub.jsonl", "--save_path", "./AddSub.jsonl"], "need files of their own"),
+        (["--predict_file", "AddSub.jsonl", "--save_path", "x", "--verdicts", "x"], "need files of their own"),
+        (["--predict_file", "HumanEval.jsonl"], "HumanEval runs generated programs on this machine: allow it with "),
+        (["--predict_files", "AddSub.jsonl", "mbpp.jsonl"], "MBPP runs generated programs"),
+        (["MBPP", "--predict_file", "x"], "MBPP runs generated programs"),
+        (["mbpp", "--predict_file", "x", "--allow_code_execution", "False"], "allow it with --allow_code_execution"),
+        (["mbpp", "--predict_file", "x", "--allow_code_execution=perhaps"], "expected True or False, got 'perhaps'"),
+        (["mbpp", "--predict_file", "x", "--allow_code"], "--allow_code_execution"),
+        (["addsub", "--predict_file", "x", "--timeout", "3"], "--timeout is for suites that run code"),
+        (["addsub", "--predict_file", "x", "--jobs", "3"], "--jobs is for suites that run code"),
+        (["addsub", "--predict_file", "x", "--weak_sandbox"], "--weak_sandbox is for suites that run code"),
+        (["mbpp", "--predict_file", "x", "--timeout", "0"], "--timeout: expected seconds above 0"),
+        (["mbpp", "--predict_file", "x", "--timeout", "nan"], "--timeout: expected "),
+        (["mbpp", "--predict_file", "x", "--timeout", "1e9"], "--timeout: expected seconds above 0, at most 3600"),
+        (["mbpp", "--predict_file", "x", "--jobs", "0"], "--jobs: expected at least 1"),
     ],
 )
 def test_bad_flags_are_refused_before_any_file_is_read(
@@ -181,11 +177,11 @@ def test_one_suite_as_a_module(tmp_path: Path) -> None:
     assert "only 6 of the 395 problems of AddSub" in note
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", TASKS)
 def test_each_suite_has_its_module(name: str) -> None:
-    done = run(f"evaluate.{SUITES[name].module}", "--help")
+    done = run(f"evaluate.{TASKS[name].module}", "--help")
     assert done.returncode == 0 and name in done.stdout and "Wilson" in done.stdout
-    assert f"python -m evaluate.{SUITES[name].module} " in done.stdout
+    assert f"python -m evaluate.{TASKS[name].module} " in done.stdout
 
 
 def test_several_files_in_one_table(tmp_path: Path) -> None:
@@ -193,24 +189,16 @@ def test_several_files_in_one_table(tmp_path: Path) -> None:
     done = run("evaluate", "--predict_files", *files)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:7]] == [
-        "suite",
-        "AddSub",
-        "AQuA",
-        "GSM8K",
-        "MultiArith",
-        "SingleEq",
-        "mean",
-    ]
+    assert " ".join(line.split()[0] for line in lines[:7]) == "suite AddSub AQuA GSM8K MultiArith SingleEq mean"
     assert lines[2].split()[4] == "33.33" and lines[6].split()[1] == "62.27"
     assert len({len(line) for line in lines[:6]}) == 1
 
 
 def test_a_terminal_that_lacks_a_character(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "AddSub.jsonl", row("4", "fünf"))
+    path = write_rows(tmp_path / "AddSub.jsonl", [row("4", "fünf")])
     done = run("evaluate", "--predict_file", path, "--show", "1", terminal="ascii")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "f\\xfcnf" in done.stdout and "AddSub  1 of 395" in done.stdout
+    assert "f\\xfcnf" in done.stdout and "1 of 395" in done.stdout
 
 
 def test_bad_input_at_the_command_line_is_one_line(tmp_path: Path) -> None:
@@ -222,10 +210,10 @@ def test_bad_input_at_the_command_line_is_one_line(tmp_path: Path) -> None:
 
 
 def test_json_and_verdicts(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "AQuA.jsonl", row("B", "Answer: B"), row("A", ["(B)", "e\ud800\u00e9"]))
+    path = write_rows(tmp_path / "AQuA.jsonl", [row("B", "Answer: B"), row("A", ["(B)", "e\ud800\u00e9"])])
     scores, verdicts = tmp_path / "scores.json", tmp_path / "verdicts.jsonl"
     scores.write_text("old", encoding="utf-8")
-    main(None, ["--predict_file", str(path), "--json", str(scores), "--verdicts", str(verdicts)])
+    main(["--predict_file", str(path), "--save_path", str(scores), "--verdicts", str(verdicts)])
     saved = json.loads(scores.read_text(encoding="utf-8"))
     assert saved["suites"]["AQuA"] | {"published": 0, "robust": 0} == {
         "file": str(path),
@@ -249,21 +237,21 @@ def test_json_and_verdicts(tmp_path: Path) -> None:
     }
     assert second["generate"] == ["(B)", "e\ud800\u00e9"]
     assert second["published"] == second["robust"] == [{"found": "B", "right": False}, {"found": None, "right": False}]
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["AQuA.jsonl", "scores.json", "verdicts.jsonl"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["AQuA.jsonl", "scores.json", "verdicts.jsonl"]
 
 
 def test_an_unwritable_place_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, folder = write_rows(tmp_path / "AddSub.jsonl", row("4", "4")), tmp_path / "folder"
+    path, folder = write_rows(tmp_path / "AddSub.jsonl", [row("4", "4")]), tmp_path / "folder"
     folder.mkdir()
-    for place in (folder, tmp_path / "none" / "x.json", path / "x.json"):
-        assert refusal(capsys, 1, "--predict_file", path, "--json", place).startswith(f"error: {place}: ")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["AddSub.jsonl", "folder"]
+    for output in (folder, tmp_path / "none" / "x.json", path / "x.json"):
+        assert refusal(capsys, 1, "--predict_file", path, "--save_path", output).startswith(f"error: {output}: ")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["AddSub.jsonl", "folder"]
 
 
 def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row("4", "4"), row("4", "The answer is 4. 2 steps"), row("4", "5"), row("4", "none\x1b[K"), row("4", "7")]
-    path = write_rows(tmp_path / "AddSub.jsonl", *rows)
-    main(None, ["--predict_file", str(path), "--show", "3"])
+    path = write_rows(tmp_path / "AddSub.jsonl", rows)
+    main(["--predict_file", str(path), "--show", "3"])
     out = capsys.readouterr().out
     assert [line.split(":")[0] for line in out.splitlines() if line.startswith("---")] == [
         "--- AddSub line 2",
@@ -272,17 +260,17 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert "line 2: answer 4; published found 2 (wrong), robust found 4 (right)\n    The answer is 4. 2 steps\n" in out
     assert "robust found nothing (wrong)\n    none\\x1b[K\n" in out
-    main(None, ["--predict_file", str(path), "--show", "3", "--show_rows", "disagree"])
+    main(["--predict_file", str(path), "--show", "3", "--show_rows", "disagree"])
     assert capsys.readouterr().out.count("---") == 1
 
 
 def test_shown_texts_are_cut(tmp_path: Path) -> None:
-    score = score_file(write_rows(tmp_path / "AddSub.jsonl", row("4", ["5", "9" * 1_000_000])))
+    score = score_file(write_rows(tmp_path / "AddSub.jsonl", [row("4", ["5", "9" * 1_000_000])]))
     shown = show(score, score.rows)
     assert len(shown) < 2500 and "sample 2" in shown and "(998500 characters more)" in shown
 
 
 def test_a_file_with_too_many_rows_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_rows(tmp_path / "AQuA.jsonl", *[row("B", "B")] * 255)
-    main(None, ["--predict_file", str(path)])
+    path = write_rows(tmp_path / "AQuA.jsonl", [row("B", "B")] * 255)
+    main(["--predict_file", str(path)])
     assert "255 rows, more than the 254 problems of AQuA" in capsys.readouterr().out

@@ -140,7 +140,7 @@ if words[0] in ("finetune.py", "extract_adapter.py", "generate.py"):
     with open(os.environ["CALLS"], "a") as file:
         file.write(json.dumps(words) + "\\n")
 elif words[:2] == ["-m", "evaluate"]:
-    at = words.index("--json")
+    at = words.index("--save_path")
     score = {{"percent": 50, "half_width": 1, "missing": 0}}
     suites = {{os.path.basename(file).split(".")[0]: {{"file": file, "rows": 1, "problems": 1, "samples": 1,
         "published": score, "robust": score}} for file in words[3:at]}}

@@ -34,7 +34,7 @@ RULES = {
     "training": allowed("llama moa cli corpus", libraries="torch numpy fairscale tqdm tensorboard"),
     "convert": allowed("llama moa cli", libraries="torch numpy tqdm", late="gguf safetensors"),
     "demo": allowed("convert llama cli", libraries="torch numpy tqdm"),
-    "evaluate": allowed(),
+    "evaluate": allowed("cli", libraries="tabulate"),
     "inspection": allowed("llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib"),
     "benchmarks": allowed(
         "training inspection llama moa cli convert demo", libraries="torch", late="transformers peft"

@@ -151,7 +151,7 @@ def answering(run: Run) -> dict[str, dict[str, Any]]:
 
 def scores_of(run: Run) -> dict[Suite, dict[str, Score]]:
     """The scores of a run by column and rule: each test's, then the means of families of several tests. What is not as
-    `python -m evaluate --json` writes it is left out."""
+    `python -m evaluate --save_path` writes it is left out."""
     found: dict[Suite, dict[str, Score]] = {}
     suites = _dict(_dict(run.scores).get("suites"))
     rows: dict[str, str] = {}

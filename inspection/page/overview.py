@@ -128,7 +128,7 @@ def lacks(run: Run) -> list[str]:
     found = list(run.missing)
     scored = {column.name.casefold() for column in scores_of(run)}
     if run.scores is not None and not scored:
-        found.append("scores.json holds no scores as `python -m evaluate --json` writes them")
+        found.append("scores.json holds no scores as `python -m evaluate --save_path` writes them")
     if run.steps is not None and len(run.log) > run.steps:
         found.append(f"log.jsonl has {len(run.log):,} steps, more than config.json asks for")
     skipped = len(run.log) - len(losses(run))

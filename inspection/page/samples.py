@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluate import score_file
-from evaluate.registry import suite_of_file
 from evaluate.report import verdict_lines
+from evaluate.tasks import task_of_file
 from inspection.page.lines import Line, brief, scores_of
 from inspection.page.markup import Html, Part, cut, el, folded
 from inspection.runs import RULES, Run
@@ -47,7 +47,7 @@ def look(run: Run, per_kind: int) -> tuple[list[Sample], list[str]]:
         if file.name == VERDICTS:
             continue
         try:
-            suite = suite_of_file(file)
+            suite = task_of_file(file)
         except ValueError:
             notes.append(f"{file.name} is not named after a test, so its answers are not looked at")
             continue

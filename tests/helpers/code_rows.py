@@ -1,9 +1,16 @@
-"""Small problems in the formats of HumanEval and MBPP, made up for the tests."""
+"""Prediction files for the tests of `evaluate`, with small problems in the formats of HumanEval and MBPP."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from evaluate import TASKS
+from evaluate.__main__ import main
+
+RUN_ON = "\n\n### Instruction:\nThe next problem.\n\n### Response:\n"
+LISTED = ("a red kite", "1,000 km", "the Moon", "3 grams")  # what the options say
 PROBLEMS = [
     {
         "task_id": "Made/0",
@@ -88,3 +95,23 @@ def predicted(problem: dict[str, Any], generate: str | list[str]) -> dict[str, A
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def row(answer: Any, generate: Any, **others: Any) -> dict[str, Any]:
+    return {"instruction": "How many?", "input": "", "output": "", "answer": answer, "generate": generate} | others
+
+
+def extracted(task: str, metric: str, text: str, instruction: str) -> Any:
+    """The first candidate that a metric extracts from a text, None where it finds no answer."""
+    extraction = getattr(TASKS[task], metric).extract(text, {"instruction": instruction})
+    return extraction.candidates[0] if extraction else None
+
+
+def refusal(capsys: pytest.CaptureFixture[str], status: int, *argv: object, task: str | None = None) -> str:
+    """What a command that must fail with that status says on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in argv], task)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == status
+    assert out == "" and err.startswith("error: ") and err.count("error: ") == 1
+    return err

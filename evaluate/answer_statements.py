@@ -1,6 +1,6 @@
-"""Where a text states its final answer: shared by the robust rules of all suites that answer in words.
+"""Where a text states its final answer: shared by the robust metrics of all tasks that are answered in words.
 
-Every pattern here is bounded, so that a text of megabytes is read in a time linear in its length.
+Every pattern is bounded, so that the time to read a text is linear in its length.
 """
 
 import re
@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# The template's next problem, which a model that misses its end-of-text runs on into. Four hashes are GSM8K's answer.
+# The template's next problem, which a model that misses its end of text runs on into. Four hashes are GSM8K's answer.
 _RUN_ON = re.compile(r"(?<!#)###(?!#)|Below is an instruction")
 
 _VERB = r"\b(?:is|was|are|equals|(?:would|will|should|must) be|comes (?:out )?to)\b *:?"
@@ -22,27 +22,35 @@ _MARKS = (  # the more deliberate form wins over the others; within one form the
 )
 _NO_FINAL_ANSWER = re.compile(r"\b(?:to|each|every|per|any|an|other|wrong|incorrect)(?: correct)? $", re.I)
 _TAIL = re.compile(r"\s{0,20}([^\n]{0,200})")
+_SENTENCE_END = re.compile(r"[.!?;](?=\s|$|[A-Z])")
 
 
 @dataclass(frozen=True)
 class Statement:
-    """tail: what stands after "The answer is", to the end of its line, or in the box. label: a bare "Answer:" or
-    "####", which may also head a whole solution, so that only what follows at once counts."""
+    """A statement of a final answer.
+
+    tail: what follows "The answer is" in its line, or stands in the box. label: whether it is a bare "Answer:" or
+    "####", which may also head a whole solution, so that only what follows at once counts.
+    """
 
     tail: str
     label: bool
 
 
-def before_run_on(text: str) -> str:
-    """The text up to the first "### " heading, or the template's first words, that has something before it."""
-    for match in _RUN_ON.finditer(text):
+def first_sentence(text: str) -> str:
+    return _SENTENCE_END.split(text, maxsplit=1)[0]
+
+
+def truncate_run_on(text: str, run_on: re.Pattern[str] = _RUN_ON) -> str:
+    """Cut a text at the first match of `run_on` ("### ", or the template's first words) with something before it."""
+    for match in run_on.finditer(text):
         if text[: match.start()].strip():
             return text[: match.start()]
     return text
 
 
 def statements(text: str) -> Iterator[Statement]:
-    """The statements of a final answer in a text that `plain` returned, the one to believe first."""
+    """Yield the statements of a final answer in a text that `normalize` returned, the one to believe first."""
     for rank, mark in enumerate(_MARKS):
         for match in mark.finditer(text):
             if _NO_FINAL_ANSWER.search(text, max(0, match.start() - 20), match.start()):
@@ -55,29 +63,25 @@ def statements(text: str) -> Iterator[Statement]:
 
 def _in_braces(text: str) -> str:
     depth = 0
-    for place, character in enumerate(text):
+    for position, character in enumerate(text):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return text[1:place]
+            return text[1:position]
     return text[1:]
 
 
-_ONE_SPELLING = str.maketrans(
-    "\u2212\u2013\ufe63\uff0d\u00a0\u202f\u2009", "----   "
-)  # minus signs; no-break and thin spaces
+_SAME_CHARACTER = str.maketrans("\u2212\u2013\ufe63\uff0d\u00a0\u202f\u2009", "----   ")  # minus signs, special spaces
 _REPLACED = (
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[,!;:]"), ""),
     (re.compile(r"\\([$%#&_])"), r"\1"),
     (re.compile(r"\\(?:left|right|displaystyle)\b"), ""),
     (re.compile(r"\\(?:times|cdot)\b"), "×"),
-    (re.compile(r"\\approx\b"), "="),
-    (re.compile("[≈≃]"), "="),
+    (re.compile(r"\\approx\b|[≈≃]"), "="),
     (re.compile(r"\\(?:text[a-z]{0,6}|math[a-z]{0,6}) ?\{([^{}]{0,200})\}"), r" \1 "),
     (re.compile(r"(?<=\d)\\[dt]?frac(?=\{)"), r" \\frac"),
     (re.compile(r"\\[dt]?frac\{ ?(-?[\d.,]{1,40}) ?\}\{ ?([\d.,]{1,40}) ?\}"), r"\1/\2"),
-    (re.compile(r"\\[()\[\]]"), " "),
-    (re.compile(r"\*\*|`"), " "),
+    (re.compile(r"\\[()\[\]]|\*\*|`"), " "),
     (re.compile(r"(?<!\w)_{1,2}(?=[\w$(-])|_{1,2}(?!\w)"), " "),
     (re.compile(r"(?<=-) ?[$€£¥₹]"), ""),
     (re.compile(r"[$€£¥₹]"), " "),
@@ -85,9 +89,12 @@ _REPLACED = (
 _FRACTION_CHARACTER = re.compile("[¼½¾⅐-⅞]")
 
 
-def plain(text: str) -> str:
-    """A text without run-on, markdown emphasis, LaTeX wrappers and currency signs; ½ as 1/2, every minus as "-"."""
-    text = _FRACTION_CHARACTER.sub(_spell_fraction, before_run_on(text).translate(_ONE_SPELLING))
+def normalize(text: str) -> str:
+    """Return a text without run-on, Markdown emphasis, LaTeX wrappers and currency signs.
+
+    Writes "½" as "1/2" and every minus sign as "-".
+    """
+    text = _FRACTION_CHARACTER.sub(_spell_fraction, truncate_run_on(text).translate(_SAME_CHARACTER))
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
     return text

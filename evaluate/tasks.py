@@ -1,0 +1,94 @@
+"""All tasks in one table: the paper's suites in the order of its tables, then the demo's."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate import extract_choice, extract_number
+from evaluate.extract_code import code_metrics, read_humaneval, read_mbpp
+from evaluate.extract_keyword import keyword_metrics
+from evaluate.metrics import Extraction, Metric, Program
+
+
+@dataclass(frozen=True)
+class Task:
+    """A suite of test problems, and how answers to them are scored.
+
+    name: the paper's spelling. problems: rows in the published test file. family: the suites that the paper averages
+    together. read_answer: makes a row's "answer" (all the row's fields, where answers are programs) what the metrics
+    compare with; its ValueError says what was expected. published, robust: the two scores, always both. program: makes
+    an extraction and that answer a program to run. aliases: other names that choose the task, in any case.
+    """
+
+    name: str
+    problems: int
+    family: str
+    read_answer: Callable[[Any], Any]
+    published: Metric
+    robust: Metric
+    program: Callable[[Extraction, Any], Program] | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """The name of its entry module in `evaluate`."""
+        return self.name.lower().replace("-", "_")
+
+    def answer_of(self, fields: dict[str, Any]) -> Any:
+        """Read what a row's texts are compared with; ValueError names the field that is missing or wrong."""
+        if self.program:
+            return self.read_answer(fields)
+        if "answer" not in fields:
+            raise ValueError("field 'answer' is missing")
+        try:
+            return self.read_answer(fields["answer"])
+        except ValueError as error:
+            raise ValueError(f"field 'answer': {self.name} expects {error}") from None
+
+
+_NUMBER = (extract_number.read_answer, extract_number.PUBLISHED, extract_number.ROBUST)
+_CHOICE = (extract_choice.read_answer, extract_choice.PUBLISHED, extract_choice.ROBUST)
+_TABLE = (
+    Task("AddSub", 395, "math", *_NUMBER),
+    Task("AQuA", 254, "math", *_CHOICE),
+    Task("GSM8K", 1319, "math", *_NUMBER),
+    Task("MultiArith", 600, "math", *_NUMBER),
+    Task("SingleEq", 508, "math", *_NUMBER),
+    Task("SVAMP", 1000, "math", *_NUMBER),
+    Task("BoolQ", 3270, "commonsense", *keyword_metrics()),
+    Task("PIQA", 1838, "commonsense", *keyword_metrics("solution", 2)),
+    Task("SIQA", 1954, "commonsense", *keyword_metrics("answer", 3, published_count=5), aliases=("social_i_qa",)),
+    Task("HellaSwag", 10042, "commonsense", *keyword_metrics("ending", 4)),
+    Task("WinoGrande", 1267, "commonsense", *keyword_metrics("option", 2)),
+    Task("ARC-c", 1172, "commonsense", *keyword_metrics("answer", 5), aliases=("ARC-Challenge",)),
+    Task("ARC-e", 2376, "commonsense", *keyword_metrics("answer", 5), aliases=("ARC-Easy",)),
+    Task("OBQA", 500, "commonsense", *keyword_metrics("answer", 4, published_count=5), aliases=("openbookqa",)),
+    Task("HumanEval", 164, "code", *code_metrics(read_humaneval)),
+    Task("MBPP", 500, "code", *code_metrics(read_mbpp)),
+    Task("demo", 200, "demo", *_NUMBER),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.casefold() if character.isalnum())
+
+
+def task_named(name: str) -> Task:
+    """Return the task of that name or alias, in any case ("addsub"). ValueError names the nearest if there is none."""
+    tasks = {_letters(spelling): task for task in TASKS.values() for spelling in (task.name, *task.aliases)}
+    if _letters(name) in tasks:
+        return tasks[_letters(name)]
+    near = difflib.get_close_matches(_letters(name), tasks, n=1)
+    hint = f" (nearest: {tasks[near[0]].name})" if near else ""
+    raise ValueError(f"no suite is named {name[:80]!r}{hint}; there are {', '.join(TASKS)}")
+
+
+def task_of_file(path: str | Path) -> Task:
+    """Return the task that a file's name begins with, up to the first dot: OUT/AddSub.jsonl, gsm8k.seed1.jsonl."""
+    try:
+        return task_named(Path(path).name.split(".")[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot tell the suite from the file's name: {error}") from None
