@@ -23,6 +23,7 @@ import typing
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
+from functools import partial
 from inspect import Parameter, Signature
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -35,8 +36,10 @@ SWITCHED = ("false", "true")
 EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
 NAMED = re.compile("--|-[a-zA-Z]")  # how a word begins that is a flag to fire; `-`, `-1` and `-.5` are values
 NO_VALUE = "\0"  # the value of a flag that stands alone; no word of a shell can hold it
-WIDTH, COLUMN = 100, 32  # columns of --help, and where its help texts begin
+COLUMN = 32  # where the help texts of --help begin; its lines end at column 100
 OUT_OF_MEMORY = re.compile("out ?of ?memory|_STATUS_ALLOC_FAILED|DefaultCPUAllocator", re.IGNORECASE)
+
+_fill = partial(textwrap.fill, width=100, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,9 @@ def parse_into(
         return Parsed(instances, frozenset(values))
 
     # The names serve completion. As build takes any name and any words, fire has nothing to refuse or to look up.
-    names = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in flags]
-    rest = [Parameter("_words", Parameter.VAR_POSITIONAL), *names, Parameter("_texts", Parameter.VAR_KEYWORD)]
-    build.__signature__ = Signature(rest)
+    named = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in flags]
+    arguments, texts = Parameter("_arguments", Parameter.VAR_POSITIONAL), Parameter("_texts", Parameter.VAR_KEYWORD)
+    build.__signature__ = Signature([arguments, *named, texts])
     parsed = fire.Fire(
         fire.decorators.SetParseFn(str)(build),
         command=[*words, "--", *fire_words, "--separator", NO_VALUE],  # without one, `-` would be it
@@ -254,7 +257,7 @@ def _for_python(script: str, prog: str) -> str:
 
 
 def _help(flags: Sequence[Flag], prog: str, description: str) -> str:
-    """Return usage, description and all flags, group by group in order of first appearance; at most WIDTH columns."""
+    """Return usage, description and all flags, group by group in order of first appearance; at most 100 columns."""
     usage, groups = [prog], {}
     for flag in sorted(flags, key=lambda flag: not flag.positional):
         if flag.positional or flag.default is MISSING:
@@ -281,10 +284,6 @@ def _help_entry(flag: Flag) -> str:
     text = (flag.help + (f" ({'; '.join(notes)})" if notes else "")).strip()
     gap = "\n" + " " * COLUMN if len(left) > COLUMN - 2 else " " * (COLUMN - len(left))
     return left + gap + _fill(text, subsequent_indent=" " * COLUMN, initial_indent=" " * COLUMN).lstrip()
-
-
-def _fill(text: str, **indents: str) -> str:
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False, **indents)
 
 
 def _print_and_exit(text: str) -> NoReturn:

@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("benchmarks", "cli", "convert", "corpus", "demo", "evaluate", "inspection", "llama", "moa", "training")
-ENTRY_SCRIPTS = ("finetune.py", "generate.py", "extract_adapter.py")
+PACKAGES = ("benchmarks", "convert", "corpus", "demo", "evaluate", "inspection", "llama", "moa", "training")
+ENTRY_SCRIPTS = ("finetune.py", "generate.py", "extract_adapter.py", "cli.py")
 MOST_LINES = 400
 PROSE = {".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}  # not data, whose texts are not ours
 
