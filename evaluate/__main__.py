@@ -20,8 +20,10 @@ _SCORES = """\
 Two scores, always both: `published` follows the rule behind the paper's tables, `robust` reads the stated final
 answer ("The answer is ...", "#### ...", a box), else the last number, letter or keyword (true, answer2, option1) that
 stands alone; see docs/scoring.md. Suites are averaged within their family: math, commonsense, code.
+
 HumanEval and MBPP run the generated programs against tests, each in a process that can neither write outside a folder
 of its own nor use the network, and only with --allow_code_execution.
+
 Behind each score stands half the width of its 95 % Wilson interval over the rows, in percentage points; the mean's
 takes the suites as independent. "no answer" counts the texts in which the published / the robust rule found none.
 Exit status: 0; 1 for bad input; 2 for bad flags."""
@@ -99,11 +101,7 @@ def main(argv: list[str] | None = None, task: str | None = None) -> None:
             rows = [row for row in score.rows if getattr(row, flags.show_rows)]
             blocks += [report.show(score, rows[: flags.show]) + "\n"] if rows else []
         blocks += [report.table(scores)] + ([sandbox.note] if sandbox and sandbox.note else [])
-        try:
-            print("\n".join(blocks), flush=True)
-        except BrokenPipeError:  # the reader (head, less) has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+        print("\n".join(blocks))
 
 
 def _join_files(argv: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Tables of runs: what each method trained, how long it took, and its scores, as mean and spread over seeds.
 
-A run is a folder with scores.json (`python -m evaluate --save_path`) and, for a tuned model, the config.json and log.jsonl
+A run is a folder with scores.json (`python -m evaluate`) and, for a tuned model, the config.json and log.jsonl
 that finetune.py left there. Runs in DATASET/METHOD/sSEED, as exps/run.sh makes them, share a line of DATASET's table;
 so do METHOD-s0 and METHOD-s1 of one folder. Runs whose settings differ are never averaged: they get lines of their
 own, which name what differs. Runs that are not finished are named on stderr and left out.

@@ -98,7 +98,7 @@ def read(folder: Path) -> Run:
         scores, means = _scores(content)
         files = {suite: Path(part["file"]).name for suite, part in content["suites"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'scores.json'}: not scores of `python -m evaluate --save_path` ({error!r})") from None
+        raise ValueError(f"{folder / 'scores.json'}: not scores of `python -m evaluate` ({error!r})") from None
     answers = {}
     for suite, file in files.items():
         how = folder / f"{file}.settings.json"

@@ -1,6 +1,6 @@
 """Folders of runs, read whatever state they are in: what a run was, what it logged, how it was scored, what it lacks.
 
-A run is what `finetune.py`, `generate.py` and `python -m evaluate --save_path` leave in a folder: config.json, log.jsonl,
+A run is what `finetune.py`, `generate.py` and `python -m evaluate` leave in a folder: config.json, log.jsonl,
 adapter.pth, one file of predictions per test, scores.json. Needs no torch.
 """
 
