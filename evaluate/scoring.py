@@ -109,14 +109,12 @@ class Score:
 
         A k above 1 needs as many samples in every row. metric: "published" or "robust".
         """
-        counts = [(len(scores), sum(score.is_correct for score in scores)) for scores in self._scores(metric)]
+        scored = [getattr(row, metric) for row in self.rows]
+        counts = [(len(scores), sum(score.is_correct for score in scores)) for scores in scored]
         most = min(samples for samples, _ in counts) if self.same_samples else 1
         return {
             k: 100 * math.fsum(pass_at(k, *count) for count in counts) / len(counts) for k in (1, 5, 10) if k <= most
         }
-
-    def _scores(self, metric: str) -> list[tuple[SampleScore, ...]]:
-        return [getattr(row, metric) for row in self.rows]
 
 
 def score_file(path: str | Path, task: Task | str | None = None, sandbox: Sandbox | None = None) -> Score:
@@ -151,11 +149,8 @@ def score_file(path: str | Path, task: Task | str | None = None, sandbox: Sandbo
             return SampleScore(extraction, outcome.passed, outcome.why)
         return SampleScore(extraction, getattr(task, metric).is_correct(extraction, row.answer))
 
-    return Score(
-        task,
-        str(path),
-        [
-            ScoredRow(row, *(tuple(scored(m, each, row) for each in extractions[m][row.index]) for m in METRICS))
-            for row in rows
-        ],
-    )
+    def scored_row(row: Row) -> ScoredRow:
+        both = [tuple(scored(metric, each, row) for each in extractions[metric][row.index]) for metric in METRICS]
+        return ScoredRow(row, *both)
+
+    return Score(task, str(path), [scored_row(row) for row in rows])

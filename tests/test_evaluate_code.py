@@ -45,38 +45,38 @@ def without_imports(problem: Problem) -> str:
 
 FORMS: dict[str, tuple[Callable[[Problem], str], bool]] = {  # name: (text, right under the published rule)
     "whole": (whole, True),
-    "whole, stripped": (lambda one: whole(one).strip(), True),
-    "continuation": (lambda one: one["canonical_solution"], True),
-    "continuation, stripped": (lambda one: one["canonical_solution"].strip(), True),
-    "block": (lambda one: f"Here it is:\n\n```python\n{whole(one)}```\nIt works.", True),
-    "block of a continuation": (lambda one: f"```\n{one['canonical_solution']}```", True),
-    "unclosed block": (lambda one: f"Sure!\n```py\n{whole(one)}", True),
-    "continuation, then another function": (lambda one: one["canonical_solution"] + "\ndef g(:\n", True),
-    "continuation, then a call": (lambda one: one["canonical_solution"] + "\nprint(1 / 0)\n", True),
-    "second block": (lambda one: f"```bash\npip install x\n```\n```python\n{whole(one)}```", False),
-    "words around": (lambda one: f"Sure! That's it:\n\n{whole(one)}\nIt isn't hard.", False),
-    "words after a continuation": (lambda one: f"{one['canonical_solution']}\nThat's it.", False),
-    "continuation, then a fence": (lambda one: f"{one['canonical_solution']}```\nThat's it.", False),
-    "dedented": (lambda one: textwrap.dedent(one["canonical_solution"]), False),
-    "other indentation": (lambda one: textwrap.indent(textwrap.dedent(one["canonical_solution"]), " "), False),
-    "run-on": (lambda one: f"{whole(one)}\n### Instruction:\nAdd.\n\n### Response:\nx = 1 +", False),
-    "run-on of a continuation": (lambda one: one["canonical_solution"] + "\n### Input:\nprint(", True),
-    "a demonstration": (lambda one: f"{whole(one)}\nprint({one['entry_point']}(input()))\nassert False\n", False),
-    "cut off": (lambda one: f"{whole(one)}\n\ndef main():\n    print('a", False),
-    "windows": (lambda one: f"```python\r\n{whole(one)}```".replace("\n", "\r\n").replace("\r\r", "\r"), True),
+    "whole, stripped": (lambda p: whole(p).strip(), True),
+    "continuation": (lambda p: p["canonical_solution"], True),
+    "continuation, stripped": (lambda p: p["canonical_solution"].strip(), True),
+    "block": (lambda p: f"Here it is:\n\n```python\n{whole(p)}```\nIt works.", True),
+    "block of a continuation": (lambda p: f"```\n{p['canonical_solution']}```", True),
+    "unclosed block": (lambda p: f"Sure!\n```py\n{whole(p)}", True),
+    "continuation, then another function": (lambda p: p["canonical_solution"] + "\ndef g(:\n", True),
+    "continuation, then a call": (lambda p: p["canonical_solution"] + "\nprint(1 / 0)\n", True),
+    "second block": (lambda p: f"```bash\npip install x\n```\n```python\n{whole(p)}```", False),
+    "words around": (lambda p: f"Sure! That's it:\n\n{whole(p)}\nIt isn't hard.", False),
+    "words after a continuation": (lambda p: f"{p['canonical_solution']}\nThat's it.", False),
+    "continuation, then a fence": (lambda p: f"{p['canonical_solution']}```\nThat's it.", False),
+    "dedented": (lambda p: textwrap.dedent(p["canonical_solution"]), False),
+    "other indentation": (lambda p: textwrap.indent(textwrap.dedent(p["canonical_solution"]), " "), False),
+    "run-on": (lambda p: f"{whole(p)}\n### Instruction:\nAdd.\n\n### Response:\nx = 1 +", False),
+    "run-on of a continuation": (lambda p: p["canonical_solution"] + "\n### Input:\nprint(", True),
+    "a demonstration": (lambda p: f"{whole(p)}\nprint({p['entry_point']}(input()))\nassert False\n", False),
+    "cut off": (lambda p: f"{whole(p)}\n\ndef main():\n    print('a", False),
+    "windows": (lambda p: f"```python\r\n{whole(p)}```".replace("\n", "\r\n").replace("\r\r", "\r"), True),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_a_right_answer(box: Sandbox, tmp_path: Path, form: str) -> None:
     text, published = FORMS[form]
-    got = scored(box, tmp_path / "x.jsonl", [predicted(one, text(one)) for one in PROBLEMS[:3]])
+    got = scored(box, tmp_path / "x.jsonl", [predicted(problem, text(problem)) for problem in PROBLEMS[:3]])
     # a body of one line cannot be indented wrongly
-    assert got == [(published or form == "dedented" and place == 1, True) for place in range(3)]
+    assert got == [(published or form == "dedented" and index == 1, True) for index in range(3)]
 
 
 def test_the_prompts_imports_and_functions_are_the_robust_rules(box: Sandbox, tmp_path: Path) -> None:
-    rows = [predicted(one, without_imports(one)) for one in PROBLEMS]
+    rows = [predicted(problem, without_imports(problem)) for problem in PROBLEMS]
     # List is missing in the first, shift in the second, math in the third
     expected = [(False, True)] * 3 + [(True, True)] * 2
     assert scored(box, tmp_path / "x.jsonl", rows) == expected
@@ -88,7 +88,8 @@ def broken(problem: Problem) -> str:
 
 
 def test_broken_answers(box: Sandbox, tmp_path: Path) -> None:
-    rows = [predicted(one, wrap(one)) for one in PROBLEMS for wrap in (broken, lambda one: one["prompt"] + broken(one))]
+    texts = [(p, text) for p in PROBLEMS for text in (broken(p), p["prompt"] + broken(p))]
+    rows = [predicted(p, text) for p, text in texts]
     score = score_file(write_rows(tmp_path / "x.jsonl", rows), "HumanEval", box)
     assert (score.published.percent, score.robust.percent, score.robust.missing) == (0, 0, 0)
     assert {row.robust[0].why for row in score.rows} == {"KeyError: 'broken'"}
@@ -133,13 +134,13 @@ def test_what_is_run(box: Sandbox) -> None:
 
 
 def test_mbpp(box: Sandbox, tmp_path: Path) -> None:
-    rows = [predicted(one, one["code"]) for one in MBPP]
+    rows = [predicted(problem, problem["code"]) for problem in MBPP]
     assert scored(box, tmp_path / "MBPP.jsonl", rows, "MBPP") == [(True, True)] * 3
-    rows = [predicted(one, f"Sure!\n```python\n{one['code']}\nprint(input())\n```") for one in MBPP]
+    rows = [predicted(problem, f"Sure!\n```python\n{problem['code']}\nprint(input())\n```") for problem in MBPP]
     assert scored(box, tmp_path / "MBPP.jsonl", rows, "MBPP") == [(False, True)] * 3
-    rows = [predicted(one, f"Here:\n{one['code']}\nThat's all.\n### Instruction:\nx") for one in MBPP]
+    rows = [predicted(problem, f"Here:\n{problem['code']}\nThat's all.\n### Instruction:\nx") for problem in MBPP]
     assert scored(box, tmp_path / "MBPP.jsonl", rows, "MBPP") == [(False, True)] * 3
-    rows = [predicted(one, one["code"].replace("def ", "def x")) for one in MBPP]
+    rows = [predicted(problem, problem["code"].replace("def ", "def x")) for problem in MBPP]
     assert scored(box, tmp_path / "MBPP.jsonl", rows, "MBPP") == [(False, False)] * 3
 
 
@@ -147,7 +148,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_passing_sample() -> None:
     for samples, passed in itertools.product(range(1, 7), range(7)):
         for k in range(1, samples + 1) if passed <= samples else ():
             draws = list(itertools.combinations(range(samples), k))
-            share = sum(any(one < passed for one in draw) for draw in draws) / len(draws)
+            share = sum(any(sample < passed for sample in draw) for draw in draws) / len(draws)
             assert pass_at(k, samples, passed) == pytest.approx(share)
 
 
@@ -193,7 +194,7 @@ def test_verdicts_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = write_rows(tmp_path / "HumanEval.jsonl", [predicted(one, whole(one)) for one in PROBLEMS[:2]])
+    code = write_rows(tmp_path / "HumanEval.jsonl", [predicted(problem, whole(problem)) for problem in PROBLEMS[:2]])
     mbpp = write_rows(tmp_path / "MBPP.jsonl", [predicted(MBPP[0], "")])
     sums = write_rows(tmp_path / "AddSub.jsonl", [{"answer": "4", "generate": "4"}])
     files = ["--predict_files", str(sums), str(code), str(mbpp)]
@@ -214,7 +215,7 @@ def test_nothing_is_run_without_a_word(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_as_a_module(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "HumanEval.jsonl", [predicted(one, whole(one)) for one in PROBLEMS])
+    path = write_rows(tmp_path / "HumanEval.jsonl", [predicted(problem, whole(problem)) for problem in PROBLEMS])
     command = [sys.executable, "-W", "error", "-m", "evaluate.humaneval", "--predict_file", str(path)]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)

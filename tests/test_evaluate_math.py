@@ -107,7 +107,6 @@ RIGHT_NUMBERS = [
     ("The answer is 4.", "4"),
     ("THE ANSWER IS 4", "4.0"),
     ("The answer is 4. It took 2 steps.", "4"),
-    ("The answer is $1,234.50.", "1234.5"),
     ("The answer is -$7.", "-7"),
     ("He pays $ 1,000,000 in all.", "1000000"),
     ("So Rs. 1,00,000", "100000"),

@@ -33,18 +33,18 @@ def boxed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def processes_in(folder: Path) -> list[int]:
     """The processes whose working folder lies in `folder` (on Linux)."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cwd"):
+    pids = []
+    for cwd in Path("/proc").glob("[0-9]*/cwd"):
         try:
-            if os.readlink(place).startswith(str(folder)):
-                found.append(int(place.parent.name))
+            if os.readlink(cwd).startswith(str(folder)):
+                pids.append(int(cwd.parent.name))
         except OSError:  # it has ended, or is another user's
             continue
-    return found
+    return pids
 
 
 def outcomes(boxed: Sandbox, *candidates: str) -> list[tuple[bool, str]]:
-    return [(one.passed, one.why) for one in boxed.run([Program((code,), TESTS) for code in candidates])]
+    return [(outcome.passed, outcome.why) for outcome in boxed.run([Program((code,), TESTS) for code in candidates])]
 
 
 def test_honest_programs(boxed: Sandbox) -> None:
@@ -66,7 +66,7 @@ def test_threads_are_honest(tmp_path: Path) -> None:
 
 
 def test_why(boxed: Sandbox) -> None:
-    said = outcomes(
+    results = outcomes(
         boxed,
         "def f(x):\n    return x",
         "def f(x):\n    raise KeyError('a\\nb')",
@@ -79,8 +79,8 @@ def test_why(boxed: Sandbox) -> None:
         "x = bytes(1 << 40)",
         "x = [0] * (100 << 30)",
     )
-    assert [passed for passed, _ in said] == [False] * 10
-    assert [why.split(" (")[0] for _, why in said] == [
+    assert [passed for passed, _ in results] == [False] * 10
+    assert [why.split(" (")[0] for _, why in results] == [
         "AssertionError",
         r"KeyError: 'a\nb'",
         "SyntaxError: expected ':'",
@@ -131,8 +131,8 @@ os._exit(0)
 
 
 def test_quitting_early_does_not_pass(boxed: Sandbox) -> None:
-    said = dict(zip(EARLY, outcomes(boxed, *EARLY), strict=True))
-    assert [code for code, (passed, why) in said.items() if passed or why == "timeout"] == []
+    results = dict(zip(EARLY, outcomes(boxed, *EARLY), strict=True))
+    assert [code for code, (passed, why) in results.items() if passed or why == "timeout"] == []
 
 
 def test_the_tests_get_the_real_built_in_functions(boxed: Sandbox) -> None:
@@ -188,13 +188,15 @@ def test_what_a_program_must_not_do(boxed: Sandbox, tmp_path: Path, monkeypatch:
     codes = [
         "try:\n    " + code.replace("\n", "\n    ") + f"\nexcept Exception: pass\n{RIGHT}" for code in nasty.values()
     ]
-    said = dict(zip(nasty, outcomes(boxed, *codes), strict=True))
-    assert [name for name, (passed, _) in said.items() if passed] == []
-    assert [name for name, (_, why) in said.items() if why == "timeout"] == ["loop", "deaf", "print", "sleep"]
-    others = [(name, why) for name, (_, why) in said.items() if why != "timeout" and not why.startswith("forbidden: ")]
+    results = dict(zip(nasty, outcomes(boxed, *codes), strict=True))
+    assert [name for name, (passed, _) in results.items() if passed] == []
+    assert [name for name, (_, why) in results.items() if why == "timeout"] == ["loop", "deaf", "print", "sleep"]
+    others = [
+        (name, why) for name, (_, why) in results.items() if why != "timeout" and not why.startswith("forbidden: ")
+    ]
     assert others == []
     assert precious.read_text() == "unharmed" and precious.stat().st_mode == mode
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["folders", "precious"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folders", "precious"]
     assert list((tmp_path / "folders").iterdir()) == []  # each folder is thrown away
     assert os.getpriority(os.PRIO_PROCESS, 0) == limits
     listener.setblocking(False)
@@ -304,7 +306,10 @@ os._exit(0)
     writes = ["write own", "remove own"] if writable else []
     assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(ran.stdout) == [*reads, *writes, "thread", "library", "null"]
-    assert outside.read_text() == "unharmed" and sorted(one.name for one in tmp_path.iterdir()) == ["outside", "own"]
+    assert outside.read_text() == "unharmed" and sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "outside",
+        "own",
+    ]
 
 
 @pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
@@ -312,9 +317,9 @@ os._exit(0)
 def test_the_filter_is_well_formed(architecture: str, writable: bool) -> None:
     code = sandbox_kernel._filter(architecture, writable)
     assert len(code) % 8 == 0 and len(code) // 8 < 4096
-    instructions = [code[place : place + 8] for place in range(0, len(code), 8)]
-    for place, (kind, _, if_true, if_false) in enumerate(one[:4] for one in instructions):
-        assert kind in (0x20, 0x15, 0x45, 0x06) and place + max(if_true, if_false) + 1 <= len(instructions)
+    instructions = [code[start : start + 8] for start in range(0, len(code), 8)]
+    for index, (kind, _, if_true, if_false) in enumerate(code[:4] for code in instructions):
+        assert kind in (0x20, 0x15, 0x45, 0x06) and index + max(if_true, if_false) + 1 <= len(instructions)
     assert instructions[-1] == b"\x06\x00\x00\x00\x01\x00\x05\x00"  # what is not allowed is not permitted
 
 

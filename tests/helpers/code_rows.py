@@ -25,10 +25,10 @@ PROBLEMS = [
     {
         "task_id": "Made/1",
         "prompt": 'def shift(text: str) -> str:\n    """ Each letter moved on by one. """\n'
-        '    return "".join(chr(ord(one) + 1) for one in text)\n\n\ndef unshift(text: str) -> str:\n'
+        '    return "".join(chr(ord(c) + 1) for c in text)\n\n\ndef unshift(text: str) -> str:\n'
         '    """ The inverse of shift. """\n',
         "entry_point": "unshift",
-        "canonical_solution": '    return "".join(chr(ord(one) - 1) for one in text)\n',
+        "canonical_solution": '    return "".join(chr(ord(c) - 1) for c in text)\n',
         "test": "def check(candidate):\n"
         "    for text in ('', 'abc', 'Hello'):\n        assert candidate(shift(text)) == text\n",
     },
