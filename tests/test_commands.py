@@ -114,7 +114,7 @@ def test_generation_is_resumed_and_shared_out_without_a_difference(trained, data
     complete = run("generate.py", *generate_flags(data, trained, two))
     assert complete.returncode == 0 and "complete, all 7 rows" in complete.stderr
     refused(run("generate.py", *generate_flags(data, trained, two, seed=1)), "seed 0, now it is 1", "--overwrite")
-    score = run("-m", "evaluate", "--predict_files", one, "--json", tmp_path / "scores.json")
+    score = run("-m", "evaluate", "--predict_files", one, "--save_path", tmp_path / "scores.json")
     assert score.returncode == 0 and "7 of 395" in score.stdout
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import evaluate.command
+import evaluate.__main__
 from commands import train_flags, write_rows
 from hostile import (
     MAINS,
@@ -38,7 +38,7 @@ from llama.distributed import init_distributed
 from llama.predictions import Predictions
 from llama.tokenizer import Tokenizer
 from moa.adapter_file import load_adapter
-from moa.files import read_torch
+from moa.files import load_tensors
 from moa.state import adapter_state_dict
 from tiny import BASE, GOLDEN, PARAMS, golden_state, shared, tokens
 from training.checkpoint import read
@@ -223,7 +223,7 @@ def test_checkpoints(data, made, ground: Ground) -> None:
     extracted = unchanged(folder, lambda: refusal(MAINS["extract_adapter"], [file], str(file)))
     if extracted is None:
         assert sorted(snapshot(folder)) == ["adapter.pth", "adapter_params.json", "checkpoint-2.pth"]
-        read_torch(folder / "adapter.pth")
+        load_tensors(folder / "adapter.pth")
     assert not trace.exists()
 
 
@@ -235,7 +235,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(data, made, grou
     newest.write_bytes(data.draw(torch_files(made.checkpoint, trace)))
     words = [*train_flags(made.data, folder, max_steps=2, save_every=1, accum_iter=1), "--resume"]
     assert refusal(MAINS["finetune"], words) is None
-    again = read_torch(newest)["adapter"]
+    again = load_tensors(newest)["adapter"]
     assert all(torch.equal(tensor, again[key]) for key, tensor in made.state.items())
     assert not trace.exists()
 
@@ -283,7 +283,7 @@ def test_rows_in_a_run(data, ground: Ground) -> None:
     file.write_bytes(data.draw(json_lines([ROW, ROW | {"extra": [1, {"a": None}]}])))
     words = train_flags(file, folder / "run", max_steps=1, accum_iter=1)
     if unchanged(folder, lambda: refusal(MAINS["finetune"], words, str(file))) is None:
-        assert read_torch(folder / "run" / "checkpoint-1.pth")["step"] == 1
+        assert load_tensors(folder / "run" / "checkpoint-1.pth")["step"] == 1
 
 
 @hostile(12)
@@ -307,7 +307,7 @@ def test_rows_to_answer_and_to_score(data, ground: Ground) -> None:
 
 
 def score(words: list[str]) -> None:
-    evaluate.command.main(None, words)
+    evaluate.__main__.main(words)
 
 
 ROWS = [{"instruction": f"row {i}", "input": "", "answer": str(i)} for i in range(4)]
@@ -351,7 +351,7 @@ def test_predictions_to_score(data, ground: Ground) -> None:
     file = folder / "AddSub.jsonl"
     form = json_texts if data.draw(st.booleans()) else json_lines
     file.write_bytes(data.draw(form([row | {"generate": "3"} for row in ROWS])))
-    words = ["--predict_file", file, "--json", folder / "scores.json", "--verdicts", folder / "verdicts.jsonl"]
+    words = ["--predict_file", file, "--save_path", folder / "scores.json", "--verdicts", folder / "verdicts.jsonl"]
     if unchanged(folder, lambda: refusal(score, words, str(file))) is None:
         assert sorted(snapshot(folder)) == ["AddSub.jsonl", "scores.json", "verdicts.jsonl"]
         assert 0 <= json.loads((folder / "scores.json").read_text())["suites"]["AddSub"]["robust"]["percent"] <= 100
@@ -460,7 +460,7 @@ def test_every_odd_tensor_is_refused_in_an_adapter(made, ground: Ground) -> None
         file.write_bytes(content)
         assert sentence_of(lambda: Llama.build(BASE, file, device="cpu"), str(file)), what
         for mmap in (False, True):
-            sentence_of(lambda mmap=mmap: read_torch(file, mmap), str(file))
+            sentence_of(lambda mmap=mmap: load_tensors(file, mmap), str(file))
     assert not trace.exists()
 
 
@@ -482,7 +482,7 @@ def test_one_flipped_bit_anywhere_is_told_or_does_nothing(tmp_path: Path) -> Non
     for at in range(0, len(whole), 3):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         found: list = []
-        if sentence_of(lambda found=found: found.append(read_torch(file)), str(file)) is None:
+        if sentence_of(lambda found=found: found.append(load_tensors(file)), str(file)) is None:
             assert found[0].keys() == valid.keys() and all(torch.equal(found[0][k], valid[k]) for k in valid), at
         else:
             told += 1

@@ -34,7 +34,7 @@ def test_the_whole_path_under_torchrun(tmp_path):
     flags = ("--adapter_path", out / "adapter.pth", "--max_rows", 4, "--max_gen_len", 40, "--temperature", 0)
     answered = run("generate.py", "--save_path", out / "demo.jsonl", *flags)
     assert answered.returncode == 0, answered.stderr
-    scored = run("-m", "evaluate", "demo", "--predict_file", out / "demo.jsonl", "--json", out / "scores.json")
+    scored = run("-m", "evaluate", "demo", "--predict_file", out / "demo.jsonl", "--save_path", out / "scores.json")
     assert scored.returncode == 0, scored.stderr
     assert json.loads((out / "scores.json").read_text())["suites"]["demo"]["rows"] == 4
     table = run("exps/collect.py", out)
