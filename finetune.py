@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from cli import cli_errors
 from demo.recipe import RECIPE
-from llama.cpu import prepare_cpu
+from llama.machine import prepare_cpu
 from training.config import RunConfig, continued, read_settings
 
 

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cli import cli_errors, flag, parse
-from llama.cpu import prepare_cpu
-from llama.machine import check_machine, check_sampling
+from llama.machine import check_machine, check_sampling, prepare_cpu
 from moa.methods import METHODS
 
 WHAT, HOW, MACHINE = "model and rows", "generation", "machine"

@@ -4,6 +4,7 @@ A plain `python` process gets a group of one, without a rendezvous.
 """
 
 import io
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -15,16 +16,18 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
 
-from llama.watch import Watch
 from moa.reading import short_repr
 
 T = TypeVar("T")
-# Replicas may load, or end their share of rows, at very different times; that one is gone is noticed by other means
-PATIENCE = timedelta(hours=2)
+# Replicas load, and end their share of the rows to answer, at very different times
+DIST_TIMEOUT = timedelta(hours=2)
 
 
 def get_device(device: str = "auto") -> torch.device:
-    """ "auto": this process's GPU where there is one, else the CPU. ValueError where the device is not there."""
+    """Resolve a device's name; "auto" is this process's GPU if there is one, else the CPU.
+
+    ValueError where the device is not there.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -56,33 +59,43 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 @contextmanager
-def processes(device: torch.device, model_parallel_size: int = 1) -> Iterator[None]:
-    """Join the other processes for the length of a command. When one of them fails, the others end too, at once, and
-    say so; what went wrong is told once."""
+def distributed_run(device: torch.device, model_parallel_size: int = 1) -> Iterator[None]:
+    """Join the other processes for the length of a command.
+
+    Where one of them fails, the others end too, with one sentence that repeats the message of the first that failed.
+    An error that all of them find is raised on one; the others end with SystemExit and say nothing.
+    """
     init_distributed(device, model_parallel_size)
-    watch = None
-    if dist.get_world_size() > 1:
-        watch = Watch(dist.distributed_c10d._get_default_store().clone(), dist.get_rank(), dist.get_world_size())
     try:
         yield
         dist.barrier()
-        if watch:
-            watch.stop()
-    except SystemExit:  # all processes end so
-        if watch:
-            watch.stop()
-        raise
-    except BaseException as error:
-        if watch and _broken_off(error):
-            watch.explain()
-        if watch:
-            known = isinstance(error, (ValueError, OSError, MemoryError)) and str(error)
-            watch.tell(str(error) if known else f"{type(error).__name__} {error}".strip())
+    except Exception as error:
+        if dist.get_world_size() > 1:
+            _raise_first_failure(error)
         raise
     destroy_distributed()
 
 
-def _broken_off(error: BaseException) -> bool:
+def _raise_first_failure(error: Exception) -> None:
+    """Leave the error's message in the store of the run unless another process was first; then raise what it left."""
+    peer_failed = _is_peer_failure(error)
+    known = isinstance(error, (ValueError, OSError, MemoryError)) and str(error)
+    message = str(error) if known else f"{type(error).__name__} {error}"
+    mine = "" if peer_failed else json.dumps([dist.get_rank(), message])
+    try:
+        failed = json.loads(dist.distributed_c10d._get_default_store().compare_set("moa/failure", "", mine) or "null")
+    except RuntimeError:  # the store went with the process that kept it
+        failed = None
+    if peer_failed and failed is None:
+        raise ValueError(f"process {dist.get_rank()} stops: another process was killed, or its machine lost") from None
+    if failed is not None and failed[0] != dist.get_rank():
+        if failed[1] == message:
+            raise SystemExit(1)
+        if peer_failed:
+            raise ValueError(f"process {dist.get_rank()} stops: process {failed[0]} failed: {failed[1]}") from None
+
+
+def _is_peer_failure(error: Exception) -> bool:
     """Whether an exchange failed because of its other side."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
@@ -97,7 +110,7 @@ def init_distributed(device: torch.device, model_parallel_size: int = 1) -> None
     """
     if not dist.is_initialized():
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=DIST_TIMEOUT)
         else:
             init_single_process()
     world = dist.get_world_size()
@@ -109,10 +122,12 @@ def init_distributed(device: torch.device, model_parallel_size: int = 1) -> None
         mp.destroy_model_parallel()
     with redirect_stdout(io.StringIO()):  # fairscale announces its groups
         mp.initialize_model_parallel(model_parallel_size)
+    for group in (mp.get_model_parallel_group(), mp.get_data_parallel_group()):  # made with torch's own timeout
+        dist.distributed_c10d._set_pg_timeout(DIST_TIMEOUT, group)
 
 
 def init_single_process() -> None:
-    """A process group of one, whatever the environment says."""
+    """Form a process group of one, whatever the environment says."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -124,24 +139,24 @@ def destroy_distributed() -> None:
 
 
 def broadcast_from_rank0(work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, which alone does it, on all of them."""
-    made = [work() if is_rank0() else None]
+    """Call `work` on rank 0 alone; all processes get its result."""
+    results = [work() if is_rank0() else None]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(made)
-    return made[0]
+        dist.broadcast_object_list(results)
+    return results[0]
 
 
 def assert_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """ValueError, on all processes, naming the first of `facts` that is not everywhere what it is on the main one."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    if len(everyone) == 1:
+    """Raise ValueError, on all processes, naming the first of `facts` that differs from rank 0's."""
+    if dist.get_world_size() == 1:
         return
-    dist.all_gather_object(everyone, facts)
-    for rank, theirs in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if theirs[name] != value:
+    all_facts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_facts, facts)
+    for rank, other in enumerate(all_facts):
+        for name, value in all_facts[0].items():
+            if other[name] != value:
                 raise ValueError(
-                    f"{name}: process {rank} has {short_repr(theirs[name], 80)}, process 0 {short_repr(value, 80)}"
+                    f"{name}: process {rank} has {short_repr(other[name], 80)}, process 0 {short_repr(value, 80)}"
                 )
 
 
@@ -154,5 +169,5 @@ def dp_size() -> int:
 
 
 def is_rank0() -> bool:
-    """The one process that prints and writes."""
+    """Whether this is the process that prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,14 +1,20 @@
-"""What the flags about the machine and about sampling may be, told before torch is loaded."""
+"""What is done before torch is loaded: flags about machine and sampling are checked, CPU libraries configured."""
 
+import ctypes
+import os
 import re
+import sys
 
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
+M_ARENA_MAX = -8  # of glibc's <malloc.h>
 
 
 def check_machine(device: str, bf16: bool | None, flash_attention2: bool) -> None:
-    """ValueError naming the flag that no machine can do as told. Whether this one can is seen when it is used."""
+    """ValueError naming the flag that no machine can follow. Whether this one can is seen when it is used."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
+    if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device {device}: all processes of torchrun would share this GPU; give --device cuda")
     if flash_attention2 and (device == "cpu" or bf16 is False):
         raise ValueError("--flash_attention2 needs a GPU and bf16")
 
@@ -19,3 +25,25 @@ def check_sampling(temperature: float, top_p: float) -> None:
         raise ValueError(f"--temperature must be 0 (greedy) or at least 1e-6, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top_p must be above 0 and at most 1, not {top_p}")
+
+
+def prepare_cpu() -> None:
+    """Configure OpenMP, oneDNN and glibc. Call it before torch is imported. The user's environment takes precedence.
+
+    OpenMP's waiting threads spin briefly, then sleep. By default libgomp spins so long that with one other busy process
+    on two cores a training step took two to five times as long and a decode step up to four times; never spinning
+    (OMP_WAIT_POLICY=PASSIVE) costs a third on an idle machine. On a machine of your own, ACTIVE is fastest.
+
+    oneDNN keeps the kernels of the last 64 shapes instead of 1024: batches are packed, so every step has a new shape,
+    and memory grew by 20 MB a step.
+
+    glibc gives each thread an arena of its own, whose freed memory no other thread gets. One common arena saves memory
+    where several threads compute, and was not slower.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt:
+            mallopt(M_ARENA_MAX, 1)

@@ -2,7 +2,7 @@
 
 Finished rows are appended to `FILE.part<rank>` as they come. `finish` merges all parts into FILE, in the order of the
 test rows, and removes them. `FILE.settings.json` holds what the answers depend on: a file made with other settings is
-not added to.
+not added to. `.FILE.lock` keeps a second writer away.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moa.files import atomic_write, claim, open_to_append, read_json, release, remove_stale_temp_files, write_json
+from moa.files import atomic_write, lock, read_json, remove_stale_temp_files, write_json
 from moa.reading import parse_json, safe_name, short_repr
 
 Answer = str | list[str]
@@ -20,8 +20,10 @@ class Predictions:
     """The answers to `rows` (test rows) that `path` and its parts hold already, and those that are still missing."""
 
     def __init__(self, path: Path, rows: list[dict[str, Any]], settings: dict[str, Any], rank: int, overwrite: bool):
-        """Raises ValueError where what is there was made with other settings or belongs to other rows; nothing is
-        changed before `start`."""
+        """Read what is there; nothing is changed before `start`.
+
+        ValueError where it was made with other settings or belongs to other rows.
+        """
         self.path, self.rows, self.settings, self.rank, self.overwrite = path, rows, settings, rank, overwrite
         self.answers: dict[int, Answer] = {}
         self._part = self._lock = None
@@ -31,11 +33,11 @@ class Predictions:
             return
         settings_file = self._beside("settings.json")
         if settings_file.exists():
-            made_with = read_json(settings_file)
-            for name in sorted(made_with.keys() | settings.keys()):
-                if made_with.get(name) != settings.get(name):
+            before = read_json(settings_file)
+            for name in sorted(before.keys() | settings.keys()):
+                if before.get(name) != settings.get(name):
                     raise ValueError(
-                        f"{path}: was made with {safe_name(name)} {short_repr(made_with.get(name))}, now it is "
+                        f"{path}: was made with {safe_name(name)} {short_repr(before.get(name))}, now it is "
                         f"{short_repr(settings.get(name))}; give --overwrite to begin anew, or another --save_path"
                     )
         elif path.exists() or self._parts():
@@ -50,9 +52,10 @@ class Predictions:
         return [i for i in range(len(self.rows)) if i not in self.answers]
 
     def start(self) -> None:
-        """On the main process, before any rank's `add`: prepare the folder. ValueError where another one is at it."""
+        """Prepare the folder: on rank 0, before any rank's `add`. ValueError where another process writes the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = claim(self._beside("lock"), f"{self.path}: another generate.py is writing it")
+        lock_file = self.path.with_name(f".{self.path.name}.lock")
+        self._lock = lock(lock_file, f"{self.path}: another generate.py is writing it").lock
         for file in (self.path, self._beside("settings.json")):
             remove_stale_temp_files(file.parent, file.name)
         if self.overwrite:
@@ -61,7 +64,7 @@ class Predictions:
         write_json(self._beside("settings.json"), self.settings)
 
     def require_started(self) -> None:
-        """On every process, after `start`: ValueError where this one does not see the main one's folder."""
+        """On every process, after `start`: ValueError where this one does not see rank 0's folder."""
         if not self._beside("settings.json").exists():
             raise ValueError(f"{self.path.parent}: not the folder that the first process writes; all must share it")
 
@@ -69,8 +72,8 @@ class Predictions:
         """Keep an answer; once this returns, it survives the process."""
         if self._part is None:
             path = self._beside(f"part{self.rank}")
-            self._part = open_to_append(path)
-            self._part.truncate(path.read_bytes().rfind(b"\n") + 1)  # a line that a crash cut short goes
+            self._part = open(path, "ab")  # noqa: SIM115 - open until `close`
+            self._part.truncate(path.read_bytes().rfind(b"\n") + 1)  # drop a line that a crash cut short
         self._part.write(json.dumps({"index": index, "generate": answer}).encode() + b"\n")
         self._part.flush()
 
@@ -79,7 +82,7 @@ class Predictions:
             self._part.close()
 
     def finish(self) -> None:
-        """On the main process, when all ranks have closed: write the whole file, then remove the parts."""
+        """On rank 0, when all ranks have closed: write the whole file, then remove the parts."""
         for part in self._parts():
             self._read_part(part)
         assert not self.missing, f"{len(self.missing)} rows without an answer"
@@ -91,11 +94,10 @@ class Predictions:
         self.release()
 
     def release(self) -> None:
-        """Let others write the file. What has been answered stays for the next one."""
+        """Let others write the file. Answers so far stay for the next one."""
         self.close()
         if self._lock is not None:
-            release(self._lock)
-            self._lock = None
+            self._lock.release()
 
     def _beside(self, ending: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{ending}")
@@ -107,29 +109,29 @@ class Predictions:
         return sorted(file for file in self.path.parent.iterdir() if name.fullmatch(file.name))
 
     def _read_file(self) -> None:
-        """Answers of a finished file, whatever rows have been taken out of it since. Equal test rows (some suites have
-        them) are told apart by their order."""
-        places: dict[str, list[int]] = {}
+        """Take the answers of a finished file, of which lines may have been removed since.
+
+        Equal test rows (some suites have them) are told apart by their order.
+        """
+        unanswered: dict[str, list[int]] = {}  # row without its answer -> its numbers, last first
         for i in reversed(range(len(self.rows))):
-            asked = {name: value for name, value in self.rows[i].items() if name != "generate"}
-            places.setdefault(json.dumps(asked, sort_keys=True), []).append(i)
-        for number, row in _json_lines(self.path):
+            question = {name: value for name, value in self.rows[i].items() if name != "generate"}
+            unanswered.setdefault(json.dumps(question, sort_keys=True), []).append(i)
+        for where, row in _json_lines(self.path):
             if not _is_answer(row.get("generate")):
-                raise ValueError(f"{self.path}: line {number}: field 'generate' is missing or not text")
+                raise ValueError(f"{where}: field 'generate' is missing or not text")
             answer = row.pop("generate")
-            waiting = places.get(json.dumps(row, sort_keys=True))
-            if waiting is None:
-                raise ValueError(
-                    f"{self.path}: line {number}: not one of the rows that --data_path and --max_rows ask for"
-                )
-            if waiting:
-                self.answers[waiting.pop()] = answer
+            numbers = unanswered.get(json.dumps(row, sort_keys=True))
+            if numbers is None:
+                raise ValueError(f"{where}: not one of the rows that --data_path and --max_rows ask for")
+            if numbers:
+                self.answers[numbers.pop()] = answer
 
     def _read_part(self, part: Path) -> None:
-        for number, row in _json_lines(part):
+        for where, row in _json_lines(part):
             index = row.get("index")
             if type(index) is not int or not 0 <= index < len(self.rows) or not _is_answer(row.get("generate")):
-                raise ValueError(f"{part}: line {number}: not an answer to one of the {len(self.rows)} rows")
+                raise ValueError(f"{where}: not an answer to one of the {len(self.rows)} rows")
             self.answers.setdefault(index, row["generate"])
 
 
@@ -137,26 +139,23 @@ def _is_answer(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
-def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a file's lines. A line that a crash cut short is left out, anything else that is not an
-    object is a ValueError."""
+def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """("FILE: line N", object) of a file's lines, without a last one that a crash cut short. ValueError otherwise."""
     if not path.exists():
         return []
-    if not path.is_file():
-        raise ValueError(f"{path}: not a regular file")
     rows = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        place = f"{path}: line {number}"
+        where = f"{path}: line {number}"
         try:
-            row = parse_json(line.decode(), place)
-        except ValueError as error:
+            row = parse_json(line, where)
+        except ValueError:
             if number == len(lines):
                 continue
-            raise ValueError(f"{place}: not UTF-8 text" if isinstance(error, UnicodeError) else str(error)) from None
+            raise
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected an object")
-        rows.append((number, row))
+            raise ValueError(f"{where}: expected an object")
+        rows.append((where, row))
     return rows

@@ -1,13 +1,11 @@
-"""Being asked to stop: a node is taken away (SIGTERM), or somebody presses Ctrl-C (SIGINT)."""
+"""Orderly end of a run on SIGTERM (a node is taken away) or SIGINT (Ctrl-C)."""
 
 import os
 import signal
-import socket
-import threading
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE = 3  # torchrun passes a signal on that its processes have had already: only this many mean "at once"
 
 
 class Stopped(SystemExit):
@@ -19,33 +17,28 @@ class Stopped(SystemExit):
 
 
 class GracefulShutdown:
-    """Takes note of the signals while it is entered; `signum` is the first that came, 0 before. The last of PATIENCE
-    signals ends the process on the spot: a thread counts them, for the main one may be waiting for another process."""
+    """Notes signals while it is entered: `signum` is the first that came, 0 before.
+
+    The same signal once more, over a second later, or any third one ends the process at once. (torchrun passes on a
+    signal that its processes have had from the terminal already.)
+    """
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum = self._count = 0
+        self._first_time = 0.0
 
     def __enter__(self) -> "GracefulShutdown":
-        self._heard, self._told = socket.socketpair()
-        self._told.setblocking(False)
-        self._wakeup_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        threading.Thread(target=self._count, name="signals", daemon=True).start()
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        self._told.close()  # ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signum = self.signum or number
-
-    def _count(self) -> None:
-        with self._heard:
-            left = PATIENCE
-            while numbers := self._heard.recv(1):
-                left -= numbers[0] in SIGNALS
-                if not left:
-                    os._exit(128 + numbers[0])
+        now = time.monotonic()
+        self._count += 1
+        if self._count == 1:
+            self.signum, self._first_time = number, now
+        elif self._count == 3 or (number == self.signum and now - self._first_time > 1):
+            os._exit(128 + number)
