@@ -38,8 +38,8 @@ class ModelFlags:
 def running(flags: ModelFlags) -> Iterator[Any]:
     """The model, a `llama.Llama`, among the processes of this run."""
     from llama import Llama
-    from llama.machine import prepare_cpu
     from llama.distributed import bf16_is_fast, distributed_run, get_device
+    from llama.machine import prepare_cpu
 
     prepare_cpu()
     device = get_device(flags.device)
