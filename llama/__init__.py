@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Llama", "ModelArgs", "Tokenizer", "Transformer"]
 
-_WHERE = {"Llama": "generation", "ModelArgs": "args", "Tokenizer": "tokenizer", "Transformer": "model"}
+_MODULES = {"Llama": "generation", "ModelArgs": "args", "Tokenizer": "tokenizer", "Transformer": "model"}
 
 
 def __getattr__(name: str):
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

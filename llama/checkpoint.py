@@ -84,8 +84,9 @@ def load_base_weights(model: Transformer, ckpt_dir: str | Path, dtype: torch.dty
         path, _, name = key.rpartition(".")
         layer = model.get_submodule(path)
         file_dim = shard_dim(key, spec, files, shards, getattr(layer, "heads", None))
-        mine = _assemble(spec, file_dim, getattr(layer, name).shape, [shard[key] for shard in shards])
-        state[key] = mine.to(device, dtype)
+        n = 1 if spec.dim is None else spec.shape[spec.dim] // getattr(layer, name).shape[spec.dim]
+        index = 0 if spec.dim is None else Shard(spec.dim, n).index(mp_rank())
+        state[key] = assemble(spec, file_dim, [shard[key] for shard in shards], index, n).to(device, dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.to(device)
     for name, tensor in model.named_parameters():
@@ -142,21 +143,22 @@ def shard_dim(
     raise ValueError(f"{files[0]}{several}: {key} has shape {held}, params.json asks for {spec.shape} in all")
 
 
-def _assemble(spec: ShardSpec, dim: int | None, local: torch.Size, pieces: list[Tensor]) -> Tensor:
-    """This rank's part, of shape `local`, of a base tensor that shards hold in pieces along `dim`."""
+def assemble(spec: ShardSpec, dim: int | None, pieces: list[Tensor], index: int, n: int) -> Tensor:
+    """Part `index` of `n` of a base tensor that files hold in pieces along `dim`; all of one that is never sharded.
+    What lies in one piece is a view of it."""
     if spec.dim is None:
         return pieces[0]
-    size = local[spec.dim]
-    begin = size * Shard(spec.dim, spec.shape[spec.dim] // size).index(mp_rank())
-    if dim != spec.dim:  # each piece has some of what is this rank's
-        mine = [piece.narrow(spec.dim, begin, size) for piece in pieces]
+    size = spec.shape[spec.dim] // n
+    begin = index * size
+    if dim != spec.dim:  # each piece has some of this part
+        parts = [piece.narrow(spec.dim, begin, size) for piece in pieces]
     else:
-        mine, width = [], pieces[0].shape[dim]
+        parts, width = [], pieces[0].shape[dim]
         for i, piece in enumerate(pieces[:: len(pieces) * width // spec.shape[dim]]):  # the first of those alike
             first, last = max(begin, i * width), min(begin + size, (i + 1) * width)
             if first < last:
-                mine.append(piece.narrow(dim, first - i * width, last - first))
-    return mine[0].contiguous() if len(mine) == 1 else torch.cat(mine, dim)
+                parts.append(piece.narrow(dim, first - i * width, last - first))
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim or 0)
 
 
 def fingerprint(ckpt_dir: str | Path) -> str:

@@ -1,219 +1,249 @@
-"""Generating many rows at once: one prefill per row, then one decode step at a time over all that run.
+"""Batched generation: one prefill per sequence, then decode steps over all sequences that run.
 
-The engine knows token ids, not text. A row that ends leaves at once, as soon as that is known, and a waiting one takes
-its place.
+The engine knows token ids, not text. A sequence that ends leaves as soon as that is known, and a waiting one takes its
+place (continuous batching).
 """
 
+import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
 from torch import Tensor
 
-from llama.graphs import Graphs
 from llama.kv_cache import KVCache
 from llama.model import Transformer
 from llama.packing import PackedBatch, async_to_device
-from llama.sampling import sample
 from moa.parallel import mp_rank, mp_size
 
-INVALID_TOKEN = -1  # in the place of a token
+INVALID_TOKEN = -1  # marks logits that are not finite
 
-
-@dataclass(eq=False)
-class Request:
-    """An answer in the making. `draws`: one number in [0, 1) per token, empty for greedy generation. `chosen`: how many
-    tokens the device has chosen, of which the CPU has read `tokens`. `first`: once it runs, the logits (V,) behind its
-    prompt."""
-
-    index: int
-    prompt: list[int]
-    limit: int  # tokens at most
-    draws: list[float]
-    tokens: list[int] = field(default_factory=list)
-    chosen: int = 0
-    ended: bool = False
-    first: Tensor | None = None
+DecodeStep = Callable[[Transformer, KVCache, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen: `stop_ids` end an answer, but not before `min_new_tokens`."""
+    """stop_ids end an answer, but not before min_new_tokens. temperature 0: greedy."""
 
     stop_ids: tuple[int, ...]
-    min_new_tokens: int
-    temperature: float
-    top_p: float
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and its answer in the making.
+
+    max_tokens: new tokens at most. uniforms: one number in [0, 1) per token; empty for greedy decoding.
+    num_sampled: tokens sampled on the device, of which the CPU has read `tokens`.
+    prompt_logits: (V,) behind the prompt, once the request runs.
+    """
+
+    index: int
+    prompt: list[int]
+    max_tokens: int
+    uniforms: list[float]
+    tokens: list[int] = field(default_factory=list)
+    num_sampled: int = 0
+    finished: bool = False
+    prompt_logits: Tensor | None = None
+
+
+def seeded_uniforms(prompt: list[int], seed: int, sample: int, n: int) -> Tensor:
+    """(n,) numbers in [0, 1) for the n tokens of one answer.
+
+    They follow from the prompt, the seed and the sample's number: neither neighbours nor the order matter.
+    """
+    digest = hashlib.sha256(f"{seed}/{sample}/{prompt}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | None) -> Tensor:
+    """logits (R, V) float32 -> (R,) token ids.
+
+    temperature 0: the largest logit, the lowest id of equals. Otherwise nucleus sampling: one draw per row, by its
+    number in `uniforms` (R,), from the fewest most likely tokens whose probabilities sum to at least top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    # Minus the largest: a small temperature must not overflow
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    cumulative = ordered.double().cumsum(-1)
+    nucleus = (cumulative - ordered < top_p * cumulative[:, -1:]).sum(-1, keepdim=True)
+    nucleus.clamp_(min=1)  # 0 where a logit is not finite
+    rank = (cumulative <= uniforms[:, None] * cumulative.gather(-1, nucleus - 1)).sum(-1, keepdim=True)
+    return ids.gather(-1, rank).squeeze(-1)
 
 
 def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], device: torch.device) -> Tensor:
-    """Admit new rows to the cache -> logits (R, V) of each row's first new token. Rows of the same prompt, several
-    samples of an answer, share its pass."""
-    places = cache.admit([len(prompt) for prompt in prompts])
-    numbers: dict[tuple[int, ...], int] = {}  # of the different prompts
+    """Allocate new sequences and fill the cache -> logits (R, V) of each one's first new token.
+
+    Sequences with the same prompt (several samples of an answer) share its pass.
+    """
+    rows = cache.allocate([len(prompt) for prompt in prompts])
+    numbers: dict[tuple[int, ...], int] = {}  # distinct prompts
     which = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-    first = [places[which.index(number)] for number in range(len(numbers))]
-    rows = PackedBatch([len(prompt) for prompt in numbers], device)
+    first_rows = [rows[which.index(number)] for number in range(len(numbers))]
+    batch = PackedBatch([len(prompt) for prompt in numbers], device)
     tokens = async_to_device([token for prompt in numbers for token in prompt], device)
-    last = async_to_device([end - 1 for _, end in rows.spans], device)
-    logits = model.output(model.hidden(tokens, rows, cache, first)[last])
-    for number, place in zip(which, places, strict=True):
-        if place != first[number]:
-            cache.copy(first[number], place)
+    last = async_to_device([end - 1 for _, end in batch.spans], device)
+    logits = model.output(model.forward_hidden(tokens, batch, cache, first_rows)[0][last])
+    for number, row in zip(which, rows, strict=True):
+        if row != first_rows[number]:
+            cache.fork(first_rows[number], row)
     return logits[async_to_device(which, device)]
 
 
-def start(
+def add_requests(
     model: Transformer, cache: KVCache, running: list[Request], new: list[Request], device: torch.device
 ) -> Tensor:
-    """Admit new answers and let them run -> their first logits (R, V). One whose prompt a running answer has already
-    takes what is held of it; the others' prompts take a pass."""
-    places = {tuple(answer.prompt): place for place, answer in enumerate(running)}
-    again = [answer for answer in new if tuple(answer.prompt) in places]
-    for answer in again:
-        source, n = places[tuple(answer.prompt)], len(answer.prompt)
-        cache.copy(source, *cache.admit([n]), n)
-        answer.first = running[source].first
-    fresh = [answer for answer in new if tuple(answer.prompt) not in places]
+    """Start new requests -> their first logits (R, V).
+
+    One whose prompt a running request has forks its cached prompt; the others' prompts take a pass.
+    """
+    rows = {tuple(request.prompt): row for row, request in enumerate(running)}
+    forked = [request for request in new if tuple(request.prompt) in rows]
+    for request in forked:
+        source, n = rows[tuple(request.prompt)], len(request.prompt)
+        cache.fork(source, *cache.allocate([n]), n)
+        request.prompt_logits = running[source].prompt_logits
+    fresh = [request for request in new if tuple(request.prompt) not in rows]
     if fresh:
-        for answer, logits in zip(fresh, prefill(model, cache, [a.prompt for a in fresh], device), strict=True):
-            answer.first = logits
-    running += again + fresh
-    return torch.stack([answer.first for answer in again + fresh])
+        logits = prefill(model, cache, [request.prompt for request in fresh], device)
+        for request, row in zip(fresh, logits, strict=True):
+            request.prompt_logits = row
+    running += forked + fresh
+    return torch.stack([request.prompt_logits for request in forked + fresh])
 
 
 def decode(model: Transformer, cache: KVCache, tokens: Tensor) -> Tensor:
-    """Feed the newest token of every cached row, (R,) int64 -> logits (R, V) of the next."""
+    """Feed the newest token of every cached sequence, (R,) int64 -> logits (R, V) of the next."""
     lengths = cache.advance()
-    fed = torch.stack([tokens, async_to_device(lengths, tokens.device)])
-    return decode_step(model, cache, fed, lengths, min(lengths) == max(lengths))
+    seq_lens = async_to_device(lengths, tokens.device)
+    return model.decode(tokens, cache, seq_lens, max(lengths), min(lengths) == max(lengths))
 
 
-def decode_step(model: Transformer, cache: KVCache, fed: Tensor, lengths: list[int], even: bool) -> Tensor:
-    """What of a decode step the device does alone. fed (2, R): the newest tokens, and how many their rows have with
-    them: `lengths`, or less in a graph, which is for all that are not longer. even: all rows have as many."""
-    tokens, ends = fed
-    cache.at(ends, max(lengths), even)
-    rows = PackedBatch([1] * len(lengths), fed.device, starts=[n - 1 for n in lengths], positions=ends - 1)
-    return model.output(model.hidden(tokens, rows, cache))
-
-
-def run(
+def generate(
     model: Transformer,
-    answers: list[Request],
+    requests: list[Request],
     max_rows: int,
-    rules: SamplingParams,
-    cuda_graphs: bool = False,
-    behind: int = 0,
+    params: SamplingParams,
+    decode_step: DecodeStep = decode,
+    async_lag: int = 0,
 ) -> Iterator[Request]:
-    """Complete all `answers`, up to `max_rows` at a time; yields each as it ends, without its stop token. cuda_graphs:
-    decode steps by `llama.graphs`.
+    """Complete all requests, up to max_rows at a time; yields each as it finishes, without its stop token.
 
-    behind: so many steps later than they are chosen the CPU reads tokens, so that a device which works on its own never
-    waits for it; a row takes as many steps in vain once it has chosen a stop token. The results are the same.
+    decode_step: `decode` or a faster equal (`llama.accelerate`).
+    async_lag: read sampled tokens this many steps late, so that a GPU never waits for the CPU. A sequence that has
+    already stopped runs that many extra steps; results do not change.
     """
     device = model.output.weight.device
-    # Longest prompts first: the peak of memory comes at the start, and rows that share a prefill are alike.
-    waiting = sorted(answers, key=lambda answer: (-len(answer.prompt), answer.index), reverse=True)
-    cache = model.new_cache(min(max_rows, len(answers)), max(len(a.prompt) + a.limit for a in answers))
-    step = partial(decode, model, cache)
-    if cuda_graphs:
-        model.reach(cache.max_len, device)  # and stay where it is
-        step = Graphs(cache, partial(decode_step, model, cache)).decode
-    running: list[Request] = []  # in the order of the cache's places
-    newest = torch.empty(0)  # their last tokens
-    unread: deque[tuple[list[Request], _Arriving]] = deque()
-    while waiting or running or unread:
+    # Longest prompts first: memory peaks at the start, and sequences that share a prefill are alike
+    waiting = sorted(requests, key=lambda request: (-len(request.prompt), request.index), reverse=True)
+    cache = model.new_cache(min(max_rows, len(requests)), max(len(r.prompt) + r.max_tokens for r in requests))
+    model.extend_rope_cache(cache.max_len, device)
+    running: list[Request] = []  # in the order of the cache's rows
+    next_tokens = torch.empty(0)
+    in_flight: deque[tuple[list[Request], AsyncTokens]] = deque()
+    while waiting or running or in_flight:
         if waiting or running:
             new = [waiting.pop() for _ in range(min(cache.max_rows - len(running), len(waiting)))]
             with torch.inference_mode():
-                logits = [step(newest)] if running else []
+                logits = [decode_step(model, cache, next_tokens)] if running else []
                 if new:
-                    logits.append(start(model, cache, running, new, device))
-                chosen = _next_tokens(torch.cat(logits).float(), running, rules)
-                newest = chosen.clamp(min=0)  # what is not finite is told when it is read
-            unread.append((list(running), _Arriving(chosen)))
-            for answer in running:
-                answer.chosen += 1
-        newest = _leave(cache, running, newest, [answer for answer in running if answer.chosen == answer.limit])
-        if len(unread) > behind or not (waiting or running):
-            ended = _read(*unread.popleft(), rules)
-            newest = _leave(cache, running, newest, ended)
-            yield from ended
+                    logits.append(add_requests(model, cache, running, new, device))
+                sampled = sample_and_broadcast(torch.cat(logits).float(), running, params)
+                next_tokens = sampled.clamp(min=0)
+            in_flight.append((list(running), AsyncTokens(sampled)))
+            for request in running:
+                request.num_sampled += 1
+        full = [request for request in running if request.num_sampled == request.max_tokens]
+        next_tokens = remove(cache, running, next_tokens, full)
+        if len(in_flight) > async_lag or not (waiting or running):
+            finished = process_tokens(*in_flight.popleft(), params)
+            next_tokens = remove(cache, running, next_tokens, finished)
+            yield from finished
 
 
-class _Arriving:
-    """Numbers on their way from the device."""
+class AsyncTokens:
+    """Token ids on their way from the device."""
 
-    def __init__(self, numbers: Tensor):
-        self._numbers, self._there = numbers, None
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._there = torch.cuda.Event()
-            self._there.record()
+    def __init__(self, tokens: Tensor):
+        self._tokens, self._arrived = tokens, None
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     def tolist(self) -> list[int]:
-        if self._there is not None:
-            self._there.synchronize()
-        return self._numbers.tolist()
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tokens.tolist()
 
 
-def _read(answers: list[Request], chosen: _Arriving, rules: SamplingParams) -> list[Request]:
-    """Add to the answers what a step has chosen for them -> those that it ends."""
-    tokens = chosen.tolist()
+def process_tokens(requests: list[Request], sampled: AsyncTokens, params: SamplingParams) -> list[Request]:
+    """Append a step's tokens to their requests -> the requests that finish with it."""
+    tokens = sampled.tolist()
     if INVALID_TOKEN in tokens:
         raise ValueError("the model's logits are not finite: its weights or its adapter are damaged")
-    ended = []
-    for answer, token in zip(answers, tokens, strict=True):
-        if answer.ended:  # a step in vain
+    finished = []
+    for request, token in zip(requests, tokens, strict=True):
+        if request.finished:  # an extra step
             continue
-        stops = token in rules.stop_ids
+        stops = token in params.stop_ids
         if not stops:
-            answer.tokens.append(token)
-        answer.ended = stops or len(answer.tokens) == answer.limit
-        if answer.ended:
-            ended.append(answer)
-    return ended
+            request.tokens.append(token)
+        request.finished = stops or len(request.tokens) == request.max_tokens
+        if request.finished:
+            finished.append(request)
+    return finished
 
 
-def _leave(cache: KVCache, running: list[Request], newest: Tensor, leaving: list[Request]) -> Tensor:
-    """Let rows leave that still run -> the newest tokens of those that stay."""
-    places = list(range(len(running)))
-    for place in reversed(range(len(running))):
-        if running[place] in leaving:
-            cache.drop(place)
-            for row in (running, places):  # as the cache does
-                row[place] = row[-1]
-                row.pop()
-    return newest[async_to_device(places, newest.device, torch.int64)] if len(places) < len(newest) else newest
+def remove(cache: KVCache, running: list[Request], next_tokens: Tensor, leaving: list[Request]) -> Tensor:
+    """Take requests out of the running ones -> the next tokens of those that stay."""
+    rows = list(range(len(running)))
+    for row in reversed(range(len(running))):
+        if running[row] in leaving:
+            cache.free(row)
+            for moved in (running, rows):  # as the cache does
+                moved[row] = moved[-1]
+                moved.pop()
+    if len(rows) == len(next_tokens):
+        return next_tokens
+    return next_tokens[async_to_device(rows, next_tokens.device, torch.int64)]
 
 
-def _next_tokens(logits: Tensor, running: list[Request], rules: SamplingParams) -> Tensor:
-    """(R,) int64, the next token of each running row: chosen on the first rank of the model's group and sent to the
-    others, so that all of them feed the same tokens and stop at the same one, whatever their last bits say."""
+def sample_and_broadcast(logits: Tensor, running: list[Request], params: SamplingParams) -> Tensor:
+    """(R,) int64, the next token of each running request.
+
+    Sampled on the first rank of the model-parallel group and sent to the others: all feed the same tokens and stop at
+    the same one, whatever their last bits say.
+    """
     if mp_rank() == 0:
-        chosen = _choose(logits, running, rules)
+        sampled = sample_running(logits, running, params)
     else:
-        chosen = torch.empty(len(running), dtype=torch.int64, device=logits.device)
+        sampled = torch.empty(len(running), dtype=torch.int64, device=logits.device)
     if mp_size() > 1:
-        dist.broadcast(chosen, mp.get_model_parallel_src_rank(), group=mp.get_model_parallel_group())
-    return chosen
+        dist.broadcast(sampled, mp.get_model_parallel_src_rank(), group=mp.get_model_parallel_group())
+    return sampled
 
 
-def _choose(logits: Tensor, running: list[Request], rules: SamplingParams) -> Tensor:
-    """(R,) int64; INVALID_TOKEN where a row's logits are not. Nothing here waits for a GPU."""
+def sample_running(logits: Tensor, running: list[Request], params: SamplingParams) -> Tensor:
+    """(R,) int64; INVALID_TOKEN where a row's logits are not finite. Does not wait for a GPU."""
     finite = torch.isfinite(logits.amax(-1))
-    early = [place for place, answer in enumerate(running) if answer.chosen < rules.min_new_tokens]
+    early = [row for row, request in enumerate(running) if request.num_sampled < params.min_new_tokens]
     if early:
-        rows, stops = (async_to_device(numbers, logits.device) for numbers in (early, rules.stop_ids))
-        logits[rows[:, None], stops] = logits.new_full((), -torch.inf)  # a number would be copied there first
-    draws = None
-    if rules.temperature > 0:
-        now = [answer.draws[answer.chosen] for answer in running]
-        draws = async_to_device(now, logits.device, torch.float64)
-    return sample(logits, rules.temperature, rules.top_p, draws).masked_fill(~finite, INVALID_TOKEN)
+        rows, stops = (async_to_device(numbers, logits.device) for numbers in (early, params.stop_ids))
+        logits[rows[:, None], stops] = logits.new_full((), -torch.inf)  # a Python number would be copied to the GPU
+    uniforms = None
+    if params.temperature > 0:
+        step = [request.uniforms[request.num_sampled] for request in running]
+        uniforms = async_to_device(step, logits.device, torch.float64)
+    return sample(logits, params.temperature, params.top_p, uniforms).masked_fill(~finite, INVALID_TOKEN)

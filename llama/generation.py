@@ -1,19 +1,19 @@
-"""Building a model with its adapter, and generating from it: token ids in, token ids out."""
+"""`Llama`: a model with its adapter and tokenizer. Token ids in, token ids out."""
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from llama.checkpoint import load_base, read_base
-from llama.derivations import Derivations
+from llama.accelerate import FastDecoding
+from llama.checkpoint import load_base_weights, load_params_and_tokenizer
 from llama.distributed import get_device, init_distributed
-from llama.engine import Request, SamplingParams, run
+from llama.engine import Request, SamplingParams, decode, generate, seeded_uniforms
 from llama.machine import MIN_TEMPERATURE
 from llama.model import Transformer
-from llama.sampling import seeded_uniforms
 from llama.tokenizer import Tokenizer
 from moa import state
 from moa.adapter_file import load_adapter
@@ -21,8 +21,10 @@ from moa.config import AdapterConfig
 
 
 class Llama:
-    """A model, its tokenizer, and the sizes up to which it generates; cuda_graphs: by recorded decode steps
-    (`llama.graphs`), unless a module has a hook."""
+    """A model, its tokenizer, and the sizes up to which it generates.
+
+    fast_decoding: decode steps by `llama.accelerate`; None: by the plain formulas.
+    """
 
     def __init__(
         self,
@@ -30,11 +32,10 @@ class Llama:
         tokenizer: Tokenizer,
         max_seq_len: int,
         max_batch_size: int,
-        cuda_graphs: bool = False,
+        fast_decoding: FastDecoding | None = None,
     ):
-        self.model, self.tokenizer = model, tokenizer
-        self.max_seq_len, self.max_batch_size, self.cuda_graphs = max_seq_len, max_batch_size, cuda_graphs
-        self._derivations = Derivations(model)
+        self.model, self.tokenizer, self.fast_decoding = model, tokenizer, fast_decoding
+        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
 
     @classmethod
     def build(
@@ -52,12 +53,13 @@ class Llama:
         model_parallel_size: int = 1,
         flash_attention2: bool = False,
         cuda_graphs: bool = False,
+        accelerate: bool = True,
     ) -> "Llama":
-        """Load a base, and beside it an adapter from a file, or fresh ones by a configuration (`config`; started from
-        `seed`), or none. The base does not train; adapters are float32 whatever the base's type.
+        """Load a base, with an adapter from a file, or with fresh ones of a configuration (started from `seed`), or
+        alone. The base does not train; adapters are float32 whatever the type of the base.
 
-        method: which method an adapter in the authors' format is, where its flags do not tell. Raises ValueError
-        naming the file, tensor or setting that is wrong.
+        method: of an adapter in the reference format, where its flags do not tell. accelerate: False runs the plain
+        formulas. Raises ValueError naming the file, tensor or setting that is wrong.
         """
         for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if size < 1:
@@ -66,22 +68,23 @@ class Llama:
             require_flash(device, bf16)
         torch_device = get_device(device)
         if cuda_graphs:
-            require_graphs(torch_device, model_parallel_size)
-        args, tokenizer = read_base(ckpt_dir)
+            require_cuda_graphs(torch_device, model_parallel_size)
+        args, tokenizer = load_params_and_tokenizer(ckpt_dir)
         adapter = None
         if adapter_path is not None:
             assert config is None, "an adapter file brings its own configuration"
             config, adapter = load_adapter(adapter_path, asdict(args), method)
         init_distributed(torch_device, model_parallel_size)
         model = Transformer(args, config, flash_attention2)
-        load_base(model, ckpt_dir, torch.bfloat16 if bf16 else torch.float32, torch_device)
+        load_base_weights(model, ckpt_dir, torch.bfloat16 if bf16 else torch.float32, torch_device)
         if adapter is not None:
             state.load_adapter_state_dict(model, adapter, str(adapter_path))
         else:
             state.reset_adapters(model, seed)
         state.freeze_base(model)
         model.eval()
-        return cls(model, tokenizer, max_seq_len, max_batch_size, cuda_graphs)
+        fast_decoding = FastDecoding(model, cuda_graphs) if accelerate else None
+        return cls(model, tokenizer, max_seq_len, max_batch_size, fast_decoding)
 
     def generate(
         self,
@@ -94,40 +97,39 @@ class Llama:
         samples: list[int] | None = None,
         on_finish: Callable[[int, list[int]], None] | None = None,
     ) -> list[list[int]]:
-        """Continue each prompt (token ids, BOS included) by up to `max_gen_len` tokens, to the model's end token,
-        which is left out. Results are in the prompts' order.
+        """Continue each prompt (token ids, BOS included) by up to `max_gen_len` tokens or to the end token, which is
+        left out. Results are in the prompts' order.
 
-        A row also ends where prompt and answer fill `max_seq_len`. Up to `max_batch_size` rows run at once; a row that
-        ends makes room for the next at once. A row's result depends on its prompt, `seed` and its sample number alone.
+        An answer also ends where prompt and answer fill `max_seq_len`. Up to `max_batch_size` sequences run at once.
+        In float32 a result depends on its prompt, `seed` and its sample's number alone.
 
         min_new_tokens: the end token is not chosen before this many. temperature 0: greedy. samples: number of each
-        row's sample (default 0), for several draws from one prompt. on_finish(index, tokens): called as rows finish.
+        prompt's sample (default 0), for several draws from one prompt. on_finish(index, tokens): called as answers end.
         Raises ValueError for an empty prompt, one without room for an answer, or settings out of range.
         """
         self._check(prompts, max_gen_len, min_new_tokens, temperature, top_p)
         if not prompts:
             return []
-        samples = samples or [0] * len(prompts)
-        limits = [min(max_gen_len, self.max_seq_len - len(prompt)) for prompt in prompts]
-        draws = [
-            seeded_uniforms(prompt, seed, sample, limit).tolist() if temperature > 0 else []
-            for prompt, sample, limit in zip(prompts, samples, limits, strict=True)
-        ]
-        answers = [Request(i, *row) for i, row in enumerate(zip(prompts, limits, draws, strict=True))]
-        rules = SamplingParams(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
+        requests = []
+        for i, (prompt, sample) in enumerate(zip(prompts, samples or [0] * len(prompts), strict=True)):
+            max_tokens = min(max_gen_len, self.max_seq_len - len(prompt))
+            uniforms = seeded_uniforms(prompt, seed, sample, max_tokens).tolist() if temperature > 0 else []
+            requests.append(Request(i, prompt, max_tokens, uniforms))
+        params = SamplingParams(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
-        graphs = self.cuda_graphs and not hooked
-        behind = 0 if hooked else _steps_behind(self.model.output.weight.device)  # hooks see no step in vain
+        on_gpu = self.model.output.weight.is_cuda
+        async_lag = 1 if on_gpu and not hooked else 0  # hooks shall see no extra step
         training = self.model.training
         self.model.eval()  # no noise in a router
+        fast, steps = self.fast_decoding, max(request.max_tokens for request in requests)
         try:
-            with self._derivations.of_run(max(limits), ahead=not hooked):
-                for answer in run(self.model, answers, self.max_batch_size, rules, graphs, behind):
+            with fast.running(steps, hooked) if fast else nullcontext(decode) as step:
+                for request in generate(self.model, requests, self.max_batch_size, params, step, async_lag):
                     if on_finish is not None:
-                        on_finish(answer.index, answer.tokens)
+                        on_finish(request.index, request.tokens)
         finally:
             self.model.train(training)
-        return [answer.tokens for answer in answers]
+        return [request.tokens for request in requests]
 
     def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:
         if max_gen_len < 1:
@@ -151,11 +153,6 @@ class Llama:
                 raise ValueError(f"prompt {i} has a token that is none of the tokenizer's {self.tokenizer.n_words}")
 
 
-def _steps_behind(device: torch.device) -> int:
-    """Of `llama.engine.run`. A CPU would do the steps in vain itself, and wait for nothing."""
-    return 1 if device.type == "cuda" else 0
-
-
 def require_flash(device: str, bf16: bool) -> None:
     """ValueError unless flash-attn 2 can be used as asked."""
     try:
@@ -168,7 +165,7 @@ def require_flash(device: str, bf16: bool) -> None:
         raise ValueError("flash_attention2 needs bf16")
 
 
-def require_graphs(device: torch.device, model_parallel_size: int) -> None:
+def require_cuda_graphs(device: torch.device, model_parallel_size: int) -> None:
     """ValueError unless decode steps can be recorded there."""
     if device.type != "cuda":
         raise ValueError("cuda_graphs needs a GPU")

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moa import reference_format
 from moa.config import AdapterConfig
-from moa.files import read_json, read_torch, write_file, write_json, write_torch
-from moa.reading import shown
-from moa.state import require_tensors
+from moa.files import atomic_write, load_tensors, read_json, write_json, write_torch
+from moa.reading import short_repr
+from moa.state import rename_old_keys, require_tensors
 
 PARAMS = "adapter_params.json"
 
@@ -29,7 +29,7 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str,
         raise ValueError(f"the adapter's settings are damaged ({error})") from None
     folder.mkdir(parents=True, exist_ok=True)
     write_torch(folder / "adapter.pth", dict(state))
-    write_file(folder / PARAMS, text.encode())
+    atomic_write(folder / PARAMS, text.encode())
     return folder / "adapter.pth"
 
 
@@ -39,7 +39,7 @@ def adapter_params(config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, 
 
 
 def save_reference_adapter(folder: Path, state: Mapping[str, Tensor], config: AdapterConfig) -> Path:
-    """As `save_adapter`, in the format of the paper's reference_format. ValueError, before anything is written, for a mixture
+    """As `save_adapter`, in the reference format. ValueError, before anything is written, for a mixture
     that theirs cannot express."""
     params, theirs = reference_format.to_reference_params(config), reference_format.to_reference_state(state, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,13 +59,13 @@ def load_adapter(
     if path.is_dir():
         path = path / "adapter.pth"
     params_file = path.with_name(PARAMS)
-    params, state = read_json(params_file), read_torch(path)
+    params, state = read_json(params_file), load_tensors(path)
     if "adapter" in state and "optimizer" in state:
         raise ValueError(f"{path}: is a training checkpoint; extract_adapter.py takes the adapter out of it")
     require_tensors(state, str(path))
     try:
         if reference_format.is_reference(params, state):
-            flat = reference_format.settings(params, state)
+            flat = reference_format.from_reference_params(params, state)
             if method is not None:
                 flat["method"] = method
         else:
@@ -83,15 +83,17 @@ def load_adapter(
         raise ValueError(f"{params_file}: {problem}") from None
     if reference_format.is_reference(params, state):
         try:
-            state = reference_format.from_reference_state(state, config)
+            return config, reference_format.from_reference_state(state, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    return config, state
+    return config, rename_old_keys(state)
 
 
 def _require_base(trained_on: Any, base: Mapping[str, Any]) -> None:
     if not isinstance(trained_on, dict):
-        raise ValueError(f"base must be an object, not {shown(trained_on)}")
+        raise ValueError(f"base must be an object, not {short_repr(trained_on)}")
     for name, value in trained_on.items():
         if name in base and base[name] != value:
-            raise ValueError(f"the adapter was trained on a base with {name} {shown(value)}, this one has {base[name]}")
+            raise ValueError(
+                f"the adapter was trained on a base with {name} {short_repr(value)}, this one has {base[name]}"
+            )

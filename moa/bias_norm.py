@@ -1,4 +1,4 @@
-"""What of the base itself trains under `train_bias_norm`: a bias beside linear layers, and the weights of the norms."""
+"""What `train_bias_norm` trains of the base itself: biases of linear layers and weights of norms (as BitFit does)."""
 
 from collections.abc import Callable
 
@@ -11,23 +11,23 @@ BIASED_TARGETS = ("Q", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN")
 
 
 class TrainableBias(AdapterModule):
-    """W u + b. Never gated: the block's router has no output for it."""
+    """W x + b. The block's router never gates it."""
 
-    def __init__(self, site: Target):
+    def __init__(self, target: Target):
         super().__init__()
-        self.add_parameter("bias", (site.out_features,), zeros, site.outputs(0))
+        self.add_parameter("bias", (target.out_features,), zeros, target.shard_outputs(0))
 
-    def forward(self, output: Tensor, u: Tensor, gate: None) -> Tensor:
-        return output + self.cast("bias", output.dtype)
+    def forward(self, x: Tensor, output: Tensor, gate: None) -> Tensor:
+        return output + self.bias.to(output.dtype)
 
 
 class TrainableNormWeight(AdapterModule):
-    """A norm's weight in the place of the base's, from which it starts. weight_of_base: gives it, (D,)."""
+    """A norm's weight (D,) in place of the base's, from which it starts. base_weight: returns the base's."""
 
-    def __init__(self, dim: int, weight_of_base: Callable[[], Tensor]):
+    def __init__(self, dim: int, base_weight: Callable[[], Tensor]):
         super().__init__()
 
         def from_base(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-            return weight_of_base().detach().float().cpu()
+            return base_weight().detach().float().cpu()
 
         self.add_parameter("weight", (dim,), from_base)

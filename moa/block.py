@@ -1,88 +1,75 @@
-"""The adapters of a transformer block, composed from the configuration."""
+"""The adapters of a transformer block, composed from the configuration, and how they are applied."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from moa.adapter import AdapterModule, Deriving, Target, narrow_type, project_in, reads_of, shared_out, stacked
+from moa.adapter import AdapterModule, Target
 from moa.bias_norm import BIASED_TARGETS, TrainableBias
 from moa.config import AdapterConfig, Slot
 from moa.expert_routers import RouterStats
-from moa.load import load_class
-from moa.methods import ADAPTERS, BLOCK_ROUTERS
+from moa.methods import ADAPTERS, BLOCK_ROUTERS, META_NAMES, import_class
 from moa.routers import Gates
 
 
 @dataclass
-class Mixing:
-    """How a block's adapters are weighed in one forward pass. gates: of the block's router, (N, 1) by slot; ungated
-    adapters have no entry. balance: what the load-balancing losses of the routers of experts are made of."""
+class Routing:
+    """The gates of a block's adapters in one forward pass, (N, 1) by slot; an ungated adapter has no entry.
+
+    stats: filled by the routers of experts on the way.
+    """
 
     gates: Gates
-    balance: list[RouterStats] = field(default_factory=list)
+    stats: list[RouterStats] = field(default_factory=list)
 
 
-class Read(NamedTuple):
-    """An input u (N, in) of some sites, and what those that stand there read of it (`AdapterModule.reads`); no u where
-    they all want no more than that."""
-
-    u: Tensor | None
-    products: dict[AdapterModule, tuple[Tensor, ...]]
-
-    def by(self, module: AdapterModule) -> tuple[Tensor, ...]:
-        return self.products.get(module) or (self.u,)
+def layer_name(target: str) -> str:
+    """What `AdapterDict.apply` calls a target: "Q" -> "wq", "attention" -> "attention"."""
+    return META_NAMES.get(target, target).rpartition(".")[2]
 
 
-class AdapterDict(nn.ModuleDict, Deriving):
-    """Those of a block's adapters that stand at some of its sites, by slot name."""
+class AdapterDict(nn.ModuleDict):
+    """Adapters at some targets of a block, by slot name. targets: by name of the base layer ("wq", ...), or
+    "attention" (the heads' output before wo), or "block" (the block's output)."""
 
-    def __init__(self, config: AdapterConfig | None, slots: list[Slot], sites: dict[str, Target]):
+    def __init__(self, config: AdapterConfig | None, slots: list[Slot], targets: dict[str, Target]):
         super().__init__()
-        self.sites = sites
-        self.slots_at: dict[str, list[str]] = {name: [] for name in sites}
-        if config is not None and config.base.train_bias_norm:
-            for name in (name for name in sites if name in BIASED_TARGETS):
-                self[f"bias_{name}"] = TrainableBias(sites[name])
-                self.slots_at[name].append(f"bias_{name}")
+        self.targets = targets
+        self.slots_at: dict[str, list[str]] = {name: [] for name in targets}
         for slot in slots:
-            if slot.site in sites:
-                self[slot.name] = load_class(ADAPTERS[slot.kind].module)(sites[slot.site], config)
-                self.slots_at[slot.site].append(slot.name)
+            name = layer_name(slot.target)
+            if name in targets:
+                self[slot.name] = import_class(ADAPTERS[slot.type].module)(targets[name], config)
+                self.slots_at[name].append(slot.name)
+        if config is not None and config.bias_norm.train_bias_norm:
+            for target in BIASED_TARGETS:
+                name = layer_name(target)
+                if name in targets:
+                    self[f"bias_{target}"] = TrainableBias(targets[name])
+                    self.slots_at[name].append(f"bias_{target}")
 
-    def at(self, *sites: str) -> list[AdapterModule]:
-        """What stands there: adapters and their routers of experts."""
-        standing = [self[slot] for site in sites for slot in self.slots_at[site]]
-        return [module for adapter in standing for module in (adapter, adapter.expert_router) if module is not None]
+    def at(self, *names: str) -> list[AdapterModule]:
+        """The adapters at these targets."""
+        return [self[slot] for name in names for slot in self.slots_at[name]]
 
-    def read(self, u: Tensor, *sites: str, others: Sequence[AdapterModule] = ()) -> Read:
-        """What all that stands at `sites`, which share the input u (N, in), reads of it, and `others` of another
-        `Adapters` beside them: one product of their weights, one above the other."""
-        readers = [*self.at(*sites), *others]
-        weights = reads_of(readers)
-        if not weights:
-            return Read(u, {})
-        dtype = narrow_type(self, u)
-        stack = self.derived((sites, dtype), lambda: stacked(weights, dtype))
-        return Read(u, shared_out(project_in(self.sites[sites[0]], u.to(dtype), stack), readers))
+    def apply(self, name: str, output: Tensor, x: Tensor, routing: Routing, *inputs: Tensor) -> Tensor:
+        """`output` of target `name` for input x (N, in), with what its adapters add.
 
-    def add(self, site: str, output: Tensor, mixing: Mixing, read: Read, *inputs) -> Tensor:
-        """`output` with what the adapters at `site` add to it, each weighed by its gate times the weights of its
-        experts, (N, E); it may be changed in its place. read: of the site's input; inputs: what else there is."""
-        for slot in self.slots_at[site]:
-            adapter, gate = self[slot], mixing.gates.get(slot)
+        Each is weighed by its gate times the weights of its experts, (N, E). inputs: what else adapters there read.
+        """
+        for slot in self.slots_at[name]:
+            adapter, gate = self[slot], routing.gates.get(slot)
             if adapter.expert_router is not None:
-                weights, balance = adapter.expert_router(*read.by(adapter.expert_router))
+                weights, stats = adapter.expert_router(x)
                 gate = weights if gate is None else gate * weights
-                if balance is not None:
-                    mixing.balance.append(balance)
-            output = adapter(output, *read.by(adapter), *inputs, gate)
+                if stats is not None:
+                    routing.stats.append(stats)
+            output = adapter(x, output, gate, *inputs)
         return output
 
 
 def build_router(config: AdapterConfig | None, slots: list[Slot], dim: int) -> AdapterModule | None:
-    """The router of a block with these adapters; None where the method has none, or the block nothing to route."""
+    """The router of a block with these adapters; None where the method has none or the block nothing to route."""
     if config is None or not slots or config.router.block_router == "none":
         return None
-    return load_class(BLOCK_ROUTERS[config.router.block_router].module)(slots, dim, config)
+    return import_class(BLOCK_ROUTERS[config.router.block_router].module)(slots, dim, config)

@@ -1,38 +1,32 @@
-"""LoRA: a low-rank update beside a linear layer (arXiv 2106.09685), W u + sum_e g_e (alpha / r) B_e A_e u."""
+"""LoRA: a low-rank update beside a linear layer (arXiv 2106.09685).
+
+W x + sum_e g_e (alpha / r) B_e A_e x
+"""
 
 from torch import Tensor
 
-from moa.adapter import AdapterModule, Target, add_product, like_linear, narrow_type, weigh, zeros
+from moa.adapter import AdapterModule, Target, apply_gates, linear_init, zeros
 from moa.config import AdapterConfig
 from moa.expert_routers import build_expert_router
 
 
 class LoRA(AdapterModule):
-    """E experts, lying side by side: A (E r, in), or (r, in) where they share it (hydra, arXiv 2404.19245);
-    B (out, E r)."""
+    """E experts side by side: lora_A (E r, in), or (r, in) where they share it (hydra, arXiv 2404.19245);
+    lora_B (out, E r)."""
 
-    def __init__(self, site: Target, config: AdapterConfig):
+    def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
-        knobs, n_experts = config.adapters["lora"], config.experts.expert_num
-        self.site, self.rank = site, knobs.rank
-        self.scale = knobs.alpha / knobs.rank
-        width = knobs.rank * n_experts
-        self.add_parameter(
-            "A",
-            (knobs.rank if knobs.hydra else width, site.in_features),
-            like_linear(site.in_features),
-            site.inputs(1),
-        )
-        self.add_parameter("B", (site.out_features, width), zeros, site.outputs(0))
-        self.expert_router = build_expert_router(site, config, soft_bias=False)
+        lora, num_experts = config.adapters["lora"], config.experts.expert_num
+        self.target, self.rank, self.scale = target, lora.rank, lora.alpha / lora.rank
+        width = lora.rank * num_experts
+        a_shape = (lora.rank if lora.hydra else width, target.in_features)
+        self.add_parameter("lora_A", a_shape, linear_init(target.in_features), target.shard_inputs(1))
+        self.add_parameter("lora_B", (target.out_features, width), zeros, target.shard_outputs(0))
+        self.expert_router = build_expert_router(target, config, softmax_bias=False)
 
-    def reads(self) -> list[Tensor]:
-        return [self.A]
-
-    def forward(self, output: Tensor, a: Tensor, gate: Tensor | None) -> Tensor:
-        """The layer's output (N, out) and a = A u, (N, E r) or (N, r) -> the output with the update. The gate (N, E)
-        weighs the r-wide middles: the same product for a fraction of the work, and whole on every model-parallel
-        rank."""
+    def forward(self, x: Tensor, output: Tensor, gate: Tensor | None) -> Tensor:
+        """x (N, in), the layer's output (N, out), gate (N, E) -> output with the update, (N, out)."""
+        a = self.target.project_in(x, self.lora_A)  # A x: (N, E r) or (N, r)
         if gate is not None:
-            a = weigh(a, gate, self.rank)  # (N, E r)
-        return add_product(output, self.site, a, self.turned("B", narrow_type(self, a)), self.scale)
+            a = apply_gates(a, gate, self.rank)  # (N, E r)
+        return output + self.scale * self.target.project_out(a, self.lora_B)

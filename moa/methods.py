@@ -1,22 +1,35 @@
-"""What a mixture is made of: kinds of adapters, routers, and the knobs of each; the methods as presets. Needs no torch.
+"""What a mixture is made of: adapter types, routers and the options of each; the methods as presets. Needs no torch.
 
-Every knob is declared once, here, as a field of a knobs class; its command-line flag is `<adapter>_<field>` for an
-adapter's knob (`lora_rank`, `prompt_len`) and `<field>` for the rest (`swi_x`).
+Every option is declared once, here, as a field of a dataclass. Its flag is `<adapter>_<field>` for an adapter's option
+(`lora_rank`, `prompt_len`) and `<field>` for the rest (`swi_x`).
 """
 
 from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
+from importlib import import_module
 from typing import Any
 
-# The places of a block where an adapter can stand, in the order of the router's outputs. Those named like a linear
-# layer are beside it; "attention" adds to the heads' output before W_o, "block" to the block's output.
+# Where an adapter can stand in a block, in the order of the router's outputs: beside a linear layer, at the attention
+# (its heads' output before wo), or at the block (its output). The names are those of --lora_targets.
 TARGETS = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "block")
-LINEAR_TARGETS = tuple(s for s in TARGETS if s not in ("attention", "block"))
+
+# Target -> the linear layer there, by its name in Meta's checkpoints.
+META_NAMES = {
+    **{"Q": "attention.wq", "K": "attention.wk", "V": "attention.wv", "O": "attention.wo"},
+    **{"FFN_UP": "feed_forward.w3", "FFN_GATE": "feed_forward.w1", "FFN_DOWN": "feed_forward.w2"},
+}
+LINEAR_TARGETS = tuple(META_NAMES)
 
 
 def option(default: Any, help: str, choices: Collection | None = None) -> Any:
     """A dataclass field with the metadata that the command line shows."""
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def import_class(name: str) -> Any:
+    """The class behind "package.module:Class". Modules are imported when a model needs them: options need no torch."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 @dataclass(frozen=True)
@@ -50,25 +63,28 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class AdapterType:
-    """A kind of adapter: `module` ("package.module:Class") is built at each chosen site of each chosen layer."""
+    """A type of adapter: `module` ("package.module:Class") is built at each chosen target of each chosen layer."""
 
     name: str
-    knobs: type
+    options: type
     module: str
-    sites: tuple[str, ...]
+    targets: tuple[str, ...]
 
-    def slot(self, site: str) -> str:
-        """Name of this adapter at a site: what gates, keys and statistics call it."""
-        return f"{self.name}_{site}" if len(self.sites) > 1 else self.name
+    def slot(self, target: str) -> str:
+        """Name of this adapter at a target: what gates, keys and statistics call it."""
+        return f"{self.name}_{target}" if len(self.targets) > 1 else self.name
 
 
 ADAPTERS: dict[str, AdapterType] = {}
 
 
-def register_adapter(name: str, knobs: type, module: str, sites: tuple[str, ...]) -> None:
-    """Make a kind of adapter known. `knobs` is a frozen dataclass with at least `layers` (and `targets` where the
-    kind can stand at several sites); its fields become the flags `<name>_<field>`."""
-    ADAPTERS[name] = AdapterType(name, knobs, module, sites)
+def register_adapter(name: str, options: type, module: str, targets: tuple[str, ...]) -> None:
+    """Make a type of adapter known.
+
+    options: a frozen dataclass with at least `layers` (and `targets` where the adapter can stand at several); its
+    fields become the flags `<name>_<field>`.
+    """
+    ADAPTERS[name] = AdapterType(name, options, module, targets)
 
 
 register_adapter("lora", LoRAConfig, "moa.lora:LoRA", LINEAR_TARGETS)
@@ -78,7 +94,7 @@ register_adapter("p_adapter", ParallelAdapterConfig, "moa.parallel_adapter:Paral
 
 @dataclass(frozen=True)
 class RouterType:
-    """A kind of router: `module` ("package.module:Class") is built where one is needed; uses: the knobs it reads."""
+    """A type of router: `module` ("package.module:Class") is built where one is needed; uses: the options it reads."""
 
     module: str
     uses: tuple[str, ...]
@@ -93,7 +109,7 @@ BLOCK_ROUTERS: dict[str, RouterType] = {
         "moa.routers:SparseRouter", ("swi_x", "max_threshold", "const_threshold", "threshold_gradient")
     ),
     "instance": RouterType("moa.routers:InstanceRouter", ("swi_x", "gate_activation")),
-    "kinds": RouterType("moa.routers:UniPELTRouter", ()),
+    "unipelt": RouterType("moa.routers:UniPELTRouter", ()),
 }
 EXPERT_ROUTERS: dict[str, RouterType] = {
     "soft": RouterType("moa.expert_routers:SoftmaxRouter", ()),
@@ -108,8 +124,8 @@ class RouterConfig:
 
     block_router: str = option(
         "none",
-        "router of a block's adapters: soft and sparse per token; instance and kinds once per row, from its prompt, "
-        "with one gate per adapter or one per kind of adapter",
+        "router of a block's adapters: soft and sparse per token; instance and unipelt once per row, from its prompt, "
+        "with one gate per adapter or one per type of adapter",
         BLOCK_ROUTERS,
     )
     gate_activation: str = option(
@@ -125,7 +141,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """Several adapters of one kind in the place of one."""
+    """Several adapters of one type in place of one."""
 
     expert_num: int = option(1, "experts in each adapter's place")
     expert_router: str = option("soft", "router of the experts of each adapter", EXPERT_ROUTERS)
@@ -136,22 +152,22 @@ class ExpertConfig:
 
 @dataclass(frozen=True)
 class BiasNormConfig:
-    """What of the base itself trains."""
+    """What trains of the base itself."""
 
     train_bias_norm: bool = option(False, "also train the norms' weights, and biases of wq, wo, w1, w2 and w3")
 
 
 # Sections of a configuration beside the adapters, by their name there.
-SECTIONS: dict[str, type] = {"router": RouterConfig, "experts": ExpertConfig, "base": BiasNormConfig}
+SECTIONS: dict[str, type] = {"router": RouterConfig, "experts": ExpertConfig, "bias_norm": BiasNormConfig}
 
 
 def config_fields() -> dict[str, Field]:
     """Every flag of the adapter configuration -> its dataclass field (type, default, help, choices)."""
-    flags = {f"{kind.name}_{f.name}": f for kind in ADAPTERS.values() for f in fields(kind.knobs)}
+    flags = {f"{kind.name}_{f.name}": f for kind in ADAPTERS.values() for f in fields(kind.options)}
     return flags | {f.name: f for section in SECTIONS.values() for f in fields(section)}
 
 
-# The methods: each a set of knobs on top of the defaults. Published sizes; "all" means every layer of the model.
+# The methods: each a set of options on top of the defaults. Published sizes; "all" means every layer of the model.
 _LORA = {"lora_layers": "all"}
 _PROMPT = {"prompt_layers": "all"}
 _P_ADAPTER = {"p_adapter_layers": "all"}
@@ -160,7 +176,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "soft_moa": {**_LORA, **_PROMPT, **_P_ADAPTER, "block_router": "soft"},
     "sparse_moa": {**_LORA, **_P_ADAPTER, "block_router": "sparse"},
     "soft_moa_instance": {**_LORA, **_PROMPT, **_P_ADAPTER, "block_router": "instance"},
-    "unipeft": {**_LORA, **_PROMPT, **_P_ADAPTER, "block_router": "kinds"},
+    "unipeft": {**_LORA, **_PROMPT, **_P_ADAPTER, "block_router": "unipelt"},
     "lora": {**_LORA, "lora_rank": 16, "lora_alpha": 16.0},
     "prompt": _PROMPT,
     "parallel_adapter": _P_ADAPTER,

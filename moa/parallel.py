@@ -1,12 +1,11 @@
-"""The model-parallel group, seen from an adapter: its size, this process's rank, its parts of tensors, and exchanges.
+"""Model parallelism seen from an adapter: sizes, ranks, shards of tensors, and collectives with gradients.
 
-Adapters are cut as the base layer beside them is. What a rank computes alone goes through one of two functions, each
-the other's gradient: `copy_to_model_parallel_region` (forward: nothing; backward: sum over ranks) before a product with a shard of the
-outputs, `reduce_from_model_parallel_region` (forward: sum; backward: nothing) after a product with a shard of the inputs. With one rank
-both do nothing.
+Adapters are sharded as the base layer beside them. `copy_to_model_parallel_region` (forward: identity; backward:
+all-reduce) stands before a product with a shard of the outputs, `reduce_from_model_parallel_region` (forward:
+all-reduce; backward: identity) after a product with a shard of the inputs. With one rank both do nothing.
 
-Where there are more ranks than key/value heads, each head is held by several neighbouring ranks (`Cut`). Their query
-heads differ, so each rank's gradient of the shared part is only a share of it: `all_reduce_shared_grad` completes it.
+With more ranks than key/value heads, neighbouring ranks hold the same head (`Shard`). Their query heads differ, so each
+rank's gradient of that shard is a part of it; `all_reduce_shared_grad` sums the parts.
 """
 
 from typing import NamedTuple
@@ -25,29 +24,32 @@ def mp_rank() -> int:
     return mp.get_model_parallel_rank() if mp.model_parallel_is_initialized() else 0
 
 
-class Cut(NamedTuple):
-    """Of a tensor: cut along `dim` into `parts` equal parts, each held by as many neighbouring ranks as it takes."""
+class Shard(NamedTuple):
+    """A tensor split along `dim` into `num_shards` equal shards, each held by equally many neighbouring ranks."""
 
     dim: int
-    parts: int
+    num_shards: int
 
-    def part(self, rank: int) -> int:
-        """Which part a rank of the group holds."""
-        return rank * self.parts // mp_size()
+    def index(self, rank: int) -> int:
+        """The shard that a rank of the model-parallel group holds."""
+        return rank * self.num_shards // mp_size()
 
 
-def share(total: int, what: str, parts: int | None = None) -> int:
-    """One of `parts` equal parts of `total` (default: one per rank); ValueError with both numbers where it does not
-    divide."""
-    parts = parts or mp_size()
-    if total % parts:
-        raise ValueError(f"{what} ({total}) cannot be cut into {parts} equal parts: choose another model_parallel_size")
-    return total // parts
+def divide(total: int, what: str, num_shards: int | None = None) -> int:
+    """total / num_shards (default: one shard per rank). ValueError with both numbers where it does not divide."""
+    num_shards = num_shards or mp_size()
+    if total % num_shards:
+        raise ValueError(
+            f"{what} ({total}) cannot be cut into {num_shards} equal parts: choose another model_parallel_size"
+        )
+    return total // num_shards
 
 
 def num_kv_shards(n_kv_heads: int) -> int:
-    """Into how many parts key/value heads are cut: one per rank, or one per head where several ranks share each.
-    ValueError with both numbers where neither divides the other."""
+    """Shards of the key/value heads: one per rank, or one per head where several ranks hold each.
+
+    ValueError with both numbers where neither divides the other.
+    """
     size = mp_size()
     if n_kv_heads % size and size % n_kv_heads:
         raise ValueError(
@@ -60,7 +62,7 @@ def num_kv_shards(n_kv_heads: int) -> int:
 # fairscale's own mappings reduce in place, which corrupts a gradient that autograd has shared with another branch;
 # these reduce a copy.
 def all_reduce(x: Tensor) -> Tensor:
-    """The sum over the ranks. No gradient."""
+    """Sum over the model-parallel ranks, without a gradient."""
     x = x.contiguous().clone()
     dist.all_reduce(x, group=mp.get_model_parallel_group())
     return x
@@ -94,24 +96,24 @@ def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
     return _Sum.apply(x) if mp_size() > 1 else x
 
 
-def all_reduce_shared_grad(x: Tensor, cut: Cut) -> Tensor:
-    """The sum of a part's gradients over the ranks that hold it; every rank of the group must call it.
+def all_reduce_shared_grad(grad: Tensor, shard: Shard) -> Tensor:
+    """Sum a shard's gradient over the ranks that hold it. Every rank of the group must call it.
 
-    All parts travel, zeros where they are not this rank's: a part is small, and no groups of holders are needed.
+    All shards travel, zeros where they are not this rank's: they are small, and no further process groups are needed.
     """
-    parts = x.new_zeros(cut.parts, *x.shape)
-    parts[cut.part(mp_rank())] = x
-    dist.all_reduce(parts, group=mp.get_model_parallel_group())
-    return parts[cut.part(mp_rank())].clone()
+    shards = grad.new_zeros(shard.num_shards, *grad.shape)
+    shards[shard.index(mp_rank())] = grad
+    dist.all_reduce(shards, group=mp.get_model_parallel_group())
+    return shards[shard.index(mp_rank())].clone()
 
 
-def gather(x: Tensor, cut: Cut) -> Tensor:
-    """The whole tensor from its parts; every rank of the group must call it. No gradient."""
-    held = [torch.empty_like(x) for _ in range(mp_size())]
-    dist.all_gather(held, x.contiguous(), group=mp.get_model_parallel_group())
-    return torch.cat(held[:: mp_size() // cut.parts], cut.dim)
+def gather(x: Tensor, shard: Shard) -> Tensor:
+    """The whole tensor from its shards, without a gradient. Every rank of the group must call it."""
+    pieces = [torch.empty_like(x) for _ in range(mp_size())]
+    dist.all_gather(pieces, x.contiguous(), group=mp.get_model_parallel_group())
+    return torch.cat(pieces[:: mp_size() // shard.num_shards], shard.dim)
 
 
-def shard(x: Tensor, cut: Cut) -> Tensor:
-    """This rank's part of a whole tensor."""
-    return x.chunk(cut.parts, cut.dim)[cut.part(mp_rank())]
+def shard_of(x: Tensor, shard: Shard) -> Tensor:
+    """This rank's shard of a whole tensor."""
+    return x.chunk(shard.num_shards, shard.dim)[shard.index(mp_rank())]

@@ -1,41 +1,40 @@
-"""Routers of a block: from the block's input to one gate per adapter, by name.
+"""Routers of a block: from the block's input x, before any norm, to one gate per adapter, by slot name.
 
-s is the logistic sigmoid; x (N, D) the block's input, before any norm; n the number of the block's adapters. A router
-with `per_row` is asked once per row, about the mean over the tokens of its prompt, (R, D); its gates hold for the whole
-row, also while decoding.
+s is the logistic sigmoid; x (N, D); n the number of the block's adapters. A router with `per_sequence` gets the mean
+of x over each sequence's prompt tokens, (R, D). Its gates hold for the whole sequence, also while decoding.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, like_linear, narrow_type, reads_of, shared_out, stacked, zeros
+from moa.adapter import AdapterModule, Target, linear_init, zeros
 from moa.config import AdapterConfig, Slot
-from moa.parallel import Cut
+from moa.parallel import reduce_from_model_parallel_region
 
-Gates = dict[str, Tensor]  # slot -> (N, 1), in the type of what they weigh; worked out in float32
+Gates = dict[str, Tensor]  # slot -> (N, 1)
 
 
 class RouterLinear(AdapterModule):
-    """W x + b, b zero at the start; cut as a site's inputs where it reads one. `finish` makes it of the product W x: in
-    float32, whatever the product's type."""
+    """W x + b in float32, b zero at the start. target: the layer whose input x is; W is sharded as its inputs."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, cut: Cut | None = None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, target: Target | None = None):
         super().__init__()
-        self.add_parameter("weight", (out_features, in_features), like_linear(in_features), cut)
+        self.row_parallel = target is not None and target.parallel == "row"
+        shard = target.shard_inputs(1) if target is not None else None
+        self.add_parameter("weight", (out_features, in_features), linear_init(in_features), shard)
         if bias:
             self.add_parameter("bias", (out_features,), zeros)
         else:
             self.register_parameter("bias", None)
 
-    def reads(self) -> list[Tensor]:
-        return [self.weight]
-
-    def finish(self, y: Tensor) -> Tensor:
-        return y.float() if self.bias is None else y + self.bias
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(F.linear(x, self.cast("weight", x.dtype)))
+        y = F.linear(x, self.weight.to(x.dtype))
+        return self.add_bias(reduce_from_model_parallel_region(y) if self.row_parallel else y)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """W x -> W x + b, float32."""
+        return y.float() if self.bias is None else y + self.bias
 
 
 class SwiGLU(AdapterModule):
@@ -47,86 +46,82 @@ class SwiGLU(AdapterModule):
         self.w2 = RouterLinear(hidden, out_features)
         self.w3 = RouterLinear(in_features, hidden)
 
-    def reads(self) -> list[Tensor]:
-        return [self.w1.weight, self.w3.weight]
-
-    def finish(self, y1: Tensor, y3: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1.finish(y1)) * self.w3.finish(y3))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class SoftRouter(AdapterModule):
-    """g = s(router(x)) per token: the gates of a block do not compete. With `gate_activation` softmax they do."""
+    """g = s(router(x)) per token: gates do not compete. With `gate_activation` softmax they do."""
 
     def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__()
         self.slots = [slot.name for slot in slots]
         hidden = config.router.swi_x * len(slots)
-        self.router: nn.Module = SwiGLU(dim, hidden, len(slots)) if hidden else RouterLinear(dim, len(slots))
-        self.compete = config.router.gate_activation == "softmax"
+        self.proj: nn.Module = SwiGLU(dim, hidden, len(slots)) if hidden else RouterLinear(dim, len(slots))
+        self.softmax = config.router.gate_activation == "softmax"
 
     def forward(self, x: Tensor) -> Gates:
-        (y,) = self._read(x, self.router)
-        return self._by_name(y.softmax(-1) if self.compete else torch.sigmoid(y), x)
+        """x (N, D) -> gates (N, 1) by slot, in the type of x."""
+        return self.by_slot(self.activate(self.proj(x)), x.dtype)
 
-    def _read(self, x: Tensor, *layers: RouterLinear | SwiGLU) -> list[Tensor]:
-        """What each of these makes of x, (N, ...) float32: one product for all."""
-        dtype = narrow_type(self, x)
-        stack = self.derived(dtype, lambda: stacked(reads_of(layers), dtype))
-        products = shared_out(F.linear(x.to(dtype), stack), layers)
-        return [layer.finish(*products[layer]) for layer in layers]
+    def activate(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.softmax else torch.sigmoid(logits)
 
-    def _by_name(self, gates: Tensor, x: Tensor) -> Gates:
-        return dict(zip(self.slots, gates.to(narrow_type(self, x)).split(1, dim=-1), strict=True))
+    def by_slot(self, gates: Tensor, dtype: torch.dtype) -> Gates:
+        return dict(zip(self.slots, gates.to(dtype).split(1, dim=-1), strict=True))
 
 
 class InstanceRouter(SoftRouter):
-    """As the soft router, once per row."""
+    """The soft router, once per sequence."""
 
-    per_row = True
+    per_sequence = True
 
 
 class UniPELTRouter(AdapterModule):
-    """UniPELT (arXiv 2110.07577): one gate per row and kind of adapter, s(W x + b); a block's LoRAs share theirs."""
+    """UniPELT (arXiv 2110.07577; the paper calls it UniPEFT): one gate s(W x + b) per sequence and adapter type.
 
-    per_row = True
+    The LoRAs of a block share theirs.
+    """
+
+    per_sequence = True
 
     def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__()
-        self.kind_of = {slot.name: slot.kind for slot in slots}
-        for kind in dict.fromkeys(self.kind_of.values()):
-            self.add_module(kind, RouterLinear(dim, 1))
+        self.type_of = {slot.name: slot.type for slot in slots}
+        for adapter_type in dict.fromkeys(self.type_of.values()):
+            self.add_module(adapter_type, RouterLinear(dim, 1))
 
     def forward(self, x: Tensor) -> Gates:
-        gates = {kind: torch.sigmoid(linear(x)) for kind, linear in self.named_children()}
-        return {slot: gates[kind] for slot, kind in self.kind_of.items()}
+        gates = {name: torch.sigmoid(linear(x)).to(x.dtype) for name, linear in self.named_children()}
+        return {slot: gates[adapter_type] for slot, adapter_type in self.type_of.items()}
 
 
 class SparseRouter(SoftRouter):
-    """g = s(router(x)), G = G_max s(w x + b); an adapter counts with g where g >= G and with 0 elsewhere.
+    """g = s(router(x)), threshold G = G_max s(w x + b); an adapter counts with g where g >= G, elsewhere with 0.
 
-    The comparison has no derivative, so that nothing would ever teach the threshold. Under "straight_through" the mask
-    [g >= G] passes gradients on to G as if it were g - G (arXiv 1308.3432). The forward value and the gradient of g are
-    untouched.
+    The comparison has no derivative, so nothing would teach the threshold. With "straight_through" the mask [g >= G]
+    passes gradients to G as if it were g - G (arXiv 1308.3432). The forward value and g's gradient stay as they are.
     """
 
     def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__(slots, dim, config)
-        knobs = config.router
-        self.max_threshold = knobs.max_threshold
-        self.straight_through = knobs.threshold_gradient == "straight_through" and not knobs.const_threshold
-        self.threshold = None if knobs.const_threshold else RouterLinear(dim, 1)
-
-    def limit(self, x: Tensor) -> Tensor | float:
-        """G of each token, (N, 1), or the constant that it is for all."""
-        return self.max_threshold if self.threshold is None else self._limit(self.threshold(x))
-
-    def _limit(self, y: Tensor) -> Tensor:
-        return self.max_threshold * torch.sigmoid(y)
+        options = config.router
+        self.max_threshold = options.max_threshold
+        self.straight_through = options.threshold_gradient == "straight_through" and not options.const_threshold
+        self.threshold = None if options.const_threshold else RouterLinear(dim, 1)
 
     def forward(self, x: Tensor) -> Gates:
-        y, *threshold = self._read(x, self.router, *([] if self.threshold is None else [self.threshold]))
-        gates, limit = torch.sigmoid(y), self._limit(*threshold) if threshold else self.max_threshold
+        threshold = None if self.threshold is None else self.threshold(x)
+        return self.by_slot(self.sparse_gates(self.proj(x), threshold), x.dtype)
+
+    def sparse_gates(self, logits: Tensor, threshold_logits: Tensor | None) -> Tensor:
+        """Logits (N, n) and the threshold's (N, 1), None where it is constant -> gates (N, n)."""
+        gates, limit = torch.sigmoid(logits), self.limit(threshold_logits)
         mask = (gates >= limit).to(gates.dtype)
         if self.straight_through:
             mask = mask - (limit - limit.detach())
-        return self._by_name(gates * mask, x)
+        return gates * mask
+
+    def limit(self, threshold_logits: Tensor | None) -> Tensor | float:
+        """G of each token, (N, 1), or the constant."""
+        return self.max_threshold * (1.0 if threshold_logits is None else torch.sigmoid(threshold_logits))

@@ -5,6 +5,7 @@ tensors are always whole, whatever the model-parallel layout that wrote or reads
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,28 +14,28 @@ from torch import Tensor, nn
 
 from moa.adapter import AdapterModule, ParamSpec
 from moa.files import tensor_problem
-from moa.parallel import gather, shard
-from moa.reading import shown
+from moa.parallel import gather, shard_of
+from moa.reading import short_repr
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class AdapterParameter(NamedTuple):
     parameter: nn.Parameter
-    declared: ParamSpec
+    spec: ParamSpec
     slot: str  # adapter's name in its block ("lora_Q", "prompt", ...), or "router"
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, AdapterParameter]:
     """Key in the state dict -> parameter, for all parameters of all adapters and routers of `model`."""
-    found = {}
+    parameters = {}
     for path, module in model.named_modules():
         if isinstance(module, AdapterModule):
             parts = path.split(".")
             slot = parts[parts.index("adapters") + 1] if "adapters" in parts else "router"
-            for name, declared in module.declared.items():
-                found[f"{path}.{name}"] = AdapterParameter(getattr(module, name), declared, slot)
-    return found
+            for name, spec in module.specs.items():
+                parameters[f"{path}.{name}"] = AdapterParameter(getattr(module, name), spec, slot)
+    return parameters
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -48,18 +49,19 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
     """Start values of all adapters. Each tensor is drawn whole from (seed, its key), so that they do not depend on
     the other adapters nor on the model-parallel layout."""
     with torch.no_grad():
-        for key, (parameter, declared, _) in adapter_parameters(model).items():
+        for key, (parameter, spec, _) in adapter_parameters(model).items():
             digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            whole = declared.init(declared.shape, generator)
-            parameter.copy_(whole if declared.cut is None else shard(whole, declared.cut))
+            values = spec.init(spec.shape, generator)
+            whole = spec.shard is None or spec.local_init
+            parameter.copy_(values if whole else shard_of(values, spec.shard))
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Trainable parameters of the whole (uncut) model: per slot, summed over the layers, and "total"."""
     counts: dict[str, int] = {}
-    for _, declared, slot in adapter_parameters(model).values():
-        counts[slot] = counts.get(slot, 0) + torch.Size(declared.shape).numel()
+    for _, spec, slot in adapter_parameters(model).values():
+        counts[slot] = counts.get(slot, 0) + torch.Size(spec.shape).numel()
     return counts | {"total": sum(counts.values())}
 
 
@@ -67,8 +69,8 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Parameter groups for AdamW: weight decay on matrices, none on biases and 1-D parameters."""
     entries = adapter_parameters(model).values()
     return [
-        {"params": [e.parameter for e in entries if e.declared.decay], "weight_decay": weight_decay},
-        {"params": [e.parameter for e in entries if not e.declared.decay], "weight_decay": 0.0},
+        {"params": [e.parameter for e in entries if e.spec.decay], "weight_decay": weight_decay},
+        {"params": [e.parameter for e in entries if not e.spec.decay], "weight_decay": 0.0},
     ]
 
 
@@ -76,17 +78,17 @@ def gather_full(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     """Whole CPU tensors, keyed like `adapter_parameters(model)`, from this rank's parts (the parameters themselves, or
     anything of their shapes, such as optimizer moments). Every rank of a model-parallel group must call it."""
     result = {}
-    for key, (_, declared, _) in adapter_parameters(model).items():
+    for key, (_, spec, _) in adapter_parameters(model).items():
         tensor = tensors[key].detach()
-        tensor = tensor if tensor.shape == declared.shape else gather(tensor, declared.cut)
+        tensor = tensor if tensor.shape == spec.shape else gather(tensor, spec.shard)
         result[key] = tensor.cpu().clone()
     return result
 
 
 def shard_all(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Inverse of `whole`: this rank's parts of whole tensors."""
-    cuts = {key: entry.declared.cut for key, entry in adapter_parameters(model).items()}
-    return {k: t if cuts[k] is None else shard(t, cuts[k]) for k, t in tensors.items()}
+    cuts = {key: entry.spec.shard for key, entry in adapter_parameters(model).items()}
+    return {k: t if cuts[k] is None else shard_of(t, cuts[k]) for k, t in tensors.items()}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -104,15 +106,37 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], origi
             entries[key].parameter.copy_(part)
 
 
+# Keys of adapters and checkpoints of earlier revisions -> today's.
+_RENAMED = (
+    (r"(adapters\.lora_\w+)\.([AB])$", r"\1.lora_\2"),
+    (r"adapters\.prompt\.P$", "adapters.prompt.prompt"),
+    (r"adapters\.prompt\.z$", "adapters.prompt.gate"),
+    (r"(adapters\.p_adapter)\.(down|up)(_bias)?$", r"\1.\2_proj\3"),
+    (r"^(layers\.\d+\.router)\.router\.", r"\1.proj."),
+    (r"\.expert_router\.linear\.", ".expert_router.proj."),
+)
+
+
+def rename_old_keys(state: Any) -> Any:
+    """The same tensors under today's keys, where a file of an earlier revision holds them."""
+    return {_renamed(key): tensor for key, tensor in state.items()} if isinstance(state, Mapping) else state
+
+
+def _renamed(key: Any) -> Any:
+    for old, new in _RENAMED if isinstance(key, str) else ():
+        key = re.sub(old, new, key)
+    return key
+
+
 def check_state_dict(model: nn.Module, state: Any, origin: str) -> None:
     """ValueError naming `origin` and the tensors at fault, unless `state` holds whole tensors of the shapes of the
     adapter's, by their keys: the adapter itself, or moments of its optimizer."""
     entries = adapter_parameters(model)
     require_tensors(state, origin)
     require_same_keys(entries, state, origin, "adapter tensor")
-    for key, (_, declared, _) in entries.items():
-        if tuple(state[key].shape) != declared.shape:
-            raise ValueError(f"{origin}: {key} has shape {tuple(state[key].shape)}, the model's is {declared.shape}")
+    for key, (_, spec, _) in entries.items():
+        if tuple(state[key].shape) != spec.shape:
+            raise ValueError(f"{origin}: {key} has shape {tuple(state[key].shape)}, the model's is {spec.shape}")
 
 
 def require_tensors(state: Any, origin: str) -> None:
@@ -121,7 +145,7 @@ def require_tensors(state: Any, origin: str) -> None:
         raise ValueError(f"{origin}: expected a dictionary of tensors, found {type(state).__name__}")
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{origin}: expected a dictionary of tensors, but {shown(key)} is none")
+            raise ValueError(f"{origin}: expected a dictionary of tensors, but {short_repr(key)} is none")
         problem = tensor_problem(tensor)
         if problem:
             raise ValueError(f"{origin}: {key} {problem}")

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import llama.loss
 from llama import ModelArgs
-from llama.model import RMSNorm
+from llama.loss import chunked_cross_entropy
+from llama.model import RMSNorm, apply_rotary_emb, precompute_freqs_cis, rope_frequencies
 from llama.packing import PackedBatch
-from llama.rope import Rope, frequencies, rotations
 from moa.config import AdapterConfig
 from moa.routers import SparseRouter
 from moa.state import adapter_parameters, reset_adapters
@@ -77,9 +76,7 @@ def by_cross_entropy(
     return F.cross_entropy(model(batch, prompt_lens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-@pytest.mark.parametrize("labels_at_once", [1, 3, 1000])
-def test_loss_in_chunks_equals_cross_entropy_of_all_logits(labels_at_once: int, monkeypatch) -> None:
-    monkeypatch.setattr(llama.loss, "CHUNK_LABELS", labels_at_once)
+def test_loss_equals_cross_entropy_of_all_logits() -> None:
     model, batch = shared("soft_moa").model, tokens(3, 9)
     labels = batch.clone()
     labels[0, :4] = labels[1, 5:] = -100  # the first column's labels, which nothing predicts, must not count
@@ -93,11 +90,28 @@ def test_loss_in_chunks_equals_cross_entropy_of_all_logits(labels_at_once: int, 
         assert relative(found, grads[key]) < 1e-5, key
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_loss_in_chunks_equals_cross_entropy(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(10, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    labels = torch.randint(0, 20, (10,), generator=generator)
+    results = []
+    for loss_of in (
+        lambda h: chunked_cross_entropy(h, weight, labels, chunk),
+        lambda h: F.cross_entropy(h @ weight.T, labels, reduction="sum"),
+    ):
+        h = hidden.clone().requires_grad_()
+        loss = loss_of(h)
+        (2.5 * loss).backward()
+        results.append((loss.detach(), h.grad))
+    torch.testing.assert_close(*results)
+
+
 def test_loss_without_gradient_and_in_float32_range() -> None:
     hidden, weight = torch.randn(5, 8) * 1e3, torch.randn(20, 8) * 1e3  # exp of such logits overflows
     labels = torch.tensor([0, 19, 7, 7, 3])
     with torch.no_grad():
-        loss = llama.loss.chunked_cross_entropy(hidden, weight, labels)
+        loss = chunked_cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels, reduction="sum"))
 
 
@@ -128,9 +142,9 @@ def packed_alone_and_padded(model: torch.nn.Module) -> list[tuple[Tensor, dict[s
 
     found = []
     for loss in (
-        model.losses(torch.cat(ROWS), torch.cat(labels), PACKED).labels,
+        model(torch.cat(ROWS), labels=torch.cat(labels), batch=PACKED).ce_loss,
         sum(alone(*row) for row in zip(ROWS, labels, PROMPT_LENS, strict=True) if len(row[0]) > 1),
-        model.losses(padded.flatten(), padded_labels.flatten(), whole).labels,
+        model(padded, labels=padded_labels, batch=whole).ce_loss,
     ):
         loss.backward()
         found.append((loss.detach(), gradients(model)))
@@ -140,9 +154,9 @@ def packed_alone_and_padded(model: torch.nn.Module) -> list[tuple[Tensor, dict[s
 @pytest.mark.parametrize("name", METHODS)
 def test_packed_rows_equal_each_row_alone_and_padded_rows(name: str) -> None:
     model = shared(name).model
-    hidden = model.hidden(torch.cat(ROWS), PACKED)
+    hidden, _ = model.forward_hidden(torch.cat(ROWS), PACKED)
     for row, n, (begin, end) in zip(ROWS, PROMPT_LENS, PACKED.spans, strict=True):
-        alone = model.hidden(row, PackedBatch([len(row)], "cpu", [n]))
+        alone, _ = model.forward_hidden(row, PackedBatch([len(row)], "cpu", [n]))
         torch.testing.assert_close(hidden[begin:end], alone, rtol=1e-5, atol=1e-5)
 
     (loss, grads), *others = packed_alone_and_padded(model)
@@ -171,7 +185,7 @@ def _all(grads: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["soft_moa", "custom"])
-@pytest.mark.parametrize(("choice", "blocks", "second_halves"), [("off", 1, 1), ("ffn", 1, 2), ("all", 2, 2)])
+@pytest.mark.parametrize(("choice", "blocks", "second_halves"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)])
 def test_activation_checkpointing_changes_nothing(monkeypatch, method, choice, blocks, second_halves) -> None:
     model, batch = shared(method).model, tokens(2, 7)
     model.loss(batch, batch).backward()
@@ -213,7 +227,7 @@ def test_straight_through_leaves_the_forward_as_it_is_and_teaches_the_threshold(
     assert not any(p.grad is not None and p.grad.any() for p in none.threshold.parameters())
 
     # weight = g m with dm = -dG: d/dg = m, d/dG = -g
-    g = torch.sigmoid(st.router(x)).detach()
+    g = torch.sigmoid(st.proj(x)).detach()
     level = torch.sigmoid(st.threshold(x)).detach()
     mask = (g >= 0.9 * level).float()
     assert 0 < mask.mean() < 1
@@ -222,8 +236,8 @@ def test_straight_through_leaves_the_forward_as_it_is_and_teaches_the_threshold(
     torch.testing.assert_close(st.threshold.bias.grad, d_level.sum(0))
     for router in (st, none):
         d_gate = upstream * mask * g * (1 - g)
-        torch.testing.assert_close(router.router.weight.grad, d_gate.T @ x)
-        torch.testing.assert_close(router.router.bias.grad, d_gate.sum(0))
+        torch.testing.assert_close(router.proj.weight.grad, d_gate.T @ x)
+        torch.testing.assert_close(router.proj.bias.grad, d_gate.sum(0))
 
 
 # RoPE and norm
@@ -235,15 +249,16 @@ def rope_args(**kwargs) -> ModelArgs:
 
 def test_rope_plain() -> None:
     args = rope_args(rope_theta=10000.0)
-    torch.testing.assert_close(frequencies(args).tolist(), [10000.0 ** (-i / 128) for i in range(0, 128, 2)])
+    torch.testing.assert_close(rope_frequencies(args).tolist(), [10000.0 ** (-i / 128) for i in range(0, 128, 2)])
     x = torch.randn(4, 2, 128, generator=torch.Generator().manual_seed(0))
     positions = [0, 1, 7, 300]
-    turned = Rope(rotations(frequencies(args), torch.tensor(positions)))(x)
+    freqs_cis = precompute_freqs_cis(rope_frequencies(args), torch.tensor(positions))
+    turned = apply_rotary_emb(x, freqs_cis)
     for n, position in enumerate(positions):
         for head in range(2):
             expected = rotate(x[n, head].double(), position, 10000.0)
             torch.testing.assert_close(turned[n, head].double(), expected, rtol=1e-4, atol=1e-4)
-    assert Rope(rotations(frequencies(args), torch.tensor(positions)))(x.bfloat16()).dtype == torch.bfloat16
+    assert apply_rotary_emb(x.bfloat16(), freqs_cis).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("theta, factor, low, high, context", [(5e5, 8, 1, 4, 8192), (1e4, 32, 2, 5, 1000)])
@@ -267,7 +282,7 @@ def test_rope_scaled(theta: float, factor: float, low: float, high: float, conte
     numbers = {"rope_theta": theta, "rope_scaling_factor": factor, "rope_original_max_seq_len": context}
     args = rope_args(use_scaled_rope=True, rope_low_freq_factor=low, rope_high_freq_factor=high, **numbers)
     torch.testing.assert_close(
-        frequencies(args).double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0
+        rope_frequencies(args).double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0
     )
 
 
@@ -275,7 +290,7 @@ def test_rope_scaling_defaults_are_llama_3_1s() -> None:
     numbers = {"rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
     explicit = rope_args(use_scaled_rope=True, rope_theta=500000.0, rope_original_max_seq_len=8192, **numbers)
     assert rope_args(use_scaled_rope=True) == explicit
-    assert not torch.equal(frequencies(explicit), frequencies(rope_args()))  # off by default
+    assert not torch.equal(rope_frequencies(explicit), rope_frequencies(rope_args()))  # off by default
 
 
 def test_rms_norm() -> None:
@@ -295,25 +310,29 @@ def test_a_fresh_adapter_leaves_the_base_as_it_is(name: str) -> None:
     with torch.no_grad():
         base, fresh = shared(None).model(batch), build(name, seed=None).model(batch)
     if not config(name).adapters["p_adapter"].layers:
-        assert torch.equal(fresh, base)  # B and z are zero
-    else:
-        assert 0 < (fresh - base).abs().max() < 1e-5  # the parallel adapter starts at 1e-4 of Xavier's
+        assert torch.equal(fresh, base)  # lora_B and the prompt's gate are zero
+        return
+    assert (fresh - base).abs().max() < 1e-5  # the parallel adapter starts at 1e-4 of Xavier's
+    base, fresh = copy.deepcopy(shared(None).model), build(name, seed=None).model
+    with torch.no_grad(), float64(base), float64(fresh):
+        assert 0 < (fresh(batch) - base(batch)).abs().max() < 1e-5
 
 
 def test_initial_values() -> None:
     """The distributions of SPEC's table: nn.Linear's, Xavier's times 1e-4, the standard normal, zero."""
     model = build("soft_moa", seed=None).model
     block, dim, size = model.layers[2], PARAMS["dim"], 8
-    assert not any(block.attention.adapters[name].z.any() for name in ("prompt",))
-    p = block.attention.adapters["prompt"].P
+    assert not any(block.attention.adapters[name].gate.any() for name in ("prompt",))
+    p = block.attention.adapters["prompt"].prompt
     assert abs(p.mean()) < 0.2 and abs(p.std() - 1) < 0.2
     lora = model.layers[0].feed_forward.adapters["lora_FFN_DOWN"]
-    assert not lora.B.any() and uniform_within(lora.A, 1 / math.sqrt(224))
+    assert not lora.lora_B.any() and uniform_within(lora.lora_A, 1 / math.sqrt(224))
     adapter = block.adapters["p_adapter"]
     xavier = 1e-4 * math.sqrt(6 / (dim + size))
-    assert uniform_within(adapter.down, xavier) and uniform_within(adapter.up, xavier)
-    assert not adapter.down_bias.any() and not adapter.up_bias.any()
-    for linear in (block.router.router.w1, block.router.router.w2, block.router.router.w3):
+    assert uniform_within(adapter.down_proj, xavier) and uniform_within(adapter.up_proj, xavier)
+    assert not adapter.down_proj_bias.any() and not adapter.up_proj_bias.any()
+    proj = model.layers[1].router.proj
+    for linear in (proj.w1, proj.w2, proj.w3):
         assert uniform_within(linear.weight, 1 / math.sqrt(linear.weight.shape[1])) and not linear.bias.any()
 
 

@@ -1,41 +1,14 @@
 """Numbers of the authors' implementation (tests/golden/README.md): logits, loss, every gradient, greedy tokens."""
 
-from dataclasses import replace
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 
+from golden import LABELLED, METHOD_OF, METHODS, expected, load
 from llama import Llama
 from moa import reference_format
-from moa.adapter_file import load_adapter
-from moa.state import load_adapter_state_dict
-from tiny import BASE, GOLDEN, PARAMS, gradients, relative
+from tiny import BASE, GOLDEN, gradients, relative
 
-METHODS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected.npz").is_file())
-METHOD_OF = {"soft_moa_instance": "soft_moa_instance"}  # its files look like soft_moa's
-LABELLED = 5  # prompt tokens of the rows whose loss was computed
 EOT = 265  # ours ends there too; theirs at 257 alone
-
-
-def expected(name: str) -> dict[str, Any]:
-    with np.load(GOLDEN / name / "expected.npz") as file:
-        found = {key: torch.from_numpy(file[key]) for key in file.files}
-    found["labels"][found["labels"] == 0] = -100  # their label to ignore
-    return found
-
-
-def load(name: str, model_parallel_size: int = 1) -> Llama:
-    """The method as users load it; the sparse threshold without a gradient, as theirs is."""
-    if name == "no_adapter":
-        return Llama.build(BASE, device="cpu", max_seq_len=64, model_parallel_size=model_parallel_size)
-    path = GOLDEN / name / "adapter.pth"
-    config, state = load_adapter(path, PARAMS, METHOD_OF.get(name))
-    config = replace(config, router=replace(config.router, threshold_gradient="none"))
-    llm = Llama.build(BASE, config=config, max_seq_len=64, seed=5, model_parallel_size=model_parallel_size)
-    load_adapter_state_dict(llm.model, state, str(path))
-    return llm
 
 
 def test_all_golden_methods_are_here() -> None:

@@ -25,14 +25,14 @@ from moa.state import (
     require_tensors,
     shard_all,
 )
-from training.loop import Progress
+from training.loop import TrainState
 from training.paths import checkpoints
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def pack(
-    model: nn.Module, optimizer: torch.optim.AdamW, progress: Progress, params: Mapping[str, Any]
+    model: nn.Module, optimizer: torch.optim.AdamW, progress: TrainState, params: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of a checkpoint, a copy on the CPU. Every rank of a model-parallel group must call it. ValueError
     where it has numbers that are not finite: nobody could go on from it."""
@@ -128,7 +128,7 @@ def newest(folder: Path, model: nn.Module) -> tuple[dict[str, Any], Path, dict[P
     raise ValueError(f"{folder}: no checkpoint can be read: {'; '.join(wrong.values())}")
 
 
-def restore(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.AdamW) -> Progress:
+def restore(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.AdamW) -> TrainState:
     """Put a checkpoint (`read`) back. The main process has it and hands it to all others, which give None: they need
     not see its file."""
     entries = adapter_parameters(model)
@@ -141,7 +141,7 @@ def restore(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.o
             state = optimizer.state[parameter]
             state[name] = torch.empty_like(parameter).copy_(part)  # laid out as the parameter, as fused AdamW has it
             state["step"] = torch.tensor(float(step - len(skipped)), device=parameter.device)  # of updates
-    return Progress(step, list(skipped))
+    return TrainState(step, list(skipped))
 
 
 def _moment(optimizer: torch.optim.AdamW, parameter: nn.Parameter, name: str) -> Tensor:

@@ -1,8 +1,11 @@
-"""The flags of a fine-tuning run and what they come to. Needs no torch, so that a wrong flag is refused at once."""
+"""The flags of a fine-tuning run, and what a resumed run takes from its start.
+
+Needs no torch, so that a wrong flag is refused at once.
+"""
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ from llama.args import ModelArgs
 from llama.machine import check_machine
 from moa.config import AdapterConfig
 from moa.methods import METHODS, config_fields
-from moa.reading import parse_json, read_text, safe_name, short_repr
+from moa.reading import parse_json, read_text, short_repr
 from training.paths import CONFIG, checkpoints
 
-RECOMPUTED = ("off", "ffn", "all")  # choices of what the backward pass works out again, each keeps less than the last
+CHECKPOINTING_MODES = ("none", "selective", "full")  # of --activation_checkpointing; each saves less than the last
+_OLD_MODES = dict(zip(("off", "ffn", "all"), CHECKPOINTING_MODES, strict=True))  # their names in earlier revisions
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
 
@@ -63,10 +67,10 @@ class TrainConfig:
     model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
     activation_checkpointing: str = flag(
         "auto",
-        help="what the backward pass works out again to save memory: nothing, the blocks' feed-forward parts, or whole "
-        "blocks (also the flag alone); auto: the least that fits into free memory",
-        choices=("auto", *RECOMPUTED),
-        switch=("off", "all"),
+        help="what the backward pass recomputes to save memory: nothing, the blocks' feed-forward parts, or whole "
+        "blocks (also the flag alone); auto: the least that fits into free memory; off, ffn and all are earlier names",
+        choices=("auto", *CHECKPOINTING_MODES, *_OLD_MODES),
+        switch=("none", "full"),
         group=MACHINE,
     )
 
@@ -88,11 +92,13 @@ class TrainConfig:
         if self.min_lr > 0 and self.lr_schedule == "constant":
             raise ValueError("--min_lr has no effect with --lr_schedule constant")
         check_machine(self.device, self.bf16, self.flash_attention2)
+        mode = self.activation_checkpointing
+        object.__setattr__(self, "activation_checkpointing", _OLD_MODES.get(mode, mode))
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
 
 
-# The adapters' knobs as flags; None: what the method's preset says.
+# The options of the adapters as flags; None: the method's preset decides.
 AdapterFlags = make_dataclass(
     "AdapterFlags",
     [
@@ -101,103 +107,107 @@ AdapterFlags = make_dataclass(
     ],
 )
 
-# RunConfig in which a resumed run may differ from its start: they do not change what is computed. Where rows and model
-# lie may change too; that they are the same is told by their contents.
-FREE = {
-    *("resume", "overwrite", "dry_run", "save_every", "keep_checkpoints", "device", "ckpt_dir", "data_path"),
-    *("output_dir", "leak_tests", "adapter_config", "model_parallel_size", "batch_size", "accum_iter"),
-    "activation_checkpointing",
-}
-# Those in which the processes of a run may differ: what is where on a process's own machine
-HERE = {"device", "ckpt_dir", "data_path", "output_dir", "leak_tests", "adapter_config"}
+# Flags in which a resumed run may differ from its start: they do not change what is computed. Where the rows and the
+# base lie may change too; that they are the same is told by their contents.
+RESUMABLE_FIELDS = frozenset(
+    "resume overwrite dry_run save_every keep_checkpoints device ckpt_dir data_path output_dir leak_tests "
+    "adapter_config model_parallel_size batch_size accum_iter activation_checkpointing".split()
+)
+# Flags in which the processes of a run may differ: paths and devices of a process's own machine.
+PER_HOST_FIELDS = frozenset("device ckpt_dir data_path output_dir leak_tests adapter_config".split())
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A checked command line: `train` and the adapter settings that were typed."""
+    """A checked command line. adapter: the adapter options that were typed; explicit: the names of all typed flags."""
 
     train: TrainConfig
     adapter: dict[str, Any]
-    given: frozenset[str]
+    explicit: frozenset[str]
 
-    def config(self, args: ModelArgs) -> AdapterConfig:
-        """The adapters for a model of this shape. ValueError naming the flag."""
-        method, known = self.train.method, config_fields()
-        config = AdapterConfig.from_dict({"method": method} | self.adapter, args.n_layers)
-        # A file may tell what its settings would be anyway
-        changed = {k for k, v in self.adapter.items() if v != METHODS[method].get(k, known[k].default)}
-        problem = config.unused_flag_message(self.given & known.keys() | changed)
+    def adapter_config(self, args: ModelArgs) -> AdapterConfig:
+        """Return the adapters for a model of this shape. ValueError names the flag that does not fit."""
+        preset, known = METHODS[self.train.method], config_fields()
+        config = AdapterConfig.from_dict({"method": self.train.method} | self.adapter, args.n_layers)
+        # A file may spell out a default that the configuration does not use.
+        changed = {name for name, value in self.adapter.items() if value != preset.get(name, known[name].default)}
+        problem = config.unused_flag_message(self.explicit & known.keys() | changed)
         if problem:
             raise ValueError(problem)
         return config
 
 
-def read_settings(argv: list[str] | None, recipe: Mapping[str, Any], description: str) -> RunConfig:
-    """The command line of finetune.py; what it lacks of `recipe` is taken from there where neither
-    model nor data is named, which is the demo."""
+def parse_flags(argv: list[str] | None, recipe: Mapping[str, Any], description: str) -> RunConfig:
+    """Return the checked command line of finetune.py.
+
+    recipe: values for flags that are not typed, of a run that names neither model nor data (the demo).
+    """
     parsed = parse_into([TrainConfig, AdapterFlags], argv, prog="finetune.py", description=description)
     train, adapter = parsed.values
-    given = set(parsed.given)
+    explicit, decided = parsed.given, set(parsed.given)
     for pair in ({"epochs", "max_steps"}, {"lr", "blr"}):
-        if pair <= given:
+        if pair <= explicit:
             die(" and ".join(f"--{name}" for name in sorted(pair)) + " exclude each other", status=2)
-        if pair & given:
-            given |= pair  # the recipe has no say in either
-    values, flat = asdict(train), {k: v for k, v in asdict(adapter).items() if v is not None}
-    typed = frozenset(parsed.given)
+        if pair & explicit:
+            decided |= pair  # the recipe has no say in either
+    values = asdict(train)
+    options = {name: value for name, value in asdict(adapter).items() if value is not None}
     if train.adapter_config is not None:
+        method = train.method if "method" in explicit else None
         try:
-            chosen = read_adapter_config(Path(train.adapter_config), train.method if "method" in typed else None)
+            from_file = read_adapter_config(Path(train.adapter_config), method)
         except (ValueError, OSError) as error:
             die(str(error))
-        typed |= {"method"} & chosen.keys()
-        values["method"], flat = chosen.pop("method", train.method if "method" in typed else "custom"), chosen | flat
+        explicit |= {"method"} & from_file.keys()
+        values["method"] = from_file.pop("method", method or "custom")
+        options = from_file | options
     if train.data_path is None and train.ckpt_dir is None:
-        values |= {name: value for name, value in recipe.items() if name not in given}
-    settings = RunConfig(TrainConfig(**values), flat, typed)
-    # What goes with the settings of a run's start is seen when they are read (`continued`)
-    if not (train.resume and (run_folder(settings) / CONFIG).exists()):
-        _check_early(settings)
-    return settings
+        values |= {name: value for name, value in recipe.items() if name not in decided}
+    config = RunConfig(TrainConfig(**values), options, explicit)
+    # Whether flags fit the start of a run to resume is checked by `merge_with_previous_run`.
+    if not (train.resume and (run_folder(config) / CONFIG).exists()):
+        _check_adapters(config)
+    return config
 
 
 def read_adapter_config(path: Path, method: str | None) -> dict[str, Any]:
-    """The adapter settings in a file: all that `adapter_params.json` holds or a part of it (the base, which is told
-    there too, may be another here). ValueError naming the file, also where its method is another than `method`."""
-    found = parse_json(read_text(path), str(path))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object of adapter settings, found {type(found).__name__}")
-    found.pop("base", None)
-    named = found.get("method", method)
+    """Read adapter options from a file: an `adapter_params.json` (its base does not matter) or a part of one.
+
+    ValueError names the file, also where its method is another than `method`.
+    """
+    options = parse_json(read_text(path), str(path))
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected a JSON object of adapter settings, found {type(options).__name__}")
+    options.pop("base", None)
+    named = options.get("method", method)
     if named is not None and named not in tuple(METHODS):
-        raise ValueError(f"{path}: method {named!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"{path}: method {short_repr(named)} is none of {', '.join(METHODS)}")
     if method not in (None, named):
         raise ValueError(f"{path}: its method is {named}, not {method} (--method)")
-    return found
+    return options
 
 
-def _check_early(settings: RunConfig) -> None:
-    """Refuse what does not fit together before any file of the model is read, as far as that can be known."""
-    ckpt_dir = settings.train.ckpt_dir
-    params = Path(ckpt_dir) / "params.json" if ckpt_dir else None
+def _check_adapters(config: RunConfig) -> None:
+    """Exit with one sentence where the adapter flags do not fit together or, if its params.json is there, the base."""
+    flags = config.train
+    params = Path(flags.ckpt_dir) / "params.json" if flags.ckpt_dir else None
     try:
         args = ModelArgs.from_file(params) if params and params.is_file() else None
-        # Without a model at hand ranges are checked against one that is deeper than any.
-        settings.config(args or ModelArgs(dim=2, n_layers=10_000, n_heads=1))
-    except OSError as error:
-        die(f"{params}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        die(f"{params}: {error.strerror}" if isinstance(error, OSError) else str(error))
+    try:
+        # Without a base at hand, ranges are checked against one that is deeper than any.
+        config.adapter_config(args or ModelArgs(dim=2, n_layers=10_000, n_heads=1))
     except ValueError as error:
-        if params and str(error).startswith(str(params)):
-            die(str(error))
         words = re.findall(r"\w+", str(error).partition("(")[0])
-        if settings.train.adapter_config and not settings.given & set(words):
-            die(f"{settings.train.adapter_config}: {error}")
+        if flags.adapter_config and not config.explicit & set(words):  # the option stands in the file
+            die(f"{flags.adapter_config}: {error}")
         die(str(error), status=2)
 
 
-def run_folder(settings: RunConfig) -> Path:
-    """Folder of a run; by default it is named after method, data and seed."""
-    flags = settings.train
+def run_folder(config: RunConfig) -> Path:
+    """Return the folder of a run; by default it is named after method, data and seed."""
+    flags = config.train
     if flags.output_dir is not None:
         return Path(flags.output_dir)
     data = Path(flags.data_path or "demo")
@@ -205,59 +215,46 @@ def run_folder(settings: RunConfig) -> Path:
     return Path("runs") / f"{flags.method}-{name}-s{flags.seed}"
 
 
-def continued(settings: RunConfig) -> RunConfig:
-    """With --resume and a run in the output folder: flags that are not typed are those of the run's start.
+def merge_with_previous_run(config: RunConfig) -> RunConfig:
+    """With --resume and a run in the output folder, take the flags that are not typed from the run's record.
 
-    ValueError naming the flag that is typed and differs.
+    ValueError names a typed flag whose value differs from the run's start, or the record where it is damaged.
     """
-    folder = run_folder(settings)
-    record = folder / CONFIG
-    if not settings.train.resume or not (record.exists() or checkpoints(folder)):
-        return settings
-    start = parse_json(read_text(record), str(record))
-    try:
-        before, resolved, n_layers = {**start["settings"]}, {**start["adapter"]}, start["base"]["n_layers"]
-        if type(n_layers) is not int:
-            raise TypeError
-        known = {k: v for k, v in resolved.items() if k in config_fields()} | {"method": resolved.get("method")}
-        AdapterConfig.from_dict(known, n_layers)
-    except (KeyError, TypeError):
-        raise ValueError(f"{record}: the record of the run to resume is damaged") from None
-    except ValueError as error:
-        raise ValueError(f"{record}: {error}") from None
-    typed = {k: v for k, v in asdict(settings.train).items() if k in settings.given}
-    for name, value in typed.items():
-        if name not in FREE and value != before.get(name):
-            raise _other_start(folder, name, before.get(name), value)
-    # An adapter's flag may also spell out what the method's preset came to
-    now_flat = AdapterConfig.from_dict(known | settings.adapter, n_layers).to_dict()
-    for name in settings.adapter:
-        if now_flat[name] != resolved.get(name, now_flat[name]):
-            raise _other_start(folder, name, resolved[name], now_flat[name])
-    # Asked for once; what the start's record says of leaks holds as long as the rows are the same,
-    # and the folder is the one that was looked into, whatever is written there.
+    folder = run_folder(config)
+    if not config.train.resume or not ((folder / CONFIG).exists() or checkpoints(folder)):
+        return config
+    start, start_adapters, n_layers = _read_start(folder / CONFIG)
+    train = {name: value for name, value in asdict(config.train).items() if name in config.explicit}
+    for name in train.keys() - RESUMABLE_FIELDS:
+        if train[name] != getattr(start.train, name):
+            raise _differs_from_start(folder, name, getattr(start.train, name), train[name])
+    # A typed option may also spell out what the method's preset came to.
+    before = start_adapters.to_dict()
+    now = AdapterConfig.from_dict(before | config.adapter, n_layers).to_dict()
+    for name in config.adapter:
+        if now[name] != before[name]:
+            raise _differs_from_start(folder, name, before[name], now[name])
+    # Each is asked for once, and the folder is the one whose record was read.
     once = {"overwrite": False, "dry_run": False, "leak_tests": None, "output_dir": str(folder)}
-    # What may differ need not be in the record, which may be older than the flag
-    now = {k.name: k.default for k in flags_of(TrainConfig) if k.name in FREE} | before | once
-    now |= {k: v for k, v in typed.items() if k in FREE}
+    return RunConfig(TrainConfig(**asdict(start.train) | once | train), start.adapter, config.explicit)
+
+
+def _read_start(path: Path) -> tuple[RunConfig, AdapterConfig, int]:
+    """Read the settings, the adapters and the number of layers that a run's record has. ValueError names the file."""
     try:
-        strange = [name for name, value in now.items() if not str(value).isprintable()]
-        if strange:
-            raise ValueError(f"setting {safe_name(strange[0])} has characters that no path and no setting has")
-        train = {k.name: k.convert(str(now.pop(k.name))) for k in flags_of(TrainConfig)}
-        adapter = {k.name: k.convert(str(now.pop(k.name))) for k in flags_of(AdapterFlags) if k.name in now}
-        if now:
-            raise ValueError(f"unknown setting {safe_name(next(iter(now)))}")
-        if AdapterConfig.from_dict({"method": train["method"]} | adapter, n_layers).to_dict() != resolved:
-            raise ValueError("what it says of the adapters does not follow from its settings")
-        return replace(settings, train=TrainConfig(**train), adapter=adapter)
-    except KeyError as error:
-        raise ValueError(f"{record}: setting {error} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{record}: {error}") from None
+        record = parse_json(read_text(path), str(path))
+        settings, n_layers = dict(record["settings"]), record["base"]["n_layers"]
+        flags = [f for f in flags_of(TrainConfig) if f.name in settings or f.name not in RESUMABLE_FIELDS]
+        start = TrainConfig(**{flag.name: flag.convert(str(settings.pop(flag.name))) for flag in flags})
+        config = AdapterConfig.from_dict(record["adapter"], n_layers)
+        if AdapterConfig.from_dict({"method": start.method} | settings, n_layers) != config:
+            raise ValueError("its adapters do not follow from its settings")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: not the record of a run that can be resumed ({problem})") from None
+    return RunConfig(start, settings, frozenset()), config, n_layers
 
 
-def _other_start(folder: Path, name: str, before: Any, now: Any) -> ValueError:
+def _differs_from_start(folder: Path, name: str, before: Any, now: Any) -> ValueError:
     hint = "(--overwrite in the place of --resume begins anew)"
-    before = before if before is None or isinstance(before, str | int | float) else short_repr(before)
     return ValueError(f"{folder}: the run was started with --{name} {before}, not {now} {hint}")

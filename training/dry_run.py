@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llama import ModelArgs
-from llama.checkpoint import read_base
+from llama.checkpoint import load_params_and_tokenizer
 from llama.data import read_rows
 from llama.distributed import bf16_is_fast, dp_size, get_device
 from moa.state import count_parameters
@@ -60,7 +60,7 @@ def dry_run(settings: RunConfig) -> dict[str, Any]:
     folder = Path(flags.ckpt_dir)
     args = ModelArgs.from_file(folder / "params.json")
     if args.vocab_size == -1:
-        args, _ = read_base(folder)
+        args, _ = load_params_and_tokenizer(folder)
     config = settings.config(args)
     planned = device.type == "cuda" and not torch.cuda.is_available()  # GPUs for such models all multiply bf16
     bf16 = (planned or bf16_is_fast(device)) if flags.bf16 is None else flags.bf16
@@ -118,6 +118,6 @@ def _rows(flags: TrainConfig) -> int | None:
     if flags.data_path is None:
         return None
     if (Path(flags.ckpt_dir) / "tokenizer.model").is_file():
-        _, tokenizer = read_base(flags.ckpt_dir)
+        _, tokenizer = load_params_and_tokenizer(flags.ckpt_dir)
         return len(load_examples(flags.data_path, tokenizer, flags.max_seq_len))
     return len(read_rows(flags.data_path, FIELDS))

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from llama.checkpoint import shard_specs
-from llama.loss import CHUNK_ELEMENTS, CHUNK_LABELS
+from llama.loss import chunk_size
 from llama.model import Transformer
 from moa.state import adapter_parameters
 from training.config import RECOMPUTED
-from training.lanes import lanes_of, threads_of
+from llama.accelerate.lanes import split_lanes, usable_threads
 from training.layout import Message
 from training.rehearsal import Kept, StepMessages, kept
 
@@ -47,13 +47,13 @@ def activation_bytes(found: Kept, recompute: str) -> int:
 
 def temporary_bytes(model: Transformer, lengths: Sequence[int], device: torch.device) -> int:
     """The most that comes and goes while all activations of rows of these lengths stand: at the end of the forward
-    pass, in each lane (`training.lanes`), the logits of a chunk of labels (`llama.loss`: in the base's type and in
+    pass, in each lane (`llama.accelerate.lanes`), the logits of a chunk of labels (`llama.loss`: in the base's type and in
     float32), or at the start of the backward pass the gradients inside a feed-forward block, three of its hidden width
     and four of the model's."""
     weight = model.output.weight
     width, (vocab, dim) = weight.element_size(), weight.shape
-    chunk = CHUNK_LABELS if device.type == "cpu" else max(1, CHUNK_ELEMENTS // vocab)
-    lanes = lanes_of(lengths, threads_of(model, device))
+    chunk = chunk_size(vocab, device)
+    lanes = split_lanes(lengths, usable_threads(model, device))
     at_once, n_tokens = sum(min(chunk, sum(lengths[i] for i in lane)) for lane in lanes), sum(lengths)
     logits = at_once * vocab * (4 if width >= 4 else width + 4) + n_tokens * dim * width
     hidden = model.layers[0].feed_forward.w1.weight.shape[0]

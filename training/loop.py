@@ -1,4 +1,7 @@
-"""The fine-tuning loop: one optimizer step is one mean over all its label tokens, whatever the layout."""
+"""The training loop: forward, division, backward, reduction, optimizer step.
+
+One optimizer step is one mean over all its label tokens, whatever the micro-batches and ranks.
+"""
 
 import math
 import resource
@@ -11,34 +14,84 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
-from torch import nn
+from torch import Tensor, nn
 
 from llama.data import Example
 from llama.distributed import dp_rank, dp_size
 from llama.model import Transformer
+from llama.packing import PackedBatch, balance_by_length
 from moa.state import adapter_parameters, optimizer_groups
 from training.data import label_count, micro_batches
-from training.exchange import GradientSum
-from training.lanes import Passes
-from training.schedule import Plan, share_out
+from training.schedule import Plan
 from training.shutdown import Stopped
+
+MicroBatch = tuple[Tensor, Tensor, PackedBatch]  # tokens (N,), labels (N,) on the CPU, their sequences
 
 
 @dataclass
-class Progress:
-    """How far a run is. done: steps, with the `skipped` ones, whose numbers (from 1) these are."""
+class TrainState:
+    """Progress of a run. done: steps, with the `skipped` ones, whose numbers (from 1) these are."""
 
     done: int = 0
     skipped: list[int] = field(default_factory=list)
 
 
-class NotFinite(ValueError):
+class NonFiniteLoss(ValueError):
     """The loss or a gradient was not finite twice in a row."""
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW as in the published runs, over the adapters. Its fused form takes no memory beside its two moments."""
+    """AdamW over the adapters, as in the published runs. Its fused form needs no memory beside its two moments."""
     return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+def expert_fraction(tokens_per_expert: Tensor, num_tokens: int) -> Tensor:
+    """f_e of a micro-batch: the fraction of tokens that chose each expert, over all data-parallel ranks.
+
+    tokens_per_expert (routers, E) and num_tokens are this rank's; every rank must call it (arXiv 2501.11873).
+    """
+    counts = torch.cat([tokens_per_expert.flatten(), tokens_per_expert.new_tensor([num_tokens])])
+    if dp_size() > 1:
+        dist.all_reduce(counts, group=mp.get_data_parallel_group())
+    return counts[:-1].view_as(tokens_per_expert) / counts[-1]
+
+
+def forward_backward(model: Transformer, micro_batch: MicroBatch, num_labels: int, num_tokens: int) -> Tensor:
+    """Add a micro-batch's gradients to the parameters' -> (2,), its parts of the step's loss and auxiliary loss.
+
+    num_labels, num_tokens: of the whole step, over all micro-batches and ranks.
+    """
+    tokens, labels, batch = micro_batch
+    losses = model(tokens, labels=labels, batch=batch)
+    ce_loss = losses.ce_loss / num_labels
+    aux_loss = torch.zeros_like(ce_loss)
+    if uses_load_balancing(model):
+        fraction = expert_fraction(losses.router_stats.tokens_per_expert, len(tokens))
+        aux_loss = model.load_balancing_loss(losses.router_stats, fraction) / num_tokens
+    (ce_loss + aux_loss).backward()
+    return torch.stack([ce_loss.detach(), aux_loss.detach()])
+
+
+def uses_load_balancing(model: Transformer) -> bool:
+    return balanced_routers(model) > 0 and model.config.experts.lb_loss_coeff > 0
+
+
+def balanced_routers(model: Transformer) -> int:
+    """Routers that choose among experts, and so have a load-balancing loss."""
+    return sum(getattr(module, "chooses_experts", False) for module in model.modules())
+
+
+def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum gradients over the data-parallel ranks in one message. An unused parameter counts with zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if dp_size() == 1:
+        return
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(flat, group=mp.get_data_parallel_group())
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(grad.view_as(parameter))
 
 
 def train(
@@ -48,96 +101,91 @@ def train(
     plan: Plan,
     batch_size: int,
     seed: int,
-    progress: Progress,
+    state: TrainState,
     on_step: Callable[[dict[str, Any]], None],
     stop_signal: Callable[[], int] = lambda: 0,
+    forward_backward: Callable[[Transformer, MicroBatch, int, int], Tensor] = forward_backward,
 ) -> None:
-    """Run steps `progress.done` + 1 to `plan.steps`, calling on_step with each step's log entry after it.
+    """Run steps `state.done` + 1 to `plan.steps`, calling on_step with each step's log entry after it.
 
-    A step whose loss or gradient is not finite is skipped, and its entry says so; a second one in a row raises
-    NotFinite, naming steps and rows, and is not counted: the adapters are as they were before both. Raises Stopped,
-    after a step, when `stop_signal` is other than 0 on any process.
+    A step whose loss or gradient is not finite is skipped, and its entry says so. A second one in a row raises
+    NonFiniteLoss, naming steps and rows, and is not counted: the adapters are as they were before both. Raises Stopped,
+    after a step, when `stop_signal` is not 0 on any process. forward_backward: or a faster equal (`llama.accelerate`).
     """
     parameters = [entry.parameter for entry in adapter_parameters(model).values()]
     device = parameters[0].device
-    exchange, passes = GradientSum(parameters), Passes(model, parameters)
     model.train()
-    try:
-        while progress.done < plan.steps:
-            step, begin = progress.done, time.perf_counter()
-            numbers = plan.rows(step, seed)
-            batch = [examples[i] for i in numbers]
-            lengths = [len(example.tokens) for example in batch]
-            n_tokens, n_labels = sum(lengths), sum(map(label_count, batch))
-            # Whatever is random in a step follows from its number: a resumed run needs no generator's state.
-            torch.manual_seed((seed * plan.steps + step) * dp_size() + dp_rank())
-            for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate(step)
-            optimizer.zero_grad(set_to_none=True)
-            losses = torch.zeros(2, device=device)  # of the labels; auxiliary
-            share = [batch[i] for i in share_out(lengths, dp_size())[dp_rank()]]
-            # On all ranks alike, also where an epoch's last step has too few rows to go round
-            n_micro_batches = -(-len(batch) // (dp_size() * batch_size))
-            mine = list(micro_batches(share, batch_size, device, n_micro_batches))
-            for i, micro_batch in enumerate(mine, 1):
-                if i == len(mine):
-                    exchange.begin()
-                losses += passes.run(micro_batch, n_labels, n_tokens)
-            exchange.finish()
-            value, auxiliary, finite, signum = _agree(losses, parameters, stop_signal())
-            entry = {
-                "step": step + 1,
-                "epoch": round((step + 1) / plan.steps_per_epoch, 4),
-                "loss": value if math.isfinite(value) else None,
-                **({"auxiliary_loss": auxiliary} if auxiliary and math.isfinite(auxiliary) else {}),
-                "lr": plan.learning_rate(step),
-                "rows": len(numbers),
-                "tokens": n_tokens,
-                "label_tokens": n_labels,
-            }
-            if finite:
-                optimizer.step()
-            else:
-                entry["skipped"] = _not_finite(step, value + auxiliary, numbers)
-                if progress.skipped[-1:] == [step]:
-                    raise NotFinite(f"{entry['skipped']}, nor was it in step {step}; a lower --lr may help")
-                progress.skipped.append(step + 1)
-            progress.done += 1
-            seconds = time.perf_counter() - begin
-            entry["seconds"], entry["tokens_per_s"] = round(seconds, 4), round(n_tokens / seconds, 1)
-            on_step(entry | {"peak_memory_bytes": peak_memory(device)})
-            if signum:
-                raise Stopped(signum)
-    finally:
-        exchange.close()
-        passes.close()
+    while state.done < plan.steps:
+        step, begin = state.done, time.perf_counter()
+        row_ids = plan.rows(step, seed)
+        rows = [examples[i] for i in row_ids]
+        lengths = [len(example.tokens) for example in rows]
+        num_tokens, num_labels = sum(lengths), sum(map(label_count, rows))
+        # Randomness follows from the step's number: a resumed run needs no generator's state
+        torch.manual_seed((seed * plan.steps + step) * dp_size() + dp_rank())
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate(step)
+        optimizer.zero_grad(set_to_none=True)
+
+        losses = torch.zeros(2, device=device)  # cross-entropy; auxiliary
+        local_rows = [rows[i] for i in balance_by_length(lengths, dp_size())[dp_rank()]]
+        # The same number on all ranks, also where an epoch's last step has too few rows to go round
+        num_micro_batches = -(-len(rows) // (dp_size() * batch_size))
+        local = list(micro_batches(local_rows, batch_size, device, num_micro_batches))
+        for micro_batch in local:
+            losses += forward_backward(model, micro_batch, num_labels, num_tokens)
+        for _ in range(num_micro_batches - len(local) if uses_load_balancing(model) else 0):
+            expert_fraction(losses.new_zeros(balanced_routers(model), model.config.experts.expert_num), 0)
+        all_reduce_gradients(parameters)
+        ce_loss, aux_loss, finite, signum = reduce_step(losses, parameters, stop_signal())
+
+        entry = {
+            "step": step + 1,
+            "epoch": round((step + 1) / plan.steps_per_epoch, 4),
+            "loss": ce_loss if math.isfinite(ce_loss) else None,
+            **({"auxiliary_loss": aux_loss} if aux_loss and math.isfinite(aux_loss) else {}),
+            "lr": plan.learning_rate(step),
+            "rows": len(row_ids),
+            "tokens": num_tokens,
+            "label_tokens": num_labels,
+        }
+        if finite:
+            optimizer.step()
+        else:
+            entry["skipped"] = _not_finite(step, ce_loss + aux_loss, row_ids)
+            if state.skipped[-1:] == [step]:
+                raise NonFiniteLoss(f"{entry['skipped']}, nor was it in step {step}; a lower --lr may help")
+            state.skipped.append(step + 1)
+        state.done += 1
+        seconds = time.perf_counter() - begin
+        entry["seconds"], entry["tokens_per_s"] = round(seconds, 4), round(num_tokens / seconds, 1)
+        on_step(entry | {"peak_memory_bytes": peak_memory(device)})
+        if signum:
+            raise Stopped(signum)
 
 
-def _not_finite(step: int, loss: float, numbers: list[int]) -> str:
-    listed = ", ".join(str(i + 1) for i in sorted(numbers)[:16]) + (", ..." if len(numbers) > 16 else "")
+def _not_finite(step: int, loss: float, row_ids: list[int]) -> str:
+    listed = ", ".join(str(i + 1) for i in sorted(row_ids)[:16]) + (", ..." if len(row_ids) > 16 else "")
     what = "a gradient" if math.isfinite(loss) else "the loss"
     return f"step {step + 1}: {what} is not finite (loss {loss:g}; rows {listed} of the rows that fit)"
 
 
-def _agree(losses: torch.Tensor, parameters: list[nn.Parameter], signum: int) -> tuple[float, float, bool, int]:
+def reduce_step(losses: Tensor, parameters: list[nn.Parameter], signum: int) -> tuple[float, float, bool, int]:
     """(loss, auxiliary loss, whether they and all gradients are finite, signal), the same on all processes.
 
-    `losses` are this data-parallel rank's parts, gradients are summed already (zeros where there is none).
+    losses (2,): this data-parallel rank's parts. Gradients are summed already.
     """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
     if dp_size() > 1:
         dist.all_reduce(losses, group=mp.get_data_parallel_group())
     largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], torch.inf)
     finite = torch.isfinite(torch.stack([largest.square(), *losses])).all()  # squares are what AdamW keeps
     bad = finite.logical_not().to(losses.dtype)
     # Ranks of a model hold different gradients, and a signal comes to each process at its own time
-    decided = torch.stack([bad, torch.full_like(bad, signum)])
+    agreed = torch.stack([bad, torch.full_like(bad, signum)])
     if dist.get_world_size() > 1:
-        dist.all_reduce(decided, dist.ReduceOp.MAX)
-    value, auxiliary, any_bad, signum = torch.cat([losses, decided]).tolist()  # a step's one wait for a GPU
-    return value, auxiliary, not any_bad, int(signum)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    ce_loss, aux_loss, any_bad, signum = torch.cat([losses, agreed]).tolist()  # a step's one wait for a GPU
+    return ce_loss, aux_loss, not any_bad, int(signum)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,15 +16,14 @@ from torch.autograd.graph import saved_tensors_hooks
 import llama.model
 from llama.args import ModelArgs
 from llama.checkpoint import shard_specs
-from llama.engine import decode_step
 from llama.loss import chunked_cross_entropy
 from llama.model import Transformer
 from llama.packing import PackedBatch
 from moa.config import AdapterConfig
 from moa.state import adapter_parameters, freeze_base
 from training.config import RECOMPUTED
-from training.exchange import GradientSum
 from training.layout import Message
+from training.loop import all_reduce_gradients
 
 
 def unfilled_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool) -> Transformer:
@@ -59,16 +58,16 @@ def kept(model: Transformer, lengths: list[int], device: torch.device) -> Kept:
         hooks.append(block.register_forward_pre_hook(partial(begin, "all")))
         hooks.append(block.ffn_norm.register_forward_pre_hook(partial(begin, "ffn")))
         hooks.append(block.register_forward_hook(lambda *_: found.end()))
-    recompute, model.activation_checkpointing = model.activation_checkpointing, "off"
+    recompute, model.activation_checkpointing = model.activation_checkpointing, "none"
     try:
         with saved_tensors_hooks(found.add, lambda t: t), _attention_of(device, model):
             every = torch.zeros(sum(lengths), dtype=torch.int64)  # labels, which stay on the CPU
-            losses = model.losses(_tokens(len(every)), every, PackedBatch(lengths, "meta"))
+            losses = model(_tokens(len(every)), labels=every, batch=PackedBatch(lengths, "meta"))
     finally:
         model.activation_checkpointing = recompute
         for hook in hooks:
             hook.remove()
-    assert losses.labels.requires_grad
+    assert losses.ce_loss.requires_grad
     return found.kept()
 
 
@@ -88,13 +87,12 @@ def messages_of_step(model: Transformer, lengths: list[int], notes: list[Message
         begin = len(notes)
         return work(), notes[begin:]
 
-    hidden, forward = of(lambda: model.hidden(_tokens(sum(lengths)), PackedBatch(lengths, "meta")))
+    hidden, forward = of(lambda: model.forward_hidden(_tokens(sum(lengths)), PackedBatch(lengths, "meta"))[0])
     loss, in_loss = of(lambda: _loss(model, hidden, len(lengths)))
     _, backward = of(loss.backward)
     model.zero_grad(set_to_none=True)
-    exchange = GradientSum([entry.parameter for entry in adapter_parameters(model).values()])
-    _, gradients = of(exchange.finish)
-    exchange.close()
+    parameters = [entry.parameter for entry in adapter_parameters(model).values()]
+    _, gradients = of(lambda: all_reduce_gradients(parameters))
     model.zero_grad(set_to_none=True)
     return StepMessages(forward, in_loss, backward, gradients)
 
@@ -115,10 +113,10 @@ def messages_of_generation(
     cache = model.new_cache(n_rows, prompt_len + 1)
     begin = len(notes)
     rows = PackedBatch([prompt_len] * n_rows, "meta")
-    places = cache.admit(rows.lengths)
-    model.output(model.hidden(_tokens(n_rows * prompt_len), rows, cache, places)[:n_rows])
+    places = cache.allocate(rows.lengths)
+    model.output(model.forward_hidden(_tokens(n_rows * prompt_len), rows, cache, places)[0][:n_rows])
     middle = len(notes)
-    decode_step(model, cache, _tokens(2, n_rows), cache.advance(), True)
+    model.decode(_tokens(n_rows), cache, _tokens(n_rows), max(cache.advance()), True)
     model.train()
     return GenerationMessages(notes[begin:middle], notes[middle:])
 
@@ -182,10 +180,10 @@ def _attention_of(device: torch.device, model: Transformer) -> Iterator[None]:
     In float32 with shared key heads there is no such kernel for a GPU: all weights are kept, as on the meta device.
     """
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedBatch, flash: bool) -> Tensor:
-        if device.type != "cuda" or rows.uniform or bf16:
+    def attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, flash: bool) -> Tensor:
+        if device.type != "cuda" or batch.equal_lengths or bf16:
             return _Attention.apply(q, k, v)
-        return torch.cat([_Attention.apply(q[a:b], k[a:b], v[a:b]) for a, b in rows.spans])
+        return torch.cat([_Attention.apply(q[a:b], k[a:b], v[a:b]) for a, b in batch.spans])
 
     real, args = llama.model.causal_attention, model.args
     bf16 = model.output.weight.dtype == torch.bfloat16

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama, ModelArgs, Transformer
+from llama.accelerate import Lanes
 from llama.checkpoint import fingerprint, load_params_and_tokenizer
 from llama.distributed import (
     assert_same_on_all_ranks,
@@ -24,7 +25,7 @@ from llama.distributed import (
 )
 from llama.tokenizer import Tokenizer
 from moa.adapter_file import PARAMS, adapter_params
-from moa.files import claim, file_hash, read_json, release, remove_stale_temp_files, write_json
+from moa.files import file_hash, lock, read_json, remove_stale_temp_files, write_json
 from moa.reading import short_repr
 from moa.replicas import assert_replicas_equal
 from moa.state import count_parameters
@@ -34,7 +35,15 @@ from training.data import load_examples
 from training.estimate import base_parameters
 from training.leaks import check_leaks
 from training.log import RunLog
-from training.loop import NotFinite, Progress, make_optimizer, train
+from training.loop import (
+    NonFiniteLoss,
+    TrainState,
+    expert_fraction,
+    forward_backward,
+    make_optimizer,
+    train,
+    uses_load_balancing,
+)
 from training.memory import Needed, advice, needed, needed_by_all
 from training.paths import CONFIG, DAMAGED, LOCK, checkpoints
 from training.record import resume_record, start_record
@@ -91,10 +100,10 @@ def _run(settings: RunConfig, args: ModelArgs, tokenizer: Tokenizer, device: tor
     model = llm.model
     model.activation_checkpointing = memory.choice
     optimizer = make_optimizer(model, flags.weight_decay)
-    with _claimed(folder) if is_rank0() else nullcontext():
+    with _locked(folder) if is_rank0() else nullcontext():
         if is_rank0() and not begun and not flags.overwrite and checkpoints(folder):
             raise ValueError(f"{folder}: another run has been there in the meantime; give --resume to go on with it")
-        progress = Progress()
+        progress = TrainState()
         if begun:
             progress = restore(_newest(folder, model) if is_rank0() else None, model, optimizer)
         assert_replicas_equal(model)
@@ -125,7 +134,7 @@ def _train(
     optimizer: torch.optim.AdamW,
     examples: list,
     plan: Plan,
-    progress: Progress,
+    progress: TrainState,
     params: dict[str, Any],
     folder: Path,
 ) -> None:
@@ -153,14 +162,15 @@ def _train(
     with GracefulShutdown() as request:
         try:
             arguments = (flags.batch_size, flags.seed, progress, on_step, lambda: request.signum)
-            train(model, optimizer, examples, plan, *arguments)
-        except (NotFinite, Stopped) as end:
+            with Lanes(model, forward_backward, expert_fraction, uses_load_balancing(model)) as fast:
+                train(model, optimizer, examples, plan, *arguments, forward_backward=fast)
+        except (NonFiniteLoss, Stopped) as end:
             save()
             saver.wait()
             dist.barrier()  # nobody goes, and takes the others along, before it is on the disk
             at = f"checkpoint-{progress.done}.pth is saved" if progress.done else "no step was done"
-            if isinstance(end, NotFinite):
-                raise NotFinite(f"{end} ({at})") from None
+            if isinstance(end, NonFiniteLoss):
+                raise NonFiniteLoss(f"{end} ({at})") from None
             say(f"stopped by {end.name} after step {progress.done}: {at}; the same command with --resume goes on")
             raise
         finally:
@@ -209,15 +219,12 @@ def _run_to_resume(settings: RunConfig, folder: Path, contents: dict[str, str]) 
 
 
 @contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Make the run's folder, keep other runs out of it, and clear away what a killed process had half written."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the run's folder, keep other runs out of it, and remove what a killed process had half written."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = claim(folder / LOCK, f"{folder}: another run is writing there; give another --output_dir")
-    try:
+    with lock(folder / LOCK, f"{folder}: another run is writing there; give another --output_dir"):
         remove_stale_temp_files(folder)
         yield
-    finally:
-        release(lock)
 
 
 def _newest(folder: Path, model: Transformer) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Steps, the rows of each step, who takes which of them, and the learning rate at each step."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,21 +38,6 @@ class Plan:
         epoch, place = divmod(step, self.steps_per_epoch)
         order = torch.randperm(self.n_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         return order[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
-
-
-def share_out(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which of a step's rows, of these lengths in tokens, each data-parallel rank takes, in their order.
-
-    Ranks get equally many rows, some one more where they do not divide, and about equally many tokens: rows are dealt
-    out in rounds, the longest first, and in each round the rank with the fewest tokens so far gets the longest.
-    """
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for begin in range(0, len(lengths), ranks):
-        shares.sort(key=lambda share: sum(lengths[i] for i in share))
-        for share, i in zip(shares, longest_first[begin : begin + ranks], strict=False):
-            share.append(i)
-    return [sorted(share) for share in shares]
 
 
 def make_plan(

@@ -19,19 +19,26 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import llama.derivations
+from golden import METHODS as GOLDEN_METHODS
+from golden import expected, load
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import load_base, open_shard, shard_specs
+from llama.accelerate import FastDecoding
+from llama.checkpoint import load_base_weights, open_shard, shard_specs
 from llama.data import IGNORE_INDEX, Example
 from llama.distributed import destroy_distributed, dp_rank, dp_size, init_distributed
 from moa.adapter_file import adapter_params, save_adapter
-from moa.parallel import Cut, copy_to_model_parallel_region, gather, mp_rank, mp_size, reduce_from_model_parallel_region
+from moa.parallel import (
+    Shard,
+    copy_to_model_parallel_region,
+    gather,
+    mp_rank,
+    mp_size,
+    reduce_from_model_parallel_region,
+)
 from moa.replicas import assert_replicas_equal
 from moa.state import adapter_parameters, adapter_state_dict, gather_full, reset_adapters
-from test_golden import METHODS as GOLDEN_METHODS
-from test_golden import expected, load
 from tiny import ARGS, BASE, METHODS, build, config, gradients, random_state, tokens
-from training.loop import Progress, make_optimizer, train
+from training.loop import TrainState, make_optimizer, train
 from training.schedule import Plan
 
 WORLD, SIZES = 4, (4, 2)
@@ -48,9 +55,9 @@ IMPOSSIBLE = {
 LARGE = ModelArgs(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=8192)
 EVERYTHING = "custom"  # of METHODS
 DRIFTING = (
-    "layers.1.attention.adapters.lora_Q.A",
-    "layers.1.attention.adapters.lora_Q.B",
-    "layers.0.attention.adapters.lora_V.B",
+    "layers.1.attention.adapters.lora_Q.lora_A",
+    "layers.1.attention.adapters.lora_Q.lora_B",
+    "layers.0.attention.adapters.lora_V.lora_B",
     "layers.2.ffn_norm.weight",
 )
 
@@ -73,16 +80,16 @@ def observe(name: str, model_parallel_size: int) -> dict[str, Any]:
         found["logits"] = model(batch)
     found["float32"] = _backward(model, batch)
     found["greedy"] = llm.generate(PROMPTS, max_gen_len=6)
-    with mock.patch.object(llama.derivations, "COPIES_PAY_FROM", 1):
-        found["greedy with copies"] = llm.generate(PROMPTS, max_gen_len=6)
+    llm.fast_decoding = FastDecoding(model, prepack_from=1)
+    found["greedy with copies"] = llm.generate(PROMPTS, max_gen_len=6)
     if model_parallel_size < 4:  # to save time
         found["sampled"] = llm.generate(PROMPTS, max_gen_len=6, temperature=0.9, top_p=0.9, seed=2)
     with float64(model):
         found["float64"] = _backward(model, batch)
-        for choice in ("ffn", "all") if model_parallel_size < 4 else ():
+        for choice in ("selective", "full") if model_parallel_size < 4 else ():
             model.activation_checkpointing = choice
             found[choice] = _backward(model, batch)
-    cuts = {key: entry.declared.cut for key, entry in adapter_parameters(model).items()}
+    cuts = {key: entry.spec.shard for key, entry in adapter_parameters(model).items()}
     found["cut"] = {key: tuple(cut) for key, cut in cuts.items() if cut is not None}
     reset_adapters(model, seed=3)
     found["fresh"] = adapter_state_dict(model)
@@ -110,7 +117,7 @@ def observe_step(name: str, model_parallel_size: int, exact: bool) -> dict[str, 
     # Micro-batches of one row, since an auxiliary loss is one of a micro-batch
     with float64(model) if exact else nullcontext():
         optimizer = make_optimizer(model, weight_decay=0.02)
-        train(model, optimizer, rows, plan, 1, 7, Progress(), lambda entry: losses.append(entry["loss"]))
+        train(model, optimizer, rows, plan, 1, 7, TrainState(), lambda entry: losses.append(entry["loss"]))
         assert_replicas_equal(model)
     return {"loss": losses, "gradients": gather_full(gradients(model), model), "state": adapter_state_dict(model)}
 
@@ -140,7 +147,7 @@ def whole_base(model: Transformer) -> dict[str, torch.Tensor]:
     found = {}
     for key, (shape, dim) in shard_specs(model).items():
         part = model.get_parameter(key).detach()
-        found[key] = part if dim is None else gather(part, Cut(dim, shape[dim] // part.shape[dim]))
+        found[key] = part if dim is None else gather(part, Shard(dim, shape[dim] // part.shape[dim]))
     return found
 
 
@@ -189,7 +196,7 @@ def reading(folder: Path) -> dict[str, Any]:
         torch.zeros(1).add(1)  # torch loads some of itself at the first time
     before = otherwise()
     with reads:
-        load_base(model, folder, torch.bfloat16, CPU)
+        load_base_weights(model, folder, torch.bfloat16, CPU)
     read = otherwise() - before
     files = sorted(folder.glob("*.pth"))
     sizes = [file.stat().st_size for file in files]

@@ -75,7 +75,7 @@ class Block:
         self.slots = [slot for slot in SLOTS if any(f"adapters.{slot}." in key for key in self.here)]
 
     def outputs(self, xs: list[Tensor], prompt_len: int) -> list[Tensor]:
-        if self.flat["block_router"] in ("instance", "kinds"):  # one answer for the whole row
+        if self.flat["block_router"] in ("instance", "unipelt"):  # one answer for the whole row
             gates = [self.gates(sum(xs[:prompt_len]) / prompt_len)] * len(xs)
         else:
             gates = [self.gates(x) for x in xs]
@@ -103,14 +103,14 @@ class Block:
         gate = self.linear("FFN_GATE", "feed_forward.w1", z, gates)
         out = y + self.linear("FFN_DOWN", "feed_forward.w2", silu(gate) * up, gates)
         if "p_adapter" in self.slots:
-            p = {name: self.here[f"adapters.p_adapter.{name}"] for name in ("down", "down_bias", "up", "up_bias")}
+            p = {name: self.here[f"adapters.p_adapter.{name}"] for name in ("down_proj", "down_proj_bias", "up_proj", "up_proj_bias")}
             f = {"silu": silu, "gelu": gelu}[self.flat["p_adapter_activation"]]
             size, shared = self.flat["p_adapter_size"], self.flat["p_adapter_hydra"]
             for e, weight in enumerate(gates["p_adapter"] * self.experts("p_adapter", z)):
                 mine = slice(e * size, (e + 1) * size)
                 down = slice(0, size) if shared else mine
-                hidden = f(p["down"][down] @ z + p["down_bias"][down])
-                out = out + weight * (p["up"][:, mine] @ hidden + p["up_bias"][e])
+                hidden = f(p["down_proj"][down] @ z + p["down_proj_bias"][down])
+                out = out + weight * (p["up_proj"][:, mine] @ hidden + p["up_proj_bias"][e])
         return out
 
     def attend(self, query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -121,14 +121,14 @@ class Block:
     def prompt(self, head: int, kv_head: int, query: Tensor, experts: Tensor) -> Tensor:
         """One softmax over the vectors of all experts; then the part of each counts with its weight."""
         part = slice(kv_head * self.h, (kv_head + 1) * self.h)
-        vectors = self.here["attention.adapters.prompt.P"]
+        vectors = self.here["attention.adapters.prompt.prompt"]
         keys = [(self.here["attention.wk.weight"] @ p)[part] for p in vectors]
         values = [(self.here["attention.wv.weight"] @ p)[part] for p in vectors]
         weights = torch.stack([query @ key / math.sqrt(self.h) for key in keys]).exp()
         weights = weights / weights.sum()
         length = self.flat["prompt_len"]
         found = sum(experts[i // length] * weights[i] * value for i, value in enumerate(values))
-        return self.here["attention.adapters.prompt.z"][head] * found
+        return self.here["attention.adapters.prompt.gate"][head] * found
 
     def linear(self, target: str, base: str, u: Tensor, gates: dict) -> Tensor:
         y = self.here[f"{base}.weight"] @ u
@@ -137,7 +137,7 @@ class Block:
             y = y + self.here[f"{part}.adapters.bias_{target}.bias"]
         if slot not in self.slots:
             return y
-        a, b = (self.here[f"{part}.adapters.{slot}.{name}"] for name in "AB")
+        a, b = (self.here[f"{part}.adapters.{slot}.{name}"] for name in ("lora_A", "lora_B"))
         for e, weight in enumerate(gates[slot] * self.experts(slot, u)):
             mine = slice(e * rank, (e + 1) * rank)
             shared = slice(0, rank) if self.flat["lora_hydra"] else mine
@@ -151,7 +151,7 @@ class Block:
             return torch.ones(1, dtype=torch.float64)
         path = f"{PLACES[slot]}adapters.{slot}.expert_router."
         r = {k.removeprefix(path): t for k, t in self.here.items() if k.startswith(path)}
-        p = r["linear.weight"] @ u + r.get("linear.bias", 0)
+        p = r["proj.weight"] @ u + r.get("proj.bias", 0)
         p = p.exp() / p.exp().sum()
         if kind == "soft":
             return p
@@ -174,7 +174,7 @@ class Block:
         kind = self.flat["block_router"]
         if kind == "none":
             return dict.fromkeys(self.slots, 1.0)
-        if kind == "kinds":
+        if kind == "unipelt":
             w = {slot: f"router.{'lora' if slot.startswith('lora') else slot}" for slot in self.slots}
             return {slot: s(self.here[f"{k}.weight"][0] @ x + self.here[f"{k}.bias"][0]) for slot, k in w.items()}
         g = self.router(x)
@@ -190,7 +190,7 @@ class Block:
         return dict(zip(self.slots, g, strict=True))
 
     def router(self, x: Tensor) -> Tensor:
-        r = {k.removeprefix("router.router."): t for k, t in self.here.items() if k.startswith("router.router.")}
+        r = {k.removeprefix("router.proj."): t for k, t in self.here.items() if k.startswith("router.proj.")}
         if self.flat["swi_x"] == 0:
             return r["weight"] @ x + r["bias"]
         hidden = silu(r["w1.weight"] @ x + r["w1.bias"]) * (r["w3.weight"] @ x + r["w3.bias"])

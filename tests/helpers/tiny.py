@@ -77,18 +77,18 @@ def config(name: str | None) -> AdapterConfig | None:
 def authors_can_say(name: str) -> bool:
     """Whether the authors' code has what one of METHODS is made of."""
     adapters = config(name).adapters
-    theirs = {kind for kind in adapters if adapters[kind].layers} <= {"lora", "prompt", "p_adapter"}
+    theirs = {name for name in adapters if adapters[name].layers} <= {"lora", "prompt", "p_adapter"}
     return theirs and METHODS[name]["method"] != "custom"
 
 
 def random_state(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
     """Whole adapter tensors of `model`, all random, the same whatever the model-parallel size."""
     state = {}
-    for key, (_, declared, _) in adapter_parameters(model).items():
+    for key, (_, spec, _) in adapter_parameters(model).items():
         digest = hashlib.sha256(f"test/{seed}/{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        scale, middle = 1.0 if "prompt.P" in key or "prompt.z" in key else 0.2, "adapters.norm" in key
-        state[key] = torch.randn(declared.shape, generator=generator) * scale + float(middle)
+        scale, middle = 1.0 if "adapters.prompt.prompt" in key or "adapters.prompt.gate" in key else 0.2, "adapters.norm" in key
+        state[key] = torch.randn(spec.shape, generator=generator) * scale + float(middle)
     return state
 
 

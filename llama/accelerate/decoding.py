@@ -1,0 +1,65 @@
+"""Decode steps on cached weights: what is derived from weights is kept while they stay as they are."""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from llama.accelerate.cuda_graphs import CUDAGraphRunner
+from llama.accelerate.forwards import WeightCache, install
+from llama.engine import DecodeStep, decode
+from llama.free_memory import free_memory
+from llama.model import Transformer
+from moa.parallel import mp_size
+
+PREPACK_FROM = 32  # decode steps that make up for prepacking
+PREPACK_MEMORY = 4  # free memory must be this many times the size of the weights
+
+
+class FastDecoding:
+    """For the runs of generation of one model. cuda_graphs: decode steps are recorded and replayed.
+
+    On a CPU derived weights last from run to run, until a weight changes. On a GPU, and under model parallelism, they
+    last for one run.
+    """
+
+    def __init__(self, model: Transformer, cuda_graphs: bool = False, prepack_from: int = PREPACK_FROM):
+        self._model, self._cuda_graphs, self._prepack_from = model, cuda_graphs, prepack_from
+        self._cache, self._versions = WeightCache(), None
+        install(model, self._cache)
+
+    @contextmanager
+    def running(self, steps: int, hooked: bool) -> Iterator[DecodeStep]:
+        """A run of generation of so many decode steps, while no weight changes -> its decode step.
+
+        hooked: modules have hooks, which a recorded step would not call.
+        """
+        cache, model = self._cache, self._model
+        versions = self._weight_versions()
+        if versions is None or versions != self._versions:
+            cache.entries, cache.prepack = {}, False
+        self._versions = versions
+        cache.prepack = cache.prepack or self._prepack_pays(steps)
+        cache.frozen = True
+        try:
+            yield CUDAGraphRunner(model).decode if self._cuda_graphs and not hooked else decode
+        finally:
+            cache.frozen = False
+            if versions is None:
+                cache.entries, cache.prepack = {}, False
+
+    def _prepack_pays(self, steps: int) -> bool:
+        weights = [p for p in self._model.parameters() if not p.requires_grad]
+        if weights[0].device.type != "cpu" or steps < self._prepack_from or mp_size() > 1:
+            return False
+        free = free_memory(weights[0].device)
+        return free is not None and PREPACK_MEMORY * sum(p.numel() * p.element_size() for p in weights) <= free
+
+    def _weight_versions(self) -> list[Hashable] | None:
+        """Address, version and sum of each weight: writes through `.data` count no version."""
+        if self._model.output.weight.device.type != "cpu" or mp_size() > 1:
+            return None
+        return [
+            (w.data_ptr(), 0 if w.is_inference() else w._version, w.detach().sum(dtype=torch.float32).item())
+            for w in self._model.parameters()
+        ]

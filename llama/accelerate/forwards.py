@@ -1,0 +1,362 @@
+"""Faster forwards for the parts of a block, put in place of the plain ones.
+
+Layers that share an input are multiplied together with the down-projections of their adapters ("downs"). An adapter or
+router that is not known here, or has a forward hook, runs its own plain forward.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llama.accelerate.kernels import (
+    CPUAttentionFunction,
+    FusedLinearFunction,
+    FusedSwiGLULinearFunction,
+    PromptAttentionFunction,
+    RMSNormFunction,
+    RotaryFunction,
+    SwiGLUFunction,
+    decode_attention_cpu,
+    normalize,
+    rotate,
+)
+from llama.accelerate.prepack import DECODE_MAX_TOKENS, linear, prepacked_linear, uses_fbgemm
+from llama.model import Attention, ForwardContext, RMSNorm, Transformer, TransformerBlock
+from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear
+from moa.adapter import AdapterModule, Target, apply_gates
+from moa.block import AdapterDict, Routing
+from moa.expert_routers import AdaMoLERouter, RouterStats, SoftmaxRouter, TopKRouter
+from moa.lora import LoRA
+from moa.parallel import copy_to_model_parallel_region, mp_size, reduce_from_model_parallel_region
+from moa.parallel_adapter import ParallelAdapter
+from moa.prompt import Prompt
+from moa.routers import Gates, InstanceRouter, SoftRouter, SparseRouter
+
+T = TypeVar("T")
+Downs = dict[AdapterModule, tuple[Tensor, ...]]  # products (N, k) of the shared input with a module's down-projections
+
+
+class WeightCache:
+    """What is derived from weights alone. Active while they are frozen for a run of generation; in training everything
+    is computed anew. prepack: there is room for copies of the frozen weights."""
+
+    def __init__(self) -> None:
+        self.frozen, self.prepack = False, False
+        self.entries: dict[Hashable, Any] = {}
+
+    def get(self, owner: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
+        if not self.frozen:
+            return make()
+        if (owner, key) not in self.entries:
+            self.entries[owner, key] = make()
+        return self.entries[owner, key]
+
+    def is_decode(self, x: Tensor) -> bool:
+        """Whether x (N, ...) holds the few tokens of a decode step."""
+        return self.frozen and len(x) <= DECODE_MAX_TOKENS
+
+    def narrow_dtype(self, x: Tensor) -> torch.dtype:
+        """Type in which a product with a narrow matrix is fastest.
+
+        That is float32 for the few tokens of a decode step on a CPU, whose bf16 kernels take longer to start than
+        float32's to finish.
+        """
+        return torch.float32 if x.device.type == "cpu" and self.is_decode(x) else x.dtype
+
+
+def install(model: Transformer, cache: WeightCache) -> None:
+    """Put the faster forwards in place of the plain ones of `model`."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.forward = partial(rms_norm, module)
+        elif isinstance(module, Attention):
+            module.forward = partial(attention, cache, module)
+        elif isinstance(module, TransformerBlock):
+            module.ffn_half = partial(ffn_half, cache, module)
+        elif type(module) in (SoftRouter, InstanceRouter, SparseRouter):
+            module.forward = partial(block_router, cache, module)
+    model.output.forward = partial(output, cache, model.output)
+
+
+def uninstall(model: Transformer) -> None:
+    """Bring the plain forwards back."""
+    for module in model.modules():
+        for name in ("forward", "ffn_half"):
+            module.__dict__.pop(name, None)
+
+
+def rms_norm(self: RMSNorm, x: Tensor) -> Tensor:
+    weight = self.current_weight(x.dtype)
+    if x.device.type == "cuda":  # which has a kernel for it
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+    return RMSNormFunction.apply(x, weight, self.eps) if torch.is_grad_enabled() else normalize(x, weight, self.eps)[0]
+
+
+def output(cache: WeightCache, self: ColumnParallelLinear, x: Tensor) -> Tensor:
+    if not (cache.prepack and mp_size() == 1):
+        return ColumnParallelLinear.forward(self, x)
+    return cache.get(self, x.dtype, lambda: prepacked_linear([self.weight], x.dtype))(x)
+
+
+def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
+    adapters = self.adapters
+    readers = fusable(adapters.at("wq", "wk", "wv", "attention"))
+    (q, k, v), downs = fused_linear(cache, adapters, x, [self.wq, self.wk, self.wv], readers)
+    q = apply(cache, adapters, "wq", q, x, downs, routing)
+    k = apply(cache, adapters, "wk", k, x, downs, routing)
+    v = apply(cache, adapters, "wv", v, x, downs, routing)
+    q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+    freqs_cis = context.freqs_cis[:, None]
+    turn = RotaryFunction.apply if torch.is_grad_enabled() else rotate
+    q, k = turn(q, freqs_cis), turn(k, freqs_cis)
+    heads = attend(self, q, k, v, context)
+    heads = apply(cache, adapters, "attention", heads, x, downs, routing, q).flatten(1)
+    (out,), downs = fused_linear(cache, adapters, heads, [self.wo], fusable(adapters.at("wo")))
+    return apply(cache, adapters, "wo", out, heads, downs, routing)
+
+
+def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
+    if q.device.type != "cpu":
+        return self.attend(q, k, v, context)
+    if context.batch is None:
+        return decode_attention_cpu(q, *context.cache.append(self.layer, k, v), context.cache.mask)
+    if context.cache is not None:
+        context.cache.prefill(self.layer, context.cache_rows, context.batch.spans, k, v)
+    return CPUAttentionFunction.apply(q, k, v, context.batch)
+
+
+def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates) -> tuple[Tensor, list[RouterStats]]:
+    routing, x, ffn = Routing(gates), self.ffn_norm(y), self.feed_forward
+    beside = fusable(self.adapters.at("block"))
+    readers = [*fusable(ffn.adapters.at("w3", "w1")), *beside]
+    (up, gate), downs = fused_linear(cache, ffn.adapters, x, [ffn.w3, ffn.w1], readers)
+    up = apply(cache, ffn.adapters, "w3", up, x, downs, routing)
+    gate = apply(cache, ffn.adapters, "w1", gate, x, downs, routing)
+    standing, readers = ffn.adapters.at("w2"), fusable(ffn.adapters.at("w2"))
+    hidden = None
+    if torch.is_grad_enabled() and gate.requires_grad and readers and set(standing) <= set(readers) and plain(ffn.w2):
+        trained = stack(down_weights(readers), gate.dtype)
+        products = FusedSwiGLULinearFunction.apply(gate, up, trained, ffn.w2.weight)
+        out, product = map(reduce_from_model_parallel_region, products)
+        down = split(product, readers)
+    else:
+        hidden = SwiGLUFunction.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+        (out,), down = fused_linear(cache, ffn.adapters, hidden, [ffn.w2], readers)
+    out = apply(cache, ffn.adapters, "w2", out, hidden, down, routing)
+    return apply(cache, self.adapters, "block", y + out, x, downs, routing), routing.stats
+
+
+def block_router(cache: WeightCache, self: SoftRouter, x: Tensor) -> Gates:
+    """One product for all matrices that read x."""
+    proj, threshold = self.proj, getattr(self, "threshold", None)
+    first = [proj] if hasattr(proj, "weight") else [proj.w1, proj.w3]
+    linears = first + ([threshold] if threshold is not None else [])
+    dtype = cache.narrow_dtype(x)
+    weights = cache.get(self, dtype, lambda: stack([linear.weight for linear in linears], dtype))
+    products = F.linear(x.to(dtype), weights).split([len(linear.weight) for linear in linears], -1)
+    values = [linear.add_bias(y) for linear, y in zip(linears, products, strict=True)]
+    logits = values[0] if len(first) == 1 else proj.w2(F.silu(values[0]) * values[1])
+    if isinstance(self, SparseRouter):
+        gates = self.sparse_gates(logits, values[-1] if threshold is not None else None)
+    else:
+        gates = self.activate(logits)
+    return self.by_slot(gates, dtype)
+
+
+def plain(layer: nn.Module) -> bool:
+    """Whether a frozen layer is a plain matrix: not quantised, not wrapped."""
+    return type(layer) in (ColumnParallelLinear, RowParallelLinear) and type(layer.weight) is nn.Parameter
+
+
+def fusable(adapters: Sequence[AdapterModule]) -> list[AdapterModule]:
+    """These adapters and their routers of experts, as far as their down-projections are known here."""
+    modules = [m for adapter in adapters for m in (adapter, adapter.expert_router) if m is not None]
+    return [m for m in modules if type(m) in DOWN_WEIGHTS and not m._forward_hooks and not m._forward_pre_hooks]
+
+
+DOWN_WEIGHTS: dict[type, Callable[[Any], list[Tensor]]] = {
+    LoRA: lambda m: [m.lora_A],
+    ParallelAdapter: lambda m: [m.down_proj],
+    SoftmaxRouter: lambda m: [m.proj.weight],
+    TopKRouter: lambda m: [m.proj.weight] + ([m.noise.weight] if m.noise is not None else []),
+    AdaMoLERouter: lambda m: [m.proj.weight, m.threshold.weight],
+}
+
+
+def down_weights(modules: Sequence[AdapterModule]) -> list[Tensor]:
+    """(k, in) each."""
+    return [weight for module in modules for weight in DOWN_WEIGHTS[type(module)](module)]
+
+
+def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (weights[0] if len(weights) == 1 else torch.cat(list(weights))).to(dtype)
+
+
+def split(product: Tensor, modules: Sequence[AdapterModule]) -> Downs:
+    """A product (N, sum of k) with the down-projections of all modules -> the products of each."""
+    widths = [[len(weight) for weight in DOWN_WEIGHTS[type(module)](module)] for module in modules]
+    pieces = iter(product.split([k for ks in widths for k in ks], -1))
+    return {module: tuple(next(pieces) for _ in ks) for module, ks in zip(modules, widths, strict=True)}
+
+
+def fused_linear(
+    cache: WeightCache,
+    adapters: AdapterDict,
+    x: Tensor,
+    layers: list[nn.Module],
+    readers: list[AdapterModule],
+) -> tuple[Sequence[Tensor], Downs]:
+    """Apply frozen layers and the down-projections of their adapters to a shared input x (N, in).
+
+    Returns the layers' outputs and the adapters' products. In training the gradient of x is accumulated once for all.
+    With `prepack` it is one product with a prepacked copy of all weights.
+    """
+    column = isinstance(layers[0], ColumnParallelLinear)
+    if not all(map(plain, layers)):
+        shared = copy_to_model_parallel_region(x) if column else x
+        return [layer(shared) for layer in layers], project_down(cache, adapters, x, layers, readers)
+    weights = [layer.weight for layer in layers]
+    widths = [len(weight) for weight in weights]
+    if cache.prepack and mp_size() == 1:
+        apart = uses_fbgemm(weights[0])  # fp16 has too few digits for what is trained
+        copied = weights if apart else [*weights, *down_weights(readers)]
+        product = cache.get(layers[0], x.dtype, lambda: prepacked_linear(copied, x.dtype))(x)
+        if apart:
+            return product.split(widths, -1), project_down(cache, adapters, x, layers, readers)
+        *outputs, down = product.split([*widths, product.shape[1] - sum(widths)], -1)
+        return outputs, split(down, readers) if readers else {}
+    if torch.is_grad_enabled() and x.requires_grad and readers:
+        trained = stack(down_weights(readers), x.dtype)
+        *outputs, down = FusedLinearFunction.apply(x, trained, column and mp_size() > 1, *weights)
+        if not column:
+            outputs, down = (
+                [reduce_from_model_parallel_region(t) for t in outputs],
+                reduce_from_model_parallel_region(down),
+            )
+        return outputs, split(down, readers)
+    shared = copy_to_model_parallel_region(x) if column else x
+    if torch.is_grad_enabled():
+        outputs = [layer(shared) for layer in layers]
+    else:
+        outputs = [linear(shared, weight) for weight in weights]
+        outputs = outputs if column else [reduce_from_model_parallel_region(t) for t in outputs]
+    return outputs, project_down(cache, adapters, x, layers, readers)
+
+
+def project_down(
+    cache: WeightCache, adapters: AdapterDict, x: Tensor, layers: list[nn.Module], readers: list[AdapterModule]
+) -> Downs:
+    """The products of x (N, in) with the down-projections of `readers`, as one."""
+    if not readers:
+        return {}
+    dtype = cache.narrow_dtype(x)
+    weights = cache.get(layers[0], ("downs", dtype), lambda: stack(down_weights(readers), dtype))
+    product = F.linear(x.to(dtype), weights)
+    row = isinstance(layers[0], RowParallelLinear)
+    return split(reduce_from_model_parallel_region(product) if row else product, readers)
+
+
+def apply(
+    cache: WeightCache,
+    adapters: AdapterDict,
+    name: str,
+    output: Tensor,
+    x: Tensor | None,
+    downs: Downs,
+    routing: Routing,
+    *inputs: Tensor,
+) -> Tensor:
+    """As `AdapterDict.apply`, from the products in `downs` where they are there. `output` may change in place."""
+    for slot in adapters.slots_at[name]:
+        adapter, gate = adapters[slot], routing.gates.get(slot)
+        router = adapter.expert_router
+        if router is not None:
+            weights, stats = route_experts(router, downs[router], output.dtype) if router in downs else router(x)
+            gate = weights if gate is None else gate * weights
+            if stats is not None:
+                routing.stats.append(stats)
+        if adapter in downs:
+            output = UP[type(adapter)](cache, adapter, output, *downs[adapter], gate)
+        elif type(adapter) is Prompt:
+            output = prompt(cache, adapter, output, gate, *inputs)
+        else:
+            output = adapter(x, output, gate, *inputs)
+    return output
+
+
+def route_experts(
+    router: AdapterModule, products: tuple[Tensor, ...], dtype: torch.dtype
+) -> tuple[Tensor, RouterStats | None]:
+    """A router of experts from W x of each of its matrices."""
+    second = getattr(router, "noise", None) or getattr(router, "threshold", None)
+    linears = [router.proj] if second is None else [router.proj, second]
+    return router.route(dtype, *(linear.add_bias(y) for linear, y in zip(linears, products, strict=True)))
+
+
+def lora(cache: WeightCache, self: LoRA, output: Tensor, a: Tensor, gate: Tensor | None) -> Tensor:
+    """a = A x, (N, E r) or (N, r)."""
+    dtype = cache.narrow_dtype(a)
+    if gate is not None:
+        a = gated(a, gate, self.rank)
+    up = cache.get(self, dtype, lambda: contiguous(self.lora_B.T, dtype))  # its gradient is the faster product
+    return add_product(output, self.target, a, up, self.scale)
+
+
+def parallel_adapter(
+    cache: WeightCache, self: ParallelAdapter, output: Tensor, down: Tensor, gate: Tensor | None
+) -> Tensor:
+    """down = V x, (N, E size) or (N, size)."""
+    hidden = self.activation(down + self.down_proj_bias.to(down.dtype))
+    if gate is None:
+        gate = down.new_ones(1, 1).expand(len(down), -1)
+    else:
+        hidden = gated(hidden, gate, self.size)
+    dtype = cache.narrow_dtype(down)
+    up = cache.get(self, dtype, lambda: contiguous(torch.cat([self.up_proj.T, self.up_proj_bias]), dtype))
+    return add_product(output, self.target, torch.cat([hidden, gate], 1), up)
+
+
+UP: dict[type, Callable[..., Tensor]] = {LoRA: lora, ParallelAdapter: parallel_adapter}
+
+
+def prompt(cache: WeightCache, self: Prompt, output: Tensor, gate: Tensor | None, query: Tensor) -> Tensor:
+    def keys_and_values() -> tuple[Tensor, Tensor]:
+        keys, values = self.keys_and_values(query.shape[-1], query.dtype)
+        return keys.transpose(0, 1) / query.shape[-1] ** 0.5, values.transpose(0, 1)  # (K, E L, h)
+
+    keys, values = cache.get(self, query.dtype, keys_and_values)
+    if self.num_experts == 1 and cache.is_decode(query):  # one kernel
+        weight = self.gate.to(query.dtype)[:, None]  # (H, 1)
+        if gate is not None:
+            weight = (weight * gate[:, :, None]).to(query.dtype)  # (N, H, 1)
+        one_batch = (query.transpose(0, 1)[None], keys[None], values[None])
+        heads = F.scaled_dot_product_attention(*one_batch, scale=1.0, enable_gqa=True)[0]
+        return torch.addcmul(output, heads.transpose(0, 1), weight)
+    weight = self.gate.to(query.dtype)[:, None, None]
+    if gate is not None:
+        weight = weight * copy_to_model_parallel_region(gate.to(query.dtype)).T  # (H, E, N)
+    else:
+        weight = weight.expand(-1, self.num_experts, len(query))
+    return PromptAttentionFunction.apply(output, query, keys, values, weight)
+
+
+def gated(a: Tensor, gate: Tensor, width: int) -> Tensor:
+    return a * gate if gate.shape[1] == 1 else apply_gates(a, gate, width)
+
+
+def contiguous(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def add_product(output: Tensor, target: Target, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """output (N, out) += scale * a W, in place; a (N, k), W (k, out)."""
+    if target.parallel == "column":
+        a = copy_to_model_parallel_region(a)
+    a = a.to(weight.dtype)
+    if weight.dtype != output.dtype:
+        return output.add_(a @ weight, alpha=scale)
+    return output.addmm_(a, weight, alpha=scale)

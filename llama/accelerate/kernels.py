@@ -1,0 +1,235 @@
+"""Parts of a block as autograd functions that keep less for the backward pass, and products that are computed together.
+
+Every function equals the plain formula of `llama.model` or `moa`; `llama.accelerate.forwards` puts them in its place.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llama.packing import PackedBatch
+from moa.parallel import all_reduce
+
+aten = torch.ops.aten
+
+
+def upcast_on_cpu(t: Tensor) -> Tensor:
+    """bf16 -> float32 on a CPU, whose bf16 attention takes three to five times as long."""
+    return t.float() if t.device.type == "cpu" and t.dtype.itemsize < 4 else t
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Keeps x and 1 / sqrt(mean(x^2) + eps); autograd would keep four float32 copies of x on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, scale = normalize(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, grad_weight, grad_x = x.float() * scale, None, None
+        grad = grad.float()
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            grad = grad * weight
+            mean = (grad * normed).mean(-1, keepdim=True)
+            grad_x = grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed x (N, D), and its scale (N, 1), in few operations: in a decode step each costs more to start than to
+    compute."""
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype), scale
+
+
+class RotaryFunction(torch.autograd.Function):
+    """Rotates x (N, heads, h) by freqs_cis (N, 1, h/2); the backward pass rotates back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, freqs_cis: Tensor) -> Tensor:
+        ctx.freqs_cis = freqs_cis
+        return rotate(x, freqs_cis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return rotate(grad, ctx.freqs_cis.conj()), None
+
+
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, silu_gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up. silu_gate is overwritten."""
+    return aten.silu_backward(grad * up, gate), silu_gate.mul_(grad)
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """silu(gate) * up, which keeps gate and up alone."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return swiglu_backward(gate, up, F.silu(gate), grad)
+
+
+class CPUAttentionFunction(torch.autograd.Function):
+    """Causal attention by torch's CPU kernels in float32, sequence by sequence into tensors of the whole batch.
+
+    Keeps the inputs and the output in their own type.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
+        out, log_sums = torch.empty_like(q), []
+        wide = [upcast_on_cpu(t) for t in (q, k, v)]
+        for view in _sequence_views(batch):
+            part, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(*map(view, wide), is_causal=True)
+            view(out).copy_(part)
+            log_sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, out, *log_sums)
+        ctx.batch = batch
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, *log_sums = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        q, k, v, out, grad = (upcast_on_cpu(t) for t in (q, k, v, out, grad))
+        for view, log_sum in zip(_sequence_views(ctx.batch), log_sums, strict=True):
+            parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                view(grad), view(q), view(k), view(v), view(out), log_sum, 0.0, True
+            )
+            for whole, part in zip(grads, parts, strict=True):
+                view(whole).copy_(part)
+        return *grads, None
+
+
+def _sequence_views(batch: PackedBatch) -> list[Callable[[Tensor], Tensor]]:
+    """Views (R, heads, T, h) of (N, heads, h) tensors: of all sequences where they are equally long, else of each."""
+    if batch.equal_lengths:
+        shape = (len(batch.lengths), batch.max_seqlen)
+        return [lambda t: t.unflatten(0, shape).transpose(1, 2)]
+    return [lambda t, a=a, b=b: t[a:b].transpose(0, 1)[None] for a, b in batch.spans]
+
+
+def decode_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q (R, H, h), k and v (R, T, K, h) -> (R, H, h), as `llama.attention.decode_attention`, scores in float32.
+
+    Two plain products: torch's kernel takes twice as long for so few queries.
+    """
+    q = q.unflatten(1, (k.shape[2], -1))  # (R, K, H/K, h)
+    scores = upcast_on_cpu(q) @ upcast_on_cpu(k).permute(0, 2, 3, 1) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores += mask
+    return (scores.softmax(-1).to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)
+
+
+class PromptAttentionFunction(torch.autograd.Function):
+    """output + sum_e weight_e times expert e's part of softmax(query keys^T) values.
+
+    output, query (N, H, h); keys, values (K, E L, h), keys divided by sqrt(h); weight (H, E, N). Scores lie with tokens
+    innermost: the softmax runs along an outer dimension, which takes a tenth of the time.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, query: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        q, k, v, w = _per_head(query, keys, values, weight)
+        attention = torch.bmm(k, q.mT).softmax(1)  # (H, E L, N)
+        total = output.to(q.dtype, copy=True)
+        total.transpose(0, 1).baddbmm_(_weigh(attention, w).mT, v)
+        ctx.save_for_backward(query, keys, values, weight, attention.to(query.dtype))
+        return total.to(output.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        *inputs, attention = ctx.saved_tensors
+        q, k, v, w = _per_head(*inputs)
+        attention, heads = upcast_on_cpu(attention), upcast_on_cpu(grad).transpose(0, 1)  # (H, E L, N), (H, N, h)
+        grad_weighed = torch.bmm(v, heads.mT)  # (H, E L, N)
+        grad_weight = (grad_weighed * attention).unflatten(1, (w.shape[1], -1)).sum(2)
+        grad_values = torch.bmm(_weigh(attention, w), heads)
+        grad_scores = aten._softmax_backward_data(_weigh(grad_weighed, w), attention, 1, attention.dtype)
+        grad_keys = torch.bmm(grad_scores, q)
+        grad_query = torch.empty_like(inputs[0], dtype=q.dtype)
+        torch.bmm(grad_scores.mT, k, out=grad_query.transpose(0, 1))
+        grad_keys, grad_values = (t.unflatten(0, (len(inputs[1]), -1)).sum(1) for t in (grad_keys, grad_values))
+        grads = (grad_query, grad_keys, grad_values, grad_weight)
+        return grad, *(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+
+
+def _per_head(query: Tensor, keys: Tensor, values: Tensor, weight: Tensor) -> list[Tensor]:
+    """Queries (H, N, h), keys and values of each query head (H, E L, h), weights."""
+    repeated = (t.repeat_interleave(query.shape[1] // len(t), 0) for t in (keys, values))
+    return [upcast_on_cpu(t) for t in (query.transpose(0, 1), *repeated, weight)]
+
+
+def _weigh(scores: Tensor, weight: Tensor) -> Tensor:
+    """Scores (H, E L, N), each expert's times its weight (H, E, N)."""
+    return (scores.unflatten(1, (weight.shape[1], -1)) * weight[:, :, None]).flatten(1, 2)
+
+
+class FusedLinearFunction(torch.autograd.Function):
+    """x (N, in) times frozen weights (k, in) each, and times one trained weight; one gradient of x for all.
+
+    sharded: the frozen weights are this rank's shards, and their part of the gradient of x is summed over the ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, trained: Tensor, sharded: bool, *frozen: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, trained)
+        ctx.frozen, ctx.sharded = frozen, sharded
+        return tuple(F.linear(x, weight) for weight in (*frozen, trained))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, trained = ctx.saved_tensors
+        return *_linear_backward(x, ctx.frozen, trained, grads, ctx.sharded), None, *(None for _ in ctx.frozen)
+
+
+class FusedSwiGLULinearFunction(torch.autograd.Function):
+    """The same for one frozen weight and x = silu(gate) * up, which the backward pass recomputes."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, trained: Tensor, frozen: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(gate, up, trained)
+        ctx.frozen = frozen
+        x = F.silu(gate).mul_(up)
+        return F.linear(x, frozen), F.linear(x, trained)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, trained = ctx.saved_tensors
+        silu_gate = F.silu(gate)
+        grad_x, grad_trained = _linear_backward(silu_gate * up, [ctx.frozen], trained, grads)
+        return *swiglu_backward(gate, up, silu_gate, grad_x), grad_trained, None
+
+
+def _linear_backward(
+    x: Tensor, frozen: Sequence[Tensor], trained: Tensor, grads: Sequence[Tensor], sharded: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the trained weight."""
+    *grads_frozen, grad_trained = grads
+    grad_x = grads_frozen[0] @ frozen[0]
+    for grad, weight in zip(grads_frozen[1:], frozen[1:], strict=True):
+        grad_x.addmm_(grad, weight)
+    grad_x = all_reduce(grad_x) if sharded else grad_x
+    grad_x.addmm_(grad_trained, trained)
+    return grad_x, grad_trained.T @ x
