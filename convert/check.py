@@ -1,8 +1,10 @@
-"""Whether a checkpoint in Meta's layout is whole: everything in it is read once, and all that is wrong is listed."""
+"""Whether a checkpoint in Meta's layout is whole: everything in it is read, and all that is wrong is listed."""
 
+import bisect
 import contextlib
 import hashlib
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,28 +14,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from convert.archive import homes, read_through
-from convert.shards import State, bare_model, check_state_dict, require_keys, require_plain
+from convert.shards import State, bare_model, open_plain_shard, require_keys, sharded_dim
 from llama.args import ModelArgs
-from llama.checkpoint import open_shard, read_base, shard_files, shard_specs
+from llama.checkpoint import load_params_and_tokenizer, shard_files, shard_specs
 from llama.tokenizer import Tokenizer
-from moa.archive import SMALL, Member, members
 
-PARAMS, TOKENIZER, SUMS = "params.json", "tokenizer.model", "checklist.chk"
-SUM = re.compile(r"([0-9a-fA-F]{32})[ \t]+\*?(\S.*)")  # a line of md5sum's
-CHECKSUM = "(checksum of "  # how a shard's refusal speaks of one that does not match
-PART = 1 << 24  # numbers looked at in one go
+PARAMS, TOKENIZER, CHECKLIST = "params.json", "tokenizer.model", "checklist.chk"
+MD5_LINE = re.compile(r"([0-9a-fA-F]{32})[ \t]+\*?(\S.*)")  # as md5sum writes it
+CHUNK = 1 << 22  # bytes read at a time
 
 
 class Verdict(NamedTuple):
     file: Path
-    found: str  # what is in it, where that can be told
+    content: str  # what is in it, where that can be told
     problems: list[str]  # sentences; each names the file
 
 
 class _Problems(list[str]):
     def attempt(self, function: Callable, *values: Any) -> Any:
-        """What the function returns; None where it raises, and then its sentence is one more problem."""
+        """Return what the function returns; None where it raises, and then its sentence is one more problem."""
         try:
             return function(*values)
         except OSError as error:
@@ -44,161 +43,154 @@ class _Problems(list[str]):
 
 
 def check(ckpt_dir: str | Path, progress: Callable[[int], object] = lambda n: None) -> Iterator[Verdict]:
-    """A verdict on each file of a checkpoint: params.json, the tokenizer, the shards, and the list of MD5 sums that
-    Meta's downloads have (`checklist.chk`, where there is one).
+    """Yield a verdict on each file of a checkpoint: params.json, the tokenizer, the shards, and the list of MD5 sums
+    that Meta's downloads have (`checklist.chk`, where there is one).
 
     Of a shard: names, shapes and types of its tensors (against params.json, and against the other shards once all can
-    be opened), the CRC-32 of each, and numbers that are not finite. Shards are mapped and read in passing.
-    progress: is told how many bytes of them were read. ValueError where there is no such folder.
+    be opened), the CRC-32 of each, and numbers that are not finite.
+    progress: is told how many bytes of the shards were read. ValueError where there is no such folder.
     """
     folder = Path(ckpt_dir)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder (expected {PARAMS}, {TOKENIZER} and consolidated.NN.pth)")
-    sums, of_the_sums = _read_sums(folder)
+    md5_sums, checklist_verdict = _read_checklist(folder)
 
     problems = _Problems()
     args = problems.attempt(ModelArgs.from_file, folder / PARAMS)
-    problems += _wrong_sum(folder / PARAMS, sums)
-    shape = f"{args.n_layers} layers of width {args.dim}" if args else ""
-    yield Verdict(folder / PARAMS, shape, problems)
+    problems += _md5_problems(folder / PARAMS, md5_sums)
+    yield Verdict(folder / PARAMS, f"{args.n_layers} layers of width {args.dim}" if args else "", problems)
 
     problems = _Problems()
     tokenizer = problems.attempt(Tokenizer, folder / TOKENIZER)
     if args and tokenizer:
-        args, _ = problems.attempt(read_base, folder) or (args, None)  # now with a vocabulary
-    problems += _wrong_sum(folder / TOKENIZER, sums)
+        args, _ = problems.attempt(load_params_and_tokenizer, folder) or (args, None)  # now with a vocabulary
+    problems += _md5_problems(folder / TOKENIZER, md5_sums)
     yield Verdict(folder / TOKENIZER, f"{tokenizer.n_words} tokens" if tokenizer else "", problems)
 
-    yield from _check_shards(folder, args if args and args.vocab_size > 0 else None, sums, progress)
-    if of_the_sums is not None:
-        yield of_the_sums
+    yield from _check_shards(folder, args if args and args.vocab_size > 0 else None, md5_sums, progress)
+    if checklist_verdict is not None:
+        yield checklist_verdict
 
 
-def shards_there(folder: str | Path) -> list[Path]:
-    """The shards of a folder, whether or not they are all."""
+def print_verdicts(ckpt_dir: str | Path) -> None:
+    """Print a line on each file of a checkpoint. ValueError listing all problems of all files."""
+    problems, size = [], sum(file.stat().st_size for file in existing_shards(ckpt_dir))
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        for file, content, wrong in check(ckpt_dir, bar.update):
+            verdict = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}" if wrong else "ok"
+            bar.write(f"{file}: {verdict}{f' ({content})' if content else ''}")
+            problems += wrong
+    if problems:
+        raise ValueError("\nerror: ".join(problems))
+
+
+def existing_shards(folder: str | Path) -> list[Path]:
+    """List the shards of a folder, whether or not they are all."""
     return sorted(file for file in Path(folder).glob("consolidated.*.pth") if file.is_file())
 
 
-class _Opened(NamedTuple):
-    held: list[Member]
-    state: State  # tensors that can be looked at
-    keys: set[str] | None  # of all; None: cannot be told
-    refusal: str | None  # why the shard would not be loaded
-
-
-def _open(file: Path, problems: _Problems) -> _Opened:
-    refused = _Problems()
-    state, held = refused.attempt(open_shard, file), []
-    with contextlib.suppress(OSError, ValueError), open(file, "rb") as opened:  # then it is refused already
-        held = members(opened)
-    if refused and CHECKSUM in refused[0]:  # all else is in order, so it can be said which tensor it is
-        with contextlib.suppress(Exception):
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            tensors = ((key, value) for key, value in loaded.items() if isinstance(value, Tensor))
-            state = {key: tensor for key, tensor in tensors if isinstance(key, str) and key.isprintable()}
-    plain = {}
-    for key, tensor in (state or {}).items():
-        if problems.attempt(require_plain, file, key, tensor) is not None:
-            plain[key] = tensor
-    return _Opened(held, plain, None if state is None else set(state), refused[0] if refused else None)
-
-
 def _check_shards(
-    folder: Path, args: ModelArgs | None, sums: dict[str, str], progress: Callable[[int], object]
+    folder: Path, args: ModelArgs | None, md5_sums: dict[str, str], progress: Callable[[int], object]
 ) -> Iterator[Verdict]:
     problems = _Problems()  # of all shards, before any is read through
     numbered = problems.attempt(shard_files, folder)
-    files = numbered or shards_there(folder)
-    shards = [_open(file, problems) for file in files]
+    files = numbered or existing_shards(folder)
+    states = [problems.attempt(open_plain_shard, file) for file in files]
     model = problems.attempt(bare_model, args) if args else None
     if model is not None:
-        wanted = shard_specs(model)
-        for file, shard in zip(files, shards, strict=True):
-            if shard.keys is not None:
-                problems.attempt(require_keys, file, shard.keys, wanted)
+        specs = shard_specs(model)
+        for file, state in zip(files, states, strict=True):
+            if state is not None:
+                problems.attempt(require_keys, file, state, specs)
         if numbered:
-            for key in (key for key in wanted if all(key in shard.state for shard in shards)):
-                problems.attempt(check_state_dict, model, key, wanted[key], files, [shard.state for shard in shards])
-    for file, shard in zip(files, shards, strict=True):
-        mine = [p for p in problems if p.startswith(str(file))]
-        digest = _new_md5()
-        seen = digest.update if file.name in sums else lambda chunk: None
-        mine += _bad_numbers(file, shard, seen, progress)
-        mine += _wrong_sum(file, sums, digest.hexdigest())
-        yield Verdict(file, _described(file, shard.state), mine)
-    elsewhere = [p for p in problems if not any(p.startswith(str(file)) for file in files)]
-    if elsewhere:
-        yield Verdict(folder, "", elsewhere)
+            for key, spec in specs.items():
+                if all(state is not None and key in state for state in states):
+                    problems.attempt(sharded_dim, model, key, spec, files, states)
+    for file, state in zip(files, states, strict=True):
+        own = [p for p in problems if p.startswith(str(file))]
+        own += _content_problems(file, state or {}, progress)
+        own += _md5_problems(file, md5_sums)
+        yield Verdict(file, _describe(file, state or {}), own)
+    others = [p for p in problems if not any(p.startswith(str(file)) for file in files)]
+    if others:
+        yield Verdict(folder, "", others)
 
 
-def _bad_numbers(
-    file: Path, shard: _Opened, seen: Callable[[bytes], object], progress: Callable[[int], object]
-) -> Iterator[str]:
-    """Read a shard through; what is wrong with the bytes and the numbers of its tensors, as they go by."""
-    home, damaged = homes(shard.held, shard.state), False
-    for member, intact in read_through(file, shard.held, seen, progress):
-        keys = home.get(member.name, [])
-        if not intact:
-            damaged = damaged or member.size <= SMALL
-            for what in keys or [f"the archive's {member.name.partition('/')[2]}"]:
-                yield f"{file}: {what} is damaged: its CRC-32 is not that of what was written"
-        yield from _not_finite(file, {key: shard.state[key] for key in keys})
-    looked_at = {key for keys in home.values() for key in keys}
-    yield from _not_finite(file, {key: tensor for key, tensor in shard.state.items() if key not in looked_at})
-    if shard.refusal and not damaged:  # else it has been said, with the tensor's name
-        yield shard.refusal
+def _content_problems(file: Path, state: State, progress: Callable[[int], object]) -> Iterator[str]:
+    """Read a shard through. A sentence for each part of it that is not what was written, and for each tensor that has
+    infinite values or NaN."""
+    left = file.stat().st_size
+    unread = dict(state)
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+        keys_of = _keys_by_member(file, members) if state else {}
+        for member in members:
+            keys = keys_of.get(member.filename, [])
+            try:
+                with archive.open(member) as content:
+                    while chunk := content.read(CHUNK):
+                        progress(len(chunk))
+                        left -= len(chunk)
+            except zipfile.BadZipFile:
+                for what in keys or [f"the archive's {member.filename.partition('/')[2]}"]:
+                    yield f"{file}: {what} is damaged: its CRC-32 is not that of what was written"
+            for key in keys:
+                yield from _not_finite(file, key, unread.pop(key))
+    for key, tensor in unread.items():
+        yield from _not_finite(file, key, tensor)
+    progress(left)
 
 
-def _not_finite(file: Path, tensors: State) -> Iterator[str]:
-    """A sentence for each tensor that has infinite values or NaN. Tensors are looked at in parts."""
-    for key, tensor in tensors.items():
-        whole, count = torch.atleast_1d(tensor), 0
-        for part in whole.split(max(1, PART * len(whole) // max(1, whole.numel()))):
-            if part.numel() and not torch.stack(part.aminmax()).isfinite().all():  # NaN where any is
-                count += int((~part.isfinite()).sum())
-        if count:
-            yield f"{file}: {key} has {count} of {tensor.numel()} values that are not finite numbers"
+def _keys_by_member(file: Path, members: list[zipfile.ZipInfo]) -> dict[str, list[str]]:
+    """Name of each member of a shard's archive -> keys of the tensors whose numbers lie in it."""
+    begins, keys_of = [member.header_offset for member in members], {}
+    for key, tensor in torch.load(file, map_location="meta", weights_only=True).items():
+        offset = tensor.untyped_storage()._checkpoint_offset  # torch sets it where it loads no numbers
+        keys_of.setdefault(members[bisect.bisect(begins, offset) - 1].filename, []).append(key)
+    return keys_of
 
 
-def _described(file: Path, state: State) -> str:
-    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
+def _not_finite(file: Path, key: str, tensor: Tensor) -> Iterator[str]:
+    """A sentence where a tensor has infinite values or NaN."""
+    # The least and the greatest are NaN where any number is, and need no memory as a mask does.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        yield f"{file}: {key} has {count} of {tensor.numel()} values that are not finite numbers"
+
+
+def _describe(file: Path, state: State) -> str:
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
     size = tqdm.format_sizeof(file.stat().st_size, "B")
-    return ", ".join([f"{count} tensors of {name}" for name, count in types.most_common()] + [size])
+    return ", ".join([f"{count} tensors of {name}" for name, count in dtypes.most_common()] + [size])
 
 
-def _read_sums(folder: Path) -> tuple[dict[str, str], Verdict | None]:
+def _read_checklist(folder: Path) -> tuple[dict[str, str], Verdict | None]:
     """File name -> MD5 sum in hex, and the verdict on the list itself; None where there is no list."""
-    file, sums, problems = folder / SUMS, {}, _Problems()
+    file, sums, problems = folder / CHECKLIST, {}, []
     if not file.is_file():
         return {}, None
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        match = SUM.fullmatch(line.strip())
+        match = MD5_LINE.fullmatch(line.strip())
         if match and Path(match[2]).name == match[2]:
             sums[match[2]] = match[1].lower()
         elif line.strip():
             problems.append(f"{file}: line {number} is not an MD5 sum and the name of a file in this folder")
-    looked_at = {PARAMS, TOKENIZER} | {shard.name for shard in shards_there(folder)}
+    with_verdict = {PARAMS, TOKENIZER} | {shard.name for shard in existing_shards(folder)}
     for name, listed in sums.items():
         if not (folder / name).is_file():
             problems.append(f"{file}: lists {name}, which is not there")
-        elif name not in looked_at and (found := _md5(folder / name)) != listed:
-            problems.append(f"{file}: lists {name}, whose MD5 sum is {found}, not {listed}")
+        elif name not in with_verdict and (md5 := _md5(folder / name)) != listed:
+            problems.append(f"{file}: lists {name}, whose MD5 sum is {md5}, not {listed}")
     return sums, Verdict(file, f"{len(sums)} MD5 sums", problems)
 
 
-def _wrong_sum(file: Path, sums: dict[str, str], digest: str | None = None) -> list[str]:
-    """One sentence where a file is not what the list of MD5 sums says. digest: the file's sum; None: it is read."""
-    if file.name not in sums or not file.is_file():
+def _md5_problems(file: Path, sums: dict[str, str]) -> list[str]:
+    """A sentence where a file is not what the list of MD5 sums says."""
+    if file.name not in sums or not file.is_file() or (md5 := _md5(file)) == sums[file.name]:
         return []
-    digest = digest or _md5(file)
-    wrong = digest != sums[file.name]
-    return [f"{file}: its MD5 sum is {digest}, {SUMS} says {sums[file.name]}"] if wrong else []
+    return [f"{file}: its MD5 sum is {md5}, {CHECKLIST} says {sums[file.name]}"]
 
 
 def _md5(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, _new_md5).hexdigest()
-
-
-def _new_md5() -> Any:
-    return hashlib.md5(usedforsecurity=False)
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

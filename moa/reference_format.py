@@ -182,7 +182,7 @@ def from_reference_state(state: Mapping[str, Tensor], config: AdapterConfig) -> 
 def to_reference_state(state: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """Invert `from_reference_state`. ValueError naming a tensor that has no place in their format."""
     names, theirs = _names(config), {}
-    require_same_keys(names, state, "the adapter, for the authors' format", "tensor")
+    require_same_keys(names, state, "the authors' format", "tensor")
     for key, (keys, dim, shape) in names.items():
         for their_key, part in zip(keys, state[key].chunk(len(keys), dim), strict=True):
             theirs[their_key] = (part if shape is None else part.reshape(shape)).clone()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import gguf
 import numpy as np
@@ -14,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from convert import gguf as from_gguf
 from convert import hf as from_hf
 from convert.__main__ import main
-from convert.layout import ffn_rule, tensor_shapes
+from convert.meta_format import ffn_rule
+from convert.shards import bare_model
 from convert.vocabulary import MEAN, plan
 from convert_samples import (
     MERGES,
@@ -27,6 +27,7 @@ from convert_samples import (
     write_tokenizer_json,
 )
 from llama.args import ModelArgs
+from llama.checkpoint import shard_specs
 from llama.tokenizer import Tokenizer, special_tokens
 
 
@@ -47,6 +48,10 @@ def load(path):
     return torch.load(path / "consolidated.00.pth", weights_only=True)
 
 
+def shapes(state):
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
 def half_split(weight, head_dim):
     """Meta's interleaved rows back to [first half, second half], one row at a time."""
     rows = []
@@ -63,7 +68,7 @@ def test_hf_tensors(style, originals, tmp_path):
     source, model = originals[style]
     result = from_hf.convert(source, tmp_path / "out", dtype="fp32")
     state, theirs = load(tmp_path / "out"), model.state_dict()
-    assert {key: tuple(t.shape) for key, t in state.items()} == tensor_shapes(result.args)
+    assert shapes(state) == {key: spec.shape for key, spec in shard_specs(bare_model(result.args)).items()}
     for i in range(2):
         block = f"model.layers.{i}."
         for ours, name in (("wq", "q"), ("wk", "k")):
@@ -445,7 +450,7 @@ def test_gguf_tensors(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tensors, kinds)
     result = from_gguf.convert(tmp_path / "tiny.gguf", tmp_path / "out", dtype="fp32")
     state = load(tmp_path / "out")
-    assert {key: tuple(t.shape) for key, t in state.items()} == tensor_shapes(result.args)
+    assert shapes(state) == {key: spec.shape for key, spec in shard_specs(bare_model(result.args)).items()}
     tensors |= {name: dequantize(quantize(tensors[name], kind), kind) for name, kind in kinds.items()}
     for i in range(2):
         for ours, name in (
@@ -478,7 +483,7 @@ def test_gguf_and_hf_agree(originals, tmp_path):
         "output_norm.weight": theirs["model.norm.weight"],
     }
     for i in range(2):
-        for name, source in zip(from_gguf.BLOCK.values(), from_hf.BLOCK.values(), strict=True):
+        for name, source in zip(from_gguf.LAYER_KEYS.values(), from_hf.LAYER_KEYS.values(), strict=True):
             weight = theirs[f"model.layers.{i}.{source}"]
             if name in ("attn_q.weight", "attn_k.weight"):
                 heads = weight.shape[0] // 8  # as convert_hf_to_gguf of llama.cpp permutes
@@ -582,11 +587,11 @@ def test_a_gguf_of_the_other_byte_order_is_refused(tmp_path):
 
 
 def test_command_line(folder, tmp_path, capsys):
-    main(["hf", "--input", str(folder), "--output", str(tmp_path / "a"), "--dtype", "fp32"])
+    main(["hf", "--input", str(folder), "--output_dir", str(tmp_path / "a"), "--dtype", "fp32"])
     assert f"wrote {tmp_path / 'a'}" in capsys.readouterr().out
     assert load(tmp_path / "a")["norm.weight"].dtype == torch.float32
     write_gguf(tmp_path / "tiny.gguf", gguf_tensors())
-    main(["gguf", "--input", str(tmp_path / "tiny.gguf"), "--output", str(tmp_path / "b")])
+    main(["gguf", "--input", str(tmp_path / "tiny.gguf"), "--output_dir", str(tmp_path / "b")])
     assert (tmp_path / "b" / "params.json").is_file()
 
 
@@ -596,9 +601,9 @@ def test_command_line(folder, tmp_path, capsys):
         ([], 2, "hf, gguf"),
         (["onnx"], 2, "'onnx'"),
         (["hf", "--input", "x"], 2, "output"),
-        (["hf", "--input", "x", "--output", "y", "--dtyp", "bf16"], 2, "dtype"),
-        (["hf", "--input", "x", "--output", "y", "--dtype", "int4"], 2, "dtype"),
-        (["gguf", "--input", "nothing.gguf", "--output", "y"], 1, "nothing.gguf: no such file"),
+        (["hf", "--input", "x", "--output_dir", "y", "--dtyp", "bf16"], 2, "dtype"),
+        (["hf", "--input", "x", "--output_dir", "y", "--dtype", "int4"], 2, "dtype"),
+        (["gguf", "--input", "nothing.gguf", "--output_dir", "y"], 1, "nothing.gguf: no such file"),
     ],
 )
 def test_command_line_refuses(words, status, message, tmp_path, monkeypatch, capsys):
@@ -625,13 +630,3 @@ def test_samples_spell_what_they_should(tmp_path):
     reference = Reference.from_str(json.dumps(content))
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert [tokens[i] for i in reference.encode("in the").ids] == ["in", "Ġthe"]
-
-
-@pytest.mark.parametrize(("package", "source"), [("gguf", "model.gguf"), ("safetensors", "")])
-def test_a_missing_package_is_named(package, source, folder, tmp_path, monkeypatch):
-    if source:
-        (folder / source).write_bytes(b"GGUF")
-    monkeypatch.setitem(sys.modules, package, None)
-    convert = from_gguf.convert if source else from_hf.convert
-    with pytest.raises(ValueError, match=f"the package {package} is needed"):
-        convert(folder / source if source else folder, tmp_path / "out")

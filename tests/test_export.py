@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ from torch import Tensor
 from commands import REPO
 from convert import hf
 from convert.__main__ import main
+from convert.adapters import to_reference
 from convert.merge import merge
 from convert.peft import from_peft, to_peft
 from convert_samples import write_hf
 from llama import Llama
+from moa.adapter import AdapterModule, Target, normal
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
+from moa.lora import LoRA
+from moa.methods import ADAPTERS, LINEAR_TARGETS, META_NAMES, LoRAConfig, option, register_adapter
 from moa.state import load_adapter_state_dict
 from tiny import (
     ARGS,
@@ -46,16 +50,6 @@ from tiny import (
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 ALL = "Q,K,V,O,FFN_UP,FFN_GATE,FFN_DOWN"
-# Of the golden base's linear layers, as LoRA's targets name them
-WEIGHTS = {
-    "Q": "attention.wq",
-    "K": "attention.wk",
-    "V": "attention.wv",
-    "O": "attention.wo",
-    "FFN_UP": "feed_forward.w3",
-    "FFN_GATE": "feed_forward.w1",
-    "FFN_DOWN": "feed_forward.w2",
-}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +107,7 @@ def test_peft_computes_the_same_logits(subset: str, pair: tuple[Any, Path], tmp_
 
 def test_what_the_folder_says(pair: tuple[Any, Path], tmp_path: Path) -> None:
     _, path = random_lora(pair[1], tmp_path / "ours", **SUBSETS["some"])
-    main(["peft", "--adapter_path", str(path), "--output", str(tmp_path / "peft"), "--base_model", "meta/base"])
+    main(["peft", "--adapter_path", str(path), "--output_dir", str(tmp_path / "peft"), "--base_model", "meta/base"])
     assert sorted(p.name for p in (tmp_path / "peft").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     expected = {"peft_type": "LORA", "r": 4, "lora_alpha": 2.5, "target_modules": ["down_proj", "k_proj", "o_proj"]}
@@ -140,7 +134,7 @@ def test_an_adapter_of_the_authors_needs_the_bases_shape(tmp_path: Path) -> None
 def test_there_and_back(subset: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
     llm, path = random_lora(pair[1], tmp_path / "ours", **SUBSETS[subset])
     to_peft(path, tmp_path / "peft")
-    flags = ["--input", str(tmp_path / "peft"), "--ckpt_dir", str(pair[1]), "--output", str(tmp_path / "back")]
+    flags = ["--input", str(tmp_path / "peft"), "--ckpt_dir", str(pair[1]), "--output_dir", str(tmp_path / "back")]
     main(["from_peft", *flags])
     base = asdict(llm.model.args)
     (config, state), (back_config, back) = load_adapter(path, base), load_adapter(tmp_path / "back", base)
@@ -200,7 +194,7 @@ BAD_PEFT = {
     "rank": (settings(r=4), r"adapter_model.safetensors: \S+ has shape \(3, 48\), the model's is \(4, 48\)"),
     "no file": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
     "no settings": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
-    "missing": (tensors(lambda t: t.pop(Q)), "adapter_model.safetensors: missing adapter tensor .*lora_Q.B"),
+    "missing": (tensors(lambda t: t.pop(Q)), "adapter_model.safetensors: missing tensor .*lora_Q.lora_B"),
     "elsewhere": (
         tensors(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)})),
         "tensor base_model.model.lm_head.lora_A.weight is no LoRA at a linear layer",
@@ -210,7 +204,7 @@ BAD_PEFT = {
         "is no LoRA at a linear layer",
     ),
     "layers": (tensors(lambda t: t.update({Q.replace("0", "7", 1): t[Q].clone()})), "goes beyond the model's 2 layers"),
-    "not finite": (tensors(lambda t: t[Q].fill_(torch.nan)), "lora_Q.B has values that are not finite"),
+    "not finite": (tensors(lambda t: t[Q].fill_(torch.nan)), "lora_Q.lora_B has values that are not finite"),
     "integers": (tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), "not a plain tensor of floating-point"),
 }
 
@@ -245,7 +239,9 @@ def test_a_merged_checkpoint_has_the_adapters_logits(n: int, embedding: str, ada
     for before, after in zip(shards(base), shards(tmp_path / "merged"), strict=True):
         assert list(before) == list(after)
         for key, tensor in before.items():
-            assert torch.equal(after[key], tensor) != key.endswith(tuple(f"{w}.weight" for w in WEIGHTS.values())), key
+            assert torch.equal(after[key], tensor) != key.endswith(tuple(f"{w}.weight" for w in META_NAMES.values())), (
+                key
+            )
     batch = tokens(2, 12)
     merged = Llama.build(tmp_path / "merged").model(batch)
     close(merged, shared("lora").model(batch), shared(None).model(batch))
@@ -260,9 +256,9 @@ def test_number_formats(dtype: str | None, adapter: Path, tmp_path: Path) -> Non
     kind = {None: torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     assert found["norm.weight"].dtype == (kind if dtype else torch.float32)
     for layer in range(ARGS.n_layers):
-        for target, name in WEIGHTS.items():
+        for target, name in META_NAMES.items():
             part, key = name.partition(".")[0], f"layers.{layer}.{name}.weight"
-            a, b = (lora[f"layers.{layer}.{part}.adapters.lora_{target}.{ab}"].double() for ab in "AB")
+            a, b = (lora[f"layers.{layer}.{part}.adapters.lora_{target}.lora_{ab}"].double() for ab in "AB")
             exact = state[key].double() + 6 / 4 * torch.einsum("or,ri->oi", b, a)
             assert found[key].dtype == kind
             # Half a unit in the last place, and float32's own rounding before it
@@ -298,11 +294,11 @@ def test_an_adapter_of_the_authors_merges_to_their_logits(tmp_path: Path) -> Non
 # --- refusals ---
 
 NOT_PLAIN = {
-    "prompt": ["adapters of kind prompt (layers 0-3)"],
-    "parallel_adapter": ["adapters of kind p_adapter (layers 0-3)"],
-    "soft_moa": ["kind prompt (layers 1-3)", "kind p_adapter (layers 0-1,2-3)", "a router (block_router soft)"],
-    "hydralora": ["3 experts in each adapter's place"],
-    "lora_bias_norm": ["trained biases and norms (train_bias_norm)"],
+    "prompt": ["prompt_layers 0-3"],
+    "parallel_adapter": ["p_adapter_layers 0-3"],
+    "soft_moa": ["prompt_layers 1-3", "p_adapter_layers 0-1,2-3", "block_router soft"],
+    "hydralora": ["expert_num 3"],
+    "lora_bias_norm": ["train_bias_norm True"],
 }
 
 
@@ -318,8 +314,73 @@ def test_what_is_more_than_plain_lora(name: str, tmp_path: Path) -> None:
 
 def test_lora_alone_is_not_plain_behind_a_router(tmp_path: Path) -> None:
     llm = Llama.build(BASE, config=AdapterConfig.from_dict(METHODS["lora"] | {"block_router": "soft"}, ARGS.n_layers))
-    with pytest.raises(ValueError, match=r"this adapter has a router \(block_router soft\)$"):
+    with pytest.raises(ValueError, match="this adapter has block_router soft"):
         to_peft(save(llm, tmp_path / "adapter"), tmp_path / "out")
+
+
+@dataclass(frozen=True)
+class MagnitudeConfig(LoRAConfig):
+    magnitude: bool = option(True, "a trained factor per output")
+
+
+@dataclass(frozen=True)
+class ScaledConfig(LoRAConfig):
+    factor: float = option(3.0, "weight of all updates")
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    layers: str = option("", "layers with a trained shift of the outputs")
+
+
+class Magnitude(LoRA):
+    """LoRA with a trained factor per output, as DoRA has."""
+
+    def __init__(self, target: Target, config: AdapterConfig):
+        super().__init__(target, config)
+        self.add_parameter("magnitude", (target.out_features,), normal, target.shard_outputs(0))
+
+
+class Shift(AdapterModule):
+    def __init__(self, target: Target, config: AdapterConfig):
+        super().__init__()
+        self.add_parameter("shift", (target.out_features,), normal, target.shard_outputs(0))
+
+
+# What a contributor may register -> what a converter says of it
+UNKNOWN = {
+    "a tensor and its setting": (("lora", MagnitudeConfig, "Magnitude", LINEAR_TARGETS), "lora_magnitude True"),
+    "a tensor": (("lora", LoRAConfig, "Magnitude", LINEAR_TARGETS), "unexpected tensors? .*lora_Q.magnitude"),
+    "a setting": (("lora", ScaledConfig, "LoRA", LINEAR_TARGETS), "lora_factor 3.0"),
+    "an adapter type": (("shift", ShiftConfig, "Shift", ("Q",)), "shift_layers 1-2"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_adapters_that_a_converter_does_not_know(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = save(shared("lora"), tmp_path / "plain")
+    to_peft(plain, tmp_path / "peft")
+    (name, options, module, targets), message = UNKNOWN[case]
+    monkeypatch.setitem(ADAPTERS, name, None)  # taken out again at the end of the test
+    register_adapter(name, options, f"{__name__}:{module}", targets)
+    flat = METHODS["lora"] | ({"shift_layers": "1-2"} if name == "shift" else {})
+    llm = Llama.build(BASE, config=AdapterConfig.from_dict(flat, ARGS.n_layers))
+    path, out = save(llm, tmp_path / "adapter"), tmp_path / "out"
+    conversions = {
+        "merge": lambda: merge(BASE, path, out),
+        "peft": lambda: to_peft(path, out),
+        "reference": lambda: to_reference(path, out),
+    }
+    for convert in conversions.values():
+        with pytest.raises(ValueError, match=f"adapter.pth: .*{message}") as caught:
+            convert()
+        assert "\n" not in str(caught.value)
+    if name == "lora":  # then a folder of plain LoRA is none of what is registered
+        with pytest.raises(ValueError, match="missing adapter tensor|only plain LoRA"):
+            from_peft(tmp_path / "peft", BASE, out)
+    else:
+        from_peft(tmp_path / "peft", BASE, tmp_path / "back")  # which has none of the new adapters
+    assert not out.exists()
 
 
 def edit(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
@@ -409,7 +470,7 @@ def test_output_folders_of_other_things_stay(adapter: Path, tmp_path: Path) -> N
 
 
 def test_merge_from_the_command_line(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--ckpt_dir", str(BASE), "--adapter_path", str(adapter.parent), "--output", str(tmp_path / "merged")]
+    flags = ["--ckpt_dir", str(BASE), "--adapter_path", str(adapter.parent), "--output_dir", str(tmp_path / "merged")]
     main(["merge", *flags, "--dtype", "bf16"])
     assert "merged (21 matrices changed, shards: 1)" in capsys.readouterr().out
     assert {t.dtype for t in shards(tmp_path / "merged")[0].values()} == {torch.bfloat16}
@@ -441,7 +502,7 @@ except SystemExit as end:
 def test_ours_for_the_authors_by_command(tmp_path: Path) -> None:
     llm, batch = shared("molora"), tokens(2, 7)
     path = save(llm, tmp_path / "ours")
-    main(["authors", "--adapter_path", str(path), "--output", str(tmp_path / "theirs")])
+    main(["reference", "--adapter_path", str(path), "--output_dir", str(tmp_path / "theirs")])
     assert sorted(f.name for f in (tmp_path / "theirs").iterdir()) == ["adapter.pth", "adapter_params.json"]
     assert all(key.startswith("llama.") for key in torch.load(tmp_path / "theirs" / "adapter.pth", weights_only=True))
     other = Llama.build(BASE, tmp_path / "theirs", device="cpu")
@@ -450,7 +511,7 @@ def test_ours_for_the_authors_by_command(tmp_path: Path) -> None:
 
 def test_what_the_authors_format_cannot_hold_is_refused(tmp_path: Path, capsys) -> None:
     path = save(shared("custom"), tmp_path / "ours")
-    for source, words in ((path, "expert_router topk"), (GOLDEN / "lora" / "adapter.pth", "the shape of the")):
+    for source, words in ((path, "gate_activation softmax"), (GOLDEN / "lora" / "adapter.pth", "the shape of the")):
         with pytest.raises(SystemExit):
-            main(["authors", "--adapter_path", str(source), "--output", str(tmp_path / "theirs")])
+            main(["reference", "--adapter_path", str(source), "--output_dir", str(tmp_path / "theirs")])
         assert words in capsys.readouterr().err and not (tmp_path / "theirs").exists()

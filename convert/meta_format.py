@@ -1,10 +1,10 @@
-"""Meta's layout: shapes of its tensors, assembly from another format's tensors, and writing of folders."""
+"""Checkpoints in Meta's layout: assembled from another format's tensors, and written as folders."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,13 +12,15 @@ from typing import Protocol
 
 import torch
 
+from convert.shards import bare_model
 from convert.vocabulary import Vocabulary, gather_rows
 from llama.args import ModelArgs
+from llama.checkpoint import shard_specs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
-CHECKPOINT = ("params.json", "tokenizer.model", "README.md", "consolidated.[0-9][0-9].pth")  # a folder's files
+CHECKPOINT_FILES = ("params.json", "tokenizer.model", "README.md", "consolidated.[0-9][0-9].pth")  # a folder's files
 
 
 class Source(Protocol):
@@ -44,23 +46,17 @@ class Converted:
     output_row_map: list[int]
     notes: list[str]
 
+    def __str__(self) -> str:
+        notes = [f"note: {note}\n" for note in self.notes]
+        return f"{''.join(notes)}wrote {self.folder} ({self.args.n_layers} layers, vocabulary {self.args.vocab_size})"
 
-def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Key and shape of each tensor of a checkpoint in Meta's layout, one shard."""
-    d, kv, ffn = args.dim, args.n_kv_heads * args.head_dim, args.ffn_dim
-    block = {
-        "attention.wq.weight": (d, d),
-        "attention.wk.weight": (kv, d),
-        "attention.wv.weight": (kv, d),
-        "attention.wo.weight": (d, d),
-        "feed_forward.w1.weight": (ffn, d),
-        "feed_forward.w2.weight": (d, ffn),
-        "feed_forward.w3.weight": (ffn, d),
-        "attention_norm.weight": (d,),
-        "ffn_norm.weight": (d,),
-    }
-    layers = {f"layers.{i}.{key}": shape for i in range(args.n_layers) for key, shape in block.items()}
-    return {EMBEDDING: (args.vocab_size, d), **layers, "norm.weight": (d,), OUTPUT: (args.vocab_size, d)}
+
+def source_names(
+    n_layers: int, global_keys: Mapping[str, str], layer_keys: Mapping[str, str], prefix: str
+) -> dict[str, str]:
+    """Meta's key -> another format's name, for each tensor. prefix: what that format writes before a layer's number."""
+    layers = {f"layers.{i}.{key}": f"{prefix}{i}.{name}" for i in range(n_layers) for key, name in layer_keys.items()}
+    return {**global_keys, **layers}
 
 
 def ffn_rule(dim: int, hidden: int) -> dict[str, float]:
@@ -86,35 +82,37 @@ def assemble(
     args: ModelArgs,
     vocabulary: Vocabulary,
     source: Source,
-    names: Callable[[str], str],
+    names: Mapping[str, str],
     dtype: str,
     ignored: Callable[[str], bool] = lambda name: False,
     change: Callable[[str, torch.Tensor], torch.Tensor] = lambda key, tensor: tensor,
 ) -> dict[str, torch.Tensor]:
-    """The state in Meta's layout. Every shape is checked before the first tensor is read.
+    """Return a checkpoint's tensors by Meta's keys. Every shape is checked before the first tensor is read.
 
-    `names` gives the source's name of Meta's key; `ignored` says which other tensors need not be used; `change` is
-    applied to each tensor read. Raises ValueError naming file and tensor that is missing, too many or of a wrong shape.
+    names: Meta's key -> the source's name. `ignored` says which other tensors need not be used; `change` is applied to
+    each tensor read. Raises ValueError naming file and tensor that is missing, too many or of a wrong shape.
     """
-    there, shapes = source.shapes(), tensor_shapes(args)
-    wanted = {key: names(key) for key in shapes}
-    for name in there:
-        if name not in wanted.values() and not ignored(name):
+    shapes, source_shapes = shard_specs(bare_model(args)), source.shapes()
+    names = {key: names[key] for key in shapes}
+    for name in source_shapes:
+        if name not in names.values() and not ignored(name):
             raise ValueError(f"{source.where(name)}: tensor {name} has no place in a LLaMA model in Meta's layout")
-    rows = there.get(wanted[EMBEDDING], (0,))[0]
-    for key, name in wanted.items():
-        if name not in there:
+    rows = source_shapes.get(names[EMBEDDING], (0,))[0]
+    for key, name in names.items():
+        if name not in source_shapes:
             raise ValueError(f"{source.where(name)}: tensor {name} is missing")
-        expected = (rows, args.dim) if key in (EMBEDDING, OUTPUT) else shapes[key]
-        if there[name] != expected:
-            raise ValueError(f"{source.where(name)}: tensor {name} has shape {there[name]}, expected {expected}")
+        expected = (rows, args.dim) if key in (EMBEDDING, OUTPUT) else shapes[key].shape
+        if source_shapes[name] != expected:
+            raise ValueError(
+                f"{source.where(name)}: tensor {name} has shape {source_shapes[name]}, expected {expected}"
+            )
     if rows < vocabulary.rows_needed():
         raise ValueError(
-            f"{source.where(wanted[EMBEDDING])}: tensor {wanted[EMBEDDING]} has {rows} rows, "
+            f"{source.where(names[EMBEDDING])}: tensor {names[EMBEDDING]} has {rows} rows, "
             f"but the tokenizer needs {vocabulary.rows_needed()}"
         )
     state = {}
-    for key, name in wanted.items():
+    for key, name in names.items():
         tensor = change(key, source.read(name))
         if key in (EMBEDDING, OUTPUT):
             row_map = vocabulary.row_map if key == EMBEDDING else vocabulary.output_row_map
@@ -131,8 +129,8 @@ def require_finite(tensor: torch.Tensor, origin: str) -> None:
         raise ValueError(f"{origin} has values that are not finite numbers in {dtype}")
 
 
-def check_output(folder: str | Path, overwrite: bool, ours: tuple[str, ...] = CHECKPOINT) -> Path:
-    """Refuse (ValueError) an output folder that is there already; with `overwrite`, one that holds anything but `ours`
+def check_output(folder: str | Path, overwrite: bool, allowed: tuple[str, ...] = CHECKPOINT_FILES) -> Path:
+    """Return the output folder. ValueError where it exists; with `overwrite`, where it holds anything but `allowed`
     (file names, or patterns of them)."""
     folder = Path(folder)
     if not os.path.lexists(folder):
@@ -142,7 +140,7 @@ def check_output(folder: str | Path, overwrite: bool, ours: tuple[str, ...] = CH
     if not folder.is_dir() or folder.is_symlink():
         raise ValueError(f"{folder}: is not a folder")
     for entry in folder.iterdir():
-        if not any(entry.match(name) for name in ours):
+        if not any(entry.match(name) for name in allowed):
             raise ValueError(
                 f"{folder}: holds {entry.name}, which is no part of what goes there; it is not overwritten"
             )
@@ -152,13 +150,13 @@ def check_output(folder: str | Path, overwrite: bool, ours: tuple[str, ...] = CH
 def require_elsewhere(output: Path, source: Path) -> None:
     """ValueError where a checkpoint would be written in place of the one that it is made from."""
     if output.exists() and output.samefile(source):
-        raise ValueError(f"{output}: is the base itself, which is never replaced; --output must be another folder")
+        raise ValueError(f"{output}: is the base itself, which is never replaced; --output_dir must be another folder")
 
 
 @contextmanager
-def new_folder(folder: Path, overwrite: bool, ours: tuple[str, ...] = CHECKPOINT) -> Iterator[Path]:
+def new_folder(folder: Path, overwrite: bool, allowed: tuple[str, ...] = CHECKPOINT_FILES) -> Iterator[Path]:
     """An empty folder beside `folder`, which takes its place when the block ends and vanishes when it raises: `folder`
-    is never there by half. `overwrite`, `ours`: as for `check_output`."""
+    is never there by half. `overwrite`, `allowed`: as for `check_output`."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -166,7 +164,7 @@ def new_folder(folder: Path, overwrite: bool, ours: tuple[str, ...] = CHECKPOINT
     try:
         new.mkdir()
         yield new
-        check_output(folder, overwrite, ours)
+        check_output(folder, overwrite, allowed)
         if folder.exists():
             os.rename(folder, old)
         try:
