@@ -2,7 +2,7 @@
 
     python -m benchmarks.hooks [--methods soft_moa,sparse_moa,adamole] [--data_path gsm8k/test.json] [--repeats 6]
 
-The same prompts are answered with and without the recorder of `inspection.statistics`, in turn, until its sums stand.
+The same prompts are answered with and without `inspection.running_stats.RouterStatistics` recording, in turn.
 Adapters as they start. "x without": the median of the ratios of what was measured next to each other.
 """
 
@@ -21,9 +21,9 @@ from benchmarks.models import config_of
 from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
-from inspection.statistics import Statistics
+from inspection.running_stats import RouterStatistics
 from llama import Llama
-from llama.checkpoint import read_base
+from llama.checkpoint import load_params_and_tokenizer
 from llama.distributed import bf16_is_fast
 from moa.files import write_json
 
@@ -48,7 +48,7 @@ def measure(llm: Llama, task: Task, repeats: int) -> dict[str, list[float]]:
         llm.generate(task.prompts, task.max_gen_len, task.min_new_tokens)
 
     def counted(_: object) -> None:
-        found = Statistics(llm.model)
+        found = RouterStatistics(llm.model)
         with found.recorder():
             without(None)
         found.reduce()
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         ckpt_dir = flags.ckpt_dir or str(ensure_model())
         prompts = prompts_of(flags.data_path or str(ensure_data()[1]), ckpt_dir, flags.prompts)
         task = Task(prompts, flags.new_tokens, flags.new_tokens, len(prompts))
-        found, n_layers = {}, read_base(ckpt_dir)[0].n_layers
+        found, n_layers = {}, load_params_and_tokenizer(ckpt_dir)[0].n_layers
         for method in methods_named(flags.methods):
             llm = ours(Kind(method, config_of(method, n_layers)), ckpt_dir, bf16_is_fast(CPU), task)
             found[method] = measure(llm, task, flags.repeats)

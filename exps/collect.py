@@ -1,90 +1,101 @@
 """Tables of runs: what each method trained, how long it took, and its scores, as mean and spread over seeds.
 
-A run is a folder with scores.json (`python -m evaluate`) and, for a tuned model, the config.json and log.jsonl
-that finetune.py left there. Runs in DATASET/METHOD/sSEED, as exps/run.sh makes them, share a line of DATASET's table;
-so do METHOD-s0 and METHOD-s1 of one folder. Runs whose settings differ are never averaged: they get lines of their
-own, which name what differs. Runs that are not finished are named on stderr and left out.
+    python exps/collect.py FOLDER [FOLDER ...] [--format csv] [--save_path FILE]
+
+FOLDER is a run, or a folder with runs under it. A run is a folder with scores.json (`python -m evaluate --save_path`)
+and, for a tuned model, the config.json and log.jsonl that finetune.py left there. Runs in DATASET/METHOD/sSEED, as
+exps/run.sh makes them, share a row of DATASET's table; so do METHOD-s0 and METHOD-s1 of one folder. Runs whose settings
+differ are never averaged: they get rows of their own, which name what differs. Unfinished runs are named on stderr and
+left out.
+
 Scores are percentages, published / robust rule; the spread behind ± is the sample standard deviation over seeds; time
-is that of the training steps; memory the largest of the main process. Exit status: 0; 1 for bad input; 2 for bad flags.
+is that of the training steps; memory is the largest of the main process.
 """
 
-import argparse
-import contextlib
 import csv
 import io
 import json
-import os
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from lines import Line, lines_of
-from run_folders import RULES, find
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file is run by its path, from any folder
+
+from tabulate import tabulate  # noqa: E402
+
+from cli import cli_errors, die, flag, parse  # noqa: E402
+from inspection.runs import COUNTS, RULES, Run, RunGroup, Spread, columns_of, find_runs, group_runs  # noqa: E402
+from moa.files import atomic_write  # noqa: E402
+
+TRAINING = ("seconds", "tokens_per_s", "peak_memory_bytes")
 
 
-def markdown(lines: list[Line]) -> str:
+@dataclass(frozen=True)
+class Flags:
+    format: str = flag("markdown", help="of the tables", choices=("markdown", "csv", "json"))
+    save_path: str | None = flag(None, help="file to write; default: the terminal")
+
+
+def markdown(groups: list[RunGroup]) -> str:
     """A table per data set, under its name where there are several."""
-    datasets = dict.fromkeys(line.dataset for line in lines)
+    datasets = dict.fromkeys(group.dataset for group in groups)
     tables = []
     for dataset in datasets:
-        own = [line for line in lines if line.dataset == dataset]
-        columns = _columns(own)
-        rows = [_cells(line, columns) for line in own]
-        head = [name for name in rows[0] if name != "seeds" or any(len(line.runs) > 1 for line in own)]
-        table = [head, [], *([row[name] for name in head] for row in rows)]
-        table = [[cell.replace("|", "\\|") for cell in row] for row in table]
-        widths = [max(len(row[i]) for row in table if row) for i in range(len(head))]
-        table[1] = ["-" * width for width in widths]
-        text = "\n".join(
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-            for row in table
-        )
-        tables.append(f"## {dataset}\n\n{text}\n" if len(datasets) > 1 else f"{text}\n")
+        members = [group for group in groups if group.dataset == dataset]
+        rows = [_cells(group, columns_of(members)) for group in members]
+        if all(len(group.runs) == 1 for group in members):
+            rows = [{name: cell for name, cell in row.items() if name != "seeds"} for row in rows]
+        rows = [{name.replace("|", r"\|"): cell.replace("|", r"\|") for name, cell in row.items()} for row in rows]
+        table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+        tables.append(f"## {dataset}\n\n{table}\n" if len(datasets) > 1 else f"{table}\n")
     return "\n".join(tables)
 
 
-def _columns(lines: list[Line]) -> list[str]:
-    """The columns of scores: suites in the order in which they come, means last."""
-    names = dict.fromkeys(name for line in lines for run in line.runs for name in run.scores)
-    return sorted(names, key=lambda name: name.startswith("mean, "))
-
-
-def _cells(line: Line, columns: list[str]) -> dict[str, str]:
-    tuned = line.runs[0].record is not None
-    cells = {"model": line.name, "seeds": str(len(line.runs))}
-    cells["trained"] = f"{line.recorded('trainable_parameters'):,}" if tuned else "-"
-    cells["steps"] = f"{line.recorded('steps')} x {line.recorded('rows_per_step')} rows" if tuned else "-"
-    seconds = line.trained("seconds")
-    hours = seconds is not None and seconds[0] >= 2 * 3600
-    cells["training"] = _plus_minus(seconds, 3600 if hours else 60, " h" if hours else " min")
-    speed, peak = line.trained("tokens_per_s"), line.peak()
-    cells["tokens/s"] = f"{speed[0]:,.0f}" if speed else "-"
-    cells["memory"] = "-" if peak is None else f"{peak / 2**30:.1f} GiB"
+def _cells(group: RunGroup, columns: list[str]) -> dict[str, str]:
+    steps, rows, parameters = (group.runs[0].numbers.get(name) for name in COUNTS)
+    training, speed = group.over("seconds"), group.over("tokens_per_s")
+    unit, name = (3600, " h") if training and training.mean >= 2 * 3600 else (60, " min")
+    peak = _peak(group)
+    cells = {
+        "model": group.name,
+        "seeds": str(len(group.runs)),
+        "trained": f"{parameters:,}" if group.trained else "-",
+        "steps": f"{steps} x {rows} rows" if group.trained else "-",
+        "training": _plus_minus(training, unit, name),
+        "tokens/s": f"{speed.mean:,.0f}" if speed else "-",
+        "memory": "-" if peak is None else f"{peak / 2**30:.1f} GiB",
+    }
     for column in columns:
-        both = [line.score(column, rule) for rule in RULES]
+        both = [group.score(column, rule) for rule in RULES]
         cells[column] = " / ".join(map(_plus_minus, both)) if all(both) else "-"
     return cells
 
 
-def _plus_minus(spread: tuple[float, float | None] | None, unit: float = 1, name: str = "") -> str:
+def _plus_minus(spread: Spread | None, unit: float = 1, name: str = "") -> str:
     if spread is None:
         return "-"
-    mean, deviation = spread
-    return f"{mean / unit:.1f}" + ("" if deviation is None else f" ± {deviation / unit:.1f}") + name
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation / unit:.1f}"
+    return f"{spread.mean / unit:.1f}{deviation}{name}"
 
 
-def as_csv(lines: list[Line]) -> str:
-    """One row per line of all tables; sd is empty where there is one seed."""
+def _peak(group: RunGroup) -> int | None:
+    spread = group.over("peak_memory_bytes")
+    return int(max(spread.values)) if spread else None
+
+
+def as_csv(groups: list[RunGroup]) -> str:
+    """One row per row of all tables; sd is empty where there is one seed."""
     rows = []
-    for line in lines:
-        row = {"dataset": line.dataset, "model": line.name, "seeds": len(line.runs)}
-        row |= {name: line.recorded(name) for name in ("trainable_parameters", "steps", "rows_per_step")}
-        spreads = {name: line.trained(name) for name in ("seconds", "tokens_per_s")}
-        spreads |= {f"{column} {rule}": line.score(column, rule) for column in _columns(lines) for rule in RULES}
+    for group in groups:
+        row: dict[str, Any] = {"dataset": group.dataset, "model": group.name, "seeds": len(group.runs)}
+        row |= {name: group.runs[0].numbers.get(name) for name in COUNTS}
+        spreads = {name: group.over(name) for name in TRAINING[:2]}
+        spreads |= {f"{column} {rule}": group.score(column, rule) for column in columns_of(groups) for rule in RULES}
         for name, spread in spreads.items():
-            row[f"{name} mean"], row[f"{name} sd"] = spread or (None, None)
-        rows.append(row | {"peak_memory_bytes": line.peak()})
+            row[f"{name} mean"], row[f"{name} sd"] = spread[:2] if spread else (None, None)
+        rows.append(row | {"peak_memory_bytes": _peak(group)})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -92,92 +103,110 @@ def as_csv(lines: list[Line]) -> str:
     return text.getvalue()
 
 
-def as_json(lines: list[Line], unfinished: dict[Path, str]) -> str:
-    """All lines, and of each run everything that is known."""
+def as_json(groups: list[RunGroup], unfinished: list[Run]) -> str:
+    """All rows, and of each run everything that is known."""
 
-    def spread(found: tuple[float, float | None] | None) -> dict[str, float | None] | None:
-        return None if found is None else dict(zip(("mean", "sd"), found, strict=True))
+    def spread(value: Spread | None) -> dict[str, float | None] | None:
+        return value and {"mean": value.mean, "sd": value.deviation}
 
     content = [
         {
-            "dataset": line.dataset,
-            "model": line.model,
-            "differs": line.differs,
-            "seeds": [run.seed for run in line.runs],
-            **{name: line.recorded(name) for name in ("trainable_parameters", "steps", "rows_per_step")},
-            **{name: spread(line.trained(name)) for name in ("seconds", "tokens_per_s")},
-            "peak_memory_bytes": line.peak(),
-            "scores": {c: {rule: spread(line.score(c, rule)) for rule in RULES} for c in line.runs[0].scores},
+            "dataset": group.dataset,
+            "model": group.method,
+            "differs": group.differs,
+            "seeds": [run.seed for run in group.runs],
+            **{name: group.runs[0].numbers.get(name) for name in COUNTS},
+            **{name: spread(group.over(name)) for name in TRAINING[:2]},
+            "peak_memory_bytes": _peak(group),
+            "scores": {c: {rule: spread(group.score(c, rule)) for rule in RULES} for c in group.runs[0].scores},
             "runs": [
                 {
-                    "folder": str(run.folder),
+                    "folder": str(run.path),
                     "seed": run.seed,
-                    "training": run.training or None,
+                    "training": {name: run.numbers.get(name) for name in TRAINING} if run.trained else None,
                     "scores": run.scores_file,
                     "config": run.record,
-                    "answers": run.answers,
+                    "answers": run.answer_settings,
                 }
-                for run in line.runs
+                for run in group.runs
             ],
         }
-        for line in lines
+        for group in groups
     ]
-    left_out = [{"folder": str(folder), "why": why} for folder, why in unfinished.items()]
+    left_out = [{"folder": str(run.path), "why": run.unfinished[0]} for run in unfinished]
     return json.dumps({"lines": content, "unfinished": left_out}, indent=1, ensure_ascii=False) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+def notes(groups: list[RunGroup]) -> list[str]:
+    """What a reader of the tables should know: runs that are not averaged, groups that cannot be compared, leaks."""
+    lines = []
+    for group in groups:
+        if group.differs:
+            folders = ", ".join(run.path.name for run in group.runs)
+            lines.append(f"{group.dataset}/{group.method}: other settings, not averaged: {group.name}: {folders}")
+        names = dict.fromkeys(name for run in group.runs for name in run.settings)
+        partly = [name for name in names if any(name not in run.settings for run in group.runs)]
+        if partly:
+            lines.append(f"{group.dataset}/{group.method}: not every run has {', '.join(partly)}: not compared")
+    for dataset in dict.fromkeys(group.dataset for group in groups):
+        members = [group for group in groups if group.dataset == dataset]
+        settings = [group.settings for group in members]
+        names = dict.fromkeys(name for own in settings for name in own)
+        names = [name for name in names if ": " in name or name in ("base_fingerprint", "data_sha256")]
+        unlike = [n for n in names if len({json.dumps(own[n], sort_keys=True) for own in settings if n in own}) > 1]
+        if unlike:
+            listed = ", ".join(dict.fromkeys(name.split(": ")[-1] for name in unlike))
+            lines.append(f"{dataset}: the rows do not all have the same {listed}")
+        leaks = dict.fromkeys(leak for group in members for run in group.runs for leak in _leaks(run))
+        lines += [f"{dataset}: {leak}" for leak in leaks]
+    return lines
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}\n`{self.prog} --help` lists the flags.", file=sys.stderr)
-        sys.exit(2)
+def _leaks(run: Run) -> list[str]:
+    """Tests of which rows stand in the training rows, as finetune.py recorded it."""
+    tests = ((run.record or {}).get("leaks") or {}).get("tests", [])
+    return [
+        f"{test['exact'] + test['near']} of {test['rows']} rows of {'/'.join(Path(test['file']).parts[-2:])} stand in "
+        "the training rows"
+        for test in tests
+        if test["exact"] + test["near"]
+    ]
+
+
+def require_sound(groups: list[RunGroup]) -> None:
+    """ValueError naming a damaged file, or two runs of one seed."""
+    for group in groups:
+        for run in group.runs:
+            if run.damaged:
+                raise ValueError(f"{run.path}/{run.damaged[0]}")
+        if "run" in group.differs:
+            others = [run.path for other in groups if other.method == group.method for run in other.runs]
+            raise ValueError(f"{' and '.join(map(str, others))}: two runs of seed {group.runs[0].seed}, leave one out")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = _Parser(
-        prog="exps/collect.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder with runs under it")
-    formats: dict[str, Callable[[list[Line], dict[Path, str]], str]] = {
-        "markdown": lambda lines, _: markdown(lines),
-        "csv": lambda lines, _: as_csv(lines),
-        "json": as_json,
-    }
-    parser.add_argument("--format", choices=tuple(formats), default="markdown", help="default: markdown")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of on the terminal")
-    flags = parser.parse_args(argv)
-    try:
-        runs, unfinished = find(flags.folders)
-        for folder, why in unfinished.items():
-            print(f"left out, not finished: {folder}: {why}", file=sys.stderr)
-        if not runs:
-            raise ValueError(f"no finished run (a folder with scores.json) in {', '.join(map(str, flags.folders))}")
-        lines, notes = lines_of(runs)
-        for note in notes:
+    words = sys.argv[1:] if argv is None else argv
+    folders = list(takewhile(lambda word: not word.startswith("-"), words))
+    flags = parse(Flags, words[len(folders) :], prog="exps/collect.py", description=__doc__)
+    if not folders:
+        die("FOLDER is required: a run, or a folder with runs under it", status=2)
+    with cli_errors():
+        runs = find_runs(folders)
+        unfinished = [run for run in runs if run.unfinished and not run.damaged]
+        for run in unfinished:
+            print(f"left out, not finished: {run.path}: {run.unfinished[0]}", file=sys.stderr)
+        groups = group_runs(run for run in runs if run not in unfinished)
+        require_sound(groups)
+        if not groups:
+            raise ValueError(f"no finished run (a folder with scores.json) in {', '.join(folders)}")
+        for note in notes(groups):
             print(f"note: {note}", file=sys.stderr)
-        text = formats[flags.format](lines, unfinished)
-        if flags.output:
-            write(flags.output, text)
+        formats = {"markdown": markdown, "csv": as_csv, "json": lambda groups: as_json(groups, unfinished)}
+        text = formats[flags.format](groups)
+        if flags.save_path:
+            atomic_write(Path(flags.save_path), text.encode("utf-8", "backslashreplace"))
         else:
             print(text, end="")
-    except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

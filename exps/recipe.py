@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from cli import errors, fail
-from cli.knobs import nearest
+from cli import cli_errors, die, nearest
 from demo.recipe import RECIPE as DEMO
-from moa.knobs import METHODS
+from moa.methods import METHODS
 
 LARGEST_MICRO_BATCH = 8
 
@@ -150,7 +149,7 @@ def _words(flags: dict[str, Any], given: dict[str, str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    with errors(status=2):
+    with cli_errors(status=2):
         match argv:
             case ["train", method, dataset, processes, *typed]:
                 print(*train_flags(method, dataset, _whole("NPROC", processes), typed))
@@ -161,7 +160,7 @@ def main(argv: list[str]) -> None:
             case ["methods"]:
                 print(*(method for method, preset in METHODS.items() if preset))  # `custom` is none by itself
             case _:
-                fail(str(__doc__), status=2)
+                die(str(__doc__), status=2)
 
 
 if __name__ == "__main__":

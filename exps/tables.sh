@@ -6,9 +6,9 @@ set -euo pipefail
 name=$1
 shift
 collect=$(dirname "${BASH_SOURCE[0]}")/collect.py
-python "$collect" "$@" --output "$name.md"
+python "$collect" "$@" --save_path "$name.md"
 for format in csv json; do
-    python "$collect" "$@" --format $format --output "$name.$format" 2> /dev/null # said once is enough
+    python "$collect" "$@" --format $format --save_path "$name.$format" 2> /dev/null # said once is enough
 done
 echo
 cat "$name.md"

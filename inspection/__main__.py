@@ -2,7 +2,7 @@
 
     python -m inspection gates      statistics of a model's routers over a test file or a prompt, as JSON
     python -m inspection row        one prompt and its answer, token by token, coloured by a gate
-    python -m inspection figures    pictures of statistics, runs and costs (needs matplotlib)
+    python -m inspection figures    charts of statistics, runs and costs, as SVG and PNG
     python -m inspection report     a folder of runs as one HTML page
 
 docs/inspection.md shows them at work.
@@ -14,13 +14,13 @@ from importlib import import_module
 
 import cli
 
-COMMANDS = ("gates", "row", "figures", "report")  # each a module of this package with `main(argv, prog)`
+MODULES = {"gates": "router_stats", "row": "token_heatmap", "figures": "figures", "report": "report"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    word = cli.subcommand(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m inspection gates --help")
-    import_module(f"inspection.{word}").main(argv[1:], f"python -m inspection {word}")
+    word = cli.subcommand(argv, tuple(MODULES), __doc__ + "\nThe flags of each: python -m inspection gates --help")
+    import_module(f"inspection.{MODULES[word]}").main(argv[1:], f"python -m inspection {word}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model that is looked at: the flags that commands share, and the model that they mean."""
+"""The flags that name a model and its machine, and the running model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,13 @@ from moa.methods import METHODS
 WHAT, MACHINE = "model", "machine"
 
 
+def check_positive(flags: Any, *names: str) -> None:
+    """ValueError naming the first of these flags that is below 1."""
+    for name in names:
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(flags, name)}")
+
+
 @dataclass(frozen=True)
 class ModelFlags:
     """Which model, and where it runs; as in generate.py."""
@@ -19,7 +26,7 @@ class ModelFlags:
     adapter_path: str = flag(help="adapter.pth, beside its adapter_params.json, or their folder", group=WHAT)
     ckpt_dir: str = flag(help="base model, a folder in Meta's layout", group=WHAT)
     method: str | None = flag(
-        None, help="method of an authors' adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
+        None, help="method of a reference adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
     )
     max_seq_len: int = flag(512, help="longest prompt with its answer, in tokens", group=WHAT)
     max_batch_size: int = flag(32, help="rows that are read at once", group=MACHINE)
@@ -28,9 +35,7 @@ class ModelFlags:
     model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
 
     def __post_init__(self):
-        for name in ("max_seq_len", "max_batch_size", "model_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        check_positive(self, "max_seq_len", "max_batch_size", "model_parallel_size")
         check_machine(self.device, self.bf16, False)
 
 

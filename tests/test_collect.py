@@ -6,47 +6,26 @@ import json
 
 import pytest
 
-import exps.run_folders
-import training.config
-from commands import refused, run
+from commands import run
+from exps import collect as command
+from run_folders import write_run
 
 
-def write_run(place, percents=(10.0,), method="lora", seed=0, steps=4, suites=("AddSub",), **changes):
-    """A made-up finished run. changes: of config.json's entries, `settings` (the typed ones), `answers` (how the rows
-    were answered), `rows` (answered), `drop` (files to leave out)."""
-    place.mkdir(parents=True)
-    answers = {"temperature": 0, "data_sha256": "ab" * 32, "seed": 0, "adapter_sha256": str(place)}
-    drop, rows = changes.pop("drop", ()), changes.pop("rows", 100)
-    answers |= changes.pop("answers", {})
-    scores = {}
-    for suite, percent in zip(suites, percents, strict=True):
-        both = {"published": {"percent": percent}, "robust": {"percent": percent + 1}}
-        scores[suite] = {"file": f"x/{suite}.jsonl", "rows": rows, "problems": 395, "samples": rows, **both}
-        (place / f"{suite}.jsonl.settings.json").write_text(json.dumps(answers))
-    mean = {rule: {"percent": sum(s[rule]["percent"] for s in scores.values()) / len(scores)} for rule in both}
-    files = {"scores.json": {"suites": scores, "families": {"math": {"suites": list(suites), "mean": mean}}}}
-    if method != "base":
-        typed = {"seed": seed, "output_dir": str(place), "batch_size": seed + 1, "weight_decay": 0.02, "lr": None}
-        record = {"settings": typed | changes.pop("settings", {}), "adapter": {"method": method, "lora_rank": 8}}
-        record |= {"steps": steps, "rows_per_step": 32, "trainable_parameters": 1234567, "lr": 1e-3}
-        record |= {"base_fingerprint": "cd" * 32, "data_sha256": "ef" * 32, "rows": 99, "warmup_steps": 1} | changes
-        files["config.json"] = record
-        files["log.jsonl"] = [
-            {"step": i + 1, "seconds": 15.0 + 6 * seed, "tokens": 300, "peak_memory_bytes": (i + 1) * 2**29}
-            for i in range(steps)
-        ]
-    for name, content in files.items():
-        if name not in drop:
-            lines = content if isinstance(content, list) else [content]
-            (place / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return place
+@pytest.fixture
+def collect(capsys):
+    """Runs the command; the texts that it printed on stdout and stderr."""
 
+    def call(*words, status=0):
+        try:
+            command.main(list(map(str, words)))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        assert code == status, printed
+        return printed
 
-def collect(*words, status=0):
-    result = run("exps/collect.py", *words)
-    assert result.returncode == status, (result.stdout, result.stderr)
-    assert "Traceback" not in result.stderr, result.stderr
-    return result
+    return call
 
 
 def cells(text):
@@ -65,13 +44,13 @@ def three(tmp_path):
     return tmp_path
 
 
-def test_mean_and_spread_over_seeds(three):
-    base, lora = cells(collect(three).stdout)
+def test_mean_and_spread_over_seeds(three, collect):
+    base, lora = cells(collect(three).out)
     assert base == {"model": "base", "seeds": "1", "trained": "-", "steps": "-", "training": "-"} | {
         **{"tokens/s": "-", "memory": "-", "AddSub (100 of 395)": "5.0 / 6.0", "MultiArith (100 of 395)": "6.0 / 7.0"},
         "mean, math": "5.5 / 6.5",
     }
-    assert lora == {"model": "lora", "seeds": "3", "trained": "1,234,567", "steps": "4 x 32 rows"} | {
+    assert lora == {"model": "lora", "seeds": "3", "trained": "1,000,004", "steps": "4 x 32 rows"} | {
         "training": "1.4 ± 0.4 min",  # 60, 84 and 108 seconds
         "tokens/s": "15",  # the mean of 20, 14.3 and 11.1
         "memory": "2.0 GiB",
@@ -81,17 +60,17 @@ def test_mean_and_spread_over_seeds(three):
     }
 
 
-def test_csv_has_all_the_digits(three):
-    base, lora = csv.DictReader(io.StringIO(collect(three, "--format", "csv").stdout))
+def test_csv_has_all_the_digits(three, collect):
+    base, lora = csv.DictReader(io.StringIO(collect(three, "--format", "csv").out))
     assert (base["model"], base["seeds"], base["steps"], base["mean, math published sd"]) == ("base", "1", "", "")
     assert float(base["mean, math published mean"]) == 5.5
-    assert (lora["dataset"], lora["trainable_parameters"], lora["seconds mean"]) == ("gsm8k", "1234567", "84.0")
+    assert (lora["dataset"], lora["trainable_parameters"], lora["seconds mean"]) == ("gsm8k", "1000004", "84.0")
     assert float(lora["AddSub (100 of 395) published sd"]) == pytest.approx(700**0.5)
     assert float(lora["AddSub (100 of 395) robust mean"]) == 31 and int(lora["peak_memory_bytes"]) == 2**31
 
 
-def test_json_holds_every_run(three):
-    content = json.loads(collect(three, "--format", "json").stdout)
+def test_json_holds_every_run(three, collect):
+    content = json.loads(collect(three, "--format", "json").out)
     base, lora = content["lines"]
     assert lora["seeds"] == [0, 1, 2] and base["runs"][0]["config"] is None and content["unfinished"] == []
     assert lora["scores"]["mean, math"]["robust"] == {"mean": 31, "sd": pytest.approx(175**0.5)}
@@ -116,77 +95,81 @@ def test_json_holds_every_run(three):
         ({"suites": ("MultiArith",)}, "tests MultiArith (100 of 395)"),
     ],
 )
-def test_runs_with_other_settings_are_not_averaged(changes, told, tmp_path):
+def test_runs_with_other_settings_are_not_averaged(changes, told, tmp_path, collect):
     for seed in (0, 1):
         write_run(tmp_path / f"gsm8k/lora/s{seed}", (10.0,), seed=seed)
     write_run(tmp_path / "gsm8k/lora/s2", (90.0,), seed=2, **changes)
     result = collect(tmp_path)
-    alike, other = cells(result.stdout)
+    alike, other = cells(result.out)
     assert (alike["seeds"], other["seeds"]) == ("2", "1") and told not in alike["model"]
     assert other["model"].startswith("lora (") and told in other["model"]
-    assert any("not averaged" in line and told in line and "s2" in line for line in result.stderr.splitlines())
+    assert any("not averaged" in line and told in line and "s2" in line for line in result.err.splitlines())
     assert "10.0 ± 0.0 / 11.0 ± 0.0" in alike.values() and "90.0 / 91.0" in other.values()
 
 
-def test_what_a_resumed_run_may_change_is_not_compared():
-    assert training.config.FREE <= exps.run_folders.FREE
-
-
-def test_leaks_are_told(tmp_path):
+def test_leaks_are_told(tmp_path, collect):
     found = {"file": "/x/data/AddSub/test.json", "rows": 395, "exact": 2, "near": 1, "other": 7}
     none = found | {"file": "/x/data/SVAMP/test.json", "exact": 0, "near": 0}
     for seed in (0, 1):
         write_run(tmp_path / f"gsm8k/lora/s{seed}", seed=seed, leaks={"ngram": 8, "tests": [found, none]})
-    note = collect(tmp_path).stderr
+    note = collect(tmp_path).err
     assert note.count("gsm8k: 3 of 395 rows of AddSub/test.json stand in the training rows") == 1
     assert "SVAMP" not in note
 
 
-def test_what_does_not_change_the_result_may_differ(tmp_path):
+def test_what_does_not_change_the_result_may_differ(tmp_path, collect):
     write_run(tmp_path / "gsm8k/lora/s0")
     changes = {"device": "cuda", "accum_iter": 8, "save_every": 3, "data_path": "elsewhere", "leak_tests": "x"}
     write_run(tmp_path / "other/gsm8k/lora/s1", seed=1, settings=changes)
     result = collect(tmp_path / "gsm8k", tmp_path / "other")
-    assert [row["seeds"] for row in cells(result.stdout)] == ["2"] and "not averaged" not in result.stderr
+    assert [row["seeds"] for row in cells(result.out)] == ["2"] and "not averaged" not in result.err
 
 
-def test_a_setting_that_only_some_records_have_is_named(tmp_path):
+def test_a_setting_that_only_some_records_have_is_named(tmp_path, collect):
     write_run(tmp_path / "gsm8k/lora/s0")
     write_run(tmp_path / "gsm8k/lora/s1", seed=1, settings={"expert_num": 1})
     result = collect(tmp_path)
-    assert [row["seeds"] for row in cells(result.stdout)] == ["2"] and "expert_num: not compared" in result.stderr
+    assert [row["seeds"] for row in cells(result.out)] == ["2"] and "expert_num: not compared" in result.err
 
 
-def test_lines_that_cannot_be_compared_are_told(tmp_path):
+def test_lines_that_cannot_be_compared_are_told(tmp_path, collect):
     write_run(tmp_path / "gsm8k/lora/s0")
     write_run(tmp_path / "gsm8k/prompt/s0", method="prompt", base_fingerprint="12" * 32, answers={"temperature": 0.1})
-    note = collect(tmp_path).stderr
-    assert "gsm8k: the lines do not all have the same base_fingerprint, temperature" in note
+    note = collect(tmp_path).err
+    assert "gsm8k: the rows do not all have the same base_fingerprint, temperature" in note
 
 
-def test_two_runs_of_a_seed_are_refused(tmp_path):
+def test_two_runs_of_a_seed_are_refused(tmp_path, collect):
     first, second = (write_run(tmp_path / place / "gsm8k/lora/s0") for place in "ab")
-    refused(collect(tmp_path, status=1), str(first), str(second), "seed 0")
+    printed = collect(tmp_path, status=1).err
+    assert all(
+        words in printed
+        for words in (
+            str(first),
+            str(second),
+            "seed 0",
+        )
+    )
 
 
-def test_variants_data_sets_and_samples(tmp_path):
+def test_variants_data_sets_and_samples(tmp_path, collect):
     write_run(tmp_path / "gsm8k/lora-r4/s0")
     place = write_run(tmp_path / "codealpaca/lora/s0", suites=("HumanEval",))
     scores = json.loads((place / "scores.json").read_text())
     pass_at = {rule: {"1": 10.0, "5": 20.0 + i, "10": 30.0} for i, rule in enumerate(("published", "robust"))}
     scores["suites"]["HumanEval"] |= {"pass_at": pass_at, "rows": 164, "problems": 164, "samples": 1640}
     (place / "scores.json").write_text(json.dumps(scores))
-    code, math = collect(tmp_path).stdout.split("## gsm8k")
+    code, math = collect(tmp_path).out.split("## gsm8k")
     (row,) = cells(code)
     found = [row[f"HumanEval pass@{k} (164)"] for k in (1, 5, 10)]
     assert code.startswith("## codealpaca") and found == ["10.0 / 10.0", "20.0 / 21.0", "30.0 / 30.0"]
     assert "HumanEval (164)" not in row and cells(math)[0]["model"] == "lora-r4"
 
 
-def test_a_mean_over_other_tests_has_a_column_of_its_own(tmp_path):
+def test_a_mean_over_other_tests_has_a_column_of_its_own(tmp_path, collect):
     write_run(tmp_path / "gsm8k/lora/s0", (10.0, 20.0), suites=("AddSub", "MultiArith"))
     write_run(tmp_path / "gsm8k/prompt/s0", (10.0, 40.0), method="prompt", suites=("AddSub", "SVAMP"))
-    lora, prompt = cells(collect(tmp_path).stdout)
+    lora, prompt = cells(collect(tmp_path).out)
     assert [name for name in lora if name.startswith("mean")] == [
         "mean, math: AddSub (100 of 395), MultiArith (100 of 395)",
         "mean, math: AddSub (100 of 395), SVAMP (100 of 395)",
@@ -195,18 +178,25 @@ def test_a_mean_over_other_tests_has_a_column_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("drop", ["scores.json", "log.jsonl", "a step", "half a step"])
-def test_unfinished_runs_are_named_and_left_out(drop, tmp_path):
+def test_unfinished_runs_are_named_and_left_out(drop, tmp_path, collect):
     write_run(tmp_path / "gsm8k/lora/s0")
-    place = write_run(tmp_path / "gsm8k/lora/s1", seed=1, drop=(drop,))
+    place = write_run(tmp_path / "gsm8k/lora/s1", files={} if "step" in drop else {drop: None})
     if "step" in drop:
         log = (place / "log.jsonl").read_text().splitlines()
         (place / "log.jsonl").write_text("\n".join([*log[:3], log[3][:20]][: 4 if "half" in drop else 3]))
     result = collect(tmp_path)
     why = {"scores.json": "no scores.json", "log.jsonl": "0 of 4 steps"}.get(drop, "3 of 4 steps")
-    assert f"left out, not finished: {place}: {why}" in result.stderr and len(cells(result.stdout)) == 1
-    left = json.loads(collect(tmp_path, "--format", "json").stdout)["unfinished"]
+    assert f"left out, not finished: {place}: {why}" in result.err and len(cells(result.out)) == 1
+    left = json.loads(collect(tmp_path, "--format", "json").out)["unfinished"]
     assert left[0]["folder"] == str(place) and why in left[0]["why"]
-    refused(collect(place, status=1), "no finished run", str(place))
+    printed = collect(place, status=1).err
+    assert all(
+        words in printed
+        for words in (
+            "no finished run",
+            str(place),
+        )
+    )
 
 
 def remove(name, *keys):
@@ -248,33 +238,41 @@ def replace(name, old, new):
         replace("AddSub.jsonl.settings.json", "{", "[{"),
     ],
 )
-def test_a_damaged_file_is_named(damage, tmp_path):
+def test_a_damaged_file_is_named(damage, tmp_path, collect):
     name, change = damage
     place = write_run(tmp_path / "gsm8k/lora/s0")
     change(place)
     output = tmp_path / "table.md"
     output.write_text("earlier")
-    refused(collect(tmp_path, "--output", output, status=1), str(place / name))
+    printed = collect(tmp_path, "--save_path", output, status=1).err
+    assert all(words in printed for words in (str(place / name),))
     assert output.read_text() == "earlier"
 
 
-def test_the_output_is_written_whole_or_not_at_all(three):
+def test_the_output_is_written_whole_or_not_at_all(three, collect):
     output = three / "table.csv"
-    assert collect(three, "--format", "csv", "--output", output).stdout == ""
-    assert output.read_text() == collect(three, "--format", "csv").stdout
-    refused(collect(three, "--output", three / "nowhere" / "table.md", status=1), "nowhere")
+    assert collect(three, "--format", "csv", "--save_path", output).out == ""
+    assert output.read_text() == collect(three, "--format", "csv").out
+    printed = collect(three, "--save_path", three / "nowhere" / "table.md", status=1).err
+    assert all(words in printed for words in ("nowhere",))
     assert sorted(file.name for file in three.iterdir()) == ["gsm8k", "table.csv"]
 
 
 @pytest.mark.parametrize(
     ("words", "status", "expected"),
     [
-        (["--formt", "csv", "x"], 2, ["--formt"]),
-        (["--format", "xml", "x"], 2, ["--format", "xml"]),
+        (["x", "--formt", "csv"], 2, ["--formt"]),
+        (["x", "--format", "xml"], 2, ["--format", "xml"]),
         ([], 2, ["FOLDER"]),
         (["none"], 1, ["none", "no such folder"]),
         (["docs"], 1, ["no finished run", "docs"]),
     ],
 )
-def test_a_wrong_call_is_refused(words, status, expected):
-    refused(collect(*words, status=status), *expected, status=status)
+def test_a_wrong_call_is_refused(words, status, expected, collect):
+    printed = collect(*words, status=status).err
+    assert printed.count("error: ") == 1 and all(word in printed for word in expected)
+
+
+def test_it_is_run_by_its_path(three):
+    result = run("exps/collect.py", three / "gsm8k")
+    assert result.returncode == 0 and cells(result.stdout)[1]["seeds"] == "3"

@@ -35,7 +35,9 @@ RULES = {
     "convert": allowed("llama moa cli", libraries="torch numpy tqdm", late="gguf safetensors"),
     "demo": allowed("convert llama cli", libraries="torch numpy tqdm"),
     "evaluate": allowed("cli", libraries="tabulate"),
-    "inspection": allowed("llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib"),
+    "inspection": allowed(
+        "training llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib jinja2"
+    ),
     "benchmarks": allowed(
         "training inspection llama moa cli convert demo", libraries="torch", late="transformers peft"
     ),

@@ -11,11 +11,12 @@ from torch import Tensor
 
 import plain_model
 from commands import torchrun, write_rows
-from inspection import gates as command
-from inspection.__main__ import COMMANDS
+from inspection import router_stats as command
+from inspection.__main__ import MODULES
 from inspection.__main__ import main as inspect
-from inspection.hooks import Recorder
-from inspection.statistics import BINS, QUANTILES, Statistics, quantiles, read_statistics
+from inspection.router_file import read_statistics
+from inspection.router_recorder import RouterRecorder
+from inspection.running_stats import BINS, QUANTILES, RouterStatistics, quantiles
 from llama import Llama
 from llama.data import encode_prompt
 from llama.distributed import init_distributed
@@ -98,10 +99,10 @@ def some_rows() -> list[list[int]]:
 
 
 def whole_pass(llm: Llama, rows: list[list[int]], prompt_lens: list[int]) -> dict[str, Any]:
-    statistics = Statistics(llm.model)
+    statistics = RouterStatistics(llm.model)
     with statistics.recorder(), torch.inference_mode():
         packed = torch.tensor([token for row in rows for token in row])
-        llm.model.hidden(packed, PackedBatch([len(row) for row in rows], "cpu", prompt_lens))
+        llm.model.forward_hidden(packed, PackedBatch([len(row) for row in rows], "cpu", prompt_lens))
     statistics.reduce()
     return statistics.result({"rows": len(rows)})
 
@@ -149,7 +150,7 @@ def test_statistics_equal_the_formulas(name: str, monkeypatch: pytest.MonkeyPatc
     assert {(one["layer"], one["slot"]) for one in found["experts"]} == ears.experts.keys()
     assert found["blocks"] or found["experts"]
     for block in found["blocks"]:
-        per_row = found["block_router"] in ("instance", "kinds")
+        per_row = found["block_router"] in ("instance", "unipelt")
         assert block["unit"] == ("row" if per_row else "token")
         assert block["slots"] == [slot.name for slot in llm.model.config.slots(block["layer"])]
         parts = parts_of(ears.gates[block["layer"]], per_row)
@@ -190,7 +191,7 @@ def same_mixture(found: dict[str, Any], weights: list[list[float]]) -> None:
 def test_generating_counts_what_one_pass_over_prompts_and_answers_counts(name: str, max_rows: int) -> None:
     llm = shared(name)
     prompts = [tokens(n, seed=n).tolist() for n in (5, 3, 7)]
-    statistics, before = Statistics(llm.model), llm.max_batch_size
+    statistics, before = RouterStatistics(llm.model), llm.max_batch_size
     llm.max_batch_size = max_rows
     try:
         with statistics.recorder():
@@ -229,7 +230,7 @@ def test_no_hook_is_left_and_nothing_of_the_model_changes() -> None:
     llm, prompts = build("custom"), [tokens(5).tolist()]
     state = {key: t.clone() for key, (t, *_) in adapter_parameters(llm.model).items()}
     plain, before = llm.generate(prompts, 8), hooks(llm)
-    statistics = Statistics(llm.model)
+    statistics = RouterStatistics(llm.model)
     assert before == hooks(llm) == 0
     with statistics.recorder():
         assert hooks(llm) > 0
@@ -243,7 +244,7 @@ def test_no_hook_is_left_and_nothing_of_the_model_changes() -> None:
 
 def test_batches_come_as_soon_as_there_are_enough_tokens() -> None:
     llm, sizes = shared("soft_moa"), []
-    with Recorder(llm.model, lambda batch: sizes.append(len(batch.answer)), tokens_at_once=10):
+    with RouterRecorder(llm.model, lambda batch: sizes.append(len(batch.is_answer)), flush_tokens=10):
         llm.generate([tokens(7).tolist(), tokens(4, seed=1).tolist()], 8, min_new_tokens=8)
     assert sizes == [11, 10, 4]
 
@@ -251,7 +252,7 @@ def test_batches_come_as_soon_as_there_are_enough_tokens() -> None:
 def test_a_model_without_a_router_is_refused() -> None:
     for name in ("lora", None):
         with pytest.raises(ValueError, match="has no router"):
-            Statistics(shared(name).model)
+            RouterStatistics(shared(name).model)
 
 
 def test_quantiles_of_a_histogram() -> None:
@@ -266,7 +267,7 @@ def test_what_was_saved_is_read_again_and_nothing_else(tmp_path: Path) -> None:
     for change, told in (
         ({"format": "x"}, "not router statistics"),
         ({"version": 2}, "version 2"),
-        ({"blocks": 1}, "blocks"),
+        ({"blocks": 1}, "damaged"),
     ):
         file.write_text(json.dumps(found | change))
         with pytest.raises(ValueError, match=f"a.json: .*{told}"):
@@ -306,7 +307,7 @@ def test_gates_of_a_file_and_of_its_answers(tmp_path: Path, capsys: pytest.Captu
     texts = ["An answer", ["two", "samples"], ""]
     lines = [json.dumps(row | {"generate": text}) for row, text in zip(rows, texts, strict=True)]
     predictions.write_text("\n".join(lines))
-    found = gates(tmp_path, "sparse_moa", "--of_answers", predictions, "--max_gen_len", 6)
+    found = gates(tmp_path, "sparse_moa", "--predict_file", predictions, "--max_gen_len", 6)
     assert found["source"]["rows"] == 4 and found["source"]["answers"] == "given"
     sizes = [len(prompts[i]) for i in (0, 1, 1, 2)]
     assert found["counts"] == {"prompt": sum(sizes), "answer": 6 + 3 + 6, "all": sum(sizes) + 15}
@@ -328,7 +329,7 @@ def test_two_processes_count_what_one_counts(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "told", "status"),
     [
-        ([], "give one of --data_path, --prompt and --of_answers", 2),
+        ([], "give one of --data_path, --prompt and --predict_file", 2),
         (["--prompt", "a", "--data_path", "b"], "--data_path and --prompt", 2),
         (["--prompt", "a", "--max_gen_len", "256"], "--max_gen_len 256 must be below --max_seq_len", 2),
         (["--data_path", "none.json"], "none.json: no such file", 1),
@@ -347,7 +348,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="^0$"):
         inspect(["--help"])
     told = capsys.readouterr().out
-    assert all(f"python -m inspection {name} " in told for name in COMMANDS)
+    assert all(f"python -m inspection {name} " in told for name in MODULES)
     with pytest.raises(SystemExit):
         inspect(["gate"])
     assert "gates, row, figures" in capsys.readouterr().err

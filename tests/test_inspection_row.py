@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inspection import row as command
-from inspection.colours import colour, ink
-from inspection.paint import page, terminal
-from inspection.row import Flags, Look, View, look_at, texts
+from inspection import token_heatmap as command
+from inspection.token_heatmap import Flags, TokenHeatmap, View, colours, make_heatmap, page, terminal, token_texts
 from llama.distributed import init_distributed
 from llama.packing import PackedBatch
 from tiny import BASE, build, save, shared
@@ -18,21 +16,21 @@ from tiny import BASE, build, save, shared
 HOSTILE = 'a <b>&amp; "\x1b[31m\u202e\x00 \n\n\té🙂</script>'
 
 
-def look(name: str, answer: str | None = "two", prompt: str = "one", **flags: object) -> Look:
+def look(name: str, answer: str | None = "two", prompt: str = "one", **flags: object) -> TokenHeatmap:
     llm = build(name, max_seq_len=400)
     asked = Flags(**{"prompt": prompt, "answer": answer, "max_gen_len": 5} | flags)
-    return look_at(asked, llm, {"instruction": prompt, "input": ""})
+    return make_heatmap(asked, llm, {"instruction": prompt, "input": ""})
 
 
-def router_says(name: str, found: Look) -> dict[str, torch.Tensor]:
+def router_says(name: str, found: TokenHeatmap) -> dict[str, torch.Tensor]:
     """The gates of layer 0, slot by slot, of the tokens of a row."""
     llm = shared(name)
     tokens = llm.tokenizer.encode("".join(found.tokens).removeprefix("<|begin_of_text|>"), bos=True)
     assert len(tokens) == len(found.tokens)
     x = llm.model.tok_embeddings(torch.tensor(tokens))
     router = llm.model.layers[0].router
-    if router.per_row:
-        x = PackedBatch([len(tokens)], "cpu", [found.prompt_len]).prompt_means(x)
+    if router.per_sequence:
+        x = PackedBatch([len(tokens)], "cpu", [found.prompt_len]).mean_over_prompt(x)
     with torch.no_grad():
         gates = router(x)
     return {slot: gate.squeeze(1).expand(len(tokens)) for slot, gate in gates.items()}
@@ -51,7 +49,7 @@ def test_adapters_used_and_means_over_layers() -> None:
     (used,) = look("sparse_moa", layers="0", show="used").views
     said = router_says("sparse_moa", look("sparse_moa"))
     assert used.values == [sum(float(said[slot][i]) > 0 for slot in said) for i in range(len(used.values))]
-    assert used.whole and used.most == len(said) and used.marks() == list(range(len(said) + 1))
+    assert used.is_count and used.high == len(said) and used.marks() == list(range(len(said) + 1))
     first, second = look("sparse_moa", layers="0,1", slots="lora_K").views
     (mean,) = look("sparse_moa", slots="lora_K").views
     both = [(a + b) / 2 for a, b in zip(first.values, second.values, strict=True)]
@@ -60,7 +58,7 @@ def test_adapters_used_and_means_over_layers() -> None:
 
 def test_experts() -> None:
     (used,) = look("topk_moelora", show="used", slots="lora_V", layers="2").views
-    assert set(used.values) == {2.0} and used.most == 4
+    assert set(used.values) == {2.0} and used.high == 4
     weights = [look("topk_moelora", show="weight", expert=e, slots="lora_V", layers="2").views[0] for e in range(4)]
     assert [sum(values) for values in zip(*(view.values for view in weights), strict=True)] == pytest.approx(
         [1.0] * len(used.values)
@@ -71,7 +69,7 @@ def test_an_answer_is_generated_where_none_is_given() -> None:
     llm, found = shared("soft_moa"), look("soft_moa", answer=None)
     prompt = llm.tokenizer.encode("".join(found.tokens[: found.prompt_len]).removeprefix("<|begin_of_text|>"), bos=True)
     answer = build("soft_moa", max_seq_len=400).generate([prompt], 5)[0]
-    assert found.tokens[found.prompt_len :] == texts(llm.tokenizer, answer)
+    assert found.tokens[found.prompt_len :] == token_texts(llm.tokenizer, answer)
 
 
 @pytest.mark.parametrize(
@@ -94,16 +92,16 @@ def test_what_is_not_there_is_refused(name: str, flags: dict, told: str) -> None
 def test_tokens_say_the_text_whatever_their_bytes() -> None:
     tokenizer = shared(None).tokenizer
     for text in (HOSTILE, "é🙂é", "plain"):
-        found = texts(tokenizer, tokenizer.encode(text))
+        found = token_texts(tokenizer, tokenizer.encode(text))
         assert "".join(found) == text and len(found) == len(tokenizer.encode(text))
     broken = [0xF0, 0x9F, 0x41, 0xE2, 0x42, 0xFF]  # ids of the golden tokenizer are bytes
-    assert texts(tokenizer, broken) == ["\ufffd", "", "A", "\ufffd", "B", "\ufffd"]
+    assert token_texts(tokenizer, broken) == ["\ufffd", "", "A", "\ufffd", "B", "\ufffd"]
 
 
-def some_look(text: str = HOSTILE) -> Look:
+def some_look(text: str = HOSTILE) -> TokenHeatmap:
     tokens = list(text)
     values = [i / len(tokens) for i in range(len(tokens))]
-    return Look("soft_moa", tokens, 3, [View("gate of lora_Q, layer 0", values, 0, 1, False)])
+    return TokenHeatmap("soft_moa", tokens, 3, [View("gate of lora_Q, layer 0", values, 0, 1, False)])
 
 
 def test_terminal_with_and_without_colour() -> None:
@@ -145,17 +143,17 @@ def luminance(rgb: tuple[int, int, int]) -> float:
 
 
 def test_the_scale_grows_lighter_and_can_be_read() -> None:
-    lights = [luminance(colour(i / 100)) for i in range(101)]
+    lights = [luminance(colours(i / 100)[0]) for i in range(101)]
     assert lights == sorted(lights) and lights[-1] > 10 * lights[0]
     for i in range(101):
-        low, high = sorted((luminance(colour(i / 100)), luminance(ink(colour(i / 100)))))
+        low, high = sorted((luminance(colours(i / 100)[0]), luminance(colours(i / 100)[1])))
         assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     adapter, html = save(shared("sparse_moa"), tmp_path), tmp_path / "new" / "row.html"
     words = ["--adapter_path", adapter, "--ckpt_dir", BASE, "--device", "cpu", "--bf16", "False", "--max_gen_len", 4]
-    command.main([str(w) for w in (*words, "--prompt", "Hi", "--show", "used", "--html", html)], "row")
+    command.main([str(w) for w in (*words, "--prompt", "Hi", "--show", "used", "--save_path", html)], "row")
     init_distributed(torch.device("cpu"))
     assert "adapters used, mean over 3 layers" in capsys.readouterr().out
     assert html.read_text().startswith("<!doctype html>")

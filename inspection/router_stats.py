@@ -1,0 +1,162 @@
+"""Statistics of a model's routers over the prompts and answers of a test file, or over one prompt.
+
+    python -m inspection gates --ckpt_dir DIR --adapter_path OUT/adapter.pth --data_path test.json --save_path G.json
+    torchrun --nproc_per_node N -m inspection gates ...        the rows are shared out among N processes
+
+The model answers the rows as generate.py does while hooks record its routers: per layer and slot the mean gate, its
+spread, how often it is on; the threshold and the adapters used per token of a sparse router; the load, balance and
+entropy of mixtures of experts. Tokens of prompts and of answers are counted apart and together. --predict_file reads
+the answers of a file of predictions instead, in one forward pass per row. inspection/router_file.py describes the file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from cli import cli_errors, die, flag, parse_into
+from inspection.model import ModelFlags, check_positive, running
+from llama.machine import check_sampling
+
+ROWS = "rows and answers"
+
+
+@dataclass(frozen=True)
+class Flags:
+    save_path: str = flag(help="JSON file to write, as OUT/gates.json; replaced if it exists", group=ROWS)
+    data_path: str | None = flag(None, help="test rows, JSON or JSON lines, to be answered", group=ROWS)
+    prompt: str | None = flag(None, help="an instruction to be answered, instead of a file", group=ROWS)
+    predict_file: str | None = flag(None, help="predictions of generate.py: prompts with their answers", group=ROWS)
+    max_rows: int | None = flag(None, help="only the first so many rows", group=ROWS)
+    max_gen_len: int = flag(200, help="new tokens at most; --predict_file: of an answer, the first so many", group=ROWS)
+    temperature: float = flag(0.0, help="0: greedy", group=ROWS)
+    top_p: float = flag(0.75, help="draw from the most likely tokens that together have this probability", group=ROWS)
+    seed: int = flag(0, help="seed of the draws", group=ROWS)
+
+    def __post_init__(self):
+        given = [f"--{name}" for name in ("data_path", "prompt", "predict_file") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of --data_path, --prompt and --predict_file, not {' and '.join(given) or 'none of them'}"
+            )
+        check_positive(self, "max_rows", "max_gen_len")
+        check_sampling(self.temperature, self.top_p)
+        if Path(self.save_path).is_dir():
+            raise ValueError(f"--save_path {self.save_path} is a folder, expected the path of a file")
+
+
+def main(argv: Sequence[str], prog: str) -> None:
+    (flags, model_flags), _ = parse_into([Flags, ModelFlags], argv, prog=prog, description=__doc__)
+    if flags.max_gen_len >= model_flags.max_seq_len:
+        die(f"--max_gen_len {flags.max_gen_len} must be below --max_seq_len {model_flags.max_seq_len}", status=2)
+    with cli_errors(memory_advice=f"lower --max_batch_size (now {model_flags.max_batch_size}) or --max_seq_len"):
+        rows = read_rows_with_answers(flags)
+        with running(model_flags) as llm:
+            count_and_save(flags, llm, rows, model_flags)
+
+
+def read_rows_with_answers(flags: Flags) -> list[dict[str, Any]]:
+    """Rows with an instruction and an input, and (--predict_file) an answer as `generate`: one row per sample."""
+    from moa.reading import read_rows
+
+    if flags.prompt is not None:
+        return [{"instruction": flags.prompt, "input": ""}]
+    file = flags.data_path or flags.predict_file
+    rows = read_rows(file, ("instruction", "input"))[: flags.max_rows]
+    if flags.data_path is not None:
+        return rows
+    answered = []
+    for number, row in enumerate(rows, 1):
+        samples = row.get("generate")
+        samples = [samples] if isinstance(samples, str) else samples
+        if not isinstance(samples, list) or not all(isinstance(text, str) for text in samples):
+            raise ValueError(f"{file}: row {number}: field 'generate' is missing or not text")
+        answered += [row | {"generate": text} for text in samples]
+    return answered
+
+
+def count_and_save(flags: Flags, llm: Any, rows: list[dict[str, Any]], model_flags: ModelFlags) -> None:
+    """Read this process's share of the rows; then the main process writes the sums of all."""
+    from inspection.running_stats import RouterStatistics
+    from llama.data import encode_prompt
+    from llama.distributed import dp_rank, dp_size, is_rank0
+    from moa.files import write_json
+
+    statistics = RouterStatistics(llm.model)
+    room = llm.max_seq_len - flags.max_gen_len
+    prompts = [encode_prompt(llm.tokenizer, row, room) for row in rows]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < llm.max_seq_len]
+    if not fitting:
+        raise ValueError(f"no row leaves room for an answer within --max_seq_len {llm.max_seq_len}")
+    share = fitting[dp_rank() :: dp_size()]
+    sampling = {"temperature": flags.temperature, "top_p": flags.top_p, "seed": flags.seed}
+    with statistics.recorder():
+        if flags.predict_file is not None:
+            answers = [llm.tokenizer.encode(rows[i]["generate"])[: flags.max_gen_len] for i in share]
+            read_answers(llm, [prompts[i] for i in share], answers)
+        else:
+            llm.generate([prompts[i] for i in share], flags.max_gen_len, **sampling)
+    statistics.reduce()
+    if is_rank0():
+        source = {"rows": len(fitting), "rows_left_out": len(rows) - len(fitting)} | describe_source(flags, model_flags)
+        source |= {"max_seq_len": llm.max_seq_len, "adapter": llm.model.config.to_dict()}
+        source |= sampling if flags.predict_file is None else {}
+        source |= {"dtype": str(llm.model.output.weight.dtype).removeprefix("torch."), "processes": dp_size()}
+        result = statistics.result(source)
+        Path(flags.save_path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(flags.save_path), result)
+        print("\n".join(summary(result)))
+
+
+def read_answers(llm: Any, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    """Run one forward pass over each prompt with its answer, cut at max_seq_len, `max_batch_size` rows at a time."""
+    import torch
+
+    from llama.packing import PackedBatch
+
+    device = llm.model.output.weight.device
+    for begin in range(0, len(prompts), llm.max_batch_size):
+        part = slice(begin, begin + llm.max_batch_size)
+        rows = [(p + a)[: llm.max_seq_len] for p, a in zip(prompts[part], answers[part], strict=True)]
+        batch = PackedBatch([len(tokens) for tokens in rows], device, [len(prompt) for prompt in prompts[part]])
+        with torch.inference_mode():
+            llm.model.forward_hidden(torch.tensor([token for tokens in rows for token in tokens], device=device), batch)
+
+
+def describe_source(flags: Flags, model_flags: ModelFlags) -> dict[str, Any]:
+    """What was read; files by name and content, not by where they lie."""
+    from llama.checkpoint import fingerprint
+    from moa.files import file_hash
+
+    file, adapter = flags.data_path or flags.predict_file, Path(model_flags.adapter_path)
+    return {
+        "answers": "generated" if flags.predict_file is None else "given",
+        "data": Path(file).name if file else None,
+        "data_sha256": file_hash(file) if file else None,
+        "prompt": flags.prompt,
+        "max_gen_len": flags.max_gen_len,
+        "base_fingerprint": fingerprint(model_flags.ckpt_dir),
+        "adapter_sha256": file_hash(adapter / "adapter.pth" if adapter.is_dir() else adapter),
+    }
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """Lines for the terminal: means over the layers."""
+    counts = result["counts"]
+    lines = [f"{result['method']}: {counts['prompt']} tokens of prompts, {counts['answer']} of answers"]
+    blocks = [(block["slots"], block["parts"]["all"]) for block in result["blocks"]]
+    for slot in dict.fromkeys(slot for slots, _ in blocks for slot in slots):
+        columns = [(part, slots.index(slot)) for slots, part in blocks if slot in slots]
+        gate, active = (mean([part[name][i] for part, i in columns]) for name in ("mean", "active"))
+        lines.append(f"  {slot:14} mean gate {gate:.3f}, above 0 in {active:.1%}")
+    if blocks:
+        used, there = mean([part["used"]["mean"] for _, part in blocks]), mean([len(slots) for slots, _ in blocks])
+        lines.append(f"  adapters used per layer: {used:.2f} of {there:.2f}")
+    mixtures = [(mixture["slot"], mixture["parts"]["all"]) for mixture in result["experts"]]
+    for slot in dict.fromkeys(slot for slot, _ in mixtures):
+        parts = [part for other, part in mixtures if other == slot]
+        balance, entropy = (mean([part[name] for part in parts]) for name in ("balance", "entropy"))
+        used = mean([part["used"]["mean"] for part in parts])
+        lines.append(f"  {slot:14} experts used {used:.2f}, balance {balance:.3f}, entropy {entropy:.3f}")
+    return lines

@@ -1,0 +1,119 @@
+"""Made-up run folders in all the states that tables, figures and reports meet, with texts that would like to be
+markup."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from evaluate import score_file
+from evaluate.report import scores_json
+
+HOSTILE = "</span></style><script>document.title='taken'</script><img src=x onerror=alert(1)>"
+HOSTILE += "&lt;b&gt;\x1b[31m\u202eevil\u202c $x_$"
+HALF = "half a pair: \ud83d, and the end: \0"
+LAYERS, SLOTS = 3, ("lora_Q", "lora_FFN_DOWN", "prompt", "p_adapter")
+
+
+def write_run(
+    folder: Path,
+    percents: tuple[float, ...] = (10.0,),
+    method: str | None = None,
+    seed: int | None = None,
+    steps: int = 4,
+    suites: tuple[str, ...] = ("AddSub",),
+    **changes: Any,
+) -> Path:
+    """A finished run in DATASET/METHOD/sSEED. changes: of config.json's entries, `settings` (the typed ones),
+    `answers` (how the rows were answered), `rows` (answered), `files` (name -> text, None: left out)."""
+    folder.mkdir(parents=True)
+    method = method or folder.parent.name.partition("-")[0]
+    seed = int(folder.name[1:]) if seed is None else seed
+    files = changes.pop("files", {})
+    how = {"temperature": 0, "data_sha256": "ab" * 32, "seed": 0, "adapter_sha256": str(folder)}
+    how |= changes.pop("answers", {})
+    rows, scores = changes.pop("rows", 100), {}
+    content = {f"{suite}.jsonl": "{}\n" for suite in suites}
+    for suite, percent in zip(suites, percents, strict=True):
+        both = {rule: {"percent": percent + i, "half_width": 5.0} for i, rule in enumerate(("published", "robust"))}
+        scores[suite] = {"file": f"x/{suite}.jsonl", "rows": rows, "problems": 395, "samples": rows, **both}
+        content[f"{suite}.jsonl.settings.json"] = json.dumps(how)
+    mean = {rule: {"percent": sum(s[rule]["percent"] for s in scores.values()) / len(scores)} for rule in both}
+    content["scores.json"] = json.dumps(
+        {"suites": scores, "families": {"math": {"suites": list(suites), "mean": mean}}}
+    )
+    if method != "base":
+        typed = {"seed": seed, "output_dir": str(folder), "batch_size": seed + 1, "weight_decay": 0.02, "lr": None}
+        record = {"settings": typed | changes.pop("settings", {}), "adapter": {"method": method, "lora_rank": 8}}
+        record |= {"steps": steps, "rows_per_step": 32, "trainable_parameters": 1_000_000 + len(method), "lr": 1e-3}
+        record |= {"base_fingerprint": "cd" * 32, "data_sha256": "ef" * 32, "rows": 99, "warmup_steps": 1} | changes
+        content |= {"config.json": json.dumps(record), "adapter.pth": "tensors"}
+        content["log.jsonl"] = "".join(json.dumps(log_entry(i, seed)) + "\n" for i in range(steps))
+    for name, text in (content | files).items():
+        if text is not None:
+            (folder / name).write_text(text)
+    return folder
+
+
+def log_entry(i: int, seed: int) -> dict[str, Any]:
+    return {"step": i + 1, "loss": loss(i, seed), "seconds": 15.0 + 6 * seed, "tokens": 300} | {
+        "peak_memory_bytes": (i + 1) * 2**29
+    }
+
+
+def loss(step: int, seed: int) -> float:
+    return 1.5 * math.exp(-step / 8) + 0.5 + 0.01 * seed
+
+
+def write_answers(file: Path, texts: list[str], **fields: Any) -> None:
+    """Answers to as many rows, all of whose right answer is 4."""
+    row = {"instruction": "What is 2 + 2?", "input": "", "output": "4", "answer": "4"} | fields
+    file.write_text("".join(json.dumps(row | {"generate": text}) + "\n" for text in texts))
+
+
+def score(folder: Path, texts: tuple[str, ...] = ("The answer is 4.", "It is 5", "It is 4 or 7.")) -> Path:
+    """Give a run real answers to AddSub, and their scores."""
+    write_answers(folder / "AddSub.jsonl", list(texts))
+    text = scores_json([score_file(folder / "AddSub.jsonl")])
+    (folder / "scores.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+    return folder
+
+
+def write_gates(folder: Path, threshold: bool = False, experts: int = 0) -> Path:
+    """Statistics as `python -m inspection gates` saves them, as far as they are used."""
+    blocks, mixtures, n = [], [], len(SLOTS)
+    for layer in range(LAYERS):
+        part = {"count": 9, "mean": [(layer + i) / 6 for i in range(n)], "std": [0.1] * n, "active": [0.75] * n}
+        part |= {"histogram": [[9, *[0] * 49]] * n, "used": {"mean": 2.5 + layer / 4}}
+        if threshold:
+            part["threshold"] = {"mean": 0.125 * layer, "quantiles": [0.1 * layer] * 5}
+        blocks.append({"layer": layer, "unit": "token", "slots": list(SLOTS), "parts": {"all": part}})
+        shares = [(i + 1) / sum(range(1, experts + 1)) for i in range(experts)]
+        part = {"mean": shares, "load": [0.25] * experts, "used": {"mean": 2.0}, "balance": 0.875, "entropy": 0.5}
+        mixtures.append({"layer": layer, "slot": "lora_Q", "experts": experts, "parts": {"all": part}})
+    content = {"format": "moa-router-statistics", "version": 1, "method": "x", "n_layers": LAYERS, "bins": 50}
+    content |= {"source": {"data": "test.json", "rows": 3}, "counts": {"prompt": 6, "answer": 3, "all": 9}}
+    content |= {"blocks": [] if experts else blocks, "experts": mixtures if experts else []}
+    (folder / "gates.json").write_text(json.dumps(content))
+    return folder
+
+
+def ten_runs(root: Path) -> Path:
+    """Ten runs and an empty folder where an eleventh should be."""
+    data = root / "runs" / "gsm8k"
+    for method in ("base", "lora", "soft_moa", "sparse_moa", "adamole", "molora", "hydralora"):
+        score(write_run(data / method / "s0", steps=20))
+    score(write_run(data / "lora" / "s1", steps=20), ("4", "4", "5"))
+    write_gates(data / "soft_moa" / "s0")
+    write_gates(data / "sparse_moa" / "s0", threshold=True)
+    write_gates(data / "adamole" / "s0", experts=4)
+    short = "".join(json.dumps(log_entry(i, 0)) + "\n" for i in range(7))
+    files = {"log.jsonl": short, "adapter.pth": None, "scores.json": None, "AddSub.jsonl": None}
+    write_run(data / "prompt" / "s0", steps=20, files=files)
+    (data / "molora" / "s0" / "scores.json").unlink()
+    (data / "hydralora" / "s0" / "MultiArith.jsonl.part0").write_text('{"index": 0, "generate": "4"}\n')
+    hostile = (HOSTILE + " The answer is 4.", HALF, "very long " * 200_000 + "5", "مرحبا 5")
+    bad = score(write_run(data / "unipeft" / "s0", steps=20, settings={HOSTILE: HOSTILE}), hostile)
+    write_answers(bad / "SVAMP.jsonl", ["4"], instruction=HOSTILE, answer="4")
+    (data / "topk_moelora" / "s0").mkdir(parents=True)
+    return data
