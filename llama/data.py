@@ -1,11 +1,8 @@
-"""Rows of instruction data: reading them, the prompt template, and the tokens and labels they become."""
+"""The prompt template, and the tokens and labels that rows of instruction data become."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.tokenizer import Tokenizer
-from moa.reading import parse_json, read_text
 
 IGNORE_INDEX = -100  # label of a position that is not learned
 
@@ -26,37 +23,6 @@ class Example(NamedTuple):
     tokens: list[int]
     labels: list[int]
     prompt_len: int
-
-
-def read_rows(path: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a JSON list or of JSON lines, each with these text fields. ValueError names the file, row and field.
-
-    Rows count from 1 (JSON lines: the line's number).
-    """
-    path = Path(path)
-    text = read_text(path)
-    numbered = _parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text)
-    if not numbered:
-        raise ValueError(f"{path}: empty, expected rows of {', '.join(fields)}")
-    for place, row in numbered:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: {place}: expected an object, found {type(row).__name__}")
-        for field in fields:
-            if field not in row:
-                raise ValueError(f"{path}: {place}: field {field!r} is missing")
-            if not isinstance(row[field], str):
-                raise ValueError(f"{path}: {place}: field {field!r} must be text, not {type(row[field]).__name__}")
-    return [row for _, row in numbered]
-
-
-def _parse_list(path: Path, text: str) -> list[tuple[str, Any]]:
-    return [(f"row {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
-
-
-def _parse_lines(path: Path, text: str) -> list[tuple[str, Any]]:
-    # Not splitlines(): that also cuts at characters which JSON allows inside a text
-    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [(place, parse_json(line, f"{path}: {place}")) for place, line in lines]
 
 
 def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], room: int) -> list[int]:

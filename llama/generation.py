@@ -36,6 +36,7 @@ class Llama:
     ):
         self.model, self.tokenizer, self.fast_decoding = model, tokenizer, fast_decoding
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
+        self.async_lag = 1 if model.output.weight.is_cuda else 0  # of `llama.engine.generate`
 
     @classmethod
     def build(
@@ -117,8 +118,7 @@ class Llama:
             requests.append(Request(i, prompt, max_tokens, uniforms))
         params = SamplingParams(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
-        on_gpu = self.model.output.weight.is_cuda
-        async_lag = 1 if on_gpu and not hooked else 0  # hooks shall see no extra step
+        async_lag = 0 if hooked else self.async_lag  # hooks shall see no extra step
         training = self.model.training
         self.model.eval()  # no noise in a router
         fast, steps = self.fast_decoding, max(request.max_tokens for request in requests)

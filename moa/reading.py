@@ -1,6 +1,7 @@
 """Text and JSON from files, and values as error messages show them. Needs no torch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,34 @@ def parse_json(text: str | bytes, where: str) -> Any:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_dict_of_unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def read_rows(path: str | Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of a JSON list or of JSON lines, each with these text fields. ValueError names the file, row and field.
+
+    Rows count from 1 (JSON lines: the line's number).
+    """
+    return parse_rows(read_text(Path(path)), str(path), fields)
+
+
+def parse_rows(text: str, where: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a text as `read_rows` reads them from a file; messages begin with `where`."""
+    if text.lstrip().startswith("["):
+        numbered = [(f"{where}: row {i}", row) for i, row in enumerate(parse_json(text, where), 1)]
+    else:  # split("\n"), since splitlines() also cuts at characters that JSON allows in a text
+        lines = [(f"{where}: line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        numbered = [(location, parse_json(line, location)) for location, line in lines]
+    if not numbered:
+        raise ValueError(f"{where}: empty, expected rows" + (f" of {', '.join(fields)}" if fields else ""))
+    for location, row in numbered:
+        if not isinstance(row, dict):
+            raise ValueError(f"{location}: expected an object, found {type(row).__name__}")
+        for field in fields:
+            if field not in row:
+                raise ValueError(f"{location}: field {field!r} is missing")
+            if not isinstance(row[field], str):
+                raise ValueError(f"{location}: field {field!r} must be text, not {type(row[field]).__name__}")
+    return [row for _, row in numbered]
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -145,7 +145,7 @@ def test_three_steps_move_every_adapter_tensor_and_no_base_tensor(name: str) -> 
         losses.append(loss.item())
     assert losses[2] < losses[0]
     # In the first step B = 0 keeps A where it is, z = 0 keeps P, and both keep the gates; after it nothing stays
-    assert all(key.endswith((".A", ".P")) or "router." in key for key in still[0])
+    assert all(key.endswith((".lora_A", ".prompt")) or "router." in key for key in still[0])
     assert bool(still[0]) == (name not in ("parallel_adapter", "parallel_adapter_moe"))
     assert not still[1] and not still[2]
     adapters = adapter_parameters(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from commands import refused, run, torchrun, train_flags, write_rows
-from moa.files import claim
+from moa.files import lock
 from tiny import BASE
 
 
@@ -201,7 +201,7 @@ def broken_bases():
         "no folder": (shutil.rmtree, ["no such folder"]),
         "no shard": (lambda f: (f / "consolidated.00.pth").unlink(), ["consolidated"]),
         "missing shard": (gap, ["consolidated.00.pth", "missing"]),
-        "truncated shard": (truncate, ["consolidated.00.pth", "damaged (cut short"]),
+        "truncated shard": (truncate, ["consolidated.00.pth", "damaged, cut short"]),
         "shards that do not match": (more_shards, ["2 shards", "shape"]),
         "wrong tokenizer": (tokenizer, ["tokenizer.model", "513", "512"]),
         "unknown key": (params, ["params.json", "norm_epsilon"]),
@@ -249,9 +249,8 @@ def test_a_folder_that_a_run_writes_to_is_not_for_another(data, tmp_path):
     """Before the first checkpoint there is nothing but the lock to tell of the first run."""
     out = tmp_path / "out"
     out.mkdir()
-    held = claim(out / ".lock", "")
-    refused(run("finetune.py", *train_flags(data / "train.json", out)), str(out), "another run is writing there")
-    held.close()
+    with lock(out / ".lock", "taken"):
+        refused(run("finetune.py", *train_flags(data / "train.json", out)), str(out), "another run is writing there")
     assert [f.name for f in out.iterdir()] == [".lock"]
 
 
@@ -340,7 +339,7 @@ def test_a_damaged_checkpoint_is_not_extracted(damage, trained, tmp_path):
     if damage == "step":
         del content["step"]
     elif damage == "adapter":
-        content["adapter"]["layers.0.router.router.w1.bias"] = "text"
+        content["adapter"]["layers.0.router.proj.w1.bias"] = "text"
     else:
         content["adapter_params"]["lora_rank"] = torch.zeros(1)
     torch.save(content, tmp_path / "checkpoint-007.pth")

@@ -35,7 +35,7 @@ LORA_5 = ["lora_Q", "lora_K", "lora_V", "lora_O", "lora_FFN_DOWN"]
             ["lora_Q", "lora_K", "lora_V", "prompt", "lora_O", "lora_FFN_DOWN", "p_adapter"],
             "instance",
         ),
-        ("unipeft", ["lora_Q", "lora_K", "lora_V", "prompt", "lora_O", "lora_FFN_DOWN", "p_adapter"], "kinds"),
+        ("unipeft", ["lora_Q", "lora_K", "lora_V", "prompt", "lora_O", "lora_FFN_DOWN", "p_adapter"], "unipelt"),
         ("molora", LORA_5, "none"),
         ("hydralora", LORA_5, "none"),
         ("topk_moelora", LORA_5, "none"),

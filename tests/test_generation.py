@@ -3,20 +3,25 @@
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
-import llama.copies
 import llama.engine
-import llama.generation
-import moa.adapter
 from llama import Llama
-from llama.engine import INVALID_TOKEN, Request, SamplingParams, _choose, decode, prefill
-from llama.sampling import sample, seeded_uniforms
-from moa.adapter import Deriving, weights_stand_still
-from tiny import METHODS, build, config, relative, shared, tokens
+from llama.accelerate import FastDecoding, prepack, restore_model
+from llama.engine import (
+    INVALID_TOKEN,
+    Request,
+    SamplingParams,
+    decode,
+    prefill,
+    sample,
+    sample_running,
+    seeded_uniforms,
+)
+from tiny import BASE, METHODS, build, config, relative, shared, tokens
 
 EOS, EOT = 257, 265
 ALL = [None, *METHODS]
@@ -100,24 +105,23 @@ def test_tokens_that_are_read_later_are_the_same(name: str, monkeypatch: pytest.
     with changed(llm, max_seq_len=16):
         expected = llm.generate(rows, **settings)
         assert len({len(row) for row in expected}) > 3 and max(map(len, expected)) == 8
-        for behind, size in itertools.product((1, 3), (1, 4, 32)):
+        for lag, size in itertools.product((1, 3), (1, 4, 32)):
             finished: dict[int, list[int]] = {}
-            with changed(llm, max_batch_size=size), monkeypatch.context() as patch:
-                patch.setattr(llama.generation, "_steps_behind", lambda _, behind=behind: behind)
+            with changed(llm, max_batch_size=size, async_lag=lag):
                 assert llm.generate(rows, **settings, on_finish=finished.__setitem__) == expected
             assert [finished[i] for i in range(18)] == expected
 
 
-@pytest.mark.parametrize("behind", [0, 1])
-def test_when_tokens_are_read(behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `behind`, a step is under way before the tokens of the one before are asked for."""
-    llm, events = shared("lora"), []
-    step, read = llama.engine.decode, llama.engine._read
-    monkeypatch.setattr(llama.engine, "decode", lambda *args: (events.append("step"), step(*args))[1])
-    monkeypatch.setattr(llama.engine, "_read", lambda *args: (events.append("read"), read(*args))[1])
-    monkeypatch.setattr(llama.generation, "_steps_behind", lambda _: behind)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_when_tokens_are_read(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a lag, a step is under way before the tokens of the one before are asked for."""
+    llm, events = Llama.build(BASE, max_seq_len=64, accelerate=False), []
+    decode, process = llm.model.decode, llama.engine.process_tokens
+    monkeypatch.setattr(llm.model, "decode", lambda *args: (events.append("step"), decode(*args))[1])
+    monkeypatch.setattr(llama.engine, "process_tokens", lambda *args: (events.append("read"), process(*args))[1])
+    llm.async_lag = lag
     assert len(llm.generate(prompts(4), max_gen_len=4, min_new_tokens=4)[0]) == 4
-    in_turn = ["read", "step"] if behind == 0 else ["step", "read"]
+    in_turn = ["read", "step"] if lag == 0 else ["step", "read"]
     assert events == (in_turn * 3 + ["read"])
     with passes(llm) as seen:
         llm.generate(prompts(4), max_gen_len=4, min_new_tokens=4)
@@ -167,26 +171,33 @@ def round_to_bf16(model: torch.nn.Module) -> None:
             parameter.copy_(parameter.bfloat16())
 
 
-@pytest.mark.parametrize("few", [1, 64])
-@pytest.mark.parametrize("may_copy", [False, True])
+PATHS = {
+    "plain": None,
+    "cached weights": {},
+    "cached weights, no decode path": {"decode_max_tokens": 1},
+    "prepacked": {"prepack_from": 1},
+    "prepacked, no decode path": {"prepack_from": 1, "decode_max_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy: bool, few: int, monkeypatch) -> None:
-    """With stacked, sorted and packed copies of the weights as without, and whether the two rows count as few or not.
-    In float32 copies are packed here, for all weights are numbers of bf16."""
-    monkeypatch.setattr(moa.adapter, "FEW", few)
+def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, path: str) -> None:
+    """By the plain formulas and by each faster way. In float32 prepacked weights are fp16 here where the processor's
+    kernels take them, for all are numbers of bf16."""
     model, (long, short) = build(name, bf16=bf16).model.eval(), prompts(12, 8)
+    restore_model(model)
     device, n = torch.device("cpu"), 5
-    if may_copy:
-        round_to_bf16(model)
+    round_to_bf16(model)
     with torch.inference_mode():
         wanted = [model(torch.tensor([row]), [len(row) - n])[0] for row in (long, short)]
-        with weights_stand_still(model, may_copy):
+        fast = None if PATHS[path] is None else FastDecoding(model, **PATHS[path])
+        with fast.running(5, False) if fast else nullcontext(decode) as step:
             cache = model.new_cache(2, 12)
-            found = [prefill(model, cache, [long[:-n], short[:-n]], device)]
-            found += [decode(model, cache, torch.tensor([long[-i], short[-i]])) for i in range(n, 0, -1)]
-    assert all(module._derived is None for module in model.modules() if isinstance(module, Deriving))
-    off = [relative(torch.stack([step[i] for step in found]).float(), w[-n - 1 :]) for i, w in enumerate(wanted)]
+            logits = [prefill(model, cache, [long[:-n], short[:-n]], device)]
+            logits += [step(model, cache, torch.tensor([long[-i], short[-i]])) for i in range(n, 0, -1)]
+    off = [relative(torch.stack([step[i] for step in logits]).float(), w[-n - 1 :]) for i, w in enumerate(wanted)]
     chooses = name is not None and (config(name).router.block_router, config(name).experts.expert_router) != (
         "soft",
         "soft",
@@ -196,14 +207,30 @@ def test_decode_steps_equal_a_whole_pass(name: str | None, bf16: bool, may_copy:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("can_pack", [False, llama.copies.can_pack()])
-def test_copies_on_a_processor_without_bf16_or_with_no_kernels_of_its_own(bf16: bool, can_pack: bool, monkeypatch):
-    monkeypatch.setattr(llama.copies, "can_sort", lambda: False)
+@pytest.mark.parametrize("has_fbgemm", [False, prepack.has_fbgemm()])
+def test_prepacking_on_a_processor_without_bf16_or_with_no_kernels_of_its_own(
+    bf16: bool, has_fbgemm: bool, monkeypatch
+):
+    monkeypatch.setattr(prepack, "has_onednn_bf16", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    monkeypatch.setattr(llama.copies, "can_pack", lambda: can_pack)
-    if not can_pack:
+    monkeypatch.setattr(prepack, "has_fbgemm", lambda: has_fbgemm)
+    if not has_fbgemm:
         monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", None)
-    test_decode_steps_equal_a_whole_pass("soft_moa", bf16, True, 64, monkeypatch)
+    test_decode_steps_equal_a_whole_pass("soft_moa", bf16, "prepacked")
+
+
+def test_prepacked_weights_are_dropped_when_a_weight_changes() -> None:
+    llm, rows = build("soft_moa"), prompts(6, 3)
+    llm.fast_decoding = FastDecoding(llm.model, prepack_from=1)
+    plain = Llama.build(BASE, config=config("soft_moa"), max_seq_len=64, accelerate=False)
+    plain.model.load_state_dict(llm.model.state_dict())
+    settings = {"max_gen_len": 8, "min_new_tokens": 8}
+    assert llm.generate(rows, **settings) == plain.generate(rows, **settings)
+    for model in (llm.model, plain.model):
+        model.layers[1].feed_forward.w1.weight.data.neg_()  # counts no version
+        with torch.no_grad():
+            model.layers[0].attention.adapters["lora_Q"].lora_B.mul_(-1)
+    assert llm.generate(rows, **settings) == plain.generate(rows, **settings)
 
 
 def test_seeds_and_samples_differ_and_repeat() -> None:
@@ -272,7 +299,7 @@ def test_generation_leaves_the_model_trainable() -> None:
     llm, batch = build("prompt"), tokens(1, 5)
     llm.generate(prompts(4), max_gen_len=3)
     llm.model.loss(batch, batch).backward()
-    assert llm.model.layers[0].attention.adapters["prompt"].P.grad.norm() > 0
+    assert llm.model.layers[0].attention.adapters["prompt"].prompt.grad.norm() > 0
 
 
 def test_no_prompts_no_outputs() -> None:
@@ -353,7 +380,7 @@ def test_choose_at_the_limits() -> None:
 def test_logits_that_are_not_finite_are_marked(temperature: float) -> None:
     logits = torch.tensor([[1.0, 2.0, -math.inf], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [-math.inf] * 3])
     running = [Request(i, [256], 5, [0.1] * 5) for i in range(4)]
-    chosen = _choose(logits, running, SamplingParams((0,), 0, temperature, 0.9))
+    chosen = sample_running(logits, running, SamplingParams((0,), 0, temperature, 0.9))
     assert chosen.tolist() == [1, INVALID_TOKEN, INVALID_TOKEN, INVALID_TOKEN]
 
 

@@ -33,12 +33,12 @@ from hostile import (
     torch_files,
 )
 from llama import Llama
-from llama.data import read_rows
 from llama.distributed import init_distributed
 from llama.predictions import Predictions
 from llama.tokenizer import Tokenizer
 from moa.adapter_file import load_adapter
 from moa.files import load_tensors
+from moa.reading import read_rows
 from moa.state import adapter_state_dict
 from tiny import BASE, GOLDEN, PARAMS, golden_state, shared, tokens
 from training.checkpoint import read
@@ -449,7 +449,7 @@ def test_a_temporary_name_that_is_a_link_is_not_followed(made, ground: Ground) -
 
 
 def test_every_odd_tensor_is_refused_in_an_adapter(made, ground: Ground) -> None:
-    key = "layers.1.attention.adapters.prompt.P"
+    key = "layers.1.attention.adapters.prompt.prompt"
     tensor, trace, folder = made.state[key], ground.parent / "trace", ground(made.adapter)
     file = folder / "adapter" / "adapter.pth"
     files = {what: saved(made.state | {key: odd}) for what, odd in odd_tensors(tensor).items()}

@@ -136,14 +136,14 @@ def test_gradients_of_what_several_ranks_hold_are_equal_on_them(compared) -> Non
 def test_adapters_are_cut_as_their_layers_are(compared) -> None:
     alone, shared = compared
     columns, rows = ("Q", "K", "V", "FFN_UP", "FFN_GATE"), ("O", "FFN_DOWN")
-    outputs = {f"lora_{target}.B" for target in columns} | {f"bias_{target}.bias" for target in columns}
-    inputs = {f"lora_{target}.A" for target in rows}
-    routers = {f"lora_{target}.expert_router.{name}.weight" for target in rows for name in ("linear", "threshold")}
-    expected = {key for key in alone["state"] if key.endswith((*outputs, *inputs, *routers, "prompt.z"))}
+    outputs = {f"lora_{target}.lora_B" for target in columns} | {f"bias_{target}.bias" for target in columns}
+    inputs = {f"lora_{target}.lora_A" for target in rows}
+    routers = {f"lora_{target}.expert_router.{name}.weight" for target in rows for name in ("proj", "threshold")}
+    expected = {key for key in alone["state"] if key.endswith((*outputs, *inputs, *routers, "prompt.gate"))}
     for rank in shared:
         assert set(rank["cut"]) == expected
         for key, (_, parts) in rank["cut"].items():
-            assert parts == (2 if key.endswith(("lora_K.B", "lora_V.B")) else len(shared)), key  # key/value heads
+            assert parts == (2 if key.endswith(("lora_K.lora_B", "lora_V.lora_B")) else len(shared)), key  # key/value heads
 
 
 def test_generation(compared) -> None:

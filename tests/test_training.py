@@ -13,14 +13,14 @@ import tiny
 import training.loop
 from llama.data import IGNORE_INDEX, Example
 from llama.model import Losses, Transformer
-from llama.packing import PackedBatch
+from llama.packing import PackedBatch, balance_by_length
 from moa.files import load_tensors, write_torch
 from moa.state import adapter_parameters, adapter_state_dict, optimizer_groups
 from training.checkpoint import Saver, newest, pack, read, restore, save
 from training.data import load_examples, micro_batches
 from training.log import RunLog
-from training.loop import NotFinite, Progress, make_optimizer, train
-from training.schedule import make_plan, share_out
+from training.loop import NonFiniteLoss, TrainState, make_optimizer, train
+from training.schedule import make_plan
 
 
 def plan(n_rows=10, rows_per_step=4, epochs=2.0, max_steps=None, warmup_epochs=None, lr=None, constant=False):
@@ -51,7 +51,7 @@ def test_every_epoch_is_a_new_order_of_all_rows():
 @pytest.mark.parametrize("n", [1, 5, 8, 32])
 def test_rows_are_shared_out_in_equal_numbers_and_about_equal_tokens(n, ranks):
     lengths = torch.randint(60, 301, (n,), generator=torch.Generator().manual_seed(n)).tolist()
-    shares = share_out(lengths, ranks)
+    shares = balance_by_length(lengths, ranks)
     assert sorted(i for share in shares for i in share) == list(range(n))
     assert all(share == sorted(share) for share in shares)
     counts, tokens = [len(share) for share in shares], [sum(lengths[i] for i in share) for share in shares]
@@ -61,8 +61,8 @@ def test_rows_are_shared_out_in_equal_numbers_and_about_equal_tokens(n, ranks):
 
 
 def test_rows_that_can_be_shared_out_evenly_are():
-    assert share_out([8, 1, 7, 2, 6, 3, 5, 4], 2) == [[0, 3, 5, 6], [1, 2, 4, 7]]
-    assert share_out([5, 5, 5], 1) == [[0, 1, 2]]
+    assert balance_by_length([8, 1, 7, 2, 6, 3, 5, 4], 2) == [[0, 3, 5, 6], [1, 2, 4, 7]]
+    assert balance_by_length([5, 5, 5], 1) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def examples(n=8, seed=0):
 def trained(method="soft_moa", batch_size=2, done=0, steps=3, state=None, rows=None, lr=0.01, on_step=None):
     llm = tiny.build(method, seed=3)
     optimizer = make_optimizer(llm.model, 0.02)
-    progress = restore(read(state, llm.model), llm.model, optimizer) if state else Progress()
+    progress = restore(read(state, llm.model), llm.model, optimizer) if state else TrainState()
     assert progress.done == done
     log = []
     p = plan(n_rows=8, max_steps=6, lr=lr, warmup_epochs=0)
@@ -168,7 +168,7 @@ def test_only_adapters_move_and_all_of_them_do(method):
 def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method):
     def keep(entry, model, optimizer):
         if entry["step"] == 2:
-            save(tmp_path, pack(model, optimizer, Progress(2), {}))
+            save(tmp_path, pack(model, optimizer, TrainState(2), {}))
 
     unbroken, _, log = trained(method, steps=6, on_step=keep)
     resumed, _, rest = trained(method, done=2, steps=6, state=tmp_path / "checkpoint-2.pth")
@@ -183,7 +183,7 @@ def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, 
 
     def keep(entry, model, optimizer):
         if entry["step"] == 2:
-            save(tmp_path, pack(model, optimizer, Progress(2), {}))
+            save(tmp_path, pack(model, optimizer, TrainState(2), {}))
 
     def use(fused):
         adamw = partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.95), foreach=False)
@@ -204,7 +204,7 @@ def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, 
 
 def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
     llm, optimizer, _ = trained(steps=2)
-    path = save(tmp_path, pack(llm.model, optimizer, Progress(2), {"method": "soft_moa"}))
+    path = save(tmp_path, pack(llm.model, optimizer, TrainState(2), {"method": "soft_moa"}))
     adapter_bytes = sum(t.numel() * 4 for t in adapter_state_dict(llm.model).values())
     entries = 3 * len(adapter_state_dict(llm.model))
     assert 3 * adapter_bytes < path.stat().st_size < 3 * adapter_bytes + 600 * entries
@@ -232,7 +232,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(monkeypatch, tmp_path, g
         states.append(adapter_state_dict(model))
         updates.append({int(state["step"]) for state in optimizer.state.values()})
         if entry["step"] == 3:
-            save(tmp_path, pack(model, optimizer, Progress(3, [2]), {}))
+            save(tmp_path, pack(model, optimizer, TrainState(3, [2]), {}))
 
     states, updates = [], []
     damaged(monkeypatch, {2}, gradient)
@@ -246,7 +246,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(monkeypatch, tmp_path, g
         and f"; rows {rows} of" in log[1]["skipped"]
     )
     assert (log[1]["loss"] is None) != gradient and not any("skipped" in entry for entry in log[:1] + log[2:])
-    assert not torch.equal(states[2]["layers.0.router.router.w1.bias"], states[0]["layers.0.router.router.w1.bias"])
+    assert not torch.equal(states[2]["layers.0.router.proj.w1.bias"], states[0]["layers.0.router.proj.w1.bias"])
     # ... and a run that is resumed later knows of it
     resumed, _, _ = trained(batch_size=4, steps=6, done=3, state=tmp_path / "checkpoint-3.pth")
     for key, tensor in adapter_state_dict(llm.model).items():
@@ -254,14 +254,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(monkeypatch, tmp_path, g
 
 
 @pytest.mark.parametrize(
-    ("progress", "steps"), [(Progress(), {3, 4}), (Progress(3, [3]), {1})], ids=["unbroken", "resumed"]
+    ("progress", "steps"), [(TrainState(), {3, 4}), (TrainState(3, [3]), {1})], ids=["unbroken", "resumed"]
 )
 def test_a_second_step_in_a_row_that_is_not_finite_ends_the_run(monkeypatch, progress, steps):
     damaged(monkeypatch, steps)
     model, log = tiny.build("soft_moa", seed=3).model, []
     p = plan(n_rows=8, max_steps=6, lr=0.01)
     words = r"^step 4: the loss is not finite \(loss nan; rows \d+, .*, nor was it in step 3; a lower --lr"
-    with pytest.raises(NotFinite, match=words):
+    with pytest.raises(NonFiniteLoss, match=words):
         train(model, make_optimizer(model, 0.02), examples(), p, 4, 7, progress, log.append)
     assert (progress.done, progress.skipped) == (3, [3])
     assert [entry["step"] for entry in log] == ([] if steps == {1} else [1, 2, 3])
@@ -270,16 +270,16 @@ def test_a_second_step_in_a_row_that_is_not_finite_ends_the_run(monkeypatch, pro
 def test_numbers_that_are_not_finite_are_not_saved():
     llm, optimizer, _ = trained(steps=1)
     with torch.no_grad():
-        llm.model.layers[1].router.router.w1.weight[0, 0] = math.inf
+        llm.model.layers[1].router.proj.w1.weight[0, 0] = math.inf
     with pytest.raises(ValueError, match="the adapter after step 1: .*w1.weight.*not finite"):
-        pack(llm.model, optimizer, Progress(1), {})
+        pack(llm.model, optimizer, TrainState(1), {})
 
 
 def test_the_newest_checkpoints_stay(tmp_path):
     llm, optimizer, _ = trained(steps=1)
     saver = Saver(tmp_path, keep=2)
     for step in (9, 10, 20, 30):
-        saver.save(pack(llm.model, optimizer, Progress(step), {}))
+        saver.save(pack(llm.model, optimizer, TrainState(step), {}))
     saver.wait()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-20.pth", "checkpoint-30.pth"]
 
@@ -287,16 +287,16 @@ def test_the_newest_checkpoints_stay(tmp_path):
 def test_a_save_that_fails_is_told_by_the_next_and_deletes_nothing(tmp_path, monkeypatch):
     llm, optimizer, _ = trained(steps=1)
     saver = Saver(tmp_path, keep=1)
-    saver.save(pack(llm.model, optimizer, Progress(1), {}))
+    saver.save(pack(llm.model, optimizer, TrainState(1), {}))
     saver.wait()
 
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    saver.save(pack(llm.model, optimizer, Progress(2), {}))
+    saver.save(pack(llm.model, optimizer, TrainState(2), {}))
     with pytest.raises(OSError, match="No space left on device.*checkpoint-2.pth"):
-        saver.save(pack(llm.model, optimizer, Progress(3), {}))
+        saver.save(pack(llm.model, optimizer, TrainState(3), {}))
     with pytest.raises(OSError, match="checkpoint-3.pth"):  # begun all the same, and not over before
         saver.wait()
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-1.pth"]
@@ -304,7 +304,7 @@ def test_a_save_that_fails_is_told_by_the_next_and_deletes_nothing(tmp_path, mon
 
 def test_the_newest_checkpoint_that_is_whole_is_found(tmp_path):
     llm, optimizer, _ = trained(steps=1)
-    paths = [save(tmp_path, pack(llm.model, optimizer, Progress(step), {})) for step in (1, 2, 3, 4)]
+    paths = [save(tmp_path, pack(llm.model, optimizer, TrainState(step), {})) for step in (1, 2, 3, 4)]
     paths[3].write_bytes(paths[3].read_bytes()[:-3000])
     flipped = bytearray(paths[2].read_bytes())
     flipped[len(flipped) // 2] ^= 4
@@ -337,7 +337,7 @@ def test_the_newest_checkpoint_that_is_whole_is_found(tmp_path):
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, damage):
     llm, optimizer, _ = trained(steps=1)
-    content = pack(llm.model, optimizer, Progress(1), {})
+    content = pack(llm.model, optimizer, TrainState(1), {})
     key = next(iter(content["adapter"]))
     if damage == "adapter":
         del content["adapter"][key]

@@ -1,100 +1,305 @@
-"""What one process of a run will need and send, from sizes alone: for `--dry_run`, before any weight is read.
+"""Memory and messages of one process of a run, from sizes alone, before any weight is read.
 
-Everything is worked out on the model that this rank would hold (`training.rehearsal.unfilled_model`), cut as it is cut.
-Left out: what the libraries take (on a GPU about a gigabyte), and what stands only while the activations do not: the
-message of gradients.
+The model that the process would hold runs on torch's meta device, in torch's fake process group of as many processes as
+the run has. Nothing is known here of single adapters or routers. Left out: what the libraries take (on a GPU about a
+gigabyte), and the message of gradients, which is sent when the activations are gone.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._tools.fake_collectives import CollectiveOp  # also lets meta tensors take part in collectives
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import llama.model
+from llama.accelerate import accelerate_model
+from llama.accelerate.lanes import split_lanes, usable_threads
+from llama.args import ModelArgs
 from llama.checkpoint import shard_specs
+from llama.distributed import destroy_distributed, init_distributed, init_single_process
 from llama.loss import chunk_size
 from llama.model import Transformer
-from moa.state import adapter_parameters
-from training.config import RECOMPUTED
-from llama.accelerate.lanes import split_lanes, usable_threads
-from training.layout import Message
-from training.rehearsal import Kept, StepMessages, kept
+from llama.packing import PackedBatch
+from moa.config import AdapterConfig
+from moa.state import adapter_parameters, freeze_base
+from training.config import CHECKPOINTING_MODES
+from training.loop import all_reduce_gradients, forward_backward
 
 
-def base_parameters(model: Transformer) -> int:
-    """Parameters of the whole base."""
-    return sum(math.prod(place.shape) for place in shard_specs(model).values())
+class Message(NamedTuple):
+    """A collective as one of its `ranks` takes part in it. kind: all_reduce or all_gather; bytes: of its tensor."""
+
+    kind: str
+    ranks: int
+    bytes: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends, as many as it receives, where the ranks form a ring."""
+        return (self.ranks - 1) * self.bytes * (2 / self.ranks if self.kind == "all_reduce" else 1)
 
 
-def uneven(n_rows: int, length: int) -> list[int]:
-    """Lengths of rows that are as long as can be and, as rows are, not all the same: where attention then takes them
-    one by one, that keeps a little more."""
+class CommRecorder(TorchDispatchMode):
+    """Lists the collectives that this process takes part in (torch's CommDebugMode counts them, without sizes)."""
+
+    def __init__(self, messages: list[Message]):
+        super().__init__()
+        self._messages = messages
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            kind = {"allreduce_": "all_reduce", "allgather_": "all_gather"}[func._opname]
+            ranks = CollectiveOp.get_process_group(func, args).size()
+            size = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs or {})
+            self._messages.append(Message(kind, ranks, size if kind == "all_reduce" else size // ranks))
+        return result
+
+
+@contextmanager
+def fake_rank(processes: int, model_parallel_size: int) -> Iterator[list[Message]]:
+    """Be the first of `processes` processes, whose others do not exist. Yields the growing list of its messages.
+
+    Tensors must be on the meta device. ValueError where the sizes do not divide.
+    """
+    restore = dist.is_initialized()
+    assert not restore or dist.get_world_size() == 1, "a process group of several processes exists"
+    destroy_distributed()
+    messages: list[Message] = []
+    try:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        init_distributed(torch.device("cpu"), model_parallel_size)
+        with CommRecorder(messages):
+            yield messages
+    finally:
+        destroy_distributed()
+        if restore:
+            init_single_process()
+            init_distributed(torch.device("cpu"))
+
+
+def meta_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool) -> Transformer:
+    """Build this rank's model on the meta device, as a run has it. ValueError where it cannot be sharded."""
+    with torch.device("meta"):
+        model = Transformer(args, config)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        base = {key: torch.empty_like(model.get_parameter(key), dtype=dtype) for key in shard_specs(model)}
+    model.load_state_dict(base, strict=False, assign=True)
+    freeze_base(model)
+    accelerate_model(model)
+    return model.train()
+
+
+def longest_batch(n_rows: int, length: int) -> list[int]:
+    """Lengths of the largest micro-batch whose rows are, as rows are, not all of one length."""
     return [length] * (n_rows - 1) + [max(1, length - (n_rows > 1))]
 
 
-def held_bytes(model: Transformer) -> dict[str, int]:
-    """What this rank holds from the first step to the last: its parts of the base and of the float32 adapters, their
-    gradients and the optimizer's two moments."""
-    trained = sum(4 * entry.parameter.numel() for entry in adapter_parameters(model).values())
+def base_parameters(model: Transformer) -> int:
+    """Count the parameters of the whole base."""
+    return sum(math.prod(spec.shape) for spec in shard_specs(model).values())
+
+
+def static_bytes(model: Transformer) -> dict[str, int]:
+    """What this rank holds all the time: its shards of the base and of the float32 adapters, gradients, and moments."""
+    adapters = sum(4 * entry.parameter.numel() for entry in adapter_parameters(model).values())
     base = sum(math.prod(t.shape) * t.element_size() for t in map(model.get_parameter, shard_specs(model)))
-    return {"base": base, "adapters": trained, "gradients": trained, "optimizer": 2 * trained}
-
-
-def activation_bytes(found: Kept, recompute: str) -> int:
-    """What this rank keeps for the backward pass of a micro-batch, with the largest part that is worked out again."""
-    return found.standing[recompute] + found.again[recompute]
-
-
-def temporary_bytes(model: Transformer, lengths: Sequence[int], device: torch.device) -> int:
-    """The most that comes and goes while all activations of rows of these lengths stand: at the end of the forward
-    pass, in each lane (`llama.accelerate.lanes`), the logits of a chunk of labels (`llama.loss`: in the base's type and in
-    float32), or at the start of the backward pass the gradients inside a feed-forward block, three of its hidden width
-    and four of the model's."""
-    weight = model.output.weight
-    width, (vocab, dim) = weight.element_size(), weight.shape
-    chunk = chunk_size(vocab, device)
-    lanes = split_lanes(lengths, usable_threads(model, device))
-    at_once, n_tokens = sum(min(chunk, sum(lengths[i] for i in lane)) for lane in lanes), sum(lengths)
-    logits = at_once * vocab * (4 if width >= 4 else width + 4) + n_tokens * dim * width
-    hidden = model.layers[0].feed_forward.w1.weight.shape[0]
-    return max(logits, n_tokens * width * (3 * hidden + 4 * dim))
-
-
-def estimates(model: Transformer, lengths: list[int], device: torch.device) -> dict[str, dict[str, int]]:
-    """Bytes on this rank, by what takes them, for micro-batches of rows of these lengths; for each choice of
-    --activation_checkpointing."""
-    found, temporary = kept(model, lengths, device), temporary_bytes(model, lengths, device)
-    by_choice = {}
-    for choice in RECOMPUTED:
-        parts = held_bytes(model) | {"activations": activation_bytes(found, choice), "temporary": temporary}
-        by_choice[choice] = parts | {"total": sum(parts.values())}
-    return by_choice
+    return {"base": base, "adapters": adapters, "gradients": adapters, "optimizer": 2 * adapters}
 
 
 def cache_bytes(model: Transformer, n_rows: int, length: int) -> int:
-    """What this rank's keys and values take when so many rows of up to `length` tokens are generated at once."""
+    """What this rank's KV cache takes for so many sequences of up to `length` tokens."""
     cache = model.new_cache(n_rows, length)
     return sum(t.numel() * t.element_size() for t in (*cache.k, *cache.v))
 
 
-def traffic(messages: StepMessages, micro_batches: int) -> dict[str, Any]:
-    """What a rank exchanges in an optimizer step of so many micro-batches: between replicas, the adapters' gradients,
-    once; among those that share a model, in every micro-batch. sent_bytes: in all, as many as it receives."""
-    parts = {name: summed(getattr(messages, name)) for name in ("forward", "loss", "backward")}
-    model = [*messages.forward, *messages.loss, *messages.backward]
-    return {
-        "gradients": summed(messages.gradients),
-        "micro_batch": parts,
-        "micro_batches": micro_batches,
-        "sent_bytes": round(sum(m.sent for m in messages.gradients) + micro_batches * sum(m.sent for m in model)),
+def peak_temporary_bytes(model: Transformer, lengths: Sequence[int], device: torch.device) -> int:
+    """The most that is allocated for a moment while all activations of sequences of these lengths are saved.
+
+    That is, at the end of the forward pass, each lane's logits of a chunk of labels, in the base's type and in float32;
+    or, at the start of the backward pass, gradients in a feed-forward block: 3 of its hidden width, 4 of the model's.
+    """
+    weight, n_tokens = model.output.weight, sum(lengths)
+    size, (vocab, dim) = weight.element_size(), weight.shape
+    lanes = split_lanes(lengths, usable_threads(model, device))
+    labels = sum(min(chunk_size(vocab, device), sum(lengths[i] for i in lane)) for lane in lanes)
+    logits = labels * vocab * (4 if size >= 4 else size + 4) + n_tokens * dim * size
+    hidden = model.layers[0].feed_forward.w1.weight.shape[0]
+    return max(logits, n_tokens * size * (3 * hidden + 4 * dim))
+
+
+class SavedBytes(NamedTuple):
+    """Bytes saved for the backward pass, by checkpointing mode.
+
+    saved: by the forward pass. recomputed: by the largest part that the backward pass runs again, beside these.
+    """
+
+    saved: dict[str, int]
+    recomputed: dict[str, int]
+
+    def total(self, mode: str) -> int:
+        return self.saved[mode] + self.recomputed[mode]
+
+
+def saved_activation_bytes(model: Transformer, lengths: list[int], device: torch.device) -> SavedBytes:
+    """What autograd saves on `device` of a micro-batch of sequences of these lengths, the model's own tensors aside.
+
+    One forward pass without checkpointing tells it for all modes: what is saved inside a part that a mode recomputes
+    counts as recomputed, and the part's input as saved.
+    """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    alive: list[Tensor] = []  # no address is given out twice
+    outside: dict[str, dict[int, int]] = {mode: {} for mode in CHECKPOINTING_MODES}  # storage -> bytes
+    parts: dict[str, list[dict[int, int]]] = {mode: [{}] for mode in CHECKPOINTING_MODES}
+    current = dict(outside)
+
+    def count(tensor: Tensor, storages: dict[int, int]) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            alive.append(tensor)
+            storages[storage._cdata] = storage.nbytes()
+
+    def pack(tensor: Tensor) -> Tensor:
+        for storages in current.values():
+            count(tensor, storages)
+        return tensor
+
+    def begin_part(mode: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        count(inputs[0], outside[mode])
+        current[mode] = {}
+        parts[mode].append(current[mode])
+
+    handles = []
+    for block in model.layers:
+        handles.append(block.register_forward_pre_hook(partial(begin_part, "full")))
+        handles.append(block.ffn_norm.register_forward_pre_hook(partial(begin_part, "selective")))
+        handles.append(block.register_forward_hook(lambda *_: current.update(outside)))
+    mode, model.activation_checkpointing = model.activation_checkpointing, "none"
+    try:
+        with saved_tensors_hooks(pack, lambda tensor: tensor), _attention_on(device, model):
+            tokens, labels, batch = _micro_batch(lengths)
+            model(tokens, labels=labels, batch=batch)
+    finally:
+        model.activation_checkpointing = mode
+        for handle in handles:
+            handle.remove()
+    saved = {mode: sum(storages.values()) for mode, storages in outside.items()}
+    largest = {
+        mode: max(sum(size for key, size in part.items() if key not in outside[mode]) for part in of_mode)
+        for mode, of_mode in parts.items()
     }
+    return SavedBytes(saved, largest)
 
 
-def summed(messages: Iterable[Message]) -> dict[str, int]:
-    """Number and size of messages; sent_bytes: what this rank sends of them, the ranks standing in a ring."""
+@contextmanager
+def _attention_on(device: torch.device, model: Transformer) -> Iterator[None]:
+    """Let attention save what it saves on a device: query, key, value, output, and a float32 per query and head.
+
+    A GPU's float32 kernels take sequences one by one. With shared key heads it has none: all weights are saved, as on
+    the meta device.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, flash: bool) -> Tensor:
+        if device.type != "cuda" or batch.equal_lengths or bf16:
+            return _Attention.apply(q, k, v)
+        return torch.cat([_Attention.apply(q[a:b], k[a:b], v[a:b]) for a, b in batch.spans])
+
+    original, args = llama.model.causal_attention, model.args
+    bf16 = model.output.weight.dtype == torch.bfloat16
+    if device.type != "cuda" or bf16 or args.n_heads == args.n_kv_heads:
+        llama.model.causal_attention = attention
+    try:
+        yield
+    finally:
+        llama.model.causal_attention = original
+
+
+class _Attention(torch.autograd.Function):
+    """Of a forward pass alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def _micro_batch(lengths: list[int]) -> tuple[Tensor, Tensor, PackedBatch]:
+    """Tokens on the meta device, all of them labels; labels stay on the CPU, as in a run."""
+    n = sum(lengths)
+    return (
+        torch.empty(n, dtype=torch.int64, device="meta"),
+        torch.zeros(n, dtype=torch.int64),
+        PackedBatch(lengths, "meta"),
+    )
+
+
+def memory_by_mode(model: Transformer, lengths: list[int], device: torch.device) -> dict[str, dict[str, int]]:
+    """Bytes on this rank by what takes them, and in total, for each checkpointing mode."""
+    activations, temporary = (
+        saved_activation_bytes(model, lengths, device),
+        peak_temporary_bytes(model, lengths, device),
+    )
+    by_mode = {}
+    for mode in CHECKPOINTING_MODES:
+        parts = static_bytes(model) | {"activations": activations.total(mode), "temporary": temporary}
+        by_mode[mode] = parts | {"total": sum(parts.values())}
+    return by_mode
+
+
+class StepMessages(NamedTuple):
+    """The messages of a step: of each micro-batch, and of the sum of gradients at the end."""
+
+    forward: list[Message]
+    loss: list[Message]
+    backward: list[Message]
+    gradients: list[Message]
+
+
+def trace_step(model: Transformer, lengths: list[int], messages: list[Message]) -> StepMessages:
+    """Run a step of one micro-batch of sequences of these lengths. messages: the list of `fake_rank`."""
+    marks = [len(messages)]
+
+    def mark(*_: Any) -> None:
+        marks.append(len(messages))
+
+    def mark_backward(module: nn.Module, inputs: Any, losses: Any) -> None:
+        losses.ce_loss.register_hook(mark)
+
+    handles = [model.norm.register_forward_hook(mark), model.register_forward_hook(mark_backward)]
+    forward_backward(model, _micro_batch(lengths), sum(lengths), sum(lengths))
+    mark()
+    all_reduce_gradients([entry.parameter for entry in adapter_parameters(model).values()])
+    mark()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+    return StepMessages(*(messages[begin:end] for begin, end in pairwise(marks)))
+
+
+def comm_bytes(messages: Iterable[Message]) -> dict[str, int]:
+    """Number and size of messages. sent_bytes: what this rank sends of them, the ranks forming a ring."""
     messages = list(messages)
+    total, sent = sum(message.bytes for message in messages), sum(message.sent for message in messages)
+    return {"messages": len(messages), "bytes": total, "sent_bytes": round(sent)}
+
+
+def comm_bytes_of_step(step: StepMessages, micro_batches: int) -> dict[str, Any]:
+    """Sum up what a rank exchanges in an optimizer step of so many micro-batches."""
+    within_model = [*step.forward, *step.loss, *step.backward]
+    sent = sum(m.sent for m in step.gradients) + micro_batches * sum(m.sent for m in within_model)
     return {
-        "messages": len(messages),
-        "bytes": sum(message.bytes for message in messages),
-        "sent_bytes": round(sum(message.sent for message in messages)),
+        "gradients": comm_bytes(step.gradients),
+        "micro_batch": {name: comm_bytes(getattr(step, name)) for name in ("forward", "loss", "backward")},
+        "micro_batches": micro_batches,
+        "sent_bytes": round(sent),
     }

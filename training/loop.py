@@ -135,7 +135,8 @@ def train(
         for micro_batch in local:
             losses += forward_backward(model, micro_batch, num_labels, num_tokens)
         for _ in range(num_micro_batches - len(local) if uses_load_balancing(model) else 0):
-            expert_fraction(losses.new_zeros(balanced_routers(model), model.config.experts.expert_num), 0)
+            none = torch.zeros(balanced_routers(model), model.config.experts.expert_num, device=device).float()
+            expert_fraction(none, 0)
         all_reduce_gradients(parameters)
         ce_loss, aux_loss, finite, signum = reduce_step(losses, parameters, stop_signal())
 

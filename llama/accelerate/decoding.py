@@ -7,6 +7,7 @@ import torch
 
 from llama.accelerate.cuda_graphs import CUDAGraphRunner
 from llama.accelerate.forwards import WeightCache, install
+from llama.accelerate.prepack import DECODE_MAX_TOKENS
 from llama.engine import DecodeStep, decode
 from llama.free_memory import free_memory
 from llama.model import Transformer
@@ -23,9 +24,15 @@ class FastDecoding:
     last for one run.
     """
 
-    def __init__(self, model: Transformer, cuda_graphs: bool = False, prepack_from: int = PREPACK_FROM):
+    def __init__(
+        self,
+        model: Transformer,
+        cuda_graphs: bool = False,
+        prepack_from: int = PREPACK_FROM,
+        decode_max_tokens: int = DECODE_MAX_TOKENS,
+    ):
         self._model, self._cuda_graphs, self._prepack_from = model, cuda_graphs, prepack_from
-        self._cache, self._versions = WeightCache(), None
+        self._cache, self._versions = WeightCache(decode_max_tokens), None
         install(model, self._cache)
 
     @contextmanager

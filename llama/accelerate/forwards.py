@@ -44,8 +44,8 @@ class WeightCache:
     """What is derived from weights alone. Active while they are frozen for a run of generation; in training everything
     is computed anew. prepack: there is room for copies of the frozen weights."""
 
-    def __init__(self) -> None:
-        self.frozen, self.prepack = False, False
+    def __init__(self, decode_max_tokens: int = DECODE_MAX_TOKENS) -> None:
+        self.frozen, self.prepack, self.decode_max_tokens = False, False, decode_max_tokens
         self.entries: dict[Hashable, Any] = {}
 
     def get(self, owner: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
@@ -57,7 +57,7 @@ class WeightCache:
 
     def is_decode(self, x: Tensor) -> bool:
         """Whether x (N, ...) holds the few tokens of a decode step."""
-        return self.frozen and len(x) <= DECODE_MAX_TOKENS
+        return self.frozen and len(x) <= self.decode_max_tokens
 
     def narrow_dtype(self, x: Tensor) -> torch.dtype:
         """Type in which a product with a narrow matrix is fastest.
@@ -97,7 +97,7 @@ def rms_norm(self: RMSNorm, x: Tensor) -> Tensor:
 
 
 def output(cache: WeightCache, self: ColumnParallelLinear, x: Tensor) -> Tensor:
-    if not (cache.prepack and mp_size() == 1):
+    if not (cache.frozen and cache.prepack):
         return ColumnParallelLinear.forward(self, x)
     return cache.get(self, x.dtype, lambda: prepacked_linear([self.weight], x.dtype))(x)
 
@@ -221,10 +221,10 @@ def fused_linear(
         return [layer(shared) for layer in layers], project_down(cache, adapters, x, layers, readers)
     weights = [layer.weight for layer in layers]
     widths = [len(weight) for weight in weights]
-    if cache.prepack and mp_size() == 1:
+    if cache.frozen and cache.prepack:
         apart = uses_fbgemm(weights[0])  # fp16 has too few digits for what is trained
         copied = weights if apart else [*weights, *down_weights(readers)]
-        product = cache.get(layers[0], x.dtype, lambda: prepacked_linear(copied, x.dtype))(x)
+        product = cache.get(layers[0], (x.dtype, *readers), lambda: prepacked_linear(copied, x.dtype))(x)
         if apart:
             return product.split(widths, -1), project_down(cache, adapters, x, layers, readers)
         *outputs, down = product.split([*widths, product.shape[1] - sum(widths)], -1)
@@ -254,7 +254,7 @@ def project_down(
     if not readers:
         return {}
     dtype = cache.narrow_dtype(x)
-    weights = cache.get(layers[0], ("downs", dtype), lambda: stack(down_weights(readers), dtype))
+    weights = cache.get(layers[0], ("downs", dtype, *readers), lambda: stack(down_weights(readers), dtype))
     product = F.linear(x.to(dtype), weights)
     row = isinstance(layers[0], RowParallelLinear)
     return split(reduce_from_model_parallel_region(product) if row else product, readers)

@@ -114,10 +114,11 @@ def observe_step(name: str, model_parallel_size: int, exact: bool) -> dict[str, 
         row = row[: 15 - 2 * i]
         rows.append(Example(row, [IGNORE_INDEX] * (2 + i % 2) + row[2 + i % 2 :], 2 + i % 2))
     plan = Plan(n_rows=3, rows_per_step=3, steps=1, warmup_steps=0, lr=0.01, min_lr=0.0, constant=True)
-    # Micro-batches of one row, since an auxiliary loss is one of a micro-batch
+    # exact: one micro-batch, since a load-balancing loss is one of a micro-batch
+    batch_size = -(-len(rows) // dp_size()) if exact else 1
     with float64(model) if exact else nullcontext():
         optimizer = make_optimizer(model, weight_decay=0.02)
-        train(model, optimizer, rows, plan, 1, 7, TrainState(), lambda entry: losses.append(entry["loss"]))
+        train(model, optimizer, rows, plan, batch_size, 7, TrainState(), lambda entry: losses.append(entry["loss"]))
         assert_replicas_equal(model)
     return {"loss": losses, "gradients": gather_full(gradients(model), model), "state": adapter_state_dict(model)}
 
