@@ -9,7 +9,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from convert import meta_format
-from convert.meta_format import EMBEDDING, OUTPUT, Converted
+from convert.meta_format import EMBEDDING, OUTPUT, Converted, Source
 from convert.vocabulary import Vocabulary, check_merges, plan
 from llama.args import ModelArgs
 
@@ -52,12 +52,12 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     names = meta_format.source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "blk.")
     if names[OUTPUT] not in source.shapes():  # tied
         names[OUTPUT] = names[EMBEDDING]
-    state = meta_format.assemble(args, vocabulary, source, names, dtype, ignored=lambda other: other == ROPE_FREQS)
-    meta_format.write_folder(output_dir, args, state, vocabulary.tiktoken(), overwrite)
-    return Converted(output_dir, args, vocabulary.row_map, vocabulary.output_row_map, vocabulary.notes)
+    return meta_format.write_converted(
+        output_dir, args, vocabulary, source, names, dtype, overwrite, ignored=lambda name: name == ROPE_FREQS
+    )
 
 
-class Gguf:
+class Gguf(Source):
     """The metadata and the tensors of a GGUF file. Tensors are read, and dequantised to float32, one by one."""
 
     def __init__(self, path: Path):
@@ -68,19 +68,15 @@ class Gguf:
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value."""
-        return self._fields[key].contents() if key in self._fields else default
-
-    def need(self, key: str) -> Any:
-        """A metadata value that must be there."""
-        if key not in self._fields:
+    def get(self, key: str, *default: Any) -> Any:
+        """A metadata value. ValueError where it is missing and there is no default."""
+        if key not in self._fields and not default:
             raise ValueError(f"{self.path}: the metadata lacks {key}")
-        return self._fields[key].contents()
+        return self._fields[key].contents() if key in self._fields else default[0]
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A metadata value that must be a positive whole number; without a default it must be there."""
-        value = self.need(key) if default is None else self.get(key, default)
+    def count(self, key: str, *default: int) -> int:
+        """As `get`, of a positive whole number. ValueError for any other value."""
+        value = self.get(key, *default)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{self.path}: {key} must be one positive whole number, not {value!r}")
         return value
@@ -89,9 +85,7 @@ class Gguf:
         """Refuse a metadata value that is there and is none of `allowed`."""
         if key in self._fields and self.get(key) not in allowed:
             expected = " or ".join(map(str, allowed))
-            raise ValueError(
-                f"{self.path}: {key} is {self.get(key)!r}, which cannot be converted (expected {expected})"
-            )
+            raise ValueError(f"{self.path}: {key} is {self.get(key)!r}, which is not supported (expected {expected})")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
@@ -104,9 +98,7 @@ class Gguf:
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
-            raise ValueError(
-                f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which is not read"
-            ) from None
+            raise self.error(name, f"has type {tensor.tensor_type.name}, which is not read") from None
         return torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped read-only
 
 
@@ -131,7 +123,7 @@ def _open(path: Path) -> GGUFReader:
 
 
 def _read_metadata(source: Gguf, vocab_size: int) -> ModelArgs:
-    if source.need("general.architecture") != "llama":
+    if source.get("general.architecture") != "llama":
         raise ValueError(f"{source.path}: architecture {source.get('general.architecture')!r}, expected 'llama'")
     source.refuse_unless("split.count", 0, 1)
     source.refuse_unless("llama.expert_count", 0)
@@ -147,7 +139,7 @@ def _read_metadata(source: Gguf, vocab_size: int) -> ModelArgs:
             n_heads=heads,
             n_kv_heads=source.count("llama.attention.head_count_kv", heads),
             vocab_size=vocab_size,
-            norm_eps=_shortest(source.need("llama.attention.layer_norm_rms_epsilon")),
+            norm_eps=_shortest(source.get("llama.attention.layer_norm_rms_epsilon")),
             rope_theta=_shortest(source.get("llama.rope.freq_base", 10000.0)),
             **meta_format.ffn_rule(dim, source.count("llama.feed_forward_length")),
         )
@@ -173,17 +165,16 @@ def _recognise_scaling(source: Gguf, args: ModelArgs) -> dict[str, Any]:
 
 def _read_tokenizer(source: Gguf) -> Vocabulary:
     where = str(source.path)
-    if source.need("tokenizer.ggml.model") != "gpt2":
-        raise ValueError(
-            f"{where}: tokenizer.ggml.model is {source.get('tokenizer.ggml.model')!r}; "
-            "only byte-level BPE ('gpt2') can be converted"
-        )
-    tokens, kinds = source.need("tokenizer.ggml.tokens"), source.need("tokenizer.ggml.token_type")
+    if (model := source.get("tokenizer.ggml.model")) != "gpt2":
+        raise ValueError(f"{where}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') can be converted")
+    tokens, kinds = source.get("tokenizer.ggml.tokens"), source.get("tokenizer.ggml.token_type")
     if len(tokens) != len(kinds):
         raise ValueError(f"{where}: {len(tokens)} tokenizer.ggml.tokens but {len(kinds)} tokenizer.ggml.token_type")
-    base = {i: token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == NORMAL}
-    special = {i: token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == CONTROL}
-    check_merges([tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges")], base, where)
+    base, special = (
+        {i: token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == wanted}
+        for wanted in (NORMAL, CONTROL)
+    )
+    check_merges([tuple(merge.split(" ")) for merge in source.get("tokenizer.ggml.merges")], base, where)
     return plan(base, special, where)
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from convert import meta_format
-from convert.meta_format import EMBEDDING, OUTPUT, Converted
+from convert.meta_format import EMBEDDING, OUTPUT, Converted, Source
 from convert.vocabulary import Vocabulary, from_tiktoken, from_tokenizer_json
 from llama.args import ModelArgs
 from llama.tokenizer import N_SPECIAL, read_ranks
@@ -49,30 +49,31 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
         raise ValueError(f"{folder}: holds no config.json, so it is not a Hugging Face model folder")
     config = read_json(folder / "config.json")
     source = Safetensors(folder)
-    embedding = GLOBAL_KEYS[EMBEDDING]
-    rows = source.rows(embedding)
+    embedding, output = GLOBAL_KEYS[EMBEDDING], GLOBAL_KEYS[OUTPUT]
+    rows = source.shapes().get(embedding, (None,))[0]
+    if rows is None:
+        raise source.error(embedding, "is missing")
     if config.get("vocab_size") != rows:
-        raise ValueError(
-            f"{source.where(embedding)}: tensor {embedding} has {rows} rows, "
-            f"but {folder / 'config.json'} has vocab_size {config.get('vocab_size')}"
-        )
+        problem = f"has {rows} rows, but {folder / 'config.json'} has vocab_size {config.get('vocab_size')}"
+        raise source.error(embedding, problem)
     vocabulary, tokenizer = _read_tokenizer(folder, rows)
     args = read_config(config, folder / "config.json", vocab_size=len(vocabulary.row_map))
-    tied = _find_output(config, source, folder)
-
     names = meta_format.source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "model.layers.")
+    tied = bool(config.get("tie_word_embeddings", False))
     if tied:
-        names[OUTPUT] = names[EMBEDDING]
+        names[OUTPUT] = embedding
+        if output in source.shapes() and not torch.equal(source.read(output), source.read(embedding)):
+            raise source.error(output, f"differs from {embedding}, but config.json says tie_word_embeddings")
 
     def change(key: str, tensor: torch.Tensor) -> torch.Tensor:
         return permute_rope(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
 
-    def ignored(other: str) -> bool:
-        return bool(IGNORED.fullmatch(other)) or (tied and other == GLOBAL_KEYS[OUTPUT])
+    def ignored(name: str) -> bool:
+        return bool(IGNORED.fullmatch(name)) or (tied and name == output)
 
-    state = meta_format.assemble(args, vocabulary, source, names, dtype, ignored, change)
-    meta_format.write_folder(output_dir, args, state, tokenizer, overwrite)
-    return Converted(output_dir, args, vocabulary.row_map, vocabulary.output_row_map, vocabulary.notes)
+    return meta_format.write_converted(
+        output_dir, args, vocabulary, source, names, dtype, overwrite, tokenizer, ignored, change
+    )
 
 
 def permute_rope(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -153,7 +154,7 @@ def _read_rope(config: dict[str, Any], refuse: Callable[[str], NoReturn]) -> dic
     return {"rope_theta": theta, "use_scaled_rope": True, **{name: rope[key] for name, key in scaling.items()}}
 
 
-class Safetensors:
+class Safetensors(Source):
     """The tensors of a folder's `model.safetensors`, or of the shards its index names. Read one by one."""
 
     def __init__(self, folder: Path):
@@ -165,9 +166,7 @@ class Safetensors:
         elif (folder / INDEX).is_file():
             self._expected_in = folder / INDEX
             listed = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(listed, dict) or not all(
-                isinstance(n, str) and Path(n).name == n for n in listed.values()
-            ):
+            if not isinstance(listed, dict) or not all(Path(str(name)).name == name for name in listed.values()):
                 raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names of this folder")
             files = [folder / name for name in sorted(set(listed.values()))]
         else:
@@ -188,12 +187,6 @@ class Safetensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def rows(self, name: str) -> int:
-        """The length of a tensor's first dimension. Raises ValueError where the tensor is missing."""
-        if name not in self._shapes:
-            raise ValueError(f"{self.where(name)}: tensor {name} is missing")
-        return self._shapes[name][0]
-
     def where(self, name: str) -> str:
         return str(self._file_of.get(name, self._expected_in))
 
@@ -201,9 +194,7 @@ class Safetensors:
         with open_safetensors(self._file_of[name]) as opened:
             tensor = opened.get_tensor(name)
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{self.where(name)}: tensor {name} is {tensor.dtype}, expected float32, bfloat16 or float16"
-            )
+            raise self.error(name, f"is {tensor.dtype}, expected float32, bfloat16 or float16")
         return tensor
 
 
@@ -215,35 +206,18 @@ def open_safetensors(file: Path) -> safe_open:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
 
 
-def _find_output(config: dict[str, Any], source: Safetensors, folder: Path) -> bool:
-    """Whether the output matrix is the embedding. Raises ValueError where a tied model holds another output matrix."""
-    tied = config.get("tie_word_embeddings", False)
-    output, embedding = GLOBAL_KEYS[OUTPUT], GLOBAL_KEYS[EMBEDDING]
-    if tied and output in source.shapes() and embedding in source.shapes():
-        if not torch.equal(source.read(output), source.read(embedding)):
-            raise ValueError(
-                f"{source.where(output)}: tensor {output} differs from {embedding}, "
-                f"but {folder / 'config.json'} says tie_word_embeddings"
-            )
-    return bool(tied)
-
-
-def _read_tokenizer(folder: Path, rows: int) -> tuple[Vocabulary, bytes]:
-    """The vocabulary, and the text of tokenizer.model: the folder's own where it is a tiktoken file that fits."""
+def _read_tokenizer(folder: Path, rows: int) -> tuple[Vocabulary, bytes | None]:
+    """The vocabulary, and the folder's own tokenizer.model where it is a tiktoken file that fits."""
     reason = f"{folder}: holds no tokenizer.json and no tokenizer.model"
     for path in (folder / "original" / "tokenizer.model", folder / "tokenizer.model"):
         if path.is_file():
             try:
-                needed = len(read_ranks(path)) + N_SPECIAL
+                n = len(read_ranks(path)) + N_SPECIAL
+                if n == rows:
+                    return from_tiktoken(path), path.read_bytes()
+                reason = f"{path}: has {n} tokens with Meta's special ones, but the embedding has {rows} rows"
             except ValueError as error:
                 reason = str(error)
-                continue
-            if needed == rows:
-                return from_tiktoken(path), path.read_bytes()
-            reason = (
-                f"{path}: has {needed} tokens with Meta's {N_SPECIAL} special ones, but the embedding has {rows} rows"
-            )
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(reason)
-    vocabulary = from_tokenizer_json(folder / "tokenizer.json")
-    return vocabulary, vocabulary.tiktoken()
+    return from_tokenizer_json(folder / "tokenizer.json"), None

@@ -6,9 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -23,17 +22,23 @@ EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 CHECKPOINT_FILES = ("params.json", "tokenizer.model", "README.md", "consolidated.[0-9][0-9].pth")  # a folder's files
 
 
-class Source(Protocol):
+class Source:
     """Tensors of another format, by their own names."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor there is."""
+        raise NotImplementedError
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in a floating-point dtype."""
+        raise NotImplementedError
 
     def where(self, name: str) -> str:
         """The file that a tensor is in, or should be in."""
+        raise NotImplementedError
+
+    def error(self, name: str, problem: str) -> ValueError:
+        return ValueError(f"{self.where(name)}: tensor {name} {problem}")
 
 
 @dataclass(frozen=True)
@@ -70,47 +75,39 @@ def ffn_rule(dim: int, hidden: int) -> dict[str, float]:
     raise AssertionError(f"no rule gives width {hidden} at dim {dim}")
 
 
-def params_json(args: ModelArgs) -> str:
-    """The text of params.json; the numbers of the rotary scaling only where there is one."""
-    params = {f.name: getattr(args, f.name) for f in fields(args)}
-    if not args.use_scaled_rope:
-        params = {k: v for k, v in params.items() if k == "rope_theta" or not k.startswith("rope_")}
-    return json.dumps(params, indent=2) + "\n"
-
-
-def assemble(
+def write_converted(
+    output_dir: Path,
     args: ModelArgs,
     vocabulary: Vocabulary,
     source: Source,
     names: Mapping[str, str],
     dtype: str,
+    overwrite: bool,
+    tokenizer: bytes | None = None,
     ignored: Callable[[str], bool] = lambda name: False,
     change: Callable[[str, torch.Tensor], torch.Tensor] = lambda key, tensor: tensor,
-) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's tensors by Meta's keys. Every shape is checked before the first tensor is read.
+) -> Converted:
+    """Write a source's tensors as a checkpoint of one shard. Every shape is checked before the first tensor is read.
 
-    names: Meta's key -> the source's name. `ignored` says which other tensors need not be used; `change` is applied to
-    each tensor read. Raises ValueError naming file and tensor that is missing, too many or of a wrong shape.
+    names: Meta's key -> the source's name. tokenizer: the content of tokenizer.model (None: the vocabulary's).
+    `ignored` says which other tensors need not be used; `change` is applied to each tensor read. Raises ValueError
+    naming file and tensor that is missing, too many or of a wrong shape; then nothing was written.
     """
     shapes, source_shapes = shard_specs(bare_model(args)), source.shapes()
     names = {key: names[key] for key in shapes}
     for name in source_shapes:
         if name not in names.values() and not ignored(name):
-            raise ValueError(f"{source.where(name)}: tensor {name} has no place in a LLaMA model in Meta's layout")
+            raise source.error(name, "has no place in a LLaMA model in Meta's layout")
     rows = source_shapes.get(names[EMBEDDING], (0,))[0]
     for key, name in names.items():
         if name not in source_shapes:
-            raise ValueError(f"{source.where(name)}: tensor {name} is missing")
+            raise source.error(name, "is missing")
         expected = (rows, args.dim) if key in (EMBEDDING, OUTPUT) else shapes[key].shape
         if source_shapes[name] != expected:
-            raise ValueError(
-                f"{source.where(name)}: tensor {name} has shape {source_shapes[name]}, expected {expected}"
-            )
+            raise source.error(name, f"has shape {source_shapes[name]}, expected {expected}")
     if rows < vocabulary.rows_needed():
-        raise ValueError(
-            f"{source.where(names[EMBEDDING])}: tensor {names[EMBEDDING]} has {rows} rows, "
-            f"but the tokenizer needs {vocabulary.rows_needed()}"
-        )
+        problem = f"has {rows} rows, but the tokenizer needs {vocabulary.rows_needed()}"
+        raise source.error(names[EMBEDDING], problem)
     state = {}
     for key, name in names.items():
         tensor = change(key, source.read(name))
@@ -119,7 +116,14 @@ def assemble(
             tensor = gather_rows(tensor, row_map, vocabulary.special_rows)
         state[key] = tensor.to(DTYPES[dtype])
         require_finite(state[key], f"{source.where(name)}: tensor {name}")
-    return state
+    params = asdict(args)
+    if not args.use_scaled_rope:
+        params = {key: v for key, v in params.items() if key == "rope_theta" or not key.startswith("rope_")}
+    with new_folder(output_dir, overwrite) as new:
+        (new / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
+        (new / "tokenizer.model").write_bytes(vocabulary.tiktoken() if tokenizer is None else tokenizer)
+        save_shard(state, new / "consolidated.00.pth")
+    return Converted(output_dir, args, vocabulary.row_map, vocabulary.output_row_map, vocabulary.notes)
 
 
 def require_finite(tensor: torch.Tensor, origin: str) -> None:
@@ -141,9 +145,7 @@ def check_output(folder: str | Path, overwrite: bool, allowed: tuple[str, ...] =
         raise ValueError(f"{folder}: is not a folder")
     for entry in folder.iterdir():
         if not any(entry.match(name) for name in allowed):
-            raise ValueError(
-                f"{folder}: holds {entry.name}, which is no part of what goes there; it is not overwritten"
-            )
+            raise ValueError(f"{folder}: holds {entry.name}, which does not belong there; it is not overwritten")
     return folder
 
 
@@ -175,14 +177,6 @@ def new_folder(folder: Path, overwrite: bool, allowed: tuple[str, ...] = CHECKPO
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_folder(folder: Path, args: ModelArgs, state: dict[str, torch.Tensor], tokenizer: bytes, overwrite: bool):
-    """Write a checkpoint of one shard."""
-    with new_folder(folder, overwrite) as new:
-        (new / "params.json").write_text(params_json(args), encoding="utf-8")
-        (new / "tokenizer.model").write_bytes(tokenizer)
-        save_shard(state, new / "consolidated.00.pth")
 
 
 def save_shard(state: dict[str, torch.Tensor], path: Path) -> None:

@@ -462,7 +462,7 @@ def test_output_folders_of_other_things_stay(adapter: Path, tmp_path: Path) -> N
     merge(BASE, adapter, tmp_path / "merged")
     with pytest.raises(ValueError, match="peft: holds adapter_"):
         merge(BASE, adapter, tmp_path / "peft", overwrite=True)
-    with pytest.raises(ValueError, match="merged: holds .*, which is no part of what goes there"):
+    with pytest.raises(ValueError, match="merged: holds .*, which does not belong there"):
         to_peft(adapter, tmp_path / "merged", overwrite=True)
 
 
