@@ -13,14 +13,14 @@ from dataclasses import replace
 from cli import cli_errors
 from demo.recipe import RECIPE
 from llama.machine import prepare_cpu
-from training.config import RunConfig, continued, read_settings
+from training.config import RunConfig, merge_with_previous_run, parse_flags
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = read_settings(argv, RECIPE, __doc__)
+    settings = parse_flags(argv, RECIPE, __doc__)
     with cli_errors():
         prepare_cpu()
-        settings = with_demo(continued(settings))
+        settings = with_demo(merge_with_previous_run(settings))
         # torch takes seconds to load, and a wrong flag should not
         if settings.train.dry_run:
             from training.dry_run import print_dry_run

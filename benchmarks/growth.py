@@ -36,8 +36,7 @@ from llama import ModelArgs
 from llama.distributed import bf16_is_fast
 from moa.config import AdapterConfig
 from moa.files import write_json
-from training.estimate import activation_bytes
-from training.rehearsal import kept
+from training.estimate import saved_activation_bytes
 
 STEPS = 16  # decode steps of a measurement
 
@@ -100,7 +99,7 @@ def training(
         work = step_work(shape, lengths, entry.rows * halves(entry.length)[1])
         figures[value] = {
             "floor": work.seconds(machine),
-            "kept_bytes": activation_bytes(kept(shape, lengths, CPU), "off"),
+            "kept_bytes": saved_activation_bytes(shape, lengths, CPU).total("none"),
         }
     seconds = in_turn(steps, range(repeats))
     return {value: found | {"seconds": seconds[value]} for value, found in figures.items()}

@@ -21,14 +21,26 @@ from benchmarks.shapes import LLAMA_3_1
 from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from llama import ModelArgs, Transformer
-from llama.checkpoint import read_base
+from llama.checkpoint import load_params_and_tokenizer
+from llama.engine import decode
+from llama.packing import balance_by_length
 from moa.config import AdapterConfig
-from training.config import RECOMPUTED
+from training.config import CHECKPOINTING_MODES, TrainConfig
 from training.data import load_examples
-from training.estimate import activation_bytes, cache_bytes, held_bytes, summed, temporary_bytes, traffic, uneven
-from training.layout import first_rank
-from training.rehearsal import kept, messages_of_generation, messages_of_step, unfilled_model
-from training.schedule import make_plan, share_out
+from training.estimate import (
+    Message,
+    cache_bytes,
+    comm_bytes,
+    comm_bytes_of_step,
+    fake_rank,
+    longest_batch,
+    meta_model,
+    peak_temporary_bytes,
+    saved_activation_bytes,
+    static_bytes,
+    trace_step,
+)
+from training.schedule import Schedule
 
 METHODS = ("soft_moa", "molora")
 LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
@@ -103,17 +115,26 @@ class Memory(NamedTuple):
 @cache
 def memory_of(model: str, share: int, method: str) -> Memory:
     """The same whatever the number of replicas."""
-    with first_rank(share, share):
+    with fake_rank(share, share):
         rank = model_of(model, method)
-        rows = [kept(rank, uneven(n, LENGTH), GPU) for n in (2, 3)]
-        activations = {choice: tuple(activation_bytes(k, choice) for k in rows) for choice in RECOMPUTED}
-        temporary = partial(temporary_bytes, rank, device=GPU)
-        return Memory(held_bytes(rank), activations, temporary, cache_bytes(rank, ANSWERS, ANSWER_LENGTH))
+        rows = [saved_activation_bytes(rank, longest_batch(n, LENGTH), GPU) for n in (2, 3)]
+        activations = {choice: tuple(k.total(choice) for k in rows) for choice in CHECKPOINTING_MODES}
+        temporary = partial(peak_temporary_bytes, rank, device=GPU)
+        return Memory(static_bytes(rank), activations, temporary, cache_bytes(rank, ANSWERS, ANSWER_LENGTH))
 
 
 def model_of(model: str, method: str) -> Transformer:
     args = ModelArgs(**LLAMA_3_1[model])
-    return unfilled_model(args, AdapterConfig.from_dict({"method": method}, args.n_layers), bf16=True)
+    return meta_model(args, AdapterConfig.from_dict({"method": method}, args.n_layers), bf16=True)
+
+
+@torch.no_grad()
+def decode_messages(model: Transformer, messages: list[Message]) -> list[Message]:
+    """What a rank exchanges in a decode step of `ANSWERS` rows. messages: the list of `fake_rank`."""
+    cache, begin = model.eval().new_cache(ANSWERS, 2), len(messages)
+    cache.allocate([1] * ANSWERS)
+    decode(model, cache, torch.empty(ANSWERS, dtype=torch.int64, device="meta"))
+    return messages[begin:]
 
 
 def compute(layout: Layout, method: str) -> dict[str, Any]:
@@ -128,22 +149,22 @@ def compute(layout: Layout, method: str) -> dict[str, Any]:
         "held": memory.held,
         "temporary": memory.temporary([LENGTH] * BATCH_SIZE),
     }
-    with first_rank(layout.gpus, layout.share) as notes:
+    with fake_rank(layout.gpus, layout.share) as notes:
         model = model_of(layout.model, method)
-        for name in RECOMPUTED:
+        for name in CHECKPOINTING_MODES:
             model.activation_checkpointing = name
             figures[name] = {
                 "activations": memory.of(BATCH_SIZE, name),
                 "total": memory.total(BATCH_SIZE, name),
                 "largest_batch_size": memory.largest_batch_size(name, layout.card * 2**30 - RESERVED),
-                "step": traffic(messages_of_step(model, uneven(BATCH_SIZE, LENGTH), notes), micro_batches),
+                "step": comm_bytes_of_step(trace_step(model, longest_batch(BATCH_SIZE, LENGTH), notes), micro_batches),
             }
         figures["generation"] = {
             "rows": ANSWERS,
             "length": ANSWER_LENGTH,
             "kv_cache": memory.cache,
             "total": memory.held["base"] + memory.held["adapters"] + memory.cache,
-            "decode_step": summed(messages_of_generation(model, ANSWERS, 1, notes).decode),
+            "decode_step": comm_bytes(decode_messages(model, notes)),
         }
     return figures
 
@@ -170,7 +191,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
             yield [str(layout), figures["method"], *cells(figures)]
 
     def by_choice(f: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
-        return " / ".join(cell(f[choice]) for choice in RECOMPUTED)
+        return " / ".join(cell(f[choice]) for choice in CHECKPOINTING_MODES)
 
     def memory(f: dict[str, Any]) -> list[str]:
         held = [_gb(size) for size in f["held"].values()]
@@ -218,13 +239,13 @@ def markdown(found: list[dict[str, Any]]) -> str:
 def shares(lengths: list[int]) -> list[dict[str, Any]]:
     """Tokens of the busiest rank beside the ranks' mean, over the whole steps of an epoch with rows of these lengths:
     "in_turn" where ranks take a step's rows in turn, "shared_out" as a run does it; mean and largest."""
-    plan = make_plan(len(lengths), ROWS_PER_STEP, 1, None, None, None, 6e-3, 0.0, False)
-    steps = [[lengths[i] for i in plan.rows(step, seed=0)] for step in range(len(lengths) // ROWS_PER_STEP)]
+    schedule = Schedule.from_config(TrainConfig(), len(lengths), rows_per_step=ROWS_PER_STEP)
+    steps = [[lengths[i] for i in schedule.rows(step, seed=0)] for step in range(len(lengths) // ROWS_PER_STEP)]
     found = []
     for ranks in RANKS:
         ways: dict[str, list[float]] = {"in_turn": [], "shared_out": []}
         for step in steps:
-            tokens = [sum(step[i] for i in share) for share in share_out(step, ranks)]
+            tokens = [sum(step[i] for i in share) for share in balance_by_length(step, ranks)]
             ways["in_turn"].append(max(sum(step[r::ranks]) for r in range(ranks)) * ranks / sum(step))
             ways["shared_out"].append(max(tokens) * ranks / sum(step))
         found.append({"ranks": ranks} | {w: {"mean": sum(v) / len(v), "largest": max(v)} for w, v in ways.items()})
@@ -241,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.layouts", description=__doc__)
     with cli_errors():
         if flags.data_path:
-            _, tokenizer = read_base(flags.ckpt_dir or ensure_model())
+            _, tokenizer = load_params_and_tokenizer(flags.ckpt_dir or ensure_model())
             found = shares([len(e.tokens) for e in load_examples(flags.data_path, tokenizer, LENGTH)])
         else:
             found = [compute(layout, method) for layout in LAYOUTS for method in METHODS]

@@ -14,8 +14,8 @@ from exps.recipe import RECIPES, generate_flags, train_flags
 from generate import Flags
 from moa.methods import METHODS
 from tiny import BASE
-from training.config import read_settings
-from training.schedule import make_plan
+from training.config import parse_flags
+from training.schedule import Schedule
 
 NAMED = [method for method, preset in METHODS.items() if preset]  # a custom one has no adapters by itself
 EIGHT_EXPERTS = {"molora", "hydralora", "topk_moelora", "adamole", "parallel_adapter_moe", "prompt_moe"}
@@ -24,7 +24,7 @@ SCRIPTS = sorted((REPO / "exps").glob("*.sh"))
 
 
 def settings(method, words):
-    return read_settings(["--method", method, "--data_path", "train.json", *words], {}, "")
+    return parse_flags(["--method", method, "--data_path", "train.json", *words], {}, "")
 
 
 # ---- recipes
@@ -42,9 +42,8 @@ def test_every_recipe_is_accepted_and_is_the_published_one(method, dataset):
     assert found.epochs == (1 if method in EIGHT_EXPERTS else 2)
     if dataset == "codealpaca":
         assert (found.lr, found.lr_schedule, found.max_seq_len) == (1e-4, "constant", 500)
-        n_rows = 20_022
-        plan = make_plan(n_rows, rows, found.epochs, None, found.warmup_epochs, found.lr, found.blr, 0, True)
-        assert plan.warmup_steps == 200 and plan.learning_rate(plan.steps - 1) == 1e-4
+        schedule = Schedule.from_config(found, n_rows=20_022, rows_per_step=rows)
+        assert schedule.warmup_steps == 200 and schedule.learning_rate(schedule.steps - 1) == 1e-4
         return
     assert (found.lr, found.blr, found.min_lr, found.lr_schedule) == (None, 6e-3, 0, "cosine")
     assert found.warmup_epochs == (0.4 if method in EIGHT_EXPERTS else 1)
@@ -57,7 +56,7 @@ def test_the_presets_and_recipes_together_have_the_published_sizes(method):
 
     args = ModelArgs(dim=8, n_layers=3, n_heads=2)
     for dataset, swi_x in (("math_14k", 4), ("commonsense_15k", SWI_X.get(method)), ("codealpaca", 4)):
-        flat = settings(method, train_flags(method, dataset)).config(args).to_dict()
+        flat = settings(method, train_flags(method, dataset)).adapter_config(args).to_dict()
         rank = 16 if method == "lora" else 8
         assert (flat["lora_rank"], flat["lora_alpha"], flat["lora_targets"]) == (rank, rank, "Q,K,V,O,FFN_DOWN")
         assert (flat["p_adapter_size"], flat["prompt_len"], flat["max_threshold"]) == (16, 10, 0.5)
@@ -213,7 +212,7 @@ def test_a_table_is_all_methods_with_three_seeds(name, dataset, tests, script, t
     assert len([words for words in calls if words[0] == "generate.py"]) == 3 * tests
     for words in calls:
         if words[0] == "finetune.py":
-            found = read_settings(words[1:], {}, "").train
+            found = parse_flags(words[1:], {}, "").train
             assert found.resume and found.data_path == str(tmp_path / "data" / dataset / "train.json")
             assert found.output_dir == str(tmp_path / "runs" / dataset / found.method / f"s{found.seed}")
             assert len(found.leak_tests.split(",")) == tests
@@ -233,7 +232,7 @@ def test_a_table_is_all_methods_with_three_seeds(name, dataset, tests, script, t
 def test_the_small_table(script, tmp_path):
     result, calls = script("table_small.sh", METHODS="base soft_moa molora", SEEDS="4 5")
     assert result.returncode == 0, result.stderr
-    trained = [read_settings(words[1:], {}, "") for words in calls if words[0] == "finetune.py"]
+    trained = [parse_flags(words[1:], {}, "") for words in calls if words[0] == "finetune.py"]
     assert [(one.train.method, one.train.seed) for one in trained] == [
         *[("soft_moa", 4), ("soft_moa", 4), ("soft_moa", 5), ("soft_moa", 5)],
         *[("molora", 4), ("molora", 4), ("molora", 5), ("molora", 5)],
@@ -265,7 +264,7 @@ def test_code_is_run_only_where_that_is_allowed(script, tmp_path):
 def test_a_variant_has_a_folder_of_its_own_and_processes_share_a_step(script, tmp_path):
     result, calls = script("run.sh", "lora", "gsm8k", 3, "--lora_rank", 4, VARIANT="r4", SUITES="AddSub")
     assert result.returncode == 0, result.stderr
-    found = read_settings(calls[0][1:], {}, "")
+    found = parse_flags(calls[0][1:], {}, "")
     assert found.train.output_dir == str(tmp_path / "runs/gsm8k/lora-r4/s3") and found.adapter == {"lora_rank": 4}
     assert [words[0] for words in calls] == ["finetune.py", "extract_adapter.py", "generate.py"]
 

@@ -3,8 +3,8 @@
 `checkpoint-<step>.pth` is written whole or not at all. Tensors are whole, whatever the model-parallel layout.
 """
 
-import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from llama.distributed import broadcast_from_rank0, is_rank0
 from moa.files import load_tensors, write_torch
-from moa.reading import short_repr
 from moa.state import (
     adapter_parameters,
     adapter_state_dict,
     check_state_dict,
     gather_full,
     load_adapter_state_dict,
+    rename_old_keys,
     require_same_keys,
     require_tensors,
     shard_all,
@@ -31,127 +31,44 @@ from training.paths import checkpoints
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def pack(
-    model: nn.Module, optimizer: torch.optim.AdamW, progress: TrainState, params: Mapping[str, Any]
+def state_dict(
+    model: nn.Module, optimizer: torch.optim.AdamW, state: TrainState, params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of a checkpoint, a copy on the CPU. Every rank of a model-parallel group must call it. ValueError
-    where it has numbers that are not finite: nobody could go on from it."""
-    entries = adapter_parameters(model)
+    """Return the content of a checkpoint, a copy on the CPU. Every rank of a model-parallel group must call it.
+
+    ValueError where a number is not finite: no run could be resumed from it.
+    """
+
+    def moment(parameter: nn.Parameter, name: str) -> Tensor:  # before the first update there is none
+        moments = optimizer.state.get(parameter)
+        return moments[name] if moments else torch.zeros_like(parameter)
+
+    parameters = {key: entry.parameter for key, entry in adapter_parameters(model).items()}
     adapter = adapter_state_dict(model)
-    moments = {
-        name: gather_full({key: _moment(optimizer, entry.parameter, name) for key, entry in entries.items()}, model)
-        for name in MOMENTS
-    }
-    for what, tensors in {"adapter": adapter, **moments}.items():
-        require_tensors(tensors, f"the {what} after step {progress.done}")
-    return {
-        "adapter": adapter,
-        "adapter_params": dict(params),
-        "optimizer": moments,
-        "step": progress.done,
-        "skipped": list(progress.skipped),
-    }
+    moments = {n: gather_full({key: moment(p, n) for key, p in parameters.items()}, model) for n in MOMENTS}
+    for name, tensors in {"adapter": adapter, **moments}.items():
+        require_tensors(tensors, f"the {name} after step {state.done}")
+    progress = {"step": state.done, "skipped": list(state.skipped)}
+    return {"adapter": adapter, "adapter_params": dict(params), "optimizer": moments} | progress
 
 
-def save(folder: Path, content: dict[str, Any], keep: int | None = None) -> Path:
-    """Write a checkpoint; of all there are, the newest `keep` stay (None: all)."""
-    path = folder / f"checkpoint-{content['step']}.pth"
-    write_torch(path, content)
-    for _, old in checkpoints(folder)[:-keep] if keep else ():
-        old.unlink()
-    return path
-
-
-class Saver:
-    """Writes checkpoints beside the training, one at a time. On the main process."""
-
-    def __init__(self, folder: Path, keep: int | None):
-        self._folder, self._keep = folder, keep
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def save(self, content: dict[str, Any]) -> None:
-        """Begin to write; `content` must not change from now on. Then raises what went wrong with the one before: this
-        one may still be the last."""
-        before = self._join()
-        self._thread = threading.Thread(target=self._write, args=(content,), name="save")
-        self._thread.start()
-        if before is not None:
-            raise before
-
-    def wait(self) -> None:
-        """Until what was begun is on the disk. Raises OSError where it could not be written."""
-        error = self._join()
-        if error is not None:
-            raise error
-
-    def _join(self) -> BaseException | None:
-        if self._thread is not None:
-            self._thread.join()
-        self._thread, error, self._error = None, self._error, None
-        return error
-
-    def _write(self, content: dict[str, Any]) -> None:
-        try:
-            save(self._folder, content, self._keep)
-        except BaseException as error:
-            self._error = error
-
-
-def read(path: Path, model: nn.Module) -> dict[str, Any]:
-    """A checkpoint of a run of this model, checked. ValueError naming the file and what is wrong with it."""
-    content = load_tensors(path)
-    content.setdefault("skipped", [])  # runs of earlier revisions
-    require_same_keys(("adapter", "adapter_params", "optimizer", "step", "skipped"), content, str(path), "entry")
-    step, skipped, optimizer_state = content["step"], content["skipped"], content["optimizer"]
-    if not _is_step(step):
-        raise ValueError(f"{path}: step must be a positive whole number, not {short_repr(step)}")
-    if not isinstance(skipped, list) or not all(_is_step(s) and s <= step for s in skipped):
-        raise ValueError(f"{path}: skipped must be a list of steps")
-    if not isinstance(optimizer_state, dict):
-        raise ValueError(f"{path}: optimizer must be a dictionary, not {type(optimizer_state).__name__}")
-    require_same_keys(MOMENTS, optimizer_state, str(path), "optimizer entry")
-    for what, tensors in {"adapter": content["adapter"], **optimizer_state}.items():
-        check_state_dict(model, tensors, f"{path}: {what}")
-    return content
-
-
-def newest(folder: Path, model: nn.Module) -> tuple[dict[str, Any], Path, dict[Path, str]]:
-    """The newest checkpoint that is whole: content, file, and the newer ones with what is wrong with each. ValueError
-    where there is none."""
-    wrong: dict[Path, str] = {}
-    for _, path in reversed(checkpoints(folder)):
-        try:
-            return read(path, model), path, wrong
-        except ValueError as error:
-            wrong[path] = str(error)
-    raise ValueError(f"{folder}: no checkpoint can be read: {'; '.join(wrong.values())}")
-
-
-def restore(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.AdamW) -> TrainState:
-    """Put a checkpoint (`read`) back. The main process has it and hands it to all others, which give None: they need
-    not see its file."""
+def load_state_dict(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.AdamW) -> TrainState:
+    """Restore a checkpoint (`read`). Rank 0 gives it, the others None: they need not see its file."""
     entries = adapter_parameters(model)
     step, skipped = broadcast_from_rank0(lambda: (content["step"], content["skipped"]))
-    load_adapter_state_dict(model, _hand_out(content and content["adapter"], model), "checkpoint")
+    load_adapter_state_dict(model, broadcast_tensors(content and content["adapter"], model), "checkpoint")
     for name in MOMENTS:
-        moments = _hand_out(content and content["optimizer"][name], model)
-        for key, part in shard_all(moments, model).items():
+        moments = broadcast_tensors(content and content["optimizer"][name], model)
+        for key, shard in shard_all(moments, model).items():
             parameter = entries[key].parameter
             state = optimizer.state[parameter]
-            state[name] = torch.empty_like(parameter).copy_(part)  # laid out as the parameter, as fused AdamW has it
+            state[name] = torch.empty_like(parameter).copy_(shard)  # laid out as the parameter, as fused AdamW has it
             state["step"] = torch.tensor(float(step - len(skipped)), device=parameter.device)  # of updates
     return TrainState(step, list(skipped))
 
 
-def _moment(optimizer: torch.optim.AdamW, parameter: nn.Parameter, name: str) -> Tensor:
-    """One of AdamW's moments of a parameter; before the first update it has none."""
-    state = optimizer.state.get(parameter)
-    return state[name] if state else torch.zeros_like(parameter)
-
-
-def _hand_out(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping[str, Tensor]:
-    """Whole tensors, keyed as the adapter's are, from the main process on every one, in one message."""
+def broadcast_tensors(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping[str, Tensor]:
+    """Send rank 0's whole tensors, keyed as the adapter's, to every rank in one message."""
     if dist.get_world_size() == 1:
         return tensors
     entries = adapter_parameters(model)
@@ -162,9 +79,65 @@ def _hand_out(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping
     else:
         flat = torch.empty(sum(sizes), device=device)
     dist.broadcast(flat, 0)
-    pieces = flat.cpu().split(sizes)
-    return {key: t.view(entries[key].declared.shape) for key, t in zip(entries, pieces, strict=True)}
+    return {k: t.view(e.spec.shape) for (k, e), t in zip(entries.items(), flat.cpu().split(sizes), strict=True)}
 
 
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def save(folder: Path, content: dict[str, Any], keep: int | None = None) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep` (None: keep all)."""
+    path = folder / f"checkpoint-{content['step']}.pth"
+    write_torch(path, content)
+    for _, old in checkpoints(folder)[:-keep] if keep else ():
+        old.unlink()
+    return path
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one at a time, while the training goes on. Rank 0 has one."""
+
+    def __init__(self, folder: Path, keep: int | None):
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Begin to write `content`, which must not change any more; then raise the error of the one before, if any."""
+        previous = self._pending
+        self._pending = self._thread.submit(save, self._folder, content, self._keep)
+        if previous:
+            previous.result()
+
+    def wait(self) -> None:
+        """Return when all is on the disk. OSError where it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+
+def read(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Read a checkpoint of a run of this model. ValueError names the file and what is wrong with it."""
+    content = load_tensors(path)
+    content.setdefault("skipped", [])  # runs of earlier revisions
+    require_same_keys(("adapter", "adapter_params", "optimizer", "step", "skipped"), content, str(path), "entry")
+    step, skipped, optimizer = content["step"], content["skipped"], content["optimizer"]
+    if not isinstance(skipped, list) or not all(type(n) is int and 1 <= n <= step for n in (step, *skipped)):
+        raise ValueError(f"{path}: step must be a positive whole number, and skipped a list of earlier ones")
+    require_same_keys(MOMENTS, optimizer if isinstance(optimizer, dict) else {}, str(path), "optimizer entry")
+    content["adapter"] = rename_old_keys(content["adapter"])
+    content["optimizer"] = {name: rename_old_keys(moments) for name, moments in optimizer.items()}
+    for name, tensors in {"adapter": content["adapter"], **content["optimizer"]}.items():
+        check_state_dict(model, tensors, f"{path}: {name}")
+    return content
+
+
+def latest(folder: Path, model: nn.Module) -> tuple[dict[str, Any], Path, dict[Path, str]]:
+    """Read the latest checkpoint that is not damaged -> content, file, and the later ones with what is wrong with each.
+
+    ValueError where there is none.
+    """
+    damaged: dict[Path, str] = {}
+    for _, path in reversed(checkpoints(folder)):
+        try:
+            return read(path, model), path, damaged
+        except ValueError as error:
+            damaged[path] = str(error)
+    raise ValueError(f"{folder}: no checkpoint can be read: {'; '.join(damaged.values())}")

@@ -249,6 +249,8 @@ def _read_start(path: Path) -> tuple[RunConfig, AdapterConfig, int]:
         config = AdapterConfig.from_dict(record["adapter"], n_layers)
         if AdapterConfig.from_dict({"method": start.method} | settings, n_layers) != config:
             raise ValueError("its adapters do not follow from its settings")
+        if type(record["rows_per_step"]) is not int or record["rows_per_step"] < 1:
+            raise ValueError("rows_per_step is no number of rows")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         problem = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: not the record of a run that can be resumed ({problem})") from None

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.data import IGNORE_INDEX, Example, encode_example, read_rows
+from llama.data import IGNORE_INDEX, Example, encode_example
 from llama.packing import PackedBatch, async_to_device
 from llama.tokenizer import Tokenizer
+from moa.reading import read_rows
 
 FIELDS = ("instruction", "input", "output")
 

@@ -22,7 +22,7 @@ from llama.model import Transformer
 from llama.packing import PackedBatch, balance_by_length
 from moa.state import adapter_parameters, optimizer_groups
 from training.data import label_count, micro_batches
-from training.schedule import Plan
+from training.schedule import Schedule
 from training.shutdown import Stopped
 
 MicroBatch = tuple[Tensor, Tensor, PackedBatch]  # tokens (N,), labels (N,) on the CPU, their sequences
@@ -98,7 +98,7 @@ def train(
     model: Transformer,
     optimizer: torch.optim.AdamW,
     examples: list[Example],
-    plan: Plan,
+    schedule: Schedule,
     batch_size: int,
     seed: int,
     state: TrainState,
@@ -106,7 +106,7 @@ def train(
     stop_signal: Callable[[], int] = lambda: 0,
     forward_backward: Callable[[Transformer, MicroBatch, int, int], Tensor] = forward_backward,
 ) -> None:
-    """Run steps `state.done` + 1 to `plan.steps`, calling on_step with each step's log entry after it.
+    """Run steps `state.done` + 1 to `schedule.steps`, calling on_step with each step's log entry after it.
 
     A step whose loss or gradient is not finite is skipped, and its entry says so. A second one in a row raises
     NonFiniteLoss, naming steps and rows, and is not counted: the adapters are as they were before both. Raises Stopped,
@@ -115,16 +115,16 @@ def train(
     parameters = [entry.parameter for entry in adapter_parameters(model).values()]
     device = parameters[0].device
     model.train()
-    while state.done < plan.steps:
+    while state.done < schedule.steps:
         step, begin = state.done, time.perf_counter()
-        row_ids = plan.rows(step, seed)
+        row_ids = schedule.rows(step, seed)
         rows = [examples[i] for i in row_ids]
         lengths = [len(example.tokens) for example in rows]
         num_tokens, num_labels = sum(lengths), sum(map(label_count, rows))
         # Randomness follows from the step's number: a resumed run needs no generator's state
-        torch.manual_seed((seed * plan.steps + step) * dp_size() + dp_rank())
+        torch.manual_seed((seed * schedule.steps + step) * dp_size() + dp_rank())
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate(step)
+            group["lr"] = schedule.learning_rate(step)
         optimizer.zero_grad(set_to_none=True)
 
         losses = torch.zeros(2, device=device)  # cross-entropy; auxiliary
@@ -142,10 +142,10 @@ def train(
 
         entry = {
             "step": step + 1,
-            "epoch": round((step + 1) / plan.steps_per_epoch, 4),
+            "epoch": round((step + 1) / schedule.steps_per_epoch, 4),
             "loss": ce_loss if math.isfinite(ce_loss) else None,
             **({"auxiliary_loss": aux_loss} if aux_loss and math.isfinite(aux_loss) else {}),
-            "lr": plan.learning_rate(step),
+            "lr": schedule.learning_rate(step),
             "rows": len(row_ids),
             "tokens": num_tokens,
             "label_tokens": num_labels,

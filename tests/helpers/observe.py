@@ -39,7 +39,7 @@ from moa.replicas import assert_replicas_equal
 from moa.state import adapter_parameters, adapter_state_dict, gather_full, reset_adapters
 from tiny import ARGS, BASE, METHODS, build, config, gradients, random_state, tokens
 from training.loop import TrainState, make_optimizer, train
-from training.schedule import Plan
+from training.schedule import Schedule
 
 WORLD, SIZES = 4, (4, 2)
 CPU = torch.device("cpu")
@@ -113,12 +113,12 @@ def observe_step(name: str, model_parallel_size: int, exact: bool) -> dict[str, 
     for i, row in enumerate(tokens(3, 15).tolist()):
         row = row[: 15 - 2 * i]
         rows.append(Example(row, [IGNORE_INDEX] * (2 + i % 2) + row[2 + i % 2 :], 2 + i % 2))
-    plan = Plan(n_rows=3, rows_per_step=3, steps=1, warmup_steps=0, lr=0.01, min_lr=0.0, constant=True)
+    schedule = Schedule(n_rows=3, rows_per_step=3, steps=1, warmup_steps=0, lr=0.01, min_lr=0.0, constant=True)
     # exact: one micro-batch, since a load-balancing loss is one of a micro-batch
     batch_size = -(-len(rows) // dp_size()) if exact else 1
     with float64(model) if exact else nullcontext():
         optimizer = make_optimizer(model, weight_decay=0.02)
-        train(model, optimizer, rows, plan, batch_size, 7, TrainState(), lambda entry: losses.append(entry["loss"]))
+        train(model, optimizer, rows, schedule, batch_size, 7, TrainState(), lambda entry: losses.append(entry["loss"]))
         assert_replicas_equal(model)
     return {"loss": losses, "gradients": gather_full(gradients(model), model), "state": adapter_state_dict(model)}
 
