@@ -94,9 +94,9 @@ def answer_rows(flags: Flags, ckpt_dir: str, data_path: str, device) -> None:
     import torch.distributed as dist
 
     from llama import Llama
-    from llama.data import read_rows
     from llama.distributed import assert_same_on_all_ranks, dp_rank, is_rank0
     from llama.predictions import Predictions
+    from moa.reading import read_rows
 
     rows = read_rows(data_path, ("instruction", "input"))[: flags.max_rows]
     settings = settings_of(flags, ckpt_dir, data_path, device)

@@ -1,137 +1,85 @@
-"""The public data sets of the paper's runs: where each lies, how many rows it has, how its answers look.
+"""The public data sets of the paper's runs, one line each in catalogue.csv."""
 
-Places and licences are written from what is known of the repositories: the addresses have not been tried. What is
-fetched from them is checked before it is put in place, and `--source` names another place.
-"""
-
-import difflib
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = "https://raw.githubusercontent.com"  # `origin` is below it, as it is below a mirror or a folder
-ADAPTERS = "AGI-Edgerunners/LLM-Adapters/main"
+from cli import nearest
 
-NUMBER = r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?"
-LETTER = "[A-E]"
-TRUTH = "true|false"
+# `github.com/OWNER/REPO/raw/...` serves files of Git LFS too (math_14k, commonsense_15k, hellaswag), which
+# raw.githubusercontent.com does not. A mirror or a folder holds `origin` below it in the same way.
+SOURCE = "https://github.com"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One file of rows, DATA/`name`/`kind`.json.
+    """One file of rows, DATA/`name`/`split`.json.
 
-    kind: "train" or "test". rows: how many there are; slack: the share by which a file may differ from that. suite: its
-    name in `evaluate`, for tests. answer: pattern of a test row's "answer", "" where it has none. form: how the origin
-    is written, one of `corpus.forms.FORMS`. fields: text fields beside instruction, input and output. licence: "" where
-    it is not known for certain.
+    split: "train" or "test". task: its name in `evaluate`, "" for training rows. rows: how many it has at its origin.
+    partial: the share of them that may be missing here, since rows without an output are left out. answer: a test row's
+    "answer": "number", "letter" or a pattern, "" where it has none. fields: text fields beside instruction, input and
+    output. format: how the origin is written, a key of `corpus.converters.CONVERTERS`. sha256: of the file at its
+    origin, "" where it is not known. origin: its path below the source.
     """
 
     name: str
-    kind: str
+    split: str
     family: str
+    task: str
     rows: int
+    partial: float
+    answer: str
+    fields: tuple[str, ...]
+    format: str
+    licence: str
+    sha256: str
     origin: str
-    suite: str = ""
-    answer: str = ""
-    form: str = "rows"
-    fields: tuple[str, ...] = ()
-    slack: float = 0.0
-    licence: str = ""
+    note: str
 
     @property
     def label(self) -> str:
-        return f"{self.name}/{self.kind}"
+        return f"{self.name}/{self.split}"
 
     def file(self, folder: str | Path) -> Path:
         """Where it lies below the folder of all data."""
-        return Path(folder) / self.name / f"{self.kind}.json"
+        return Path(folder) / self.name / f"{self.split}.json"
 
 
-def _adapters_test(name: str, family: str, rows: int, suite: str, answer: str, licence: str = "") -> DataSet:
-    """A test file of LLM-Adapters."""
-    return DataSet(name, "test", family, rows, f"{ADAPTERS}/dataset/{name}/test.json", suite, answer, licence=licence)
+def _read_catalogue() -> tuple[DataSet, ...]:
+    with Path(__file__).with_name("catalogue.csv").open(encoding="utf-8", newline="") as file:
+        return tuple(
+            DataSet(
+                **line
+                | {
+                    "rows": int(line["rows"]),
+                    "partial": float(line["partial"]),
+                    "fields": tuple(line["fields"].split()),
+                }
+            )
+            for line in csv.DictReader(file)
+        )
 
 
-CATALOGUE: tuple[DataSet, ...] = (
-    # The number of rows of math_14k could not be looked up, that of commonsense_15k is from memory: hence the slack.
-    DataSet("math_14k", "train", "math", 14_000, f"{ADAPTERS}/ft-training_set/math_14k.json", slack=0.05),
-    DataSet(
-        "gsm8k",
-        "train",
-        "math",
-        7473,
-        "openai/grade-school-math/master/grade_school_math/data/train.jsonl",
-        form="gsm8k",
-        licence="MIT",
-    ),
-    _adapters_test("AddSub", "math", 395, "AddSub", NUMBER),
-    _adapters_test("AQuA", "math", 254, "AQuA", LETTER, "Apache-2.0"),
-    _adapters_test("gsm8k", "math", 1319, "GSM8K", NUMBER, "MIT"),
-    _adapters_test("MultiArith", "math", 600, "MultiArith", NUMBER),
-    _adapters_test("SingleEq", "math", 508, "SingleEq", NUMBER),
-    _adapters_test("SVAMP", "math", 1000, "SVAMP", NUMBER, "MIT"),
-    DataSet(
-        "commonsense_15k",
-        "train",
-        "commonsense",
-        15_119,
-        f"{ADAPTERS}/ft-training_set/commonsense_15k.json",
-        slack=0.02,
-    ),
-    _adapters_test("boolq", "commonsense", 3270, "BoolQ", TRUTH, "CC-BY-SA-3.0"),
-    _adapters_test("piqa", "commonsense", 1838, "PIQA", "solution[12]"),
-    _adapters_test("social_i_qa", "commonsense", 1954, "SIQA", "answer[1-3]"),
-    _adapters_test("hellaswag", "commonsense", 10_042, "HellaSwag", "ending[1-4]", "MIT"),
-    _adapters_test("winogrande", "commonsense", 1267, "WinoGrande", "option[12]"),
-    _adapters_test("ARC-Challenge", "commonsense", 1172, "ARC-c", "answer[1-5]", "CC-BY-SA-4.0"),
-    _adapters_test("ARC-Easy", "commonsense", 2376, "ARC-e", "answer[1-5]", "CC-BY-SA-4.0"),
-    _adapters_test("openbookqa", "commonsense", 500, "OBQA", "answer[1-4]"),
-    DataSet(
-        "codealpaca", "train", "code", 20_022, "sahil280114/codealpaca/master/data/code_alpaca_20k.json", slack=0.01
-    ),
-    DataSet(
-        "humaneval",
-        "test",
-        "code",
-        164,
-        "openai/human-eval/master/data/HumanEval.jsonl.gz",
-        "HumanEval",
-        form="humaneval",
-        fields=("task_id", "prompt", "canonical_solution", "test", "entry_point"),
-        licence="MIT",
-    ),
-    DataSet(
-        "mbpp",
-        "test",
-        "code",
-        500,
-        "google-research/google-research/master/mbpp/mbpp.jsonl",
-        "MBPP",
-        form="mbpp",
-        fields=("text", "code"),
-        licence="CC-BY-4.0",
-    ),
-)
+CATALOGUE = _read_catalogue()
 
 
-def choose(names: Sequence[str]) -> list[DataSet]:
+def select(names: Sequence[str]) -> list[DataSet]:
     """The data sets of these names, in the catalogue's order; all where none is given.
 
-    A name is a folder's (gsm8k), one file's (gsm8k/train), a suite's (SIQA) or a family's (math), in any case.
-    ValueError gives the nearest where there is none.
+    A name is a folder's (gsm8k), one file's (gsm8k/train), a task's (SIQA) or a family's (math), in any case.
+    ValueError gives the nearest name where there is none.
     """
     known: dict[str, set[DataSet]] = {}
-    for one in CATALOGUE:
-        for name in filter(None, (one.name, one.label, one.suite, one.family)):
-            known.setdefault(_plain(name), set()).add(one)
-    chosen: set[DataSet] = set()
+    for data_set in CATALOGUE:
+        for name in filter(None, (data_set.name, data_set.label, data_set.task, data_set.family)):
+            known.setdefault(_plain(name), set()).add(data_set)
     for name in names:
         if _plain(name) not in known:
-            near = difflib.get_close_matches(_plain(name), known, n=1, cutoff=0.0)[0]
+            near = nearest(_plain(name), known)
             raise ValueError(f"no data set is named {name!r} (nearest: {near}); `python -m corpus list` shows them")
-        chosen |= known[_plain(name)]
-    return [one for one in CATALOGUE if one in chosen or not names]
+    chosen = {data_set for name in names for data_set in known[_plain(name)]}
+    return [data_set for data_set in CATALOGUE if data_set in chosen or not names]
 
 
 def _plain(name: str) -> str:

@@ -1,18 +1,22 @@
-"""Whether a file of rows is what the catalogue says: count, fields, answers; and what it is like."""
+"""Whether a file of rows is what the catalogue says: number of rows, fields and answers."""
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corpus.catalogue import LETTER, NUMBER, DataSet
-from corpus.rows import read_rows
+from corpus.catalogue import DataSet
+from moa.reading import read_rows, short_repr
 
-_FORMS = {NUMBER: "a number", LETTER: "a letter A to E"}  # the other patterns speak for themselves
+# Names of patterns of answers, in the catalogue: the pattern, and how a message says it
+ANSWERS = {
+    "number": (r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?", "a number"),
+    "letter": ("[A-E]", "a letter A to E"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Checked:
 
 
 def check_file(data_set: DataSet, path: str | Path) -> Checked:
-    """Check one file. What is wrong with it is in `faults`, also that it cannot be read; OSError."""
+    """Check one file. `faults` has what is wrong with it, also that it cannot be read; OSError."""
     try:
         rows = read_rows(path)
     except ValueError as error:
@@ -38,53 +42,45 @@ def check_file(data_set: DataSet, path: str | Path) -> Checked:
 
 
 def check_rows(data_set: DataSet, rows: Sequence[dict[str, Any]], sha256: str = "") -> Checked:
-    found: dict[str, list[int]] = {}  # what is wrong with a row -> the rows
+    numbers: dict[str, list[int]] = {}  # fault -> the rows that have it
     for number, row in enumerate(rows, 1):
         for fault in _faults(data_set, row):
-            found.setdefault(fault, []).append(number)
-    faults = [fault + _where(numbers) for fault, numbers in found.items()]
-    if abs(len(rows) - data_set.rows) > data_set.slack * data_set.rows:
-        about = "about " if data_set.slack else ""
-        faults.insert(0, f"{len(rows)} rows, expected {about}{data_set.rows}")
-    asked = {json.dumps([row.get("instruction"), row.get("input")]) for row in rows}
-    unanswered = sum(_empty(row.get("output")) for row in rows)
-    return Checked(data_set, len(rows), len(rows) - len(asked), unanswered, sha256, tuple(faults))
+            numbers.setdefault(fault, []).append(number)
+    faults = [fault + _where(found) for fault, found in numbers.items()]
+    if not data_set.rows * (1 - data_set.partial) <= len(rows) <= data_set.rows:
+        faults.insert(0, f"{len(rows)} rows, expected {data_set.rows}")
+    questions = {json.dumps([row.get("instruction"), row.get("input")]) for row in rows}
+    unanswered = sum(is_blank(row.get("output")) for row in rows)
+    return Checked(data_set, len(rows), len(rows) - len(questions), unanswered, sha256, tuple(faults))
 
 
-def _faults(data_set: DataSet, row: dict[str, Any]) -> list[str]:
-    faults = []
+def is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _faults(data_set: DataSet, row: dict[str, Any]) -> Iterator[str]:
     for name in ("instruction", "input", "output", *data_set.fields):
         if name not in row:
-            faults.append(f"field {name!r} is missing")
+            yield f"field {name!r} is missing"
         elif not isinstance(row[name], str):
-            faults.append(f"field {name!r} must be text, not {type(row[name]).__name__}")
-    # Test files have problems whose worked answer is empty, and nothing reads it; nor do they all ask in words.
-    needed = ("instruction", "output") if data_set.kind == "train" else ("instruction",)
-    faults += [f"{name} is empty" for name in needed if _empty(row.get(name))]
-    if data_set.answer:
-        if "answer" not in row:
-            faults.append("field 'answer' is missing")
-        elif not _is_answer(data_set.answer, row["answer"]):
-            form = _FORMS.get(data_set.answer, data_set.answer)
-            faults.append(f"answer {_shown(row['answer'])}, expected {form}")
-    return faults
-
-
-def _is_answer(pattern: str, value: Any) -> bool:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return pattern == NUMBER and math.isfinite(value)
-    return isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None
-
-
-def _empty(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
+            yield f"field {name!r} must be text, not {type(row[name]).__name__}"
+    # Some published tests have no worked answer, and nothing reads it.
+    for name in ("instruction", "output") if data_set.split == "train" else ("instruction",):
+        if is_blank(row.get(name)):
+            yield f"{name} is empty"
+    if data_set.answer and "answer" not in row:
+        yield "field 'answer' is missing"
+    elif data_set.answer:
+        pattern, expected = ANSWERS.get(data_set.answer, (data_set.answer, data_set.answer))
+        answer = row["answer"]
+        if isinstance(answer, int | float) and not isinstance(answer, bool):
+            right = data_set.answer == "number" and math.isfinite(answer)
+        else:
+            right = isinstance(answer, str) and re.fullmatch(pattern, answer, re.ASCII) is not None
+        if not right:
+            yield f"answer {short_repr(answer, 40)}, expected {expected}"
 
 
 def _where(numbers: Sequence[int]) -> str:
     listed = ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "")
     return f" (row {listed})" if len(numbers) == 1 else f" ({len(numbers)} rows: {listed})"
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."

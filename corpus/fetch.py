@@ -1,22 +1,14 @@
-"""Fetching a data set: download or copy, convert, check, and only then put in place."""
+"""Fetching a data set: download or copy, check, convert, check again, and only then put in place."""
 
-import http.client
-import socket
-import ssl
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from corpus.catalogue import SOURCE, DataSet
-from corpus.check import check_file, check_rows
-from corpus.forms import FORMS, LARGEST, without_empty
-from corpus.rows import write_rows
-
-TRIES = 3
-PAUSE = 1.0  # seconds before the second try, doubled before the third
+from corpus.check import check_file, check_rows, is_blank
+from corpus.converters import convert
 
 
 @dataclass(frozen=True)
@@ -36,30 +28,32 @@ def fetch(
     *,
     overwrite: bool = False,
     timeout: float = 30.0,
+    retries: int = 2,
 ) -> Fetched:
     """Have the data set below `folder`, fetching it where it is not there yet.
 
     source: where its origin lies, the beginning of a URL or a folder. timeout: seconds without an answer. ValueError or
     OSError names the address or file and the reason; what was there before is then untouched.
     """
+    from moa.files import atomic_write  # late: it loads torch
+
     file = data_set.file(folder)
     if file.exists():
-        there = check_file(data_set, file)
-        if not there.faults:
-            return Fetched(file, there.rows, 0, new=False)
+        present = check_file(data_set, file)
+        if not present.faults:
+            return Fetched(file, present.rows, 0, new=False)
         if not overwrite:
-            raise ValueError(f"{file} is there already, and not right: {there.faults[0]}; --overwrite replaces it")
-    where = address(data_set, source)
-    data = download(where, timeout) if _is_url(where) else _read(Path(where))
-    try:
-        rows = FORMS[data_set.form](data)
-        kept = without_empty(rows) if data_set.kind == "train" else rows
-        checked = check_rows(data_set, kept)
-        if checked.faults:
-            raise ValueError(checked.faults[0])
-    except ValueError as error:
-        raise ValueError(f"{where}: not what was expected: {error}") from None
-    write_rows(file, kept)
+            raise ValueError(f"{file} is there already, and not right: {present.faults[0]}; --overwrite replaces it")
+    url = address(data_set, source)
+    rows = convert(download(url, data_set.sha256, timeout, retries), data_set.format, url)
+    kept = rows
+    if data_set.split == "train":  # nothing is to be learned from a row without an instruction or output
+        kept = [row for row in rows if not is_blank(row.get("instruction")) and not is_blank(row.get("output"))]
+    checked = check_rows(data_set, kept)
+    if checked.faults:
+        raise ValueError(f"{url}: not what was expected: {checked.faults[0]}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, ("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n").encode())
     return Fetched(file, len(kept), len(rows) - len(kept), new=True)
 
 
@@ -68,48 +62,35 @@ def address(data_set: DataSet, source: str = SOURCE) -> str:
     return f"{source.rstrip('/')}/{data_set.origin}"
 
 
-def download(url: str, timeout: float, sleep: Callable[[float], None] = time.sleep) -> bytes:
-    """The content of a URL, whole and at most LARGEST bytes. OSError names the URL and the reason.
+def download(url: str, sha256: str, timeout: float, retries: int) -> bytes:
+    """The content of a URL or a file, whole. sha256: what it must have, "" for any.
 
-    What may pass (no answer, a broken connection, a server's fault) is tried TRIES times.
+    A server's fault, a broken connection and a wrong content are tried again. OSError or ValueError names the URL.
     """
-    for attempt in range(TRIES):
-        if attempt:
-            sleep(PAUSE * 2 ** (attempt - 1))
+    import pooch  # late, as the rest of the package needs neither
+    import requests
+
+    def get(address: str, output: str, _: pooch.Pooch) -> None:
+        if "://" not in address:
+            shutil.copyfile(address, output)
+            return
         try:
-            return _get(url, timeout)
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP status {error.code} ({error.reason})"
-            if error.code < 500 and error.code != 429:  # the server means it
-                break
-        except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", None) or error
-            reason = str(cause) or type(cause).__name__
-            if isinstance(cause, socket.gaierror | ssl.SSLCertVerificationError):  # no such host, no network
-                break
-    raise OSError(f"{url}: {reason}")
+            pooch.HTTPDownloader(timeout=timeout)(address, output, None)
+        except requests.HTTPError as error:
+            status = error.response.status_code
+            raise (requests.HTTPError if status >= 500 or status == 429 else OSError)(f"HTTP status {status}") from None
+        except requests.ConnectionError:
+            raise OSError("the server cannot be reached; is there a network?") from None
 
-
-def _get(url: str, timeout: float) -> bytes:
-    with urllib.request.urlopen(url, timeout=timeout) as response:
-        data = response.read(LARGEST + 1)
-        length = response.headers.get("Content-Length", "")
-    if len(data) > LARGEST:
-        raise ValueError(f"{url}: more than {LARGEST // 2**20} MiB")
-    if length.isdecimal() and len(data) < int(length):  # read() does not complain by itself
-        raise OSError(f"the connection broke after {len(data)} of {length} bytes")
-    return data
-
-
-def _read(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise ValueError(f"{path}: more than {LARGEST // 2**20} MiB")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-
-
-def _is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
+    pooch.get_logger().setLevel("WARNING")
+    with tempfile.TemporaryDirectory() as folder:
+        downloads = pooch.create(folder, "", registry={"file": sha256 or None}, urls={"file": url})
+        downloads.retry_if_failed = retries if "://" in url else 0
+        try:
+            return Path(downloads.fetch("file", downloader=get)).read_bytes()
+        except FileNotFoundError:
+            raise ValueError(f"{url}: no such file") from None
+        except OSError as error:
+            raise OSError(f"{url}: {error}") from None
+        except ValueError:
+            raise ValueError(f"{url}: SHA-256 is not {sha256}: the file has changed or was damaged") from None

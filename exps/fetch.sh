@@ -7,5 +7,5 @@ set -euo pipefail
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 data=$(realpath -m "${DATA:-$root/data}")
 cd "$root"
-python -m corpus fetch "$@" --output "$data"
-python -m corpus check "$@" --data "$data"
+python -m corpus fetch "$@" --output_dir "$data"
+python -m corpus check "$@" --data_path "$data"

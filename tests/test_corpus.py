@@ -1,31 +1,31 @@
 """The public data sets: fetching, converting and checking them, against a server and folders that the tests make."""
 
 import gzip
+import hashlib
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-import corpus.fetch
-import corpus.forms
+import corpus.__main__ as command
 from commands import refused, run
-from corpus.catalogue import CATALOGUE, choose
+from corpus.catalogue import CATALOGUE, select
 from corpus.check import check_file, check_rows
 from corpus.fetch import address, fetch
-from corpus.rows import write_rows
 from evaluate import TASKS
-
-
-def one(name):
-    return choose([name])[0]
 
 
 def rows_of(name, **changed):
     """As many rows as the data set has."""
     row = {"instruction": "", "input": "", "output": "It is 5. The answer is 5.", "answer": "5"} | changed
-    return [row | {"instruction": f"What is {i} and {i}?"} for i in range(one(name).rows)]
+    return [row | {"instruction": f"What is {i} and {i}?"} for i in range(select([name])[0].rows)]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 GSM8K = [
@@ -53,18 +53,19 @@ MBPP = [
     }
     for i in range(1, 975)
 ]
-
-
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
 ORIGINS = {
     "AddSub/test": json.dumps(rows_of("AddSub")).encode(),
     "gsm8k/train": lines(GSM8K),
-    "humaneval/test": gzip.compress(lines(HUMANEVAL)),
+    "humaneval/test": gzip.compress(lines(HUMANEVAL), mtime=0),
     "mbpp/test": lines(MBPP),
 }
+
+
+def data_set(name, content=None):
+    """A data set of the catalogue, with the hash of this content instead of the published file's."""
+    found = select([name])[0]
+    content = ORIGINS.get(found.label, b"") if content is None else content
+    return replace(found, sha256=hashlib.sha256(content).hexdigest())
 
 
 @pytest.fixture
@@ -72,27 +73,30 @@ def source(tmp_path):
     """A folder laid out as the data sets' repositories are."""
     folder = tmp_path / "source"
     for name, content in ORIGINS.items():
-        path = Path(address(one(name), str(folder)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        put(folder, name, content)
     return folder
+
+
+def put(folder, name, content):
+    path = Path(address(data_set(name), str(folder)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 @pytest.fixture
 def server(monkeypatch):
     """A server that answers with ORIGINS; `troubles` has what goes wrong with the next answers."""
-    places = {"/" + one(name).origin: content for name, content in ORIGINS.items()}
+    contents = {"/" + data_set(name).origin: content for name, content in ORIGINS.items()}
 
     class Handler(BaseHTTPRequestHandler):
         troubles: list = []
-        asked: list = []
+        requests: list = []
 
         def do_GET(self):
-            self.asked.append(self.path)
-            content = places.get(self.path, b"")
+            self.requests.append(self.path)
+            content = contents.get(self.path, b"")
             trouble = self.troubles.pop(0) if self.troubles else None
-            status = trouble if isinstance(trouble, int) else 200 if content else 404
-            self.send_response(status)
+            self.send_response(trouble if isinstance(trouble, int) else 200 if content else 404)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(trouble if isinstance(trouble, bytes) else content)  # bytes: fewer than announced
@@ -101,9 +105,8 @@ def server(monkeypatch):
             pass
 
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(corpus.fetch, "PAUSE", 0)
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=running.serve_forever)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     Handler.url = f"http://127.0.0.1:{running.server_address[1]}"
     yield Handler
@@ -112,42 +115,44 @@ def server(monkeypatch):
     running.server_close()
 
 
-def test_the_catalogue_agrees_with_the_suites():
-    assert len({one.label for one in CATALOGUE}) == len({one.origin for one in CATALOGUE}) == len(CATALOGUE)
-    tests = {one.suite: one for one in CATALOGUE if one.kind == "test"}
-    for name, suite in TASKS.items():
+def test_the_catalogue_agrees_with_the_tasks():
+    assert len({entry.label for entry in CATALOGUE}) == len({entry.origin for entry in CATALOGUE}) == len(CATALOGUE)
+    assert [entry.label for entry in CATALOGUE if len(entry.sha256) != 64] == ["codealpaca/train"]
+    tests = {entry.task: entry for entry in CATALOGUE if entry.split == "test"}
+    for name, task in TASKS.items():
         if name != "demo":
-            assert tests[name].rows == suite.problems and tests[name].family == suite.family, name
+            assert tests[name].rows == task.problems and tests[name].family == task.family, name
 
 
-@pytest.mark.parametrize("data_set", [one for one in CATALOGUE if one.answer], ids=lambda one: one.label)
-def test_answers_are_those_that_the_suite_can_read(data_set):
+@pytest.mark.parametrize("entry", [entry for entry in CATALOGUE if entry.answer], ids=lambda entry: entry.label)
+def test_answers_are_those_that_the_task_can_read(entry):
     readable = set()
     for value in ("5", "1,450.5", "-3", 7, "five", "A", "F", "b", "true", "yes", "answer3", "answer6", "solution2"):
         row = {"instruction": "What?", "input": "", "output": "", "answer": value}
-        accepted = not [fault for fault in check_rows(data_set, [row]).faults if fault.startswith("answer")]
+        accepted = not [fault for fault in check_rows(entry, [row]).faults if fault.startswith("answer")]
         try:
-            TASKS[data_set.suite].read_answer(value)
+            TASKS[entry.task].read_answer(value)
             assert accepted, value
             readable.add(value)
         except ValueError:
             assert not accepted, value
-    assert readable or data_set.suite in ("HellaSwag", "WinoGrande")  # whose words are not among these
+    assert readable or entry.task in ("HellaSwag", "WinoGrande")  # whose words are not among these
 
 
-def test_names_choose_data_sets():
-    assert [one.label for one in choose(["gsm8k"])] == ["gsm8k/train", "gsm8k/test"]
-    assert [one.label for one in choose(["siqa", "GSM8K/test"])] == ["gsm8k/test", "social_i_qa/test"]
-    assert {one.family for one in choose(["code"])} == {"code"} and choose([]) == list(CATALOGUE)
+def test_names_select_data_sets():
+    assert [entry.label for entry in select(["gsm8k"])] == ["gsm8k/train", "gsm8k/test"]
+    assert [entry.label for entry in select(["siqa", "GSM8K/test"])] == ["gsm8k/test", "social_i_qa/test"]
+    assert {entry.family for entry in select(["code"])} == {"code"} and select([]) == list(CATALOGUE)
     with pytest.raises(ValueError, match="'gsm9k' .*gsm8k"):
-        choose(["gsm9k"])
+        select(["gsm9k"])
 
 
 def test_what_is_published_becomes_rows(source, tmp_path):
+    read = {}
     for name in ORIGINS:
-        fetched = fetch(one(name), tmp_path / "data", str(source))
-        assert fetched.new and check_file(one(name), fetched.file).faults == ()
-    read = {name: json.loads(one(name).file(tmp_path / "data").read_text()) for name in ORIGINS}
+        fetched = fetch(data_set(name), tmp_path / "data", str(source))
+        assert fetched.new and check_file(data_set(name), fetched.file).faults == ()
+        read[name] = json.loads(fetched.file.read_text())
     assert read["AddSub/test"] == rows_of("AddSub")
     assert read["gsm8k/train"][1499] == {
         "instruction": "Add 1499 and 1",
@@ -164,150 +169,145 @@ def test_what_is_published_becomes_rows(source, tmp_path):
     assert row["output"] == MBPP[10]["code"] and row["input"] == ""
 
 
-def test_a_server_gives_the_same_and_what_is_there_is_not_asked_for_again(server, source, tmp_path):
+def test_a_server_gives_the_same_and_what_is_there_is_not_fetched_again(server, source, tmp_path):
     for name in ORIGINS:
-        fetch(one(name), tmp_path / "web", server.url)
-        fetch(one(name), tmp_path / "copied", str(source))
-        assert one(name).file(tmp_path / "web").read_bytes() == one(name).file(tmp_path / "copied").read_bytes()
-    before = len(server.asked)
-    assert not fetch(one("AddSub"), tmp_path / "web", server.url).new
-    assert len(server.asked) == before == len(ORIGINS)
+        by_web = fetch(data_set(name), tmp_path / "web", server.url)
+        assert by_web.file.read_bytes() == fetch(data_set(name), tmp_path / "copy", str(source)).file.read_bytes()
+    assert not fetch(data_set("AddSub"), tmp_path / "web", server.url).new
+    assert len(server.requests) == len(ORIGINS)
 
 
-@pytest.mark.parametrize(("troubles", "tries"), [([503], 2), ([b"[", 503], 3), ([429, 500], 3)])
-def test_what_may_pass_is_tried_again(server, tmp_path, troubles, tries):
+@pytest.mark.parametrize("troubles", [[503], [b"["], [429]])
+def test_what_may_pass_is_tried_again(server, tmp_path, troubles):
     server.troubles[:] = troubles
-    server.asked.clear()
-    assert fetch(one("AddSub"), tmp_path, server.url).rows == 395 and len(server.asked) == tries
+    assert fetch(data_set("AddSub"), tmp_path, server.url, retries=1).rows == 395 and len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
     ("troubles", "tries", "words"),
     [
         ([404], 1, "HTTP status 404"),
-        ([503] * 3, 3, "HTTP status 503"),
-        ([b"[{"] * 3, 3, "the connection broke after 2 of"),
+        ([503] * 2, 2, "HTTP status 503"),
+        ([b"[{"] * 2, 2, "Connection broken"),
     ],
 )
 def test_a_download_that_fails_leaves_nothing(server, tmp_path, troubles, tries, words):
     server.troubles[:] = troubles
-    server.asked.clear()
     with pytest.raises(OSError, match=words) as raised:
-        fetch(one("AddSub"), tmp_path, server.url)
-    assert address(one("AddSub"), server.url) in str(raised.value)
-    assert len(server.asked) == tries and not list(tmp_path.iterdir())
+        fetch(data_set("AddSub"), tmp_path, server.url, retries=1)
+    assert address(data_set("AddSub"), server.url) in str(raised.value)
+    assert len(server.requests) == tries and not list(tmp_path.iterdir())
+
+
+def test_without_a_network_a_sentence_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(OSError, match="http://127.0.0.1:9/.*: the server cannot be reached; is there a network?"):
+        fetch(data_set("AddSub"), tmp_path, "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("AddSub", json.dumps(rows_of("AddSub")[1:]), "394 rows, expected 395"),
-        ("AddSub", json.dumps(rows_of("AddSub"))[:-9], "neither a JSON list nor JSON lines"),
-        ("AddSub", "<html>Not found</html>", "'<html>Not found</html>'"),
+        ("AddSub", json.dumps(rows_of("AddSub"))[:-9], "not valid JSON"),
         ("AddSub", json.dumps(rows_of("AddSub", answer="C")), "answer 'C', expected a number"),
         ("AddSub", "[1]", "row 1: expected an object"),
         ("AddSub", " ", "empty"),
-        ("AddSub", b"\xff", "not UTF-8"),
+        ("AddSub", b"\xff", "neither UTF-8 text"),
         ("gsm8k/train", lines([{"question": "a", "answer": "5"}]), "row 1: the answer has no line '#### N'"),
         ("gsm8k/train", lines([{"question": "a"}]), "row 1: field 'answer' is missing"),
-        ("humaneval", gzip.compress(lines(HUMANEVAL))[:-20], "damaged .gz"),
+        ("humaneval", ORIGINS["humaneval/test"][:-20], "nor a whole .gz file"),
         ("mbpp", lines([MBPP[20] | {"test_list": None}]), "not of the expected type"),
     ],
 )
 def test_what_is_not_as_expected_is_not_written(source, tmp_path, name, content, words):
-    Path(address(one(name), str(source))).write_bytes(content if isinstance(content, bytes) else content.encode())
+    content = content if isinstance(content, bytes) else content.encode()
+    put(source, name, content)
     with pytest.raises(ValueError) as raised:
-        fetch(one(name), tmp_path / "data", str(source))
-    assert words in str(raised.value) and one(name).origin in str(raised.value)
+        fetch(data_set(name, content), tmp_path / "data", str(source))
+    assert words in str(raised.value) and data_set(name).origin in str(raised.value)
+    with pytest.raises(ValueError, match=f"{data_set(name).origin}: SHA-256 is not {data_set(name).sha256}"):
+        fetch(data_set(name), tmp_path / "data", str(source))
     assert not (tmp_path / "data").exists()
 
 
-def test_too_much_is_refused(server, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus.fetch, "LARGEST", 10_000)
-    for place in (str(source), server.url):
-        with pytest.raises(ValueError, match="more than"):
-            fetch(one("AddSub"), tmp_path / "data", place)
-    monkeypatch.setattr(corpus.forms, "LARGEST", 10_000)
-    with pytest.raises(ValueError, match="unpacks to more than"):
-        fetch(one("humaneval"), tmp_path / "data", str(source))
-
-
 def test_a_file_that_is_not_right_is_replaced_only_when_asked(source, tmp_path):
-    write_rows(one("AddSub").file(tmp_path), rows_of("AddSub")[:7])
-    before = one("AddSub").file(tmp_path).read_bytes()
+    entry = data_set("AddSub")
+    fetch(entry, tmp_path, str(source)).file.write_text(before := json.dumps(rows_of("AddSub")[:7]))
     with pytest.raises(ValueError, match="7 rows, expected 395; --overwrite"):
-        fetch(one("AddSub"), tmp_path, str(source))
+        fetch(entry, tmp_path, str(source))
     with pytest.raises(ValueError, match="no such file"):
-        fetch(one("AddSub"), tmp_path, str(source / "none"), overwrite=True)
-    assert one("AddSub").file(tmp_path).read_bytes() == before
-    assert fetch(one("AddSub"), tmp_path, str(source), overwrite=True).new
+        fetch(entry, tmp_path, str(source / "none"), overwrite=True)
+    assert entry.file(tmp_path).read_text() == before
+    assert fetch(entry, tmp_path, str(source), overwrite=True).new
 
 
 def test_training_rows_without_an_answer_are_left_out(source, tmp_path):
     rows = rows_of("codealpaca")
     rows[3] |= {"output": " "}
     rows[5] |= {"instruction": ""}
-    place = Path(address(one("codealpaca"), str(source)))
-    place.parent.mkdir(parents=True)
-    place.write_text(json.dumps(rows))
-    fetched = fetch(one("codealpaca"), tmp_path, str(source))
+    put(source, "codealpaca", json.dumps(rows).encode())
+    fetched = fetch(select(["codealpaca"])[0], tmp_path, str(source))
     assert (fetched.left_out, fetched.rows) == (2, 20_020)
-    assert check_file(one("codealpaca"), fetched.file).faults == ()
+    assert check_file(data_set("codealpaca"), fetched.file).faults == ()
 
 
-def test_a_command_fetches_the_others_where_one_fails(source, tmp_path):
-    flags = ("--source", source, "--output", tmp_path / "data")
-    result = run("-m", "corpus", "fetch", "AddSub", "AQuA", "mbpp", *flags)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    first, last = result.stderr.splitlines()
-    assert first.startswith("error: AQuA/test: ") and address(one("AQuA"), str(source)) in first and "no such" in first
-    assert last == "error: 1 of 3 data sets could not be fetched"
-    assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["AddSub/test", "mbpp/test"]
-    result = run("-m", "corpus", "check", "--data", tmp_path / "data")
-    assert result.returncode == 0 and "AddSub/test   395" in result.stdout and "AQuA/test" in result.stdout
-    assert run("-m", "corpus", "check", "AQuA", "--data", tmp_path / "data").returncode == 1
+def test_the_command_fetches_the_others_where_one_fails(source, tmp_path, capsys, monkeypatch):
+    entries = [data_set(name) for name in ("AddSub", "AQuA", "mbpp")]
+    monkeypatch.setattr(command, "select", lambda names: entries)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["fetch", "--source", str(source), "--output_dir", str(tmp_path / "data")])
+    printed = capsys.readouterr()
+    first, last = printed.err.splitlines()
+    assert ended.value.code == 1 and first.startswith("error: AQuA/test: ") and "no such file" in first
+    assert address(entries[1], str(source)) in first and last == "error: 1 of 3 data sets could not be fetched"
+    assert [line.split(":")[0] for line in printed.out.splitlines()] == ["AddSub/test", "mbpp/test"]
+    result = run("-m", "corpus", "check", "--data_path", tmp_path / "data")
+    assert result.returncode == 0 and "AQuA/test" in result.stdout
+    assert ["AddSub/test", "395", "395", "0", "0", "ok"] in [line.split()[:6] for line in result.stdout.splitlines()]
+    assert run("-m", "corpus", "check", "AQuA", "--data_path", tmp_path / "data").returncode == 1
 
 
 def test_the_check_names_what_is_wrong(tmp_path):
-    rows = rows_of("AQuA", answer="B")
+    entry, rows = data_set("AQuA"), rows_of("AQuA", answer="B")
     rows[1] = rows[0] | {"output": ""}
-    assert check_rows(one("AQuA"), rows).faults == ()
-    assert (check_rows(one("AQuA"), rows).repeated, check_rows(one("AQuA"), rows).unanswered) == (1, 1)
+    checked = check_rows(entry, rows)
+    assert (checked.faults, checked.repeated, checked.unanswered) == ((), 1, 1)
     rows[2] = rows[2] | {"answer": "b"}
     rows[3] = rows[3] | {"answer": "b"}
     rows[4] = {name: value for name, value in rows[4].items() if name != "input"}
     rows[5] = rows[5] | {"output": 5}
     rows[6] = rows[6] | {"instruction": "\n"}
-    faults = check_rows(one("AQuA"), rows[:-1]).faults
-    assert faults == (
+    assert check_rows(entry, rows[:-1]).faults == (
         "253 rows, expected 254",
         "answer 'b', expected a letter A to E (2 rows: 3, 4)",
         "field 'input' is missing (row 5)",
         "field 'output' must be text, not int (row 6)",
         "instruction is empty (row 7)",
     )
-    write_rows(one("AQuA").file(tmp_path), rows)
-    result = run("-m", "corpus", "check", "--data", tmp_path)
+    entry.file(tmp_path).parent.mkdir()
+    entry.file(tmp_path).write_bytes(lines(rows))
+    result = run("-m", "corpus", "check", "--data_path", tmp_path)
     assert result.returncode == 1 and "WRONG" in result.stdout
-    assert len(result.stderr.splitlines()) == 4 and str(one("AQuA").file(tmp_path)) in result.stderr
+    assert len(result.stderr.splitlines()) == 4 and str(entry.file(tmp_path)) in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "expected", "status"),
+    ("words", "expected"),
     [
-        (["fetsh"], ["list, fetch, check, leaks", "'fetsh'"], 2),
-        ([], ["nothing was given"], 2),
-        (["fetch", "gsm9k"], ["gsm9k", "gsm8k"], 2),
-        (["fetch", "--timeout", "0"], ["--timeout"], 2),
-        (["check", "--dta", "x"], ["--dta", "--data"], 2),
+        (["fetsh"], ["list, fetch, check, contamination", "'fetsh'"]),
+        ([], ["nothing was given"]),
+        (["fetch", "gsm9k"], ["gsm9k", "gsm8k"]),
+        (["fetch", "--timeout", "0"], ["--timeout"]),
+        (["check", "--dta_path", "x"], ["--dta_path", "--data_path"]),
     ],
 )
-def test_wrong_words_are_refused(words, expected, status):
-    refused(run("-m", "corpus", *words), *expected, status=status)
+def test_wrong_words_are_refused(words, expected):
+    refused(run("-m", "corpus", *words), *expected, status=2)
 
 
 def test_the_list_has_every_data_set():
     result = run("-m", "corpus", "list", "--source", "https://mirror.example/raw/")
     assert result.returncode == 0 and len(result.stdout.splitlines()) == len(CATALOGUE) + 1
-    assert "https://mirror.example/raw/openai/human-eval/" in result.stdout
+    assert "https://mirror.example/raw/openai/human-eval/" in result.stdout and "SHA-256 not known" in result.stdout
     assert run("-m", "corpus", "--help").returncode == 0

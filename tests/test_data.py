@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from llama.data import IGNORE_INDEX, encode_example, encode_prompt, format_prompt, read_rows
+from llama.data import IGNORE_INDEX, encode_example, encode_prompt, format_prompt
 from llama.tokenizer import Tokenizer
+from moa.reading import read_rows
 from tiny import BASE
 
 FIELDS = ("instruction", "input", "output")
@@ -87,9 +88,9 @@ def test_json_list_and_json_lines_are_read(tmp_path):
         ('[{"instruction": 7, "input": "", "output": "b"}]', "row 1.*'instruction' must be text, not int"),
         ('{"instruction": "a", "input": "", "output": "b"}\n\n[1]', "line 3.*expected an object"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"instruction": "a", "input": "", "output": "b", "n": 1' + "0" * 5000 + "}", "line 1: .*5001 digits"),
+        ('{"instruction": "a", "input": "", "output": "b", "n": 1' + "0" * 5000 + "}", "line 1: .*Exceeds the limit"),
         ('{"instruction": "a", "input": "", "output": "b", "n": NaN}', "line 1: .*NaN"),  # what scores it refuses it
-        ('{"instruction": "a", "input": "", "output": "b", "input": "c"}', "line 1: .*'input' stands there twice"),
+        ('{"instruction": "a", "input": "", "output": "b", "input": "c"}', "line 1: .*'input' occurs twice"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, content, words):
@@ -102,6 +103,6 @@ def test_bad_rows_are_named(tmp_path, content, words):
 
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "latin.json").write_bytes('[{"instruction": "é"}]'.encode("latin-1"))
-    for path, words in (("none.json", "no such file"), ("latin.json", "not UTF-8"), (".", "is a folder")):
+    for path, words in (("none.json", "no such file"), ("latin.json", "not UTF-8"), (".", "not a regular file")):
         with pytest.raises(ValueError, match=words):
             read_rows(tmp_path / path, FIELDS)

@@ -30,7 +30,7 @@ RULES = {
     "cli": allowed(libraries="fire"),
     "moa": allowed(libraries="torch fairscale"),
     "llama": allowed("moa", libraries="torch numpy fairscale tiktoken tqdm", late="flash_attn"),
-    "corpus": allowed("cli"),
+    "corpus": allowed("moa cli", libraries="tabulate", late="pooch requests"),
     "training": allowed("llama moa cli corpus", libraries="torch numpy fairscale tqdm tensorboard"),
     "convert": allowed("llama moa cli", libraries="torch numpy tqdm", late="gguf safetensors"),
     "demo": allowed("convert llama cli", libraries="torch numpy tqdm"),

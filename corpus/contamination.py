@@ -1,0 +1,305 @@
+"""Contamination: test questions that stand among training rows, word for word or nearly.
+
+Questions are compared, not answers. A test question is
+
+- `exact`  where another row asks the same but for case, punctuation, spacing and the order of the options;
+- `near`   where another row holds at least the share OVERLAP of its word n-grams, whatever the numbers in them, and has
+           all of its numbers and its subject as well: its content words, or two numbers, or most of its options.
+
+The same wording about other numbers or another subject is therefore neither.
+"""
+
+import re
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moa.reading import read_rows
+
+NGRAM, OVERLAP = 3, 0.6
+KINDS = ("exact", "near")
+SHORT = 12  # words; a shorter question is compared by bigrams, since one other word spoils as many n-grams as n
+LONG_OPTIONS = 10  # n-grams of all options; so many tell a question from others whatever its own words
+HALF, MOST = 0.5, 0.75  # shares of the n-grams of a question's words and of its options
+WORDS_PER_MISSING = 15  # words of a question for each content word that the other row may lack
+
+# How the tasks' instructions begin and end, and what stands before an option: no part of a question.
+LEAD = re.compile(r"^\s*Please (?:choose the correct|answer the following question)[^:\n]*:", re.I)
+ANSWER_FORMAT = re.compile(r"\s*Answer format:[\s\w/]*$", re.I)
+NUMBERED = re.compile(r"(?:^|\s)(?:Answer|Solution|Ending|Option)\s?[1-9]\s?:", re.I)
+LETTERED = re.compile(r"\b(?:Answer Choices|Options)\s?:(?=\s*\(?[A-E]\))", re.I)
+LETTER = re.compile(r"(?:^|\s)\(?[A-E]\)")
+# Numbers, words and the signs of arithmetic; a minus stands before a number and not inside a word.
+TOKEN = re.compile(
+    r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+|[^\W\d_]+|[+*/=<>^×÷√]|(?<![^\W\d_])[-−](?=\s?\d)"
+)
+NUMBER_WORDS = {
+    w: str(n) for n, w in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)
+}
+ONE = "one"  # a number in "one apple" and none in "each one": another row may lack it
+STOP_WORDS = frozenset(
+    "a an the this that these those some any of in on at to for from by with into as and or if than then so also "
+    "is are was were be been being am do does did done has have had having can could will would shall should may "
+    "might must it its he his him she her they their them you your we our i my me there here what which who whom "
+    "whose s t #".split()
+)
+
+Gram = tuple[str, ...]
+
+
+class Question(NamedTuple):
+    """words: what is asked, with `#` for each number. numbers: these numbers, in order. options: the words and numbers
+    of each answer to choose from, sorted."""
+
+    words: Gram
+    numbers: Gram
+    options: tuple[Gram, ...] = ()
+
+    @property
+    def content(self) -> set[str]:
+        """The words that say what it is about; a plural is the same word."""
+        return {word.rstrip("s") for word in self.words if word not in STOP_WORDS}
+
+
+class Grams(NamedTuple):
+    """The n-grams of a question's words, and of its options, none across two of them."""
+
+    words: set[Gram]
+    options: set[Gram]
+
+
+def grams_of(question: Question, sizes: Iterable[int], ngram: int) -> Grams:
+    """Word n-grams of all `sizes`; the options' of size `ngram`."""
+    words = set().union(*(ngrams(question.words, n) for n in sizes))
+    return Grams(words, {gram for option in question.options for gram in ngrams(option, ngram)})
+
+
+def ngrams(words: Gram, n: int) -> set[Gram]:
+    """The runs of `n` words; all words as one run where there are fewer."""
+    return set(zip(*(words[i:] for i in range(n)), strict=False)) if len(words) > n else {words} - {()}
+
+
+def question_text(row: Mapping[str, Any]) -> str | None:
+    """What a row asks: its instruction and input, or the field that GSM8K, HumanEval and MBPP have for it.
+
+    That field comes first in a row with a task's id, whose instruction says more than the question.
+    """
+    texts = [f"{row['instruction']}\n{row.get('input') or ''}"] if isinstance(row.get("instruction"), str) else []
+    fields = [row[name] for name in ("question", "prompt", "text") if isinstance(row.get(name), str)]
+    texts = fields + texts if "task_id" in row else texts + fields
+    return texts[0].strip() if texts else None
+
+
+def parse_question(text: str) -> Question:
+    text = ANSWER_FORMAT.sub("", LEAD.sub("", text, count=1))
+    lettered = LETTERED.search(text)
+    if lettered:
+        text, options = text[: lettered.start()], LETTER.split(text[lettered.end() :])[1:]
+    else:
+        text, *options = NUMBERED.split(text)
+    tokens = _tokens(text)
+    words = tuple("#" if token[0] in ".0123456789" or token == ONE else token for token in tokens)
+    numbers = tuple(token for token, word in zip(tokens, words, strict=True) if word == "#")
+    return Question(words, numbers, tuple(sorted(map(_tokens, options))))
+
+
+def _tokens(text: str) -> Gram:
+    """Words in lower case, and numbers in one spelling each: 1,450 is 1450, 5.0 is 5, 0.5 is .5, two is 2."""
+    tokens = []
+    for token in TOKEN.findall(unicodedata.normalize("NFKC", text).casefold()):
+        if token[0] in ".0123456789":
+            whole, point, fraction = token.replace(",", "").partition(".")
+            token = (whole.lstrip("0") + (point + fraction).rstrip("0").rstrip(".")) or "0"
+        tokens.append(NUMBER_WORDS.get(token, token))
+    return tuple(tokens)
+
+
+class Match(NamedTuple):
+    """A test row and the best of the other rows that match it, both counted from 0."""
+
+    kind: str
+    overlap: float
+    test: int
+    other: int
+
+    @property
+    def rank(self) -> tuple[bool, float, int]:
+        """Smaller is better."""
+        return self.kind != "exact", -self.overlap, self.other
+
+
+def find_matches(
+    test: Sequence[Question],
+    other: Sequence[Question],
+    ngram: int = NGRAM,
+    overlap: float = OVERLAP,
+    *,
+    earlier: bool = False,
+) -> list[Match]:
+    """The best match of every test question that has one, in the tests' order.
+
+    earlier: `other` is `test` itself, and a question is only compared with those before it.
+    """
+    sizes = [min(ngram, 2) if len(question.words) < SHORT else ngram for question in test]
+    test_grams = [grams_of(question, [n], ngram) for question, n in zip(test, sizes, strict=True)]
+    other_grams = [grams_of(question, set(sizes), ngram) for question in other]
+    counts = Counter(gram for pair in other_grams for grams in pair for gram in grams)
+    # Who shares a fraction f of g n-grams shares one of any (1 - f) g + 1 of them: the rarest lead to the candidates.
+    index: dict[Gram, list[int]] = defaultdict(list)
+    for i, pair in enumerate(test_grams):
+        for grams in pair:
+            rarest = sorted(grams, key=lambda gram: (counts[gram], gram))[: int((1 - overlap) * len(grams)) + 1]
+            for gram in rarest:
+                index[gram].append(i)
+    best: dict[int, Match] = {}
+    for j, pair in enumerate(other_grams):
+        for i in {i for grams in pair for gram in grams for i in index.get(gram, ())}:
+            if earlier and j >= i:
+                continue
+            kind, share = _compare(test[i], other[j], test_grams[i], pair, overlap)
+            match = Match(kind, share, i, j)
+            if kind and (i not in best or match.rank < best[i].rank):
+                best[i] = match
+    return [best[i] for i in sorted(best)]
+
+
+def _compare(test: Question, other: Question, own: Grams, others: Grams, limit: float) -> tuple[str, float]:
+    """The kind of match, "" for none, and the share of the test question's n-grams that the other has."""
+    if test == other:
+        return "exact", 1.0
+    shared, shared_options = (len(mine & theirs) for mine, theirs in zip(own, others, strict=True))
+    wording = overlap = shared / max(1, len(own.words))
+    with_options = bool(own.options and other.options)
+    if with_options:
+        overlap = (shared + shared_options) / (len(own.words) + len(own.options))
+    numbers = Counter(number for number in test.numbers if number != ONE)
+    if overlap < limit or numbers - Counter("1" if number == ONE else number for number in other.numbers):
+        return "", overlap
+    missing = test.content - {word.rstrip("s") for word in other.words}
+    same = len(missing) <= len(test.words) // WORDS_PER_MISSING
+    if with_options:
+        of_options = shared_options / len(own.options)
+        same = same and min(wording, of_options) >= HALF
+        same = same or (of_options >= MOST and (wording >= HALF or len(own.options) >= LONG_OPTIONS))
+    elif len(test.words) < SHORT:  # a few words of a longer text, which may well ask for something else, do not count
+        same = same and len(other.words) < (2 if test.options or other.options else 3) * len(test.words)
+    else:
+        same = same or (numbers.total() >= 2 and len(other.numbers) <= len(test.numbers) + 1)
+    return "near" if same else "", overlap
+
+
+class QuestionSet(NamedTuple):
+    """What the rows of a file ask: as written, and to be compared."""
+
+    file: Path
+    texts: list[str]
+    questions: list[Question]
+
+    @property
+    def name(self) -> str:
+        """The file's name with its folder's, which tells gsm8k/test.json from AQuA/test.json."""
+        return "/".join(self.file.parts[-2:])
+
+
+class Contamination(NamedTuple):
+    """The rows of `test` that match a row of `other`."""
+
+    test: QuestionSet
+    other: QuestionSet
+    matches: list[Match]
+
+    def record(self) -> dict[str, Any]:
+        """File, rows and counts, as JSON can hold them."""
+        kinds = [match.kind for match in self.matches]
+        record = {"file": str(self.test.file), "in": str(self.other.file), "rows": len(self.test.texts)}
+        return record | {kind: kinds.count(kind) for kind in KINDS}
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """Both texts of every match, as JSON can hold them, best first; rows count from 1."""
+        return [
+            {
+                "kind": match.kind,
+                "overlap": round(match.overlap, 4),
+                "row": match.test + 1,
+                "in_row": match.other + 1,
+                "text": self.test.texts[match.test],
+                "in_text": self.other.texts[match.other],
+            }
+            for match in sorted(self.matches, key=lambda match: match.rank[:2])
+        ]
+
+
+def read_questions(file: Path) -> QuestionSet:
+    """ValueError names the file and the row (from 1) that asks nothing; OSError."""
+    texts = [question_text(row) for row in read_rows(file)]
+    if None in texts:
+        raise ValueError(f"{file}: row {texts.index(None) + 1}: field 'instruction' is missing or not text")
+    return QuestionSet(file, texts, list(map(parse_question, texts)))
+
+
+def list_test_files(listed: str) -> list[Path]:
+    """The files of a comma-separated list of files and folders.
+
+    A folder stands for its test.json (or .jsonl) and those of its folders; where there are none, for all its .json and
+    .jsonl. ValueError names what is not there.
+    """
+    files: dict[Path, Path] = {}
+    for path in [Path(word.strip()) for word in listed.split(",") if word.strip()]:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        inside = [path]
+        if path.is_dir():
+            tests = [file for pattern in ("test.json*", "*/test.json*") for file in path.glob(pattern)]
+            inside = sorted(file for file in tests or path.iterdir() if file.suffix in (".json", ".jsonl"))
+        if not inside:
+            raise ValueError(f"{path}: no test.json in this folder or in its folders, and no other file of rows")
+        files |= {file.resolve(): file for file in inside if file.resolve() not in files}
+    if not files:
+        raise ValueError(f"{listed!r} names no test file")
+    return list(files.values())
+
+
+def compare(
+    tests: Sequence[QuestionSet], train: QuestionSet | None = None, ngram: int = NGRAM, overlap: float = OVERLAP
+) -> list[Contamination]:
+    """What of each test file stands in `train`; without it, what stands earlier in the file or in a file before it.
+
+    A test row counts once, by its best match.
+    """
+    others = tests if train is None else [train]
+    test_rows = [(i, row) for i, file in enumerate(tests) for row in range(len(file.texts))]
+    other_rows = [(i, row) for i, file in enumerate(others) for row in range(len(file.texts))]
+    questions, other_questions = ([q for file in files for q in file.questions] for files in (tests, others))
+    matches: dict[tuple[int, int], list[Match]] = {} if train is None else {(i, 0): [] for i in range(len(tests))}
+    for match in find_matches(questions, other_questions, ngram, overlap, earlier=train is None):
+        (i, row), (j, other_row) = test_rows[match.test], other_rows[match.other]
+        matches.setdefault((i, j), []).append(match._replace(test=row, other=other_row))
+    return [Contamination(tests[i], others[j], matches[i, j]) for i, j in sorted(matches)]
+
+
+def check_contamination(data_path: str | Path, tests: str) -> dict[str, Any]:
+    """Print one line on stderr about the rows of test files (and folders, with commas) among the training rows.
+
+    Returns what a run's record holds of it. ValueError or OSError names the file that is not right.
+    """
+    compared = compare(list(map(read_questions, list_test_files(tests))), read_questions(Path(data_path)))
+    print(f"contamination check: {summary(compared)}", file=sys.stderr, flush=True)
+    return {"ngram": NGRAM, "overlap": OVERLAP, "tests": [result.record() for result in compared]}
+
+
+def summary(compared: Sequence[Contamination]) -> str:
+    """One sentence about the test rows among the training rows."""
+    parts = []
+    for result in compared:
+        rows, exact, near = (result.record()[name] for name in ("rows", *KINDS))
+        if exact + near:
+            counts = f"{exact + near} of {rows} rows of {result.test.name}"
+            parts.append(f"{counts} are in the training rows ({exact} exactly, {near} nearly)")
+    if parts:
+        return "; ".join([*parts, "`python -m corpus contamination` shows them"])
+    rows = sum(len(result.test.texts) for result in compared)
+    files = compared[0].test.name if len(compared) == 1 else f"{len(compared)} files"
+    return f"none of the {rows} rows of {files} is in the training rows"
