@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from moa.reading import short_repr
 
@@ -93,6 +94,7 @@ def _raise_first_failure(error: Exception) -> None:
             raise SystemExit(1)
         if peer_failed:
             raise ValueError(f"process {dist.get_rank()} stops: process {failed[0]} failed: {failed[1]}") from None
+    get_error_handler().record_exception(error)  # torchrun's report quotes it
 
 
 def _is_peer_failure(error: Exception) -> bool:
@@ -122,8 +124,9 @@ def init_distributed(device: torch.device, model_parallel_size: int = 1) -> None
         mp.destroy_model_parallel()
     with redirect_stdout(io.StringIO()):  # fairscale announces its groups
         mp.initialize_model_parallel(model_parallel_size)
-    for group in (mp.get_model_parallel_group(), mp.get_data_parallel_group()):  # made with torch's own timeout
-        dist.distributed_c10d._set_pg_timeout(DIST_TIMEOUT, group)
+    if dist.get_backend() in ("nccl", "gloo"):
+        for group in (mp.get_model_parallel_group(), mp.get_data_parallel_group()):  # made with torch's own timeout
+            dist.distributed_c10d._set_pg_timeout(DIST_TIMEOUT, group)
 
 
 def init_single_process() -> None:
