@@ -1,6 +1,7 @@
 """convert/: tensors, vocabulary and refusals. The sources are tiny random models made here."""
 
 import json
+import os
 import shutil
 
 import gguf
@@ -17,18 +18,29 @@ from convert.meta_format import ffn_rule
 from convert.shards import bare_model
 from convert.vocabulary import MEAN, plan
 from convert_samples import (
-    MERGES,
     SMOL_LACKS,
     gguf_tensors,
     llama3_vocabulary,
+    refused_by_command,
     smol_vocabulary,
     write_gguf,
     write_hf,
-    write_tokenizer_json,
 )
 from llama.args import ModelArgs
 from llama.checkpoint import shard_specs
 from llama.tokenizer import Tokenizer, special_tokens
+
+TENSORS = [  # of a block: Meta's names, Hugging Face's, GGUF's
+    ("attention.wq", "self_attn.q_proj", "attn_q"),
+    ("attention.wk", "self_attn.k_proj", "attn_k"),
+    ("attention.wv", "self_attn.v_proj", "attn_v"),
+    ("attention.wo", "self_attn.o_proj", "attn_output"),
+    ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
+    ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
+    ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
+    ("attention_norm", "input_layernorm", "attn_norm"),
+    ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +83,10 @@ def test_hf_tensors(style, originals, tmp_path):
     assert shapes(state) == {key: spec.shape for key, spec in shard_specs(bare_model(result.args)).items()}
     for i in range(2):
         block = f"model.layers.{i}."
-        for ours, name in (("wq", "q"), ("wk", "k")):
-            weight = half_split(state[f"layers.{i}.attention.{ours}.weight"], 8)
-            assert torch.equal(weight, theirs[f"{block}self_attn.{name}_proj.weight"])
-        for ours, name in (
-            ("attention.wv", "self_attn.v_proj"),
-            ("attention.wo", "self_attn.o_proj"),
-            ("feed_forward.w1", "mlp.gate_proj"),
-            ("feed_forward.w2", "mlp.down_proj"),
-            ("feed_forward.w3", "mlp.up_proj"),
-            ("attention_norm", "input_layernorm"),
-            ("ffn_norm", "post_attention_layernorm"),
-        ):
-            assert torch.equal(state[f"layers.{i}.{ours}.weight"], theirs[f"{block}{name}.weight"])
+        for ours, name, _ in TENSORS:
+            weight = state[f"layers.{i}.{ours}.weight"]
+            weight = half_split(weight, 8) if ours in ("attention.wq", "attention.wk") else weight
+            assert torch.equal(weight, theirs[f"{block}{name}.weight"])
     assert torch.equal(state["norm.weight"], theirs["model.norm.weight"])
     assert ModelArgs.from_file(tmp_path / "out" / "params.json") == result.args
 
@@ -217,13 +220,26 @@ def test_logits_are_those_of_the_source(style, originals, tmp_path):
 # --- refusals of Hugging Face folders: one sentence with file and tensor, nothing written ---
 
 
-def edit_config(**changes):
+def edit_json(name, change):
     def damage(folder):
-        path = folder / "config.json"
-        config = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "delete"}
-        path.write_text(json.dumps(config))
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
 
     return damage
+
+
+def edit_config(**changes):
+    def change(config):
+        config |= changes
+        for key in [key for key, value in config.items() if value == "delete"]:
+            del config[key]
+
+    return edit_json("config.json", change)
+
+
+def edit_tokenizer(change):
+    return edit_json("tokenizer.json", change)
 
 
 def edit_tensors(change):
@@ -235,24 +251,8 @@ def edit_tensors(change):
     return damage
 
 
-def edit_tokenizer(change):
-    def damage(folder):
-        content = json.loads((folder / "tokenizer.json").read_text())
-        change(content)
-        (folder / "tokenizer.json").write_text(json.dumps(content))
-
-    return damage
-
-
 def truncate(name):
-    def damage(folder):
-        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
-
-    return damage
-
-
-def only_pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - 100)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -302,7 +302,10 @@ BAD_HF = {
     "untied without output": (edit_config(tie_word_embeddings=False), "tensor lm_head.weight is missing"),
     "truncated": (truncate("model.safetensors"), "model.safetensors: not a whole safetensors file"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole safetensors file"),
-    "pickled weights only": (only_pickled, r"pytorch_model.bin\) are not read, save them as safetensors"),
+    "pickled weights only": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"pytorch_model.bin\) are not read, save them as safetensors",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "source: holds no tokenizer.json"),
     "truncated tokenizer": (truncate("tokenizer.json"), "tokenizer.json: not a tokenizer.json"),
@@ -453,17 +456,7 @@ def test_gguf_tensors(tmp_path):
     assert shapes(state) == {key: spec.shape for key, spec in shard_specs(bare_model(result.args)).items()}
     tensors |= {name: dequantize(quantize(tensors[name], kind), kind) for name, kind in kinds.items()}
     for i in range(2):
-        for ours, name in (
-            ("attention.wq", "attn_q"),
-            ("attention.wk", "attn_k"),
-            ("attention.wv", "attn_v"),
-            ("attention.wo", "attn_output"),
-            ("feed_forward.w1", "ffn_gate"),
-            ("feed_forward.w2", "ffn_down"),
-            ("feed_forward.w3", "ffn_up"),
-            ("attention_norm", "attn_norm"),
-            ("ffn_norm", "ffn_norm"),
-        ):
+        for ours, _, name in TENSORS:
             assert np.array_equal(state[f"layers.{i}.{ours}.weight"], tensors[f"blk.{i}.{name}.weight"])
     assert np.array_equal(state["norm.weight"], tensors["output_norm.weight"])
     embedding, n_base = tensors["token_embd.weight"], len(smol_vocabulary()[0]) - 4
@@ -483,12 +476,11 @@ def test_gguf_and_hf_agree(originals, tmp_path):
         "output_norm.weight": theirs["model.norm.weight"],
     }
     for i in range(2):
-        for name, source in zip(from_gguf.LAYER_KEYS.values(), from_hf.LAYER_KEYS.values(), strict=True):
-            weight = theirs[f"model.layers.{i}.{source}"]
-            if name in ("attn_q.weight", "attn_k.weight"):
-                heads = weight.shape[0] // 8  # as convert_hf_to_gguf of llama.cpp permutes
-                weight = weight.reshape(heads, 2, 4, 48).swapaxes(1, 2).reshape(weight.shape)
-            tensors[f"blk.{i}.{name}"] = weight
+        for _, source, name in TENSORS:
+            weight = theirs[f"model.layers.{i}.{source}.weight"]
+            if name in ("attn_q", "attn_k"):  # as convert_hf_to_gguf of llama.cpp permutes
+                weight = weight.reshape(-1, 2, 4, 48).swapaxes(1, 2).reshape(weight.shape)
+            tensors[f"blk.{i}.{name}.weight"] = weight
     path = tmp_path / "tiny.gguf"
     write_gguf(path, {name: tensor.numpy() for name, tensor in tensors.items()}, heads=6, ffn=128)
     from_gguf.convert(path, tmp_path / "a", dtype="fp32")
@@ -600,7 +592,7 @@ def test_command_line(folder, tmp_path, capsys):
     [
         ([], 2, "hf, gguf"),
         (["onnx"], 2, "'onnx'"),
-        (["hf", "--input", "x"], 2, "output"),
+        (["hf", "--input", "x"], 2, "output_dir"),
         (["hf", "--input", "x", "--output_dir", "y", "--dtyp", "bf16"], 2, "dtype"),
         (["hf", "--input", "x", "--output_dir", "y", "--dtype", "int4"], 2, "dtype"),
         (["gguf", "--input", "nothing.gguf", "--output_dir", "y"], 1, "nothing.gguf: no such file"),
@@ -608,25 +600,5 @@ def test_command_line(folder, tmp_path, capsys):
 )
 def test_command_line_refuses(words, status, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    assert caught.value.code == status
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error
+    refused_by_command(words, capsys, message, status=status)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_samples_spell_what_they_should(tmp_path):
-    """The sample's tokenizer.json is one that the tokenizers library reads and cuts the same way."""
-    from tokenizers import Tokenizer as Reference
-    from tokenizers import pre_tokenizers
-
-    tokens, special = smol_vocabulary()
-    write_tokenizer_json(tmp_path, tokens, special)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert content["model"]["merges"] == [list(m) for m in MERGES]
-    for entry in content["added_tokens"]:
-        entry |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    reference = Reference.from_str(json.dumps(content))
-    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert [tokens[i] for i in reference.encode("in the").ids] == ["in", "Ġthe"]

@@ -2,9 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,40 +11,23 @@ from torch import Tensor
 from convert import meta_format
 from convert.__main__ import main
 from convert.reshard import reshard
+from convert_samples import cut_embedding_by_width, edit_shard, flip_bit, load_shards, refused_by_command
 from llama import Llama
-from tiny import PARAMS, golden_state, golden_with_large_tensors, shared, tokens, write_base
+from tiny import PARAMS, golden_state, shared, tokens, write_base
 
 State = dict[str, Tensor]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMBEDDING = "tok_embeddings.weight"
 
 
-def states(folder: Path) -> list[State]:
-    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("consolidated.*.pth"))]
-
-
-def same(found: list[State], expected: list[State]) -> None:
+def same(actual: list[State], expected: list[State]) -> None:
     """Shard by shard the same tensors to the bit, of the same types, and each with a file's space of its own."""
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert list(one) == list(other)
+    assert len(actual) == len(expected)
+    for state, other in zip(actual, expected, strict=True):
+        assert list(state) == list(other)
         for key, tensor in other.items():
-            assert one[key].dtype == tensor.dtype and torch.equal(one[key], tensor), key
-            assert one[key].untyped_storage().nbytes() == one[key].nbytes, key
-
-
-def edit(file: Path, change: Callable[[State], Any]) -> None:
-    state = torch.load(file, weights_only=True)
-    change(state)
-    torch.save(state, file)
-
-
-def cut_along_the_width(folder: Path) -> None:
-    """LLaMA-2's way with the embedding."""
-    files = sorted(folder.glob("consolidated.*.pth"))
-    whole = torch.cat([state[EMBEDDING] for state in states(folder)])
-    for file, part in zip(files, whole.chunk(len(files), 1), strict=True):
-        edit(file, lambda s, part=part: s.update({EMBEDDING: part.clone()}))
+            assert state[key].dtype == tensor.dtype and torch.equal(state[key], tensor), key
+            assert state[key].untyped_storage().nbytes() == state[key].nbytes, key
 
 
 @pytest.mark.parametrize("kind", [*TYPES, "mixed"])
@@ -60,7 +41,7 @@ def test_there_and_back_is_the_identity(kind: str, tmp_path: Path) -> None:
         assert (result.folder, result.shards_after) == (tmp_path / f"{step}", n)
         folder = result.folder
         # As the tests' own writer cuts them, which has Meta's rule by name
-        same(states(folder), states(write_base(tmp_path / f"expected{step}", PARAMS, state, n)))
+        same(load_shards(folder), load_shards(write_base(tmp_path / f"expected{step}", PARAMS, state, n)))
     assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
 
 
@@ -68,10 +49,10 @@ def test_there_and_back_is_the_identity(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_an_embedding_cut_along_its_width(before: int, after: int, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", PARAMS, golden_state(), before)
-    cut_along_the_width(base)
-    assert states(base)[0][EMBEDDING].shape == (512, 64 // before)
+    cut_embedding_by_width(base)
+    assert load_shards(base)[0][EMBEDDING].shape == (512, 64 // before)
     reshard(base, tmp_path / "out", after)
-    same(states(tmp_path / "out"), states(write_base(tmp_path / "expected", PARAMS, golden_state(), after)))
+    same(load_shards(tmp_path / "out"), load_shards(write_base(tmp_path / "expected", PARAMS, golden_state(), after)))
 
 
 def test_key_value_heads_that_several_shards_hold(tmp_path: Path) -> None:
@@ -80,11 +61,14 @@ def test_key_value_heads_that_several_shards_hold(tmp_path: Path) -> None:
     keys = [f"layers.{layer}.attention.{name}.weight" for layer in range(3) for name in ("wk", "wv")]
     for i in range(4):
         heads = {key: golden_state()[key].chunk(2)[i // 2].clone() for key in keys}
-        edit(base / f"consolidated.0{i}.pth", lambda s, heads=heads: s.update(heads))
+        edit_shard(base / f"consolidated.0{i}.pth", lambda s, heads=heads: s.update(heads))
     for n in (1, 2, 4):
         reshard(base, tmp_path / f"{n}", n)
-        same(states(tmp_path / f"{n}"), states(write_base(tmp_path / f"expected{n}", PARAMS, golden_state(), n)))
-    edit(base / "consolidated.03.pth", lambda s: s["layers.2.attention.wk.weight"][3].add_(1))
+        same(
+            load_shards(tmp_path / f"{n}"),
+            load_shards(write_base(tmp_path / f"expected{n}", PARAMS, golden_state(), n)),
+        )
+    edit_shard(base / "consolidated.03.pth", lambda s: s["layers.2.attention.wk.weight"][3].add_(1))
     with pytest.raises(ValueError, match=r"03.pth: layers.2.attention.wk.weight differs from that in \S+02.pth"):
         reshard(base, tmp_path / "none", 1)
 
@@ -92,13 +76,13 @@ def test_key_value_heads_that_several_shards_hold(tmp_path: Path) -> None:
 def test_what_goes_along(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", PARAMS | {"vocab_size": -1}, golden_state(), 2)
     for i in range(2):
-        edit(base / f"consolidated.0{i}.pth", lambda s: s.update({"rope.freqs": torch.arange(8.0)}))
+        edit_shard(base / f"consolidated.0{i}.pth", lambda s: s.update({"rope.freqs": torch.arange(8.0)}))
     (base / "checklist.chk").write_text("not of the new files\n")
     reshard(base, tmp_path / "out", 4)
     for name in ("params.json", "tokenizer.model"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert not (tmp_path / "out" / "checklist.chk").exists()
-    assert all(torch.equal(state["rope.freqs"], torch.arange(8.0)) for state in states(tmp_path / "out"))
+    assert all(torch.equal(state["rope.freqs"], torch.arange(8.0)) for state in load_shards(tmp_path / "out"))
     batch = tokens(2, 9)
     with torch.no_grad():
         assert torch.equal(Llama.build(tmp_path / "out").model(batch), shared(None).model(batch))
@@ -108,8 +92,8 @@ def test_another_number_format(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", PARAMS, golden_state())
     reshard(base, tmp_path / "out", 2, dtype="bf16")
     expected = {key: tensor.bfloat16() for key, tensor in golden_state().items()}
-    same(states(tmp_path / "out"), states(write_base(tmp_path / "expected", PARAMS, expected, 2)))
-    edit(base / "consolidated.00.pth", lambda s: s["output.weight"].fill_(1e5))
+    same(load_shards(tmp_path / "out"), load_shards(write_base(tmp_path / "expected", PARAMS, expected, 2)))
+    edit_shard(base / "consolidated.00.pth", lambda s: s["output.weight"].fill_(1e5))
     with pytest.raises(ValueError, match="base: output.weight has values that are not finite numbers in fp16"):
         reshard(base, tmp_path / "half", 2, dtype="fp16")
     assert not (tmp_path / "half").exists()
@@ -138,31 +122,16 @@ def test_numbers_that_do_not_divide(params: dict, n: int, numbers: list[str], tm
 W2 = "layers.1.feed_forward.w2.weight"
 
 
-def flip(file: Path, tensor: Tensor) -> None:
-    """One bit of a tensor's numbers, where they lie in the file."""
-    content = bytearray(file.read_bytes())
-    content[content.index(tensor.numpy().tobytes()) + 5] ^= 16
-    file.write_bytes(content)
-
-
+# The rest of what can be wrong with a shard: test_check.py
 DAMAGE = {
     "truncated": (lambda f: os.truncate(f, f.stat().st_size - 100), "01.pth: damaged"),
-    "a bit": (lambda f: flip(f, torch.load(f, weights_only=True)[W2]), r"01.pth: damaged \(checksum"),
+    "a bit": (lambda f: flip_bit(f, W2), r"01.pth: damaged \(checksum"),
     "gone": (lambda f: f.rename(f.with_name("consolidated.02.pth")), "shard consolidated.01.pth is missing"),
-    "no zip": (lambda f: f.write_bytes(b"hello"), "01.pth: .* not what torch.save writes"),
-    "missing": (lambda f: edit(f, lambda s: s.pop(W2)), f"01.pth: missing tensor {W2}"),
-    "too many": (lambda f: edit(f, lambda s: s.update(extra=s[W2])), "01.pth: unexpected tensor extra"),
-    "shape": (lambda f: edit(f, lambda s: s.update({W2: s[W2][:, 1:].clone()})), f"01.pth: {W2} has shape"),
-    "type": (
-        lambda f: edit(f, lambda s: s.update({W2: s[W2].half()})),
-        f"01.pth: {W2} has type torch.float16, in consolidated.00.pth torch.float32",
-    ),
-    "integers": (lambda f: edit(f, lambda s: s.update({W2: s[W2].int()})), f"01.pth: {W2} has type torch.int32"),
-    "norm": (
-        lambda f: edit(f, lambda s: s["norm.weight"][1:2].add_(1)),
-        "01.pth: norm.weight differs from that in consolidated.00.pth",
-    ),
-    "nan": (lambda f: edit(f, lambda s: s[W2][1:2].fill_(torch.nan)), f"{W2} has values that are not finite"),
+    "missing": (lambda f: edit_shard(f, lambda s: s.pop(W2)), f"01.pth: missing tensor {W2}"),
+    "shape": (lambda f: edit_shard(f, lambda s: s.update({W2: s[W2][:, 1:].clone()})), f"01.pth: {W2} has shape"),
+    "sparse": (lambda f: edit_shard(f, lambda s: s.update({W2: s[W2].to_sparse()})), f"01.pth: {W2} is not a plain"),
+    "norm": (lambda f: edit_shard(f, lambda s: s["norm.weight"][1:2].add_(1)), "01.pth: norm.weight differs from that"),
+    "nan": (lambda f: edit_shard(f, lambda s: s[W2][1:2].fill_(torch.nan)), f"{W2} has values that are not finite"),
 }
 
 
@@ -176,15 +145,6 @@ def test_damaged_shards(case: str, tmp_path: Path) -> None:
             reshard(base, tmp_path / "out", n)
         assert "\n" not in str(caught.value)
         assert [p.name for p in tmp_path.iterdir()] == ["base"]
-
-
-def test_a_large_tensor_is_checked_too(tmp_path: Path) -> None:
-    """Tensors above 1 MiB are not read when a shard is opened."""
-    params, state = golden_with_large_tensors()
-    base = write_base(tmp_path / "base", params, state)
-    flip(base / "consolidated.00.pth", state[W2])
-    with pytest.raises(ValueError, match=r"00.pth: damaged \(checksum"):
-        reshard(base, tmp_path / "out", 2)
 
 
 def test_one_shard_in_memory_and_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,21 +177,15 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     base, out = write_base(tmp_path / "base", PARAMS, golden_state()), tmp_path / "out"
     flags = ["reshard", "--ckpt_dir", str(base), "--output_dir", str(out)]
 
-    def refused(words: list[str], message: str, status: int = 1) -> None:
-        with pytest.raises(SystemExit) as caught:
-            main(words)
-        error = capsys.readouterr().err
-        assert caught.value.code == status and error.startswith("error: ") and message in error, error
-
     main([*flags, "--shards", "4"])
     assert f"wrote {out} (shards: 1 before, now 4)" in capsys.readouterr().out
-    assert len(states(out)) == 4
-    refused([*flags, "--shards", "2"], "out: exists already (--overwrite replaces it)")
+    assert len(load_shards(out)) == 4
+    refused_by_command([*flags, "--shards", "2"], capsys, "out: exists already (--overwrite replaces it)")
     main([*flags, "--shards", "2", "--overwrite"])
-    assert len(states(out)) == 2 and sorted(os.listdir(tmp_path)) == ["base", "out"]
-    refused([*flags, "--shards", "3", "--overwrite"], "3 does not divide 4 (n_heads)")
-    refused([*flags, "--shards", "0"], "--shards 0 must be 1 or more", status=2)
-    refused(flags, "--shards is required", status=2)
+    assert len(load_shards(out)) == 2 and sorted(os.listdir(tmp_path)) == ["base", "out"]
+    refused_by_command([*flags, "--shards", "3", "--overwrite"], capsys, "3 does not divide 4 (n_heads)")
+    refused_by_command([*flags, "--shards", "0"], capsys, "--shards 0 must be 1 or more", status=2)
+    refused_by_command(flags, capsys, "--shards is required", status=2)
     back = ["reshard", "--ckpt_dir", str(out), "--output_dir", str(out), "--shards", "1", "--overwrite"]
-    refused(back, "is the base itself")
-    assert len(states(out)) == 2
+    refused_by_command(back, capsys, "is the base itself")
+    assert len(load_shards(out)) == 2

@@ -1,14 +1,20 @@
-"""Tiny source models for the tests of convert/ and demo/: Hugging Face folders and GGUF files with random weights."""
+"""Tiny source models for the tests of convert/ and demo/ (Hugging Face folders and GGUF files with random weights), and
+what those tests do with shards and with the command line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from gguf.quants import quantize
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from convert.__main__ import main
 from llama.tokenizer import special_tokens
 
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -52,29 +58,12 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 def write_hf(folder: Path, style: str, max_shard_size: str = "1GB") -> LlamaForCausalLM:
     """A folder as Hugging Face has it, `style` llama3 (scaled rope, untied) or smol (tied); returns its model."""
     tokens, special = llama3_vocabulary() if style == "llama3" else smol_vocabulary()
-    sizes = {
-        "vocab_size": len(tokens),
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-    }
+    sizes = {"vocab_size": len(tokens), "hidden_size": 48, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256}
     if style == "llama3":
-        scaling = {
-            "rope_type": "llama3",
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-        config = LlamaConfig(
-            **sizes,
-            intermediate_size=160,
-            rope_parameters={"rope_theta": 5000.0, **scaling},
-            max_position_embeddings=256,
-            tie_word_embeddings=False,
-        )
+        rope = {"rope_type": "llama3", "rope_theta": 5000.0, "original_max_position_embeddings": 64}
+        rope |= {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        config = LlamaConfig(**sizes, intermediate_size=160, rope_parameters=rope, tie_word_embeddings=False)
     else:
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         config = LlamaConfig(**sizes, intermediate_size=128, rope_parameters=rope, tie_word_embeddings=True)
@@ -94,17 +83,10 @@ def gguf_tensors(
     rows = rows or len(smol_vocabulary()[0])
     shapes = {"token_embd.weight": (rows, dim), "output_norm.weight": (dim,)}
     for i in range(layers):
-        shapes |= {
-            f"blk.{i}.attn_norm.weight": (dim,),
-            f"blk.{i}.ffn_norm.weight": (dim,),
-            f"blk.{i}.attn_q.weight": (dim, dim),
-            f"blk.{i}.attn_k.weight": (kv_dim, dim),
-            f"blk.{i}.attn_v.weight": (kv_dim, dim),
-            f"blk.{i}.attn_output.weight": (dim, dim),
-            f"blk.{i}.ffn_gate.weight": (ffn, dim),
-            f"blk.{i}.ffn_up.weight": (ffn, dim),
-            f"blk.{i}.ffn_down.weight": (dim, ffn),
-        }
+        block = {"attn_norm": (dim,), "ffn_norm": (dim,), "attn_q": (dim, dim), "attn_output": (dim, dim)}
+        block |= {"attn_k": (kv_dim, dim), "attn_v": (kv_dim, dim)}
+        block |= {"ffn_gate": (ffn, dim), "ffn_up": (ffn, dim), "ffn_down": (dim, ffn)}
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
     return {name: random.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -146,3 +128,39 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def load_shards(folder: Path) -> list[dict[str, Tensor]]:
+    """The tensors of every shard of a checkpoint in Meta's layout."""
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("consolidated.*.pth"))]
+
+
+def edit_shard(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Write a shard again with what `change` makes of its tensors."""
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+
+
+def flip_bit(file: Path, key: str) -> None:
+    """One bit of a tensor's numbers, where they lie in the shard."""
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.load(file, weights_only=True)[key].numpy().tobytes()) + 4 * 7 + 1] ^= 16
+    file.write_bytes(content)
+
+
+def cut_embedding_by_width(folder: Path) -> None:
+    """Cut a checkpoint's embedding as LLaMA-2's writers do, along its width."""
+    files, key = sorted(folder.glob("consolidated.*.pth")), "tok_embeddings.weight"
+    whole = torch.cat([state[key] for state in load_shards(folder)])
+    for file, part in zip(files, whole.chunk(len(files), 1), strict=True):
+        edit_shard(file, lambda s, part=part: s.update({key: part.clone()}))
+
+
+def refused_by_command(words: list[str], capsys: pytest.CaptureFixture[str], *messages: str, status: int = 1) -> None:
+    """Check that `python -m convert` ends with this exit status and one error that holds the messages."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    error = capsys.readouterr().err
+    assert caught.value.code == status and error.startswith("error: "), error
+    assert all(message in error for message in messages), error

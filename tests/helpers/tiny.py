@@ -161,13 +161,3 @@ def cut(key: str, whole: Tensor, shards: int) -> list[Tensor]:
 
 def golden_state() -> dict[str, Tensor]:
     return torch.load(BASE / "consolidated.00.pth", weights_only=True)
-
-
-def golden_with_large_tensors() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """params.json and tensors of the golden base with a feed-forward width whose matrices are of more than 1 MiB."""
-    params = PARAMS | {"multiple_of": 1, "ffn_dim_multiplier": 2**13 / int(8 * 64 / 3) + 1e-4}
-    state = golden_state()
-    for key, tensor in state.items():
-        if "feed_forward" in key:
-            state[key] = torch.randn(64, 2**13) if ".w2." in key else torch.randn(2**13, tensor.shape[1])
-    return params, state
