@@ -1,10 +1,11 @@
-"""Damaged and hostile input of every kind never does harm (see hostile.py for the property and for the inputs)."""
+"""Damaged files of every kind never do harm (see hostile.py for the property and for the inputs)."""
 
 import json
 import os
+import pickle
 import shutil
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +19,11 @@ import evaluate.__main__
 from commands import train_flags, write_rows
 from hostile import (
     MAINS,
-    compressed,
     damaged,
-    evil_values,
-    forged,
     hostile,
     json_lines,
     json_texts,
-    odd_tensors,
+    keys,
     refusal,
     saved,
     sentence_of,
@@ -37,22 +35,16 @@ from llama.distributed import init_distributed
 from llama.predictions import Predictions
 from llama.tokenizer import Tokenizer
 from moa.adapter_file import load_adapter
-from moa.files import load_tensors
 from moa.reading import read_rows
 from moa.state import adapter_state_dict
-from tiny import BASE, GOLDEN, PARAMS, golden_state, shared, tokens
+from tiny import BASE, GOLDEN, PARAMS, golden_state, tokens
 from training.checkpoint import read
 
-SMALL = {"lora_rank": 2, "p_adapter_size": 4, "prompt_len": 3}
-ANSWER = {"max_gen_len": 2, "min_gen_len": 2, "temperature": 0.0, "device": "cpu", "bf16": False}
-
-
-def flags(**values: Any) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+Folders = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def _processes() -> Iterator[None]:
+def _processes():
     yield
     init_distributed(torch.device("cpu"))  # a run leaves the process group at its end; other tests' models need it
 
@@ -66,250 +58,168 @@ class Made(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Made:
-    """A run of two steps, its adapter, rows and predictions."""
+    """A run of two steps and its adapter."""
     folder = tmp_path_factory.mktemp("valid")
     data = write_rows(folder / "train.json", 4)
-    tests = write_rows(folder / "test.json", 4, answer=True)
     run = folder / "run"
     assert refusal(MAINS["finetune"], train_flags(data, run, max_steps=2, save_every=1, accum_iter=1)) is None
     shutil.rmtree(run / "tensorboard")
-    (run / ".lock").unlink(missing_ok=True)
     assert refusal(MAINS["extract_adapter"], [run, "--output_dir", folder / "adapter"]) is None
-    words = flags(ckpt_dir=BASE, adapter_path=folder / "adapter", data_path=tests, **ANSWER)
-    assert refusal(MAINS["generate"], [*words, "--save_path", folder / "answers" / "AddSub.jsonl"]) is None
     init_distributed(torch.device("cpu"))
     return Made(
-        folder=folder,
         data=data,
-        tests=tests,
         run=run,
         adapter=folder / "adapter",
-        answers=folder / "answers",
         checkpoint=torch.load(run / "checkpoint-2.pth", weights_only=True),
         state=torch.load(folder / "adapter" / "adapter.pth", weights_only=True),
         model=Llama.build(BASE, folder / "adapter", device="cpu", max_seq_len=64).model,
     )
 
 
-class Ground:
-    """A folder of its own for each example."""
+@pytest.fixture
+def new_folder(tmp_path: Path) -> Folders:
+    """Makes a folder for each example, with copies of files and folders in it."""
+    numbers = count()
 
-    def __init__(self, parent: Path):
-        self.parent, self.n = parent, 0
-
-    def __call__(self, *copied: Path) -> Path:
-        self.n += 1
-        folder = self.parent / str(self.n)
+    def make(*copied: Path) -> Path:
+        folder = tmp_path / str(next(numbers))
         folder.mkdir()
         for path in copied:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
         return folder
 
-
-@pytest.fixture
-def ground(tmp_path: Path) -> Ground:
-    return Ground(tmp_path)
+    return make
 
 
 def unchanged(folder: Path, call: Callable[[], str | None]) -> str | None:
     """What `call` returns; if that is a refusal, the folder must be as before."""
     before = snapshot(folder)
     sentence = call()
-    if sentence is not None:
-        assert snapshot(folder) == before, sentence
+    assert sentence is None or snapshot(folder) == before, sentence
     return sentence
+
+
+def flags(**values: Any) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 # The base
 
 
-@hostile(60)
-@given(text=json_texts(PARAMS | {"ffn_dim_multiplier": None, "n_layers": 3}))
-def test_params_json(text: bytes, ground: Ground) -> None:
-    base = ground(BASE) / "base"
-    (base / "params.json").write_bytes(text)
+@hostile(50)
+@given(data=st.data(), name=st.sampled_from(("params.json", "tokenizer.model", "consolidated.00.pth")))
+def test_a_base(data, name: str, new_folder: Folders) -> None:
+    base = new_folder(BASE) / "base"
+    contents = {
+        "params.json": json_texts(PARAMS | {"ffn_dim_multiplier": None}),
+        "tokenizer.model": damaged((BASE / name).read_bytes()),
+        "consolidated.00.pth": torch_files(golden_state()),
+    }
+    (base / name).write_bytes(data.draw(contents[name]))
     built = []
-    sentence = unchanged(base, lambda: sentence_of(lambda: built.append(Llama.build(base, device="cpu")), str(base)))
-    if sentence is None:
-        logits = built[0].model(tokens(1, 4))
-        assert logits.shape == (1, 4, 512) and torch.isfinite(logits).all()
+    if unchanged(base, lambda: sentence_of(lambda: built.append(Llama.build(base, device="cpu")), str(base))) is None:
+        # The values of large tensors are not looked at, for which the whole file would have to be read
+        assert built[0].model(tokens(1, 4)).shape == (1, 4, 512)
 
 
-@hostile(40)
-@given(data=st.data())
-def test_base_shards(data, ground: Ground) -> None:
-    base = ground(BASE) / "base"
-    trace = base.parent / "trace"
-    (base / "consolidated.00.pth").write_bytes(data.draw(torch_files(golden_state(), trace)))
-    built = []
-    names = ("consolidated.00.pth",)
-    if unchanged(base, lambda: sentence_of(lambda: built.append(Llama.build(base, device="cpu")), *names)) is None:
-        logits = built[0].model(tokens(1, 4))
-        fine = shared(None).model(tokens(1, 4))
-        # The values of a base are not looked at, as long as they are numbers
-        assert torch.equal(logits, fine) or not torch.isfinite(logits).all() or logits.shape == fine.shape
-    assert not trace.exists()
-
-
-@hostile(40)
+@hostile(20)
 @given(content=damaged((BASE / "tokenizer.model").read_bytes()), text=st.text(max_size=20))
-def test_tokenizer_model(content: bytes, text: str, ground: Ground) -> None:
-    file = ground() / "tokenizer.model"
+def test_a_tokenizer(content: bytes, text: str, new_folder: Folders) -> None:
+    file = new_folder() / "tokenizer.model"
     file.write_bytes(content)
     built = []
     if sentence_of(lambda: built.append(Tokenizer(file)), str(file)) is None:
         assert built[0].decode(built[0].encode(text)) == text
 
 
-# The adapter
+# Adapters, checkpoints and runs
 
 
-@hostile(60)
-@given(data=st.data())
-def test_adapter_params_json(data, made, ground: Ground) -> None:
-    theirs = data.draw(st.sampled_from(("", "", "soft_moa", "adamole", "lora_bias_norm")))
-    folder = ground(GOLDEN / theirs if theirs else made.adapter) / (theirs or "adapter")
+@hostile(50)
+@given(data=st.data(), name=st.sampled_from(("", "soft_moa", "adamole", "lora_bias_norm")))
+def test_settings_of_an_adapter(data, name: str, made, new_folder: Folders) -> None:
+    """Ours, and the authors' golden ones."""
+    folder = new_folder(GOLDEN / name if name else made.adapter) / (name or "adapter")
     file = folder / "adapter_params.json"
     file.write_bytes(data.draw(json_texts(json.loads(file.read_text()))))
     built = []
     build = lambda: built.append(Llama.build(BASE, folder, device="cpu"))  # noqa: E731
     if unchanged(folder, lambda: sentence_of(build, "adapter_params.json", str(folder))) is None:
-        assert torch.isfinite(built[0].model(tokens(1, 4), [3])).all()
+        assert torch.isfinite(built[0].model(tokens(1, 4))).all()
 
 
-@hostile(60)
+@hostile(50)
 @given(data=st.data())
-def test_adapter_pth(data, made, ground: Ground) -> None:
-    folder, trace = ground(made.adapter), ground.parent / "trace"
+def test_tensors_of_an_adapter(data, made, new_folder: Folders) -> None:
+    folder = new_folder(made.adapter)
     file = folder / "adapter" / "adapter.pth"
-    file.write_bytes(data.draw(torch_files(made.state, trace)))
-    found = []
-    build = lambda: found.append(adapter_state_dict(Llama.build(BASE, file, device="cpu").model))  # noqa: E731
+    file.write_bytes(data.draw(torch_files(made.state)))
+    states = []
+    build = lambda: states.append(adapter_state_dict(Llama.build(BASE, file, device="cpu").model))  # noqa: E731
     if unchanged(folder, lambda: sentence_of(build, str(file))) is None:
-        assert all(torch.equal(tensor, made.state[key]) for key, tensor in found[0].items())
-    assert not trace.exists()
+        assert all(torch.equal(tensor, made.state[key]) for key, tensor in states[0].items())
 
 
-@hostile(30)
+@hostile(50)
 @given(data=st.data())
-def test_an_adapter_of_the_authors(data, ground: Ground) -> None:
-    folder, trace = ground(GOLDEN / "soft_moa"), ground.parent / "trace"
-    file = folder / "soft_moa" / "adapter.pth"
-    valid = torch.load(file, weights_only=True)
-    file.write_bytes(data.draw(torch_files(valid, trace)))
-    found = []
-    load = lambda: found.append(load_adapter(file, PARAMS)[1])  # noqa: E731
-    if unchanged(folder, lambda: sentence_of(load, str(file), "adapter_params.json")) is None:
-        fine = load_adapter(GOLDEN / "soft_moa", PARAMS)[1]
-        same = found[0].keys() == fine.keys() and all(torch.equal(found[0][key], fine[key]) for key in fine)
-        assert same or sentence_of(lambda: Llama.build(BASE, file, device="cpu"), str(file))
-    assert not trace.exists()
-
-
-# Checkpoints and runs
-
-
-@hostile(60)
-@given(data=st.data())
-def test_checkpoints(data, made, ground: Ground) -> None:
-    folder, trace = ground(), ground.parent / "trace"
+def test_checkpoints(data, made, new_folder: Folders) -> None:
+    folder = new_folder()
     file = folder / "checkpoint-2.pth"
-    file.write_bytes(data.draw(torch_files(made.checkpoint, trace)))
-    found = []
-    in_run = unchanged(folder, lambda: sentence_of(lambda: found.append(read(file, made.model)), str(file)))
-    if in_run is None:
-        for key, tensor in made.state.items():
-            assert torch.equal(found[0]["adapter"][key], tensor)
-    extracted = unchanged(folder, lambda: refusal(MAINS["extract_adapter"], [file], str(file)))
-    if extracted is None:
+    content = dict(made.checkpoint)
+    if data.draw(st.booleans()):
+        file.write_bytes(data.draw(damaged(saved(content))))
+    else:
+        del content[data.draw(keys(content))]
+        file.write_bytes(saved(content))
+    contents = []
+    if unchanged(folder, lambda: sentence_of(lambda: contents.append(read(file, made.model)), str(file))) is None:
+        assert all(torch.equal(contents[0]["adapter"][key], tensor) for key, tensor in made.state.items())
+    if unchanged(folder, lambda: refusal(MAINS["extract_adapter"], [file], str(file))) is None:
         assert sorted(snapshot(folder)) == ["adapter.pth", "adapter_params.json", "checkpoint-2.pth"]
-        load_tensors(folder / "adapter.pth")
-    assert not trace.exists()
 
 
-@hostile(10)
+@hostile(15)
 @given(data=st.data())
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(data, made, ground: Ground) -> None:
-    folder, trace = ground(made.run) / "run", ground.parent / "trace"
-    newest = folder / "checkpoint-2.pth"
-    newest.write_bytes(data.draw(torch_files(made.checkpoint, trace)))
-    words = [*train_flags(made.data, folder, max_steps=2, save_every=1, accum_iter=1), "--resume"]
-    assert refusal(MAINS["finetune"], words) is None
-    again = load_tensors(newest)["adapter"]
-    assert all(torch.equal(tensor, again[key]) for key, tensor in made.state.items())
-    assert not trace.exists()
-
-
-@hostile(30)
-@given(data=st.data())
-def test_config_json_of_a_run(data, made, ground: Ground) -> None:
-    folder = ground(made.run) / "run"
+def test_the_record_of_a_run(data, made, new_folder: Folders) -> None:
+    folder = new_folder(made.run) / "run"
     (folder / "checkpoint-2.pth").unlink()  # there is a step to do
-    record = json.loads((folder / "config.json").read_text())
-    record["settings"]["data_path"] = str(made.data)
-    text = data.draw(json_texts(record))
-    (folder / "config.json").write_bytes(text)
-    outside = {name: digest for name, digest in snapshot(made.folder).items() if name != "run"}
+    content = (folder / "config.json").read_bytes()
+    kinds = (content[: data.draw(st.integers(0, len(content) - 3))], b"hello\n", b"[]", b"{}")
+    (folder / "config.json").write_bytes(data.draw(st.sampled_from(kinds)))
     words = ["--data_path", made.data, "--ckpt_dir", BASE, "--output_dir", folder, "--resume", "--device", "cpu"]
-    sentence = unchanged(folder, lambda: refusal(MAINS["finetune"], words, str(folder), "--"))
-    assert {name: digest for name, digest in snapshot(made.folder).items() if name != "run"} == outside
-    assert sentence or read(folder / "checkpoint-2.pth", made.model)["step"] == 2
+    assert unchanged(folder, lambda: refusal(MAINS["finetune"], words, str(folder), "--"))
 
 
-# Rows
+class Code:
+    """Unpickled, it runs a command."""
 
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("where", ["instead of a tensor", "as a pickle"])
+def test_code_in_a_file_is_never_executed(where: str, made, new_folder: Folders) -> None:
+    folder = new_folder(made.adapter, BASE)
+    trace, adapter, checkpoint = folder / "trace", folder / "adapter" / "adapter.pth", folder / "checkpoint-2.pth"
+    code = Code(f"touch {trace}")
+    for file, content, key in (
+        (adapter, made.state, next(iter(made.state))),
+        (checkpoint, made.checkpoint, "adapter"),
+        (folder / "base" / "consolidated.00.pth", golden_state(), "norm.weight"),
+    ):
+        file.write_bytes(pickle.dumps(code) if where == "as a pickle" else saved(content | {key: code}))
+    assert sentence_of(lambda: load_adapter(adapter, PARAMS), str(adapter))
+    assert sentence_of(lambda: Llama.build(folder / "base", device="cpu"), "consolidated.00.pth")
+    assert refusal(MAINS["extract_adapter"], [checkpoint], str(checkpoint))
+    assert not trace.exists()
+
+
+# Rows and predictions
 
 ROW = {"instruction": "Add 1 and 2", "input": "", "output": "It is 3.", "answer": "3"}
-
-
-@hostile(60)
-@given(data=st.data())
-def test_training_and_test_rows(data, ground: Ground) -> None:
-    file = ground() / "rows.json"
-    form = json_texts if data.draw(st.booleans()) else json_lines
-    file.write_bytes(data.draw(form([ROW, ROW | {"extra": [1, {"a": None}]}])))
-    found = []
-    if sentence_of(lambda: found.append(read_rows(file, ("instruction", "input", "output"))), str(file)) is None:
-        for row in found[0]:
-            assert all(isinstance(row[field], str) for field in ("instruction", "input", "output"))
-            json.loads(json.dumps(row, allow_nan=False))
-
-
-@hostile(12)
-@given(data=st.data())
-def test_rows_in_a_run(data, ground: Ground) -> None:
-    folder = ground()
-    file = folder / "rows.json"
-    file.write_bytes(data.draw(json_lines([ROW, ROW | {"extra": [1, {"a": None}]}])))
-    words = train_flags(file, folder / "run", max_steps=1, accum_iter=1)
-    if unchanged(folder, lambda: refusal(MAINS["finetune"], words, str(file))) is None:
-        assert load_tensors(folder / "run" / "checkpoint-1.pth")["step"] == 1
-
-
-@hostile(12)
-@given(data=st.data())
-def test_rows_to_answer_and_to_score(data, ground: Ground) -> None:
-    folder = ground()
-    file, answers = folder / "rows.json", folder / "AddSub.jsonl"
-    file.write_bytes(data.draw(json_lines([ROW, ROW | {"extra": [1, {"a": None}]}])))
-    words = flags(ckpt_dir=BASE, data_path=file, save_path=answers, **ANSWER)
-    if unchanged(folder, lambda: refusal(MAINS["generate"], words, str(file))) is None:
-        rows = [json.loads(line) for line in answers.read_text().splitlines()]
-        assert [row | {"generate": ""} for row in rows] == [
-            row | {"generate": ""} for row in read_rows(file, ("instruction",))
-        ]
-        before = snapshot(folder)
-        refusal(score, ["--predict_file", answers], str(answers))  # the answers to compare with may be the damaged part
-        assert snapshot(folder) == before
-
-
-# Predictions
-
-
-def score(words: list[str]) -> None:
-    evaluate.__main__.main(words)
-
-
 ROWS = [{"instruction": f"row {i}", "input": "", "answer": str(i)} for i in range(4)]
 SETTINGS = {"seed": 0, "temperature": 0.1, "adapter_sha256": None, "bf16": False}
 FILES = {
@@ -320,170 +230,79 @@ FILES = {
 }
 
 
-@hostile(80)
-@given(data=st.data())
-def test_predictions_in_the_making(data, ground: Ground) -> None:
-    folder = ground()
-    chosen = data.draw(st.sampled_from(sorted(FILES)))
+@hostile(50)
+@given(content=json_lines([ROW, ROW | {"extra": [1, {"a": None}]}]))
+def test_rows(content: bytes, new_folder: Folders) -> None:
+    file = new_folder() / "rows.json"
+    file.write_bytes(content)
+    rows = []
+    if sentence_of(lambda: rows.extend(read_rows(file, ("instruction", "input", "output"))), str(file)) is None:
+        assert all(isinstance(row[field], str) for row in rows for field in ("instruction", "input", "output"))
+
+
+@hostile(8)
+@given(content=json_lines([ROW, ROW]))
+def test_rows_in_a_run_and_to_answer(content: bytes, new_folder: Folders) -> None:
+    folder = new_folder()
+    file, answers = folder / "rows.json", folder / "AddSub.jsonl"
+    file.write_bytes(content)
+    words = train_flags(file, folder / "run", max_steps=1, accum_iter=1)
+    if unchanged(folder, lambda: refusal(MAINS["finetune"], words, str(file))) is None:
+        assert (folder / "run" / "checkpoint-1.pth").exists()
+    words = flags(ckpt_dir=BASE, data_path=file, save_path=answers, max_gen_len=2, device="cpu", bf16=False)
+    if unchanged(folder, lambda: refusal(MAINS["generate"], words, str(file))) is None:
+        assert len(answers.read_text().splitlines()) == len(read_rows(file))
+
+
+@hostile(60)
+@given(data=st.data(), damaged_name=st.sampled_from(sorted(FILES)))
+def test_predictions_in_the_making(data, damaged_name: str, new_folder: Folders) -> None:
+    folder = new_folder()
     for name, content in FILES.items():
         lines = [json.dumps(row) + "\n" for row in content] if isinstance(content, list) else [json.dumps(content)]
         (folder / name).write_text("".join(lines))
-    form = json_texts if chosen.endswith(".json") else json_lines
-    (folder / chosen).write_bytes(data.draw(form(FILES[chosen])))
-    found = []
-    begin = lambda: found.append(Predictions(folder / "AddSub.jsonl", ROWS, SETTINGS, 0, False))  # noqa: E731
+    form = json_texts if damaged_name.endswith(".json") else json_lines
+    (folder / damaged_name).write_bytes(data.draw(form(FILES[damaged_name])))
+    started = []
+    begin = lambda: started.append(Predictions(folder / "AddSub.jsonl", ROWS, SETTINGS, 0, False))  # noqa: E731
     if unchanged(folder, lambda: sentence_of(begin, "AddSub.jsonl")) is not None:
         return
-    found[0].start()
-    for index in found[0].missing:
-        found[0].add(index, "new")
-    found[0].close()
-    found[0].finish()
-    assert sorted(snapshot(folder)) == ["AddSub.jsonl", "AddSub.jsonl.settings.json"]
+    started[0].start()
+    for index in started[0].missing:
+        started[0].add(index, "new")
+    started[0].finish()
     rows = [json.loads(line) for line in (folder / "AddSub.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "generate"} for row in rows] == ROWS
 
 
-@hostile(60)
-@given(data=st.data())
-def test_predictions_to_score(data, ground: Ground) -> None:
-    folder = ground()
+@hostile(40)
+@given(content=json_lines([row | {"generate": "3"} for row in ROWS]))
+def test_predictions_to_score(content: bytes, new_folder: Folders) -> None:
+    folder = new_folder()
     file = folder / "AddSub.jsonl"
-    form = json_texts if data.draw(st.booleans()) else json_lines
-    file.write_bytes(data.draw(form([row | {"generate": "3"} for row in ROWS])))
-    words = ["--predict_file", file, "--save_path", folder / "scores.json", "--verdicts", folder / "verdicts.jsonl"]
-    if unchanged(folder, lambda: refusal(score, words, str(file))) is None:
-        assert sorted(snapshot(folder)) == ["AddSub.jsonl", "scores.json", "verdicts.jsonl"]
-        assert 0 <= json.loads((folder / "scores.json").read_text())["suites"]["AddSub"]["robust"]["percent"] <= 100
+    file.write_bytes(content)
+    words = ["--predict_file", file, "--save_path", folder / "scores.json"]
+    if unchanged(folder, lambda: refusal(evaluate.__main__.main, words, str(file))) is None:
+        assert sorted(snapshot(folder)) == ["AddSub.jsonl", "scores.json"]
 
 
 # What lies in a file's place
 
 
-def things(place: Path, valid: bytes) -> Iterator[tuple[str, bool]]:
-    """(what is there, whether it may be refused), one after the other in the place of a file."""
-    place.unlink()
-    elsewhere = place.with_name("elsewhere")
-    elsewhere.write_bytes(valid)
-    place.symlink_to(elsewhere)
-    yield "a link to a valid file", False
-    place.unlink()
-    for target in ("nowhere", place.name, "/dev/zero", "/"):
-        place.symlink_to(target)
-        yield f"a link to {target}", True
-        place.unlink()
-    os.mkfifo(place)
-    yield "a pipe", True
-    place.unlink()
-    place.mkdir()
-    yield "a folder", True
-    place.rmdir()
-
-
-@pytest.mark.parametrize("kind", ["params.json", "tokenizer.model", "consolidated.00.pth"])
-def test_what_is_no_file_in_the_place_of_a_base(kind: str, ground: Ground) -> None:
-    base = ground(BASE) / "base"
-    for thing, refused in things(base / kind, (BASE / kind).read_bytes()):
-        sentence = unchanged(base, lambda: sentence_of(lambda: Llama.build(base, device="cpu"), str(base)))
-        assert (sentence is not None) == refused, thing
-
-
-@pytest.mark.parametrize("kind", ["adapter.pth", "adapter_params.json", "checkpoint-2.pth", "rows.json"])
-def test_what_is_no_file_in_the_place_of_another(kind: str, made, ground: Ground) -> None:
-    folder = ground(made.adapter / "adapter.pth", made.adapter / "adapter_params.json", made.run / "checkpoint-2.pth")
-    shutil.copy(made.data, folder / "rows.json")
+@pytest.mark.parametrize("name", ["params.json", "tokenizer.model", "consolidated.00.pth", "adapter.pth", "rows.json"])
+def test_what_is_no_file_in_the_place_of_one(name: str, made, new_folder: Folders) -> None:
+    base = new_folder(BASE) / "base"
+    shutil.copytree(made.adapter, base, dirs_exist_ok=True)
+    place = base / name
+    place.unlink(missing_ok=True)
     reads = {
-        "rows.json": lambda: sentence_of(lambda: read_rows(folder / kind, ("instruction",)), str(folder)),
-        "checkpoint-2.pth": lambda: refusal(
-            MAINS["extract_adapter"], [folder / kind, "--output_dir", ground()], str(folder)
-        ),
+        "adapter.pth": lambda: load_adapter(place, PARAMS),
+        "rows.json": lambda: read_rows(place, ("instruction",)),
     }
-    load = lambda: sentence_of(lambda: load_adapter(folder / "adapter.pth", PARAMS), str(folder))  # noqa: E731
-    for thing, refused in things(folder / kind, (folder / kind).read_bytes()):
-        assert (unchanged(folder, reads.get(kind, load)) is not None) == refused, thing
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_what_is_no_file_in_the_place_of_predictions(kind: str, ground: Ground) -> None:
-    folder = ground()
-    path = folder / "AddSub.jsonl"
-    (folder / "AddSub.jsonl.settings.json").write_text(json.dumps(SETTINGS))
-    (folder / kind).write_text(json.dumps(SETTINGS) if kind.endswith("json") else "")
-    begin = lambda: sentence_of(lambda: Predictions(path, ROWS, SETTINGS, 0, False), str(path))  # noqa: E731
-    for thing, refused in things(folder / kind, (folder / kind).read_bytes()):
-        sentence = unchanged(folder, begin)
-        assert refused or sentence is None, thing
-
-
-@pytest.mark.parametrize("place", ["part0", "lock"])
-def test_nothing_is_written_through_a_link(place: str, ground: Ground) -> None:
-    mine, folder = ground() / "mine", ground()
-    mine.write_text("a line\nand more")
-    path = folder / "AddSub.jsonl"
-    overwritten = Predictions(path, ROWS, SETTINGS, 0, True)
-    (folder / f"AddSub.jsonl.{place}").symlink_to(mine)
-
-    def begin() -> None:
-        overwritten.start()
-        (folder / f"AddSub.jsonl.{place}").symlink_to(mine)
-        overwritten.add(0, "answer")
-
-    assert sentence_of(begin, "AddSub.jsonl") and mine.read_text() == "a line\nand more"
-    overwritten.release()
-
-
-def test_a_temporary_name_that_is_a_link_is_not_followed(made, ground: Ground) -> None:
-    mine, folder = ground() / "mine", ground(made.run / "checkpoint-2.pth")
-    mine.write_text("mine")
-    for name in ("adapter.pth", "adapter_params.json"):
-        (folder / f".{name}.{os.getpid()}.tmp").symlink_to(mine)
-    assert refusal(MAINS["extract_adapter"], [folder / "checkpoint-2.pth"]) is None
-    assert mine.read_text() == "mine" and sorted(snapshot(folder)) == [
-        "adapter.pth",
-        "adapter_params.json",
-        "checkpoint-2.pth",
-    ]
-
-
-# Every kind of hostile tensor and archive at least once, whatever is drawn above
-
-
-def test_every_odd_tensor_is_refused_in_an_adapter(made, ground: Ground) -> None:
-    key = "layers.1.attention.adapters.prompt.prompt"
-    tensor, trace, folder = made.state[key], ground.parent / "trace", ground(made.adapter)
-    file = folder / "adapter" / "adapter.pth"
-    files = {what: saved(made.state | {key: odd}) for what, odd in odd_tensors(tensor).items()}
-    evil = evil_values(tuple(tensor.shape), trace)
-    files |= {what: forged({key: value}, {"data/0": b"\0" * 16}) for what, value in evil.items()}
-    files |= {f"compression {c}": compressed(saved(made.state), c) for c in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)}
-    for what, content in files.items():
-        file.write_bytes(content)
-        assert sentence_of(lambda: Llama.build(BASE, file, device="cpu"), str(file)), what
-        for mmap in (False, True):
-            sentence_of(lambda mmap=mmap: load_tensors(file, mmap), str(file))
-    assert not trace.exists()
-
-
-def test_what_is_refused_would_have_worked(tmp_path: Path) -> None:
-    trace, file = tmp_path / "trace", tmp_path / "file.pth"
-    for what in ("a command", "a program"):
-        file.write_bytes(forged({"key": evil_values((2, 3), trace)[what]}, {"data/0": b"\0" * 16}))
-        torch.load(file, weights_only=False)
-        assert trace.exists(), what
-        trace.unlink()
-    file.write_bytes(compressed(saved({"a": torch.zeros(4)}), zipfile.ZIP_DEFLATED, 0))
-    assert torch.load(file, weights_only=True)["a"].shape == (4,)
-
-
-def test_one_flipped_bit_anywhere_is_told_or_does_nothing(tmp_path: Path) -> None:
-    valid = {"a": torch.tensor([1.5, -2.0]), "b": torch.arange(3.0)}
-    whole, file = saved(valid), tmp_path / "file.pth"
-    told = 0
-    for at in range(0, len(whole), 3):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
-        found: list = []
-        if sentence_of(lambda found=found: found.append(load_tensors(file)), str(file)) is None:
-            assert found[0].keys() == valid.keys() and all(torch.equal(found[0][k], valid[k]) for k in valid), at
-        else:
-            told += 1
-    assert told > len(whole) // 12
+    read_it = reads.get(name, lambda: Llama.build(base, device="cpu"))
+    for make in (lambda: None, lambda: place.symlink_to("nowhere"), lambda: os.mkfifo(place)):
+        make()
+        assert unchanged(base, lambda: sentence_of(read_it, str(base)))
+        place.unlink(missing_ok=True)
+    place.mkdir()
+    assert unchanged(base, lambda: sentence_of(read_it, str(base)))
