@@ -5,9 +5,8 @@ that they do not have for that template; the other half ask in wordings of their
 """
 
 import json
-import os
+import operator
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ NOUNS = {  # a placeholder ending in 2 is another noun of the same kind
     "animal": "cow sheep goat horse pony donkey pig dog",
     "flower": "rose tulip daisy sunflower lily poppy",
 }
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 IRREGULAR = {"person": "people", "child": "children", "fish": "fish", "sheep": "sheep"}
 
 
@@ -79,8 +79,8 @@ class Template:
     name: str
     numbers: tuple[tuple[str, str], ...]
     steps: tuple[tuple[str, str], ...]
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    train: Sequence[str]
+    test: Sequence[str]
     work: str
 
 
@@ -89,16 +89,16 @@ def read_templates() -> list[Template]:
     templates = []
     for block in Path(__file__).with_name("problems.txt").read_text(encoding="utf-8").split("\n[")[1:]:
         name, *lines = block.splitlines()
-        found: dict[str, list[str]] = {}
-        for line in filter(None, lines):
-            key, text = line.split(": ", 1)
-            found.setdefault(key, []).append(text)
-        pairs = {
-            key: tuple(tuple(part.split(" = ")) for part in found[key][0].split("; ")) for key in ("numbers", "steps")
-        }
-        train, test = tuple(found["train"]), tuple(found["test"])
-        templates.append(Template(name.rstrip("]"), **pairs, train=train, test=test, work=found["work"][0]))
+        texts: dict[str, list[str]] = {}
+        for key, text in (line.split(": ", 1) for line in lines if line):
+            texts.setdefault(key, []).append(text)
+        numbers, steps = (_pairs(texts[key][0]) for key in ("numbers", "steps"))
+        templates.append(Template(name.rstrip("]"), numbers, steps, texts["train"], texts["test"], texts["work"][0]))
     return templates
+
+
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    return tuple(tuple(part.split(" = ")) for part in text.split("; "))
 
 
 class Draw:
@@ -160,11 +160,8 @@ def make_problems(train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, seed
     """The training rows and the test rows. Equal arguments give equal rows."""
     draw, templates = Draw(seed), read_templates()
     templates += [template for template in templates if len(template.steps) == 1]  # one-step problems come twice
-    asked: set[str] = set()
+    questions: set[str] = set()
     reserved: set[tuple] = set()  # numbers of test rows, which no training row of that template has
-
-    def numbers_of(template: Template, numbers: dict[str, Number]) -> tuple:
-        return (template.name, *(int(n) for n in numbers.values()))
 
     def rows(count: int, of_test: bool, new_wording: bool) -> list[dict[str, str]]:
         made: list[dict[str, str]] = []
@@ -172,14 +169,11 @@ def make_problems(train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, seed
             for template in draw.shuffled(templates)[: count - len(made)]:
                 numbers = draw_numbers(template, draw)
                 row = make_row(template, draw.pick(template.test if new_wording else template.train), numbers, draw)
-                if normalised(row["instruction"]) in asked:
-                    continue
-                if of_test:
-                    reserved.add(numbers_of(template, numbers))
-                elif numbers_of(template, numbers) in reserved:
-                    continue
-                asked.add(normalised(row["instruction"]))
-                made.append(row)
+                question, key = normalised(row["instruction"]), (template.name, *numbers.values())
+                if question not in questions and (of_test or key not in reserved):
+                    reserved.update([key] if of_test else [])
+                    questions.add(question)
+                    made.append(row)
         return made
 
     test = rows(test_rows // 2, of_test=True, new_wording=False)
@@ -189,26 +183,16 @@ def make_problems(train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, seed
 
 def ensure_data(folder: str | Path = DATA_FOLDER) -> tuple[Path, Path]:
     """Paths of train.json and test.json, written first where they are missing or not what this version makes."""
+    from moa.files import atomic_write  # late: it loads torch
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = (folder / "train.json", folder / "test.json")
     for path, rows in zip(paths, make_problems(), strict=True):
-        text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-        if not path.is_file() or path.read_bytes() != text.encode():
-            _write(path, text)
+        content = ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode()
+        if not path.is_file() or path.read_bytes() != content:
+            atomic_write(path, content)
     return paths
-
-
-def _write(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(text.encode())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _compute(rule: str, values: dict[str, Number]) -> Number:
@@ -216,12 +200,7 @@ def _compute(rule: str, values: dict[str, Number]) -> Number:
     left, *rest = (values[word] if word in values else word for word in rule.split(" "))
     if not rest:
         return Number(left)
-    operator, right = rest
-    left, right = int(left), int(right)
-    if operator == "/":
-        assert left % right == 0, f"{rule}: {left} / {right} is no whole number"
-        result = Number(left // right)
-    else:
-        result = Number({"+": left + right, "-": left - right, "*": left * right}[operator])
-    result.equation = f"{left} {operator} {right}"
+    operation, a, b = rest[0], int(left), int(rest[1])
+    result = Number(OPERATIONS[operation](a, b))
+    result.equation = f"{a} {operation} {b}"
     return result

