@@ -303,7 +303,7 @@ def test_a_run_from_its_rows_to_the_table_and_again(tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert (config["settings"]["batch_size"], config["settings"]["accum_iter"], config["steps"]) == (8, 4, 2)
     table = run("exps/collect.py", tmp_path / "runs")
-    assert table.returncode == 0 and "| lora  | " in table.stdout and "AddSub (3 of 395)" in table.stdout
+    assert table.returncode == 0 and "| lora " in table.stdout and "AddSub (3 of 395)" in table.stdout
 
     def written():
         return {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
