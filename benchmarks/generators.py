@@ -12,9 +12,9 @@ from benchmarks.measure import CPU, apart
 from benchmarks.models import config_of
 from benchmarks.peers import peft_lora, transformers_model
 from benchmarks.steps import BASE, PEFT, TRANSFORMERS
-from convert.plain_lora import require_plain
+from convert.adapters import require_plain_lora
 from llama import Llama
-from llama.checkpoint import read_base
+from llama.checkpoint import load_params_and_tokenizer
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 
@@ -56,7 +56,7 @@ def kinds_of(ckpt_dir: str, methods: list[str], adapter_paths: list[str], peft: 
     """The base, fresh adapters of these methods, trained ones, transformers, and PEFT: with the first of the trained
     ones that is plain LoRA where there is one, so that both give the same answers. ValueError naming the file for an
     adapter that does not fit, or one of a method that is there already."""
-    args, _ = read_base(ckpt_dir)
+    args, _ = load_params_and_tokenizer(ckpt_dir)
     kinds = [Kind(BASE), *(Kind(method, config_of(method, args.n_layers)) for method in methods)]
     for path in adapter_paths:
         config, _ = load_adapter(path, asdict(args))
@@ -74,7 +74,7 @@ def kinds_of(ckpt_dir: str, methods: list[str], adapter_paths: list[str], peft: 
 
 def _is_plain(config: AdapterConfig) -> bool:
     try:
-        require_plain(config, "")
+        require_plain_lora(config, "")
     except ValueError:
         return False
     return True
@@ -97,7 +97,7 @@ def maker_of(kind: Kind, ckpt_dir: str, bf16: bool, task: Task) -> Callable[[], 
     """What makes a generator of one kind, in this process or another."""
     if kind.name in PEERS:
         dtype = torch.bfloat16 if bf16 else torch.float32
-        return partial(_theirs_of, kind, ckpt_dir, dtype, read_base(ckpt_dir)[1].stop_ids)
+        return partial(_theirs_of, kind, ckpt_dir, dtype, load_params_and_tokenizer(ckpt_dir)[1].stop_ids)
     return partial(_ours_of, kind, ckpt_dir, bf16, task)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convert.hf import BLOCK, WHOLE, split_halves
+from convert.hf import GLOBAL_KEYS, LAYER_KEYS, unpermute_rope
+from convert.meta_format import source_names
 from convert.peft import to_peft
 from llama.args import ModelArgs
-from llama.checkpoint import open_shard, read_base, shard_files
+from llama.checkpoint import load_params_and_tokenizer, open_shard, shard_files
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]  # as Q, K, V, O, FFN_DOWN
 PERMUTED = ("wq.weight", "wk.weight")  # their rows stand in another order
@@ -45,11 +46,9 @@ def transformers_on(args: ModelArgs, base: Mapping[str, Tensor]) -> nn.Module:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    names = dict(WHOLE)
-    for layer in range(args.n_layers):
-        names |= {f"layers.{layer}.{key}": f"model.layers.{layer}.{name}" for key, name in BLOCK.items()}
+    names = source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "model.layers.")
     state = {
-        name: split_halves(base[key], args.head_dim) if key.endswith(PERMUTED) else base[key]
+        name: unpermute_rope(base[key], args.head_dim) if key.endswith(PERMUTED) else base[key]
         for key, name in names.items()
     }
     model.load_state_dict(state, assign=True)
@@ -78,7 +77,7 @@ def lora_on(model: nn.Module, rank: int = 16, recompute: bool = False) -> nn.Mod
 
 def transformers_model(ckpt_dir: str | Path, dtype: torch.dtype) -> nn.Module:
     """The base of a checkpoint of one shard as transformers' model. ValueError without transformers."""
-    args, _ = read_base(ckpt_dir)
+    args, _ = load_params_and_tokenizer(ckpt_dir)
     shards = [open_shard(file) for file in shard_files(Path(ckpt_dir))]
     if len(shards) != 1:
         raise ValueError(f"{ckpt_dir}: {len(shards)} shards; python -m convert reshard makes one of them")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from convert import gguf as from_gguf
 from convert import hf as from_hf
 from convert.__main__ import main
-from convert.meta_format import ffn_rule
+from convert.meta_format import DTYPES, ffn_rule
 from convert.shards import bare_model
 from convert.vocabulary import MEAN, plan
 from convert_samples import (
@@ -148,11 +148,11 @@ def test_shards_give_the_same_checkpoint(style, originals, tmp_path):
 
 
 def test_the_file_holds_each_tensor_once_in_the_asked_dtype(originals, tmp_path):
-    for dtype, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+    for dtype, torch_dtype in DTYPES.items():
         from_hf.convert(originals["llama3"][0], tmp_path / dtype, dtype=dtype)
         state = load(tmp_path / dtype)
-        assert {tensor.dtype for tensor in state.values()} == {kind}
-        size = sum(t.numel() * t.element_size() for t in state.values())
+        assert {tensor.dtype for tensor in state.values()} == {torch_dtype}
+        size = sum(tensor.nbytes for tensor in state.values())
         # A view into a larger tensor would bring all of that along.
         assert (tmp_path / dtype / "consolidated.00.pth").stat().st_size < size + 50_000
 
@@ -178,11 +178,9 @@ def test_a_sentencepiece_file_beside_tokenizer_json_is_passed_over(folder, tmp_p
 
 
 def test_rope_as_transformers_4_wrote_it(folder, tmp_path):
-    config = json.loads((folder / "config.json").read_text())
-    del config["rope_parameters"]
     scaling = {"type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config |= {"rope_theta": 250000.0, "rope_scaling": scaling | {"original_max_position_embeddings": 8192}}
-    (folder / "config.json").write_text(json.dumps(config))
+    scaling |= {"original_max_position_embeddings": 8192}
+    edit_config(rope_parameters="delete", rope_theta=250000.0, rope_scaling=scaling)(folder)
     args = from_hf.convert(folder, tmp_path / "out").args
     assert (args.rope_theta, args.use_scaled_rope, args.rope_scaling_factor) == (250000.0, True, 32.0)
 
@@ -261,47 +259,30 @@ BAD_HF = {
     "no config": (lambda f: (f / "config.json").unlink(), "source: holds no config.json"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
     "other architecture": (edit_config(architectures=["MistralForCausalLM"]), "config.json: only LlamaForCausalLM"),
-    "other model type": (edit_config(model_type="qwen2"), "config.json: only LlamaForCausalLM.*qwen2"),
     "attention bias": (edit_config(attention_bias=True), "config.json: attention_bias"),
-    "mlp bias": (edit_config(mlp_bias=True), "config.json: mlp_bias"),
     "sliding window": (edit_config(sliding_window=4096), "config.json: sliding_window = 4096"),
     "quantised": (edit_config(quantization_config={"bits": 4}), "config.json: quantization_config"),
     "activation": (edit_config(hidden_act="gelu"), "config.json: hidden_act must be 'silu'"),
     "head_dim": (edit_config(head_dim=16), "config.json: head_dim 16"),
     "size missing": (edit_config(hidden_size="delete"), "config.json: hidden_size must be a positive whole number"),
-    "size is text": (edit_config(num_hidden_layers="two"), "config.json: num_hidden_layers must be .* not 'two'"),
     "kv heads": (edit_config(num_key_value_heads=4), "config.json: n_heads 6 must be a multiple of n_kv_heads 4"),
     "yarn": (edit_config(rope_parameters=ROPE | {"rope_type": "yarn"}), "config.json: rope_type .* not 'yarn'"),
-    "partial rope": (edit_config(rope_parameters=ROPE | {"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     "scaling incomplete": (edit_config(rope_parameters=ROPE | {"rope_type": "llama3"}), "scaling lacks factor"),
     "tensor missing": (edit_tensors(lambda t: t.pop(UP)), f"model.safetensors: tensor {UP} is missing"),
-    "embedding missing": (edit_tensors(lambda t: t.pop("model.embed_tokens.weight")), "embed_tokens.weight is missing"),
-    "tensor too many": (
-        edit_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)})),
-        "model.safetensors: tensor model.layers.0.self_attn.q_proj.bias has no place",
-    ),
-    "layer too many": (edit_config(num_hidden_layers=1), r"tensor model.layers.1.\S+ has no place"),
+    "tensor too many": (edit_tensors(lambda t: t.update(bias=torch.ones(48))), "safetensors: tensor bias has no place"),
     "wrong shape": (
         edit_tensors(lambda t: t.update({UP: torch.ones(48, 128)})),
         rf"model.safetensors: tensor {UP} has shape \(48, 128\), expected \(128, 48\)",
     ),
-    "not finite": (
-        edit_tensors(lambda t: t[UP].view(-1)[7:8].fill_(float("nan"))),
-        f"tensor {UP} has values that are not",
-    ),
+    "not finite": (edit_tensors(lambda t: t[UP][3].fill_(torch.nan)), f"tensor {UP} has values that are not"),
     "integers": (edit_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})), f"tensor {UP} is torch.int8"),
     "fewer rows than config.json says": (edit_config(vocab_size=300), r"embed_tokens.weight has 261 rows.*size 300"),
     "fewer rows than tokens": (
         edit_tokenizer(lambda t: t["model"]["vocab"].update({"Ġx": 261})),
         "embed_tokens.weight has 261 rows, but the tokenizer needs 262",
     ),
-    "a special token without a row": (
-        edit_tokenizer(lambda t: t["added_tokens"].append({"id": 270, "content": "<pad>"})),
-        "embed_tokens.weight has 261 rows, but the tokenizer needs 271",
-    ),
     "untied without output": (edit_config(tie_word_embeddings=False), "tensor lm_head.weight is missing"),
     "truncated": (truncate("model.safetensors"), "model.safetensors: not a whole safetensors file"),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: not a whole safetensors file"),
     "pickled weights only": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         r"pytorch_model.bin\) are not read, save them as safetensors",
@@ -314,10 +295,6 @@ BAD_HF = {
     "merge order": (
         edit_tokenizer(lambda t: t["model"]["merges"].insert(0, ["i", "n"])),
         r"tokenizer.json: token 'Ġt' \(id 257\) is merged after id 260",
-    ),
-    "merge unknown": (
-        edit_tokenizer(lambda t: t["model"]["merges"].append(["q", "q"])),
-        "the merge 'q q' makes a token",
     ),
     "no end token": (edit_tokenizer(lambda t: t["added_tokens"][0].update(content="<s>")), r"no special token <\|end"),
 }
@@ -341,18 +318,16 @@ def test_bad_index(tmp_path):
     shard = index["weight_map"][UP]
 
     def refused(message):
+        index_file.write_text(json.dumps(index))
         with pytest.raises(ValueError, match=message):
             from_hf.convert(source, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     index["weight_map"]["model.layers.9.x"] = shard
-    index_file.write_text(json.dumps(index))
     refused(f"{shard}: tensor model.layers.9.x is missing, but model.safetensors.index.json names it")
     index["weight_map"]["model.layers.9.x"] = "../elsewhere.safetensors"
-    index_file.write_text(json.dumps(index))
     refused("index.json: weight_map must map")
     del index["weight_map"]["model.layers.9.x"]
-    index_file.write_text(json.dumps(index))
     (source / shard).unlink()
     refused(f"{shard}: no such file, but model.safetensors.index.json names it")
 
@@ -524,7 +499,6 @@ def test_gguf_untied_with_scaled_rope(factor, tmp_path):
 
 BAD_GGUF = {
     "missing": (lambda t: t.pop("blk.1.ffn_up.weight"), {}, "tensor blk.1.ffn_up.weight is missing"),
-    "bias": (lambda t: t.update({"blk.0.attn_q.bias": t["blk.0.attn_norm.weight"]}), {}, "attn_q.bias has no place"),
     "shape": (
         lambda t: t.update({"blk.0.ffn_up.weight": t["blk.0.ffn_down.weight"]}),
         {},
@@ -534,7 +508,6 @@ BAD_GGUF = {
     "experts": (lambda t: None, {"llama__expert_count": 8}, "llama.expert_count is 8"),
     "head width": (lambda t: None, {"llama__attention__key_length": 32}, "key_length is 32, .*expected 16"),
     "rope": (lambda t: None, {"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
-    "split": (lambda t: None, {"split__count": 3}, "split.count is 3"),
     "integers": (
         lambda t: t.update({"blk.0.ffn_norm.weight": np.ones(64, dtype=np.int32)}),
         {},

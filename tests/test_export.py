@@ -182,8 +182,6 @@ BAD_PEFT = {
     "other kind": (settings(peft_type="IA3"), "adapter_config.json: peft_type is 'IA3'"),
     "biases": (settings(bias="lora_only"), "adapter_config.json: bias is 'lora_only'"),
     "dora": (settings(use_dora=True), "adapter_config.json: use_dora is True"),
-    "rslora": (settings(use_rslora=True), "adapter_config.json: use_rslora is True"),
-    "ranks": (settings(rank_pattern={"q_proj": 4}), "adapter_config.json: rank_pattern is {'q_proj': 4}"),
     "unknown": (settings(use_tomorrow=1), "adapter_config.json: use_tomorrow is 1"),
     "residual base": (settings(init_lora_weights="pissa"), "init_lora_weights 'pissa' changes the base"),
     "rank is text": (settings(r="3"), "made: lora_rank must be of type int, not '3'"),
@@ -195,11 +193,6 @@ BAD_PEFT = {
         tensors(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)})),
         "tensor base_model.model.lm_head.lora_A.weight is no LoRA at a linear layer",
     ),
-    "norm": (
-        tensors(lambda t: t.update({Q.replace("self_attn.q_proj", "input_layernorm"): torch.ones(48, 3)})),
-        "is no LoRA at a linear layer",
-    ),
-    "layers": (tensors(lambda t: t.update({Q.replace("0", "7", 1): t[Q].clone()})), "goes beyond the model's 2 layers"),
     "not finite": (tensors(lambda t: t[Q].fill_(torch.nan)), "lora_Q.lora_B has values that are not finite"),
     "integers": (tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), "not a plain tensor of floating-point"),
 }
