@@ -201,7 +201,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
         return [*held, activations, _gb(f["temporary"]), totals, f"{f['card']}", largest]
 
     def sent(f: dict[str, Any]) -> list[str]:
-        step = f["off"]["step"]
+        step = f["none"]["step"]
         once = [f"{step['gradients']['messages'] or '-'}", _mb(step["gradients"]["bytes"])]
         parts = step["micro_batch"].values()
         inside = [f"{part['messages']}, {_mb(part['bytes'])}" if part["messages"] else "-" for part in parts]
@@ -215,7 +215,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             f"Training, GiB of one GPU, batch_size {BATCH_SIZE}. 2 x 4: two replicas, each shared by four GPUs. With "
-            "slashes: --activation_checkpointing off / ffn / all. The largest batch_size is the most rows that fit "
+            "slashes: --activation_checkpointing none / selective / full. The largest batch_size is the most rows that fit "
             f"when {RESERVED / 2**30:.0f} GiB of a card are left to the libraries.",
             _table(
                 "| layout | method | base | adapters | gradients | optimizer | activations | temporary | total | card "

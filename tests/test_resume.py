@@ -1,7 +1,10 @@
 """Going on with a run: what is kept, what is refused, what happens when somebody else was there."""
 
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ import training.run
 from commands import script, train_flags, write_rows
 from llama import Llama
 from tiny import BASE
+
+EARLIER = Path(__file__).parent / "data" / "run_79f64d3"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def begun(data, out):
         raise OSError("the disk is full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.run, "pack", end)
+        patch.setattr(training.run, "state_dict", end)
         with pytest.raises(SystemExit):
             script("finetune.py", *train_flags(data, out, max_steps=4))
     return out
@@ -69,31 +74,35 @@ def test_a_run_that_came_in_between_is_left_alone(data, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("resumed", 5), ("resumed", None), ("rows_per_step", 0), ("rows_per_step", 10**30), ("steps", 9)],
+    "damage", [{"rows_per_step": 0}, {"settings": None}, {"base": {}}, {"adapter": {"method": "x"}}]
 )
-def test_a_record_that_cannot_be_is_refused(data, tmp_path, capsys, name, value):
+def test_a_damaged_record_is_refused_in_one_sentence(data, tmp_path, capsys, damage):
     out = begun(data, tmp_path / "out")
     record = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(record | {name: value}))
+    (out / "config.json").write_text(json.dumps(record | damage))
     flags = ("--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu")
-    assert f"{out / 'config.json'}: {name} " in refused(capsys, *flags)
+    assert f"{out / 'config.json'}: not the record of a run that can be resumed (" in refused(capsys, *flags)
 
 
-@pytest.mark.parametrize(("recorded", "meant"), [(True, "all"), (False, "off"), ("ffn", "ffn")])
-def test_a_record_may_say_true_or_false_of_what_is_a_choice_now(data, tmp_path, monkeypatch, recorded, meant):
-    out, train, used = begun(data, tmp_path / "out"), training.run.train, []
-    record = json.loads((out / "config.json").read_text())
-    record["settings"]["activation_checkpointing"] = recorded
-    (out / "config.json").write_text(json.dumps(record))
-
-    def seen(model, *arguments):
-        used.append(model.activation_checkpointing)
-        return train(model, *arguments)
-
-    monkeypatch.setattr(training.run, "train", seen)
+@pytest.mark.parametrize("method", ["soft_moa", "topk_moelora", "unipeft"])
+def test_a_run_of_an_earlier_revision_goes_on_and_its_adapter_loads(method, tmp_path):
+    """tests/data/run_79f64d3: runs of four steps by revision 79f64d3, with the checkpoint of the second. expected.npz:
+    its logits with that adapter."""
+    shutil.copytree(EARLIER, tmp_path / "earlier")
+    out, data = tmp_path / "earlier" / method, tmp_path / "earlier" / "train.json"
+    before = steps(out)
     script("finetune.py", "--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu")
-    assert used == [meant] and len(steps(out)) == 4
+    assert [entry["step"] for entry in steps(out)] == [1, 2, 3, 4]
+    for entry, same in zip(steps(out), before, strict=True):
+        assert entry["loss"] == pytest.approx(same["loss"], rel=1e-6) and entry["lr"] == same["lr"]
+    record = json.loads((out / "config.json").read_text())
+    assert [entry["step"] for entry in record["resumed"]] == [2]
+
+    with np.load(EARLIER / method / "expected.npz") as expected:
+        tokens, logits = (torch.from_numpy(expected[name]) for name in ("tokens", "logits"))
+    with torch.no_grad():
+        found = Llama.build(BASE, EARLIER / method / "adapter.pth").model(tokens)
+    assert (found - logits).abs().max() < 1e-5
 
 
 def test_beginning_anew_takes_everything_of_the_old_run_away(data, tmp_path):
@@ -103,7 +112,7 @@ def test_beginning_anew_takes_everything_of_the_old_run_away(data, tmp_path):
     (out / "checkpoint-9.pth.damaged").write_text("")
     (out / "mine.txt").write_text("")
     script("finetune.py", *train_flags(data, out, max_steps=1), "--overwrite")
-    left = {f.name for f in out.iterdir()}
+    left = {f.name for f in out.iterdir() if f.name != ".lock"}
     assert left == {"checkpoint-1.pth", "config.json", "log.jsonl", "tensorboard", "mine.txt"} and len(steps(out)) == 1
 
 
@@ -115,15 +124,15 @@ def test_only_the_newest_checkpoints_are_kept_when_asked(data, tmp_path):
 
 def test_a_gradient_whose_square_is_too_large_is_not_taken(data, tmp_path, monkeypatch):
     """AdamW keeps squares: one such step, and no checkpoint could be gone on from any more."""
-    losses, count = training.run.Transformer.losses, iter(range(1, 100))
+    forward, count = training.run.Transformer.forward, iter(range(1, 100))
 
-    def large(model, tokens, *arguments):
-        found = losses(model, tokens, *arguments)
-        if tokens.is_meta:  # the estimate of memory
-            return found
-        return found._replace(labels=found.labels * 1e22) if next(count) == 3 else found
+    def large(model, tokens, *arguments, **named):
+        losses = forward(model, tokens, *arguments, **named)
+        if not tokens.is_meta and next(count) == 3:  # meta: the estimate of memory
+            return losses._replace(ce_loss=losses.ce_loss * 1e22)
+        return losses
 
-    monkeypatch.setattr(training.run.Transformer, "losses", large)
+    monkeypatch.setattr(training.run.Transformer, "forward", large)
     out = tmp_path / "out"
     script("finetune.py", *train_flags(data, out, max_steps=4, batch_size=4, accum_iter=1))
     assert ["skipped" in entry for entry in steps(out)] == [False, False, True, False]

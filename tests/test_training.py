@@ -12,19 +12,20 @@ import torch
 import tiny
 import training.loop
 from llama.data import IGNORE_INDEX, Example
-from llama.model import Losses, Transformer
+from llama.model import Transformer
 from llama.packing import PackedBatch, balance_by_length
 from moa.files import load_tensors, write_torch
 from moa.state import adapter_parameters, adapter_state_dict, optimizer_groups
-from training.checkpoint import Saver, newest, pack, read, restore, save
+from training.checkpoint import CheckpointWriter, latest, load_state_dict, read, save, state_dict
+from training.config import TrainConfig
 from training.data import load_examples, micro_batches
 from training.log import RunLog
 from training.loop import NonFiniteLoss, TrainState, make_optimizer, train
-from training.schedule import make_plan
+from training.schedule import Schedule
 
 
-def plan(n_rows=10, rows_per_step=4, epochs=2.0, max_steps=None, warmup_epochs=None, lr=None, constant=False):
-    return make_plan(n_rows, rows_per_step, epochs, max_steps, warmup_epochs, lr, 6e-3, 1e-5, constant)
+def plan(n_rows=10, rows_per_step=4, min_lr=1e-5, **flags):
+    return Schedule.from_config(TrainConfig(min_lr=min_lr, **flags), n_rows, rows_per_step=rows_per_step)
 
 
 def test_learning_rate_follows_the_published_schedule():
@@ -35,7 +36,7 @@ def test_learning_rate_follows_the_published_schedule():
     assert rates[10:] == pytest.approx(
         [1e-5 + (p.lr - 1e-5) * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
     )
-    flat = plan(n_rows=320, rows_per_step=32, warmup_epochs=0.4, constant=True)
+    flat = plan(n_rows=320, rows_per_step=32, warmup_epochs=0.4, min_lr=0.0, lr_schedule="constant")
     assert flat.warmup_steps == 4 and {flat.learning_rate(step) for step in range(4, 20)} == {flat.lr}
 
 
@@ -100,7 +101,7 @@ def examples(n=8, seed=0):
 def trained(method="soft_moa", batch_size=2, done=0, steps=3, state=None, rows=None, lr=0.01, on_step=None):
     llm = tiny.build(method, seed=3)
     optimizer = make_optimizer(llm.model, 0.02)
-    progress = restore(read(state, llm.model), llm.model, optimizer) if state else TrainState()
+    progress = load_state_dict(read(state, llm.model), llm.model, optimizer) if state else TrainState()
     assert progress.done == done
     log = []
     p = plan(n_rows=8, max_steps=6, lr=lr, warmup_epochs=0)
@@ -136,7 +137,8 @@ def test_the_auxiliary_loss_is_a_mean_over_micro_batches_by_their_tokens():
         tokens = [t for example in part for t in example.tokens]
         rows = PackedBatch([len(example.tokens) for example in part], "cpu")
         labels = torch.tensor([label for example in part for label in example.labels])
-        total += model.losses(torch.tensor(tokens), labels, rows).auxiliary.item() * len(tokens)
+        stats = model(torch.tensor(tokens), labels=labels, batch=rows).router_stats
+        total += model.load_balancing_loss(stats, stats.tokens_per_expert / len(tokens)).item()
     assert log[0]["auxiliary_loss"] == pytest.approx(total / log[0]["tokens"], rel=1e-5) and total > 0
     assert "auxiliary_loss" not in trained("molora", steps=1)[2][0]
 
@@ -168,7 +170,7 @@ def test_only_adapters_move_and_all_of_them_do(method):
 def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method):
     def keep(entry, model, optimizer):
         if entry["step"] == 2:
-            save(tmp_path, pack(model, optimizer, TrainState(2), {}))
+            save(tmp_path, state_dict(model, optimizer, TrainState(2), {}))
 
     unbroken, _, log = trained(method, steps=6, on_step=keep)
     resumed, _, rest = trained(method, done=2, steps=6, state=tmp_path / "checkpoint-2.pth")
@@ -183,7 +185,7 @@ def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, 
 
     def keep(entry, model, optimizer):
         if entry["step"] == 2:
-            save(tmp_path, pack(model, optimizer, TrainState(2), {}))
+            save(tmp_path, state_dict(model, optimizer, TrainState(2), {}))
 
     def use(fused):
         adamw = partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.95), foreach=False)
@@ -204,7 +206,7 @@ def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, 
 
 def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
     llm, optimizer, _ = trained(steps=2)
-    path = save(tmp_path, pack(llm.model, optimizer, TrainState(2), {"method": "soft_moa"}))
+    path = save(tmp_path, state_dict(llm.model, optimizer, TrainState(2), {"method": "soft_moa"}))
     adapter_bytes = sum(t.numel() * 4 for t in adapter_state_dict(llm.model).values())
     entries = 3 * len(adapter_state_dict(llm.model))
     assert 3 * adapter_bytes < path.stat().st_size < 3 * adapter_bytes + 600 * entries
@@ -214,16 +216,16 @@ def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
 
 def damaged(monkeypatch, steps, gradient=False):
     """From now on the loss (its gradient alone) is not finite in these steps, counted from the first one trained."""
-    whole, count = Transformer.losses, iter(range(1, 1000))
+    whole, count = Transformer.forward, iter(range(1, 1000))
 
-    def losses(model, *arguments):
-        found = whole(model, *arguments)
+    def forward(model, *arguments, **named):
+        losses = whole(model, *arguments, **named)
         if next(count) not in steps:
-            return found
-        wrong = (found.labels - found.labels.detach()).sqrt() if gradient else torch.nan  # 0, of slope infinity
-        return Losses(found.labels + wrong, found.auxiliary)
+            return losses
+        wrong = (losses.ce_loss - losses.ce_loss.detach()).sqrt() if gradient else torch.nan  # 0, of slope infinity
+        return losses._replace(ce_loss=losses.ce_loss + wrong)
 
-    monkeypatch.setattr(Transformer, "losses", losses)
+    monkeypatch.setattr(Transformer, "forward", forward)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -232,7 +234,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(monkeypatch, tmp_path, g
         states.append(adapter_state_dict(model))
         updates.append({int(state["step"]) for state in optimizer.state.values()})
         if entry["step"] == 3:
-            save(tmp_path, pack(model, optimizer, TrainState(3, [2]), {}))
+            save(tmp_path, state_dict(model, optimizer, TrainState(3, [2]), {}))
 
     states, updates = [], []
     damaged(monkeypatch, {2}, gradient)
@@ -272,50 +274,50 @@ def test_numbers_that_are_not_finite_are_not_saved():
     with torch.no_grad():
         llm.model.layers[1].router.proj.w1.weight[0, 0] = math.inf
     with pytest.raises(ValueError, match="the adapter after step 1: .*w1.weight.*not finite"):
-        pack(llm.model, optimizer, TrainState(1), {})
+        state_dict(llm.model, optimizer, TrainState(1), {})
 
 
 def test_the_newest_checkpoints_stay(tmp_path):
     llm, optimizer, _ = trained(steps=1)
-    saver = Saver(tmp_path, keep=2)
+    writer = CheckpointWriter(tmp_path, keep=2)
     for step in (9, 10, 20, 30):
-        saver.save(pack(llm.model, optimizer, TrainState(step), {}))
-    saver.wait()
+        writer.save(state_dict(llm.model, optimizer, TrainState(step), {}))
+    writer.wait()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-20.pth", "checkpoint-30.pth"]
 
 
 def test_a_save_that_fails_is_told_by_the_next_and_deletes_nothing(tmp_path, monkeypatch):
     llm, optimizer, _ = trained(steps=1)
-    saver = Saver(tmp_path, keep=1)
-    saver.save(pack(llm.model, optimizer, TrainState(1), {}))
-    saver.wait()
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(state_dict(llm.model, optimizer, TrainState(1), {}))
+    writer.wait()
 
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    saver.save(pack(llm.model, optimizer, TrainState(2), {}))
+    writer.save(state_dict(llm.model, optimizer, TrainState(2), {}))
     with pytest.raises(OSError, match="No space left on device.*checkpoint-2.pth"):
-        saver.save(pack(llm.model, optimizer, TrainState(3), {}))
+        writer.save(state_dict(llm.model, optimizer, TrainState(3), {}))
     with pytest.raises(OSError, match="checkpoint-3.pth"):  # begun all the same, and not over before
-        saver.wait()
+        writer.wait()
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-1.pth"]
 
 
-def test_the_newest_checkpoint_that_is_whole_is_found(tmp_path):
+def test_the_latest_checkpoint_that_is_whole_is_found(tmp_path):
     llm, optimizer, _ = trained(steps=1)
-    paths = [save(tmp_path, pack(llm.model, optimizer, TrainState(step), {})) for step in (1, 2, 3, 4)]
+    paths = [save(tmp_path, state_dict(llm.model, optimizer, TrainState(step), {})) for step in (1, 2, 3, 4)]
     paths[3].write_bytes(paths[3].read_bytes()[:-3000])
     flipped = bytearray(paths[2].read_bytes())
     flipped[len(flipped) // 2] ^= 4
     paths[2].write_bytes(flipped)
-    content, path, wrong = newest(tmp_path, llm.model)
+    content, path, wrong = latest(tmp_path, llm.model)
     assert (content["step"], path, list(wrong)) == (2, paths[1], [paths[3], paths[2]])
     assert all(str(file) in problem for file, problem in wrong.items())
     for file in paths[:2]:
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="no checkpoint can be read: .*checkpoint-4.pth.*checkpoint-1.pth"):
-        newest(tmp_path, llm.model)
+        latest(tmp_path, llm.model)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_the_newest_checkpoint_that_is_whole_is_found(tmp_path):
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, damage):
     llm, optimizer, _ = trained(steps=1)
-    content = pack(llm.model, optimizer, TrainState(1), {})
+    content = state_dict(llm.model, optimizer, TrainState(1), {})
     key = next(iter(content["adapter"]))
     if damage == "adapter":
         del content["adapter"][key]
