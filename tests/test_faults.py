@@ -18,6 +18,7 @@ import torch
 import faulty
 from commands import REPO, program, refused, run, torchrun, train_flags, write_rows
 from faulty import FAULTS
+from llama.machine import check_machine
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SAVED = [".lock", "checkpoint-2.pth", "config.json", "log.jsonl", "tensorboard"]
@@ -138,6 +139,14 @@ def test_a_loss_that_stays_not_finite_leaves_a_checkpoint_of_the_last_good_step(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "train.json")
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    check_machine("cuda:0", None, False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_machine("cuda", None, False)
+    with pytest.raises(ValueError, match="--device cuda:0: all processes of torchrun would share this GPU"):
+        check_machine("cuda:0", None, False)
 
 
 @pytest.mark.parametrize("place", ["/proc/run", "/dev/null", "/dev/null/run"])

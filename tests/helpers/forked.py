@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def start(rank: int, size: int, port: int, work: Callable[[], None], log: Path) -> int:
-    """Process `rank` of a run of `size` does `work`; what it prints goes to the end of `log`. Its number."""
+    """Fork process `rank` of a run of `size` that does `work` and prints to the end of `log`. Returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -22,8 +22,14 @@ def start(rank: int, size: int, port: int, work: Callable[[], None], log: Path) 
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in place.items()}
+        rendezvous = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        os.environ |= {name: str(value) for name, value in rendezvous.items()}
         work()
         status = 0
     except SystemExit as end:
@@ -37,7 +43,7 @@ def start(rank: int, size: int, port: int, work: Callable[[], None], log: Path) 
 
 @contextmanager
 def forked(work: Callable[[], None], logs: list[Path]) -> Iterator[list[int]]:
-    """As many processes as there are logs do `work`, as one run. None is left when the context is left."""
+    """Start a run of as many processes as there are logs, each of which does `work`. The context's end kills them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,11 +56,11 @@ def forked(work: Callable[[], None], logs: list[Path]) -> Iterator[list[int]]:
 
 
 def ended(pid: int) -> int | None:
-    """Exit status of a process that is over (-9: killed), None while it runs. Its entry is left for the next call."""
-    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if found is None:
+    """Exit status of a process that is over (-9: killed), None while it runs. It can be asked for again."""
+    state = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if state is None:
         return None
-    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+    return state.si_status if state.si_code == os.CLD_EXITED else -state.si_status
 
 
 def kill(pid: int) -> None:
@@ -66,7 +72,7 @@ def kill(pid: int) -> None:
 
 
 def wait(pids: list[int], seconds: float) -> list[int | None]:
-    """Until all are over, `seconds` at most. Their exit statuses."""
+    """Wait until all are over, `seconds` at most. Returns their exit statuses."""
     end = time.monotonic() + seconds
     while None in (statuses := [ended(pid) for pid in pids]) and time.monotonic() < end:
         time.sleep(0.002)

@@ -38,7 +38,10 @@ def unbroken(flags: list[str], log: Path) -> None:
 
 
 def attempt(flags: list[str], out: Path, log: Path, chance: random.Random) -> str | None:
-    """Start or resume, kill one process or both; what was hit, None where the run came to its end first."""
+    """Start or resume a run and kill one process or both.
+
+    Returns what was hit; None where the run came to its end first.
+    """
     moment = chance.choices(["starting", "anywhere", "saving"], [15, 50, 35])[0]
     # Before they have found each other only torchrun, which is not here, could tell one that the other is gone
     victims = [0, 1] if moment == "starting" else chance.choice([[0], [1], [0, 1]])
@@ -84,12 +87,12 @@ def content(out: Path, step: int) -> dict[str, Any]:
 def compare(out: Path, expected: Path, steps: int) -> None:
     """Every number that the run leaves, and every file."""
     assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in expected.iterdir())
-    found, right = content(out, steps), content(expected, steps)
-    for key, tensor in right["adapter"].items():
-        assert torch.equal(found["adapter"][key], tensor), key
+    checkpoint, undisturbed = content(out, steps), content(expected, steps)
+    for key, tensor in undisturbed["adapter"].items():
+        assert torch.equal(checkpoint["adapter"][key], tensor), key
     for name in MOMENTS:
-        for key, tensor in right["optimizer"][name].items():
-            assert torch.equal(found["optimizer"][name][key], tensor), (name, key)
+        for key, tensor in undisturbed["optimizer"][name].items():
+            assert torch.equal(checkpoint["optimizer"][name][key], tensor), (name, key)
     logs = [[(entry["step"], entry["loss"]) for entry in map(json.loads, lines(folder))] for folder in (out, expected)]
     assert logs[0] == logs[1] and [step for step, _ in logs[0]] == list(range(1, steps + 1))
 
@@ -122,6 +125,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(main(given.kills, given.seed, Path(scratch))))
+        print(json.dumps(main(args.kills, args.seed, Path(scratch))))
