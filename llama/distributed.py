@@ -6,6 +6,7 @@ A plain `python` process gets a group of one, without a rendezvous.
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -31,12 +32,9 @@ def get_device(device: str = "auto") -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N")
+    chosen = torch.device(device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {device!r}: this machine has no GPU that torch can use")

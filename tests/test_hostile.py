@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import evaluate.__main__
 from commands import train_flags, write_rows
 from hostile import (
     MAINS,
@@ -33,7 +32,6 @@ from hostile import (
 from llama import Llama
 from llama.distributed import init_distributed
 from llama.predictions import Predictions
-from llama.tokenizer import Tokenizer
 from moa.adapter_file import load_adapter
 from moa.reading import read_rows
 from moa.state import adapter_state_dict
@@ -120,16 +118,6 @@ def test_a_base(data, name: str, new_folder: Folders) -> None:
     if unchanged(base, lambda: sentence_of(lambda: built.append(Llama.build(base, device="cpu")), str(base))) is None:
         # The values of large tensors are not looked at, for which the whole file would have to be read
         assert built[0].model(tokens(1, 4)).shape == (1, 4, 512)
-
-
-@hostile(20)
-@given(content=damaged((BASE / "tokenizer.model").read_bytes()), text=st.text(max_size=20))
-def test_a_tokenizer(content: bytes, text: str, new_folder: Folders) -> None:
-    file = new_folder() / "tokenizer.model"
-    file.write_bytes(content)
-    built = []
-    if sentence_of(lambda: built.append(Tokenizer(file)), str(file)) is None:
-        assert built[0].decode(built[0].encode(text)) == text
 
 
 # Adapters, checkpoints and runs
@@ -273,17 +261,6 @@ def test_predictions_in_the_making(data, damaged_name: str, new_folder: Folders)
     started[0].finish()
     rows = [json.loads(line) for line in (folder / "AddSub.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "generate"} for row in rows] == ROWS
-
-
-@hostile(40)
-@given(content=json_lines([row | {"generate": "3"} for row in ROWS]))
-def test_predictions_to_score(content: bytes, new_folder: Folders) -> None:
-    folder = new_folder()
-    file = folder / "AddSub.jsonl"
-    file.write_bytes(content)
-    words = ["--predict_file", file, "--save_path", folder / "scores.json"]
-    if unchanged(folder, lambda: refusal(evaluate.__main__.main, words, str(file))) is None:
-        assert sorted(snapshot(folder)) == ["AddSub.jsonl", "scores.json"]
 
 
 # What lies in a file's place

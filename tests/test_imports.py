@@ -28,7 +28,7 @@ def allowed(ours: str = "", libraries: str = "", late: str = "") -> Allowed:
 # The standard library and the package itself are allowed everywhere.
 RULES = {
     "cli": allowed(libraries="fire"),
-    "moa": allowed(libraries="torch fairscale"),
+    "moa": allowed(libraries="torch fairscale filelock"),
     "llama": allowed("moa", libraries="torch numpy fairscale tiktoken tqdm", late="flash_attn"),
     "corpus": allowed("moa cli", libraries="tabulate", late="pooch requests"),
     "training": allowed("llama moa cli corpus", libraries="torch numpy fairscale tqdm tensorboard"),

@@ -66,19 +66,6 @@ def test_what_a_crash_left_is_kept_and_only_the_rest_is_missing(path):
     assert [row["generate"] for row in read(path)] == [f"answer {i}" for i in range(6)]
 
 
-def test_any_file_name_will_do_and_other_files_are_left_alone(tmp_path):
-    path, other = tmp_path / "o[1]*.jsonl", tmp_path / "o[1]*.jsonl.partial.bak"
-    other.write_text("mine")
-    first = start(path)
-    first.add(2, "answer 2")
-    crash(first)
-    second = start(path)
-    assert second.missing == [0, 1, 3, 4, 5]
-    crash(second)
-    finish(start(path, overwrite=True), range(6))
-    assert len(read(path)) == 6 and other.read_text() == "mine"
-
-
 def test_rows_that_have_an_answer_already_can_be_answered(path):
     rows = [row | {"generate": "old"} for row in ROWS]
     finish(start(path, rows=rows), range(6))
