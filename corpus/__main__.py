@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from cli import cli_errors, die, flag, parse, subcommand
 from corpus.catalogue import CATALOGUE, SOURCE, select
-from corpus.check import Checked, check_file
+from corpus.check import check_file
 from corpus.contamination import KINDS, NGRAM, OVERLAP, compare, list_test_files, read_questions
 from corpus.fetch import address, fetch
 
@@ -82,12 +82,14 @@ class ContaminationFlags:
 
 
 def run_list(flags: ListFlags) -> int:
+    """What data sets there are, and where they come from."""
     header = ["data set", "rows", "task", "licence", "from", ""]
     print(_table([[d.label, d.rows, d.task, d.licence, address(d, flags.source), d.note] for d in CATALOGUE], header))
     return 0
 
 
 def run_fetch(flags: FetchFlags) -> int:
+    """Download data sets and write them as rows; those there already are kept."""
     chosen, failed = select(_split(flags.names)), 0
     for data_set in chosen:
         try:
@@ -106,13 +108,25 @@ def run_fetch(flags: FetchFlags) -> int:
 
 
 def run_check(flags: CheckFlags) -> int:
+    """Number of rows, fields and answers of the data sets that are there."""
     chosen = select(_split(flags.names))
     present = [data_set for data_set in chosen if data_set.file(flags.data_path).exists()]
     missing = [data_set.label for data_set in chosen if data_set not in present]
     checked = [check_file(data_set, data_set.file(flags.data_path)) for data_set in present]
     if checked:
-        header = ["data set", "rows", "expected", "repeated", "no output", "", "sha256"]
-        print(_table(list(map(_check_line, checked)), header))
+        lines = [
+            [
+                c.data_set.label,
+                c.rows,
+                c.data_set.rows,
+                c.repeated,
+                c.unanswered,
+                "WRONG" if c.faults else "ok",
+                c.sha256,
+            ]
+            for c in checked
+        ]
+        print(_table(lines, ["data set", "rows", "expected", "repeated", "no output", "", "sha256"]))
     if missing:
         print(f"not in {flags.data_path}: {', '.join(missing)}")
     for result in checked:
@@ -122,13 +136,8 @@ def run_check(flags: CheckFlags) -> int:
     return int(any(result.faults for result in checked) or bool(missing and (flags.names or not present)))
 
 
-def _check_line(result: Checked) -> list[Any]:
-    data_set, verdict = result.data_set, "WRONG" if result.faults else "ok"
-    counts = [result.rows, data_set.rows, result.repeated, result.unanswered]
-    return [data_set.label, *counts, verdict, result.sha256]
-
-
 def run_contamination(flags: ContaminationFlags) -> int:
+    """Test rows that stand among training rows, or in other test files."""
     tests = [read_questions(file) for file in list_test_files(flags.within or flags.tests or "")]
     train = None if flags.data_path is None else read_questions(Path(flags.data_path))
     compared = compare(tests, train, flags.ngram, flags.overlap)
@@ -153,15 +162,11 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() if line.strip())
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], int], str]] = {
-    "list": (ListFlags, run_list, "What data sets there are, and where they come from."),
-    "fetch": (FetchFlags, run_fetch, "Download data sets and write them as rows; those there already are kept."),
-    "check": (CheckFlags, run_check, "Count, fields and answers of the data sets that are there."),
-    "contamination": (
-        ContaminationFlags,
-        run_contamination,
-        "Test rows that stand among training rows, or in other test files.",
-    ),
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "list": (ListFlags, run_list),
+    "fetch": (FetchFlags, run_fetch),
+    "check": (CheckFlags, run_check),
+    "contamination": (ContaminationFlags, run_contamination),
 }
 
 
@@ -171,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a row may hold what the terminal's encoding lacks
     word = subcommand(argv, COMMANDS, __doc__ + "\nThe flags of each: python -m corpus fetch --help")
-    flags_type, run, description = COMMANDS[word]
-    flags = parse(flags_type, _join_names(argv[1:]), prog=f"python -m corpus {word}", description=description)
+    flags_type, run = COMMANDS[word]
+    flags = parse(flags_type, _join_names(argv[1:]), prog=f"python -m corpus {word}", description=run.__doc__)
     with cli_errors():
         status = run(flags)
     raise SystemExit(status)
@@ -189,8 +194,7 @@ def _split(names: str) -> list[str]:
 
 
 def _table(lines: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    right = [column > 0 and str(cell)[:1].isdigit() for column, cell in enumerate(lines[0])]
-    align = ["right" if is_number else "left" for is_number in right]
+    align = ["right" if isinstance(cell, int) or str(cell).endswith("%") else "left" for cell in lines[0]]
     return tabulate(lines, header, "plain", colalign=align, disable_numparse=True)
 
 

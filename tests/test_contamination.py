@@ -6,15 +6,8 @@ import random
 import pytest
 
 from commands import refused, run, train_flags, write_rows
-from corpus.contamination import (
-    compare,
-    find_matches,
-    list_test_files,
-    parse_question,
-    question_text,
-    read_questions,
-    summary,
-)
+from corpus import contamination
+from corpus.contamination import compare, find_matches, list_test_files, parse_question, read_questions
 from training.config import merge_with_previous_run, parse_flags
 
 STAMPS = (
@@ -139,6 +132,7 @@ def test_every_match_is_found_that_a_comparison_one_by_one_finds():
 def test_the_question_of_a_code_task_is_its_prompt():
     prompt = "def add(x, y):\n    '''Add two numbers that somebody gives.'''\n"
     row = {"task_id": "HumanEval/1", "prompt": prompt, "instruction": f"Complete it.\n\n{prompt}", "input": ""}
+    question_text = contamination.question_text
     assert question_text(row) == prompt.strip() == question_text({"prompt": prompt})
     assert question_text({"instruction": "a", "input": "b"}) == "a\nb" and question_text({"output": "a"}) is None
 
@@ -169,16 +163,12 @@ def test_files_are_compared(folder):
     assert [result.test.name for result in (svamp, boolq)] == ["SVAMP/test.json", "boolq/test.json"]
     assert places(svamp) == [("exact", 0, 1), ("exact", 1, 1)] and boolq.matches == []
     expected = "2 of 4 rows of SVAMP/test.json are in the training rows (2 exactly, 0 nearly); "
-    assert summary([svamp, boolq]) == expected + "`python -m corpus contamination` shows them"
-    assert summary([boolq]) == "none of the 2 rows of boolq/test.json is in the training rows"
-    assert summary([boolq, boolq]) == "none of the 4 rows of 2 files is in the training rows"
-
-
-def test_files_are_compared_with_one_another(folder):
-    first, second = read_questions(folder / "SVAMP/test.json"), read_questions(folder / "math/train.json")
-    own, other = compare([first, second])
-    assert (own.test, own.other, other.test, other.other) == (first, first, second, first)
+    own, other = compare([svamp.test, train])
+    assert (own.test, own.other, other.test, other.other) == (svamp.test, svamp.test, train, svamp.test)
     assert places(own) == [("exact", 1, 0)] and places(other) == [("exact", 1, 0), ("near", 2, 0)]
+    assert contamination.summary([svamp, boolq]) == expected + "`python -m corpus contamination` shows them"
+    assert contamination.summary([boolq]) == "none of the 2 rows of boolq/test.json is in the training rows"
+    assert contamination.summary([boolq, boolq]) == "none of the 4 rows of 2 files is in the training rows"
 
 
 def test_files_and_folders_are_listed_with_commas(folder):

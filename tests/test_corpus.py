@@ -33,24 +33,13 @@ GSM8K = [
     for i in range(7473)
 ]
 HUMANEVAL = [
-    {
-        "task_id": f"HumanEval/{i}",
-        "prompt": f"def f{i}(x):\n",
-        "entry_point": f"f{i}",
-        "canonical_solution": "    return x\n",
-        "test": "def check(candidate): ...",
-    }
+    {"task_id": f"HumanEval/{i}", "prompt": f"def f{i}(x):\n", "entry_point": f"f{i}"}
+    | {"canonical_solution": "    return x\n", "test": "def check(candidate): ..."}
     for i in range(164)
 ]
 MBPP = [
-    {
-        "task_id": i,
-        "text": f"Write a function to add {i}.",
-        "code": "def f(x): ...",
-        "test_list": ["assert f(1)", "assert f(2)"],
-        "test_setup_code": "",
-        "challenge_test_list": [],
-    }
+    {"task_id": i, "text": f"Write a function to add {i}.", "code": "def f(x): ..."}
+    | {"test_list": ["assert f(1)", "assert f(2)"], "test_setup_code": "", "challenge_test_list": []}
     for i in range(1, 975)
 ]
 ORIGINS = {
@@ -177,25 +166,19 @@ def test_a_server_gives_the_same_and_what_is_there_is_not_fetched_again(server, 
     assert len(server.requests) == len(ORIGINS)
 
 
-@pytest.mark.parametrize("troubles", [[503], [b"["], [429]])
-def test_what_may_pass_is_tried_again(server, tmp_path, troubles):
-    server.troubles[:] = troubles
+@pytest.mark.parametrize("trouble", [503, 429, b"["])
+def test_what_may_pass_is_tried_again(server, tmp_path, trouble):
+    server.troubles[:] = [trouble]
     assert fetch(data_set("AddSub"), tmp_path, server.url, retries=1).rows == 395 and len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
-    ("troubles", "tries", "words"),
-    [
-        ([404], 1, "HTTP status 404"),
-        ([503] * 2, 2, "HTTP status 503"),
-        ([b"[{"] * 2, 2, "Connection broken"),
-    ],
+    ("trouble", "tries", "words"), [(404, 1, "HTTP status 404"), (503, 2, "HTTP status 503"), (b"[", 2, "broken")]
 )
-def test_a_download_that_fails_leaves_nothing(server, tmp_path, troubles, tries, words):
-    server.troubles[:] = troubles
-    with pytest.raises(OSError, match=words) as raised:
+def test_a_download_that_fails_leaves_nothing(server, tmp_path, trouble, tries, words):
+    server.troubles[:] = [trouble] * tries
+    with pytest.raises(OSError, match=f"{address(data_set('AddSub'), server.url)}: .*{words}"):
         fetch(data_set("AddSub"), tmp_path, server.url, retries=1)
-    assert address(data_set("AddSub"), server.url) in str(raised.value)
     assert len(server.requests) == tries and not list(tmp_path.iterdir())
 
 
