@@ -11,38 +11,38 @@ from torch import Tensor
 from llama import Llama
 from moa.adapter import AdapterModule, Target, normal
 from moa.config import AdapterConfig, Slot
-from moa.methods import ADAPTERS, BLOCK_ROUTERS, EXPERT_ROUTERS, RouterType, knob, register_adapter
+from moa.methods import ADAPTERS, BLOCK_ROUTERS, EXPERT_ROUTERS, RouterType, option, register_adapter
 from moa.state import adapter_state_dict, count_parameters, load_adapter_state_dict, optimizer_groups
 from tiny import ARGS, BASE, METHODS, gradients, random_state, save, tokens
 
 
 @dataclass(frozen=True)
-class ScaleKnobs:
+class ScaleConfig:
     """A trained factor per component, at linear layers as wide as their input."""
 
-    layers: str = knob("", "layers with a scale")
-    targets: str = knob("Q,O", "linear layers with a scale")
-    factor: float = knob(1.0, "weight of all scales")
+    layers: str = option("", "layers with a scale")
+    targets: str = option("Q,O", "linear layers with a scale")
+    factor: float = option(1.0, "weight of all scales")
 
 
 class Scale(AdapterModule):
-    """y + g * factor * s * u"""
+    """y + g * factor * s * x"""
 
-    def __init__(self, site: Target, config: AdapterConfig):
+    def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
-        assert site.in_features == site.out_features
+        assert target.in_features == target.out_features
         self.factor = config.adapters["scale"].factor
-        self.add_parameter("s", (site.in_features,), normal)
+        self.add_parameter("s", (target.in_features,), normal)
 
-    def forward(self, output: Tensor, u: Tensor, gate: Tensor | None) -> Tensor:
-        y = self.factor * self.s.to(u.dtype) * u
+    def forward(self, x: Tensor, output: Tensor, gate: Tensor | None) -> Tensor:
+        y = self.factor * self.s.to(x.dtype) * x
         return output + (y if gate is None else y * gate)
 
 
 @pytest.fixture
 def scale(monkeypatch) -> Iterator[None]:
     monkeypatch.setitem(ADAPTERS, "scale", None)  # taken out again at the end of the test
-    register_adapter("scale", ScaleKnobs, f"{__name__}:Scale", ("Q", "O"))
+    register_adapter("scale", ScaleConfig, f"{__name__}:Scale", ("Q", "O"))
     yield
 
 
@@ -76,8 +76,6 @@ def test_a_new_kind_of_adapter_needs_one_registration(flat: dict, scale: None, t
 class LastRouter(AdapterModule):
     """All the weight to the last of a block's adapters, times a trained number."""
 
-    per_row = False
-
     def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__()
         self.slots = [slot.name for slot in slots]
@@ -91,7 +89,7 @@ class LastRouter(AdapterModule):
 class FirstExpert(AdapterModule):
     """All the weight to the first expert, times a trained number."""
 
-    def __init__(self, site: Target, config: AdapterConfig, soft_bias: bool):
+    def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
         super().__init__()
         self.weight = torch.zeros(config.experts.expert_num)
         self.weight[0] = 1

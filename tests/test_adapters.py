@@ -119,8 +119,8 @@ def test_optimizer_groups() -> None:
     found = [names[id(p)] for p in decayed["params"] + others["params"]]
     assert sorted(found) == sorted(names.values())  # each once
     last = {key.split(".")[-1] for key in (names[id(p)] for p in others["params"])}
-    assert last == {"z", "bias", "down_bias", "up_bias"}
-    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"A", "B", "P", "down", "up", "weight"}
+    assert last == {"gate", "bias", "down_proj_bias", "up_proj_bias"}
+    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"lora_A", "lora_B", "prompt", "down_proj", "up_proj", "weight"}
 
 
 # Training

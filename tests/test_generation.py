@@ -21,26 +21,9 @@ from llama.engine import (
     sample_running,
     seeded_uniforms,
 )
-from tiny import BASE, METHODS, build, config, relative, shared, tokens
+from tiny import ALL, BASE, build, changed, config, prompts, relative, shared, tokens
 
 EOS, EOT = 257, 265
-ALL = [None, *METHODS]
-
-
-def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    """BOS and random bytes, one prompt of each length."""
-    return [[256, *tokens(n - 1, seed=seed + i).tolist()] for i, n in enumerate(lengths)]
-
-
-@contextmanager
-def changed(llm: Llama, **changes: int) -> Iterator[None]:
-    """A shared model with another max_batch_size, max_seq_len or cuda_graphs for a while."""
-    before = {name: getattr(llm, name) for name in changes}
-    for name, value in changes.items():
-        setattr(llm, name, value)
-    yield
-    for name, value in before.items():
-        setattr(llm, name, value)
 
 
 def by_recomputation(

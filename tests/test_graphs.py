@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-import llama.generation
-import llama.graphs
-from cuda_graphs import Graph, Recording, stand_in
+from graph_stand_in import Graph, Recording, stand_in
 from llama import Llama
-from llama.generation import require_graphs
-from llama.graphs import _rounded
-from test_generation import ALL, changed, prompts
-from tiny import BASE, shared
+from llama.accelerate import FastDecoding, cuda_graphs
+from llama.generation import require_cuda_graphs
+from tiny import ALL, BASE, changed, prompts, shared
 
 
 @pytest.fixture
@@ -22,14 +19,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 @pytest.mark.parametrize("name", ALL)
 def test_the_same_answers(name: str | None, block: int, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows that end and make room at different times, so that there are fewer and fewer, and of growing length."""
-    monkeypatch.setattr(llama.graphs, "BLOCK", block)
+    monkeypatch.setattr(cuda_graphs, "SEQ_LEN_BUCKET", block)
     llm, rows = shared(name), prompts(7, 1, 12, 3, 3, 9)
     settings = {"max_gen_len": 8, "temperature": 0.8, "seed": 11}
     with changed(llm, max_seq_len=16, max_batch_size=5):
         expected = llm.generate(rows, **settings)
         assert not graphs and len({len(row) for row in expected}) > 2
-        monkeypatch.setattr(llama.generation, "_steps_behind", lambda _: 1)  # as on a GPU
-        with changed(llm, cuda_graphs=True):
+        recorded = FastDecoding(llm.model, cuda_graphs=True)
+        with changed(llm, fast_decoding=recorded, async_lag=1):  # as on a GPU
             assert llm.generate(rows, **settings) == expected
     assert sum(graph.replays for graph in graphs) > len(graphs) > (2 if block == 4 else 1)
     assert len({graph.pool() for graph in graphs}) == 1
@@ -47,14 +44,14 @@ def test_a_graph_repeats_what_it_has_recorded(graphs: list[Graph]) -> None:
 
 
 def test_few_sizes_are_recorded() -> None:
-    assert [_rounded(n) for n in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17)] == [1, 2, 4, 4, 8, 8, 8, 16, 16, 24]
+    assert [cuda_graphs.bucket(n) for n in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17)] == [1, 2, 4, 4, 8, 8, 8, 16, 16, 24]
 
 
 def test_hooks_are_called_all_the_same(graphs: list[Graph]) -> None:
     llm, calls = shared("soft_moa"), []
     hook = llm.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     try:
-        with changed(llm, cuda_graphs=True):
+        with changed(llm, fast_decoding=FastDecoding(llm.model, cuda_graphs=True)):
             llm.generate(prompts(4), max_gen_len=5, min_new_tokens=5)
     finally:
         hook.remove()
@@ -65,5 +62,5 @@ def test_asked_for_where_it_cannot_be() -> None:
     with pytest.raises(ValueError, match="cuda_graphs needs a GPU"):
         Llama.build(BASE, device="cpu", cuda_graphs=True)
     with pytest.raises(ValueError, match="cuda_graphs needs model_parallel_size 1, not 2"):
-        require_graphs(torch.device("cuda"), 2)
-    require_graphs(torch.device("cuda"), 1)
+        require_cuda_graphs(torch.device("cuda"), 2)
+    require_cuda_graphs(torch.device("cuda"), 1)

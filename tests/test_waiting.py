@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llama.accelerate import FastDecoding, accelerate_model
 from llama.data import IGNORE_INDEX, Example
 from llama.distributed import init_distributed
-from llama.engine import Request, SamplingParams, _choose, _leave, decode, prefill
+from llama.engine import Request, SamplingParams, prefill, remove, sample_running
 from llama.packing import async_to_device
-from moa.adapter import weights_stand_still
 from tiny import ARGS, METHODS, config
 from training.data import micro_batches
-from training.rehearsal import unfilled_model
+from training.estimate import meta_model
 
 DEVICE = torch.device("meta")
 ROWS = [Example(list(range(n)), [IGNORE_INDEX] * p + list(range(p, n)), p) for n, p in ((5, 2), (3, 2), (7, 3))]
@@ -98,32 +98,38 @@ def test_what_waits_is_seen() -> None:
             ask()
 
 
-@pytest.mark.parametrize("recompute", ["off", "ffn", "all"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_training(name: str, recompute: str) -> None:
-    model = unfilled_model(ARGS, config(name), bf16=True)
+def test_training(name: str, accelerated: bool, recompute: str) -> None:
+    model = meta_model(ARGS, config(name), bf16=True)
+    if accelerated:
+        accelerate_model(model)
     model.activation_checkpointing = recompute
-    model.losses(*next(micro_batches(ROWS, 4, DEVICE)))  # the first pass makes the table of rotations
+    model.extend_rope_cache(20, DEVICE)
     with Copies() as copies:
-        (batch,) = micro_batches(ROWS, 4, DEVICE)
-        sum(model.losses(*batch)[:2]).backward()
+        ((tokens, labels, batch),) = micro_batches(ROWS, 4, DEVICE)
+        losses = model(tokens, labels=labels, batch=batch)
+        stats = losses.router_stats
+        aux = 0 if stats is None else model.load_balancing_loss(stats, stats.tokens_per_expert / 15)
+        (losses.ce_loss + aux).backward()
     assert copies.all >= 3 and not copies.waiting
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", [None, *METHODS])
 def test_decoding(name: str | None) -> None:
-    model = unfilled_model(ARGS, config(name), bf16=True).eval()
-    rules = SamplingParams((0, 1), min_new_tokens=3, temperature=0.5, top_p=0.9)
-    answers = [Request(i, row.tokens, 5, [0.5] * 5) for i, row in enumerate(ROWS)]
-    with torch.inference_mode(), weights_stand_still(model, False):
+    model = meta_model(ARGS, config(name), bf16=True).eval()
+    params = SamplingParams((0, 1), min_new_tokens=3, temperature=0.5, top_p=0.9)
+    requests = [Request(i, row.tokens, 5, [0.5] * 5) for i, row in enumerate(ROWS)]
+    with torch.inference_mode(), FastDecoding(model).running(5, hooked=False) as decode:
         cache = model.new_cache(3, 20)
         prefill(model, cache, [row.tokens for row in ROWS], DEVICE)
-        newest = async_to_device([1, 2, 3], DEVICE)
+        next_tokens = async_to_device([1, 2, 3], DEVICE)
         with Copies() as copies:
-            tokens = _choose(decode(model, cache, newest).float(), answers, rules)
-        assert copies.all == 4 and not copies.waiting  # lengths; early rows, stops, draws
+            tokens = sample_running(decode(model, cache, next_tokens).float(), requests, params)
+        assert copies.all == 4 and not copies.waiting  # lengths; early rows, stops, uniforms
         assert tokens.shape == (3,) and tokens.device == DEVICE
         with Copies() as copies:
-            newest = _leave(cache, answers, tokens, answers[:1])
-        assert copies.all == 1 and not copies.waiting and newest.shape == (2,)
+            next_tokens = remove(cache, requests, tokens, requests[:1])
+        assert copies.all == 1 and not copies.waiting and next_tokens.shape == (2,)

@@ -120,7 +120,7 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
 
 
 def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or context.flash:
         return self.attend(q, k, v, context)
     if context.batch is None:
         return decode_attention_cpu(q, *context.cache.append(self.layer, k, v), context.cache.mask)
@@ -136,7 +136,7 @@ def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates
     (up, gate), downs = fused_linear(cache, ffn.adapters, x, [ffn.w3, ffn.w1], readers)
     up = apply(cache, ffn.adapters, "w3", up, x, downs, routing)
     gate = apply(cache, ffn.adapters, "w1", gate, x, downs, routing)
-    standing, readers = ffn.adapters.at("w2"), fusable(ffn.adapters.at("w2"))
+    standing, readers = with_routers(ffn.adapters.at("w2")), fusable(ffn.adapters.at("w2"))
     hidden = None
     if torch.is_grad_enabled() and gate.requires_grad and readers and set(standing) <= set(readers) and plain(ffn.w2):
         trained = stack(down_weights(readers), gate.dtype)
@@ -172,10 +172,17 @@ def plain(layer: nn.Module) -> bool:
     return type(layer) in (ColumnParallelLinear, RowParallelLinear) and type(layer.weight) is nn.Parameter
 
 
+def with_routers(adapters: Sequence[AdapterModule]) -> list[AdapterModule]:
+    return [m for adapter in adapters for m in (adapter, adapter.expert_router) if m is not None]
+
+
 def fusable(adapters: Sequence[AdapterModule]) -> list[AdapterModule]:
     """These adapters and their routers of experts, as far as their down-projections are known here."""
-    modules = [m for adapter in adapters for m in (adapter, adapter.expert_router) if m is not None]
-    return [m for m in modules if type(m) in DOWN_WEIGHTS and not m._forward_hooks and not m._forward_pre_hooks]
+    return [
+        m
+        for m in with_routers(adapters)
+        if type(m) in DOWN_WEIGHTS and not m._forward_hooks and not m._forward_pre_hooks
+    ]
 
 
 DOWN_WEIGHTS: dict[type, Callable[[Any], list[Tensor]]] = {

@@ -103,7 +103,10 @@ class Block:
         gate = self.linear("FFN_GATE", "feed_forward.w1", z, gates)
         out = y + self.linear("FFN_DOWN", "feed_forward.w2", silu(gate) * up, gates)
         if "p_adapter" in self.slots:
-            p = {name: self.here[f"adapters.p_adapter.{name}"] for name in ("down_proj", "down_proj_bias", "up_proj", "up_proj_bias")}
+            p = {
+                name: self.here[f"adapters.p_adapter.{name}"]
+                for name in ("down_proj", "down_proj_bias", "up_proj", "up_proj_bias")
+            }
             f = {"silu": silu, "gelu": gelu}[self.flat["p_adapter_activation"]]
             size, shared = self.flat["p_adapter_size"], self.flat["p_adapter_hydra"]
             for e, weight in enumerate(gates["p_adapter"] * self.experts("p_adapter", z)):

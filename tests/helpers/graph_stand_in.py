@@ -1,21 +1,24 @@
-"""In the place of CUDA's graphs, without a GPU: one that notes every operation with the very tensors it works on, and
-repeats just these. What a step reads from anywhere else would stay as it was."""
+"""A stand-in for CUDA graphs without a GPU: it records every operation with the tensors it works on, and replays these.
+
+What a step reads from anywhere else stays as it was.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-import llama.graphs
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llama.accelerate import cuda_graphs
+
 
 class Graph:
-    """Of `torch.cuda.CUDAGraph`: what `llama.graphs` uses."""
+    """Of `torch.cuda.CUDAGraph`: what `llama.accelerate.cuda_graphs` uses."""
 
     made: list["Graph"] = []
 
@@ -58,7 +61,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """From now on; those that are made."""
     monkeypatch.setattr(Graph, "made", [])
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(llama.graphs, "side_stream", lambda: stream)
+    monkeypatch.setattr(cuda_graphs, "side_stream", lambda: stream)
     stand_ins = {"CUDAGraph": Graph, "graph": recording, "current_stream": lambda: stream}
     for name, value in {**stand_ins, "stream": lambda _: nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, value)
