@@ -1,273 +1,271 @@
-"""What training and generation do on one GPU, with random weights in a published model's shape: no file is needed.
+"""Training and generation on one GPU, with random weights in a published model's shape: no file is needed.
 
-    python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--peers] [--json gpu.json] [--flash_attention2]
+    python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--minutes 8] [--json gpu.json]
     python -m benchmarks.gpu --shape tiny --device cpu          to try the command where there is no GPU
 
-training    real tokens/s of a step (forward, backward, AdamW) of --rows rows of at most 300 tokens, with lengths drawn
-            as GSM8K's and the commonsense set's; peak memory, also of rows that are all of 300 tokens; by what
-            finetune.py's --activation_checkpointing may be
-decoding    milliseconds of a decode step at --decode_rows rows; on a GPU also as generate.py's --cuda_graphs does it
-traces      the kernels that take most of a training step's and of a decode step's time
+Parts, in this order (--parts names some of them, with commas):
 
-Each beside the bare base ("base": gradients go to the embeddings' output) and the floor: the products at the best rate
-measured here, and the bytes at the best bandwidth (benchmarks/floors.py).
+step      real tokens/s of training steps of --rows rows with GSM8K's lengths, peak memory, and the share of the best
+          measured rate of products that the step's FLOPs make up; PEFT's LoRA beside it, if it is installed
+decode    milliseconds of a decode step at --decode_rows rows, without and with CUDA graphs, and the share of the
+          measured bandwidth that reading weights, keys and values makes up; transformers beside it
+memory    peak memory of a step of rows that are all of 300 tokens, by --activation_checkpointing
+trace     kernels of a step and of a decode step: how many, and those that take most time
 
---peers adds what a user would install instead, on the same weights, rows and prompts: a step of transformers with
-PEFT's LoRA of rank 16 (adapters in float32, rows padded to the longest, of which the real tokens alone count; "all":
-with transformers' gradient checkpointing), and decode steps of transformers' `generate` with and without that LoRA, all
-with the attention that transformers takes by itself. Of their weights wq and wk alone are copies, with rows in another
-order, which count in no peak memory.
-
-Every kind is a part by itself, one after the other, as peak memory is a part's own: what else the machine does falls on
-one kind alone. The JSON file is written anew after every part; a part that fails is told and left out, and the exit
-status is then 1.
+Each result is printed, and the JSON file written anew, as soon as it is there. After --minutes no further one is begun.
+One that fails is named and left out, and the exit status is then 1.
 """
 
 import gc
+import random
 import statistics
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.decoding import EARLY, clock_of, decode_clock, decode_floor, random_prompts
-from benchmarks.flags import Figures, methods_named, numbers_of, require_positive
-from benchmarks.floors import step_work
-from benchmarks.generators import PEERS, Task, theirs
-from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import figure, table, timed
-from benchmarks.models import config_of, on_base, random_base, shape_only
-from benchmarks.peers import copied_bytes, lora_on, transformers_on, version_of
-from benchmarks.profiles import profile, summary
-from benchmarks.rows import LENGTHS, drawn_rows, halves, rows_of
-from benchmarks.shapes import BY_NAME
-from benchmarks.steps import BASE, PEFT, TRANSFORMERS, Step, method_of, padded_step, step_of
+from benchmarks import common, peers
+from benchmarks.common import BASE, PEFT, SHAPES, TRANSFORMERS, figure, timed
 from cli import cli_errors, flag, parse
-from llama import ModelArgs, Transformer
-from llama.data import Example
+from llama import ModelArgs
+from llama.data import IGNORE_INDEX, Example
 from llama.distributed import bf16_is_fast, get_device
-from llama.generation import require_flash
 from moa.files import write_json
-from training.config import RECOMPUTED
-from training.data import label_count
-from training.loop import peak_memory
+from training.config import CHECKPOINTING_MODES
+from training.data import label_count, micro_batches
+from training.loop import forward_backward, make_optimizer, peak_memory
 
+PARTS = ("step", "decode", "memory", "trace")
 LONGEST = 300
-DECODING, WITH_GRAPHS = "decoding", "decoding with graphs"
+EARLY = 32  # decode steps of the shorter of two runs; a longer one takes a multiple of it more
+PROMPTS, ANSWERS = (65, 118), (49, 149)  # tokens of eight in ten of GSM8K's training rows
 
 
 @dataclass(frozen=True)
-class Flags(Figures):
-    shape: str = flag("8B", help="shape of the model", choices=tuple(BY_NAME))
-    methods: str = flag("soft_moa", help="methods to measure beside the bare base, with commas, or all")
-    peers: bool = flag(False, help="also transformers, and with it PEFT's LoRA of rank 16 (if installed)")
+class Flags:
+    shape: str = flag("8B", help="shape of the model", choices=tuple(SHAPES))
+    methods: str = flag("soft_moa", help="methods to measure, with commas, or all")
+    parts: str = flag(",".join(PARTS), help="what to measure, with commas")
+    minutes: float = flag(8.0, help="begin nothing after so many minutes")
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N")
     rows: int = flag(8, help="rows of a training step")
-    decode_rows: str = flag("1,16,64", help="rows of a decode step, with commas")
-    context: int = flag(128, help="tokens of each prompt of those")
-    repeats: int = flag(5, help="training steps and decode runs measured of each")
-    decode_steps: int = flag(64, help="decode steps of a run")
-    flash_attention2: bool = flag(False, help="attention of training by flash-attn 2 (if installed)")
+    decode_rows: str = flag("1,32", help="rows of a decode step, with commas")
+    context: int = flag(96, help="tokens of each prompt of those")
+    repeats: int = flag(3, help="measured steps, and decode runs, of each")
+    json: str | None = flag(None, help="write the figures to this file too")
 
     def __post_init__(self):
-        require_positive(self, "rows", "context", "repeats", "decode_steps")
-        methods_named(self.methods)
-        numbers_of("decode_rows", self.decode_rows)
+        common.require_positive(self, "rows", "context", "repeats")
+        common.methods_named(self.methods)
+        common.numbers_of("decode_rows", self.decode_rows)
+        if unknown := set(self.parts.split(",")) - set(PARTS):
+            raise ValueError(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+
+
+def random_rows(n: int, vocab_size: int, seed: int, full: bool = False) -> list[Example]:
+    """Draw rows as long as GSM8K's, or, with `full`, of LONGEST tokens, half of them an answer."""
+    generator, rows = random.Random(seed), []
+    for _ in range(n):
+        prompt, answer = (LONGEST // 2,) * 2 if full else (generator.randint(*PROMPTS), generator.randint(*ANSWERS))
+        tokens = [generator.randrange(1, vocab_size) for _ in range(prompt + answer)]
+        rows.append(Example(tokens, [IGNORE_INDEX] * prompt + tokens[prompt:], prompt))
+    return rows
 
 
 class Bench:
-    """One run: the weights, which all models share, and what has been found so far."""
+    """One run: the weights, which all models share, and the measurements on them."""
 
     def __init__(self, flags: Flags, device: torch.device):
-        self.flags, self.device = flags, device
-        self.args = ModelArgs(**BY_NAME[flags.shape])
-        self.bf16 = bf16_is_fast(device)
-        self.found: dict[str, Any] = {"task": self._task(), "failed": {}}
-        self.machine: Machine = measure_machine(device)
-        self.found["machine"] = self.machine._asdict()
-        self.base: dict[str, Tensor] = random_base(self.args, torch.bfloat16 if self.bf16 else torch.float32, device)
+        self.flags, self.device, self.args = flags, device, ModelArgs(**SHAPES[flags.shape])
+        self.machine = common.measure_machine(device)
+        dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
+        self.base = common.random_base(self.args, dtype, device)
 
-    def _task(self) -> dict[str, Any]:
-        gpu = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if gpu else "cpu"
-        flags = self.flags
-        said = {"shape": flags.shape, "device": name, "torch": torch.__version__, "bf16": self.bf16}
-        said |= {"rows": flags.rows, "longest": LONGEST, "context": flags.context, "flash": flags.flash_attention2}
-        return said | ({name: version_of(name) for name in ("transformers", "peft")} if flags.peers else {})
+    def step(self, kind: str, mode: str = "none") -> Callable[[list[Example]], object]:
+        """Return a training step of a method, or of PEFT's LoRA."""
+        if kind == PEFT:
+            model = peers.lora_on(peers.transformers_on(self.args, self.base), checkpointing=mode != "none")
+            return peers.padded_step(model, self.device)
+        model = common.model_on(self.args, self.base, common.config_of(kind, self.args.n_layers)).train()
+        model.activation_checkpointing, optimizer = mode, make_optimizer(model, 0.02)
 
-    def model(self, kind: str) -> Transformer:
-        config = config_of(method_of(kind), self.args.n_layers)
-        return on_base(self.args, self.base, config, self.flags.flash_attention2)
+        def step(rows: list[Example]) -> float:
+            optimizer.zero_grad(set_to_none=True)
+            (batch,) = micro_batches(rows, len(rows), self.device)
+            losses = forward_backward(model, batch, sum(map(label_count, rows)), len(batch[0]))
+            optimizer.step()
+            return losses.sum().item()
 
-    def peer(self, kind: str, recompute: bool = False) -> nn.Module:
-        """recompute: with gradient checkpointing, which PEFT's alone may have."""
-        model = transformers_on(self.args, self.base)
-        return model if kind == TRANSFORMERS else lora_on(model, recompute=recompute)
+        return step
 
-    def shape(self, kind: str) -> Transformer:
-        """The model of ours whose arithmetic a kind's is, without weights."""
-        return shape_only(self.args, config_of(method_of(kind), self.args.n_layers), self.bf16)
-
-    def part(self, name: str, work: Callable[[], Any]) -> None:
-        """Do a part, keep what it finds, and write all that is there; a fault is kept in its place."""
-        try:
-            self.found[name] = work()
-        except Exception as error:  # whatever it is, the other parts are still wanted
-            traceback.print_exc()
-            self.found["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"{name} failed: {self.found['failed'][name]}", file=sys.stderr, flush=True)
-        gc.collect()  # a model's modules refer to one another in circles
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if self.flags.json:
-            write_json(Path(self.flags.json), self.found)
-
-    def step(self, kind: str, recompute: str) -> Step:
-        if kind in PEERS:
-            return padded_step(self.peer(kind, recompute != "off"), self.device)
-        model = self.model(kind)
-        model.activation_checkpointing = recompute
-        return step_of(model, self.device)
-
-    def training(self, kind: str, recompute: str) -> dict[str, Any]:
-        """Figures of training steps, by kind of rows."""
-        step, flags, shape = self.step(kind, recompute), self.flags, self.shape(kind)
-        figures = {}
-        for data in (*LENGTHS, "full"):
-            n, times, floors = (1 if data == "full" else flags.repeats), [], []
-            batches = [self._rows(data, seed) for seed in range(n)]
-            if data != "full":
-                step(batches[0])
-            self._reset_peak()
-            for batch in batches:
-                times.append(timed(lambda batch=batch: step(batch), self.device)[0])
-                lengths = [len(row.tokens) for row in batch]
-                floors.append(step_work(shape, lengths, sum(map(label_count, batch))).seconds(self.machine))
-            tokens = [sum(len(row.tokens) for row in batch) for batch in batches]
-            found = {"peak_memory_bytes": self._peak(kind), "tokens": tokens}
-            if data != "full":  # done once, for its memory alone
-                found |= {"seconds": times, "floor": floors, "tokens_per_second": sum(tokens) / sum(times)}
-            figures[data] = found
-        return figures
-
-    def _rows(self, data: str, seed: int) -> list[Example]:
-        if data == "full":
-            return rows_of([halves(LONGEST)] * self.flags.rows, self.args.vocab_size)
-        return drawn_rows(self.flags.rows, data, LONGEST, self.args.vocab_size, seed)
-
-    def _reset_peak(self) -> None:
+    def peak_bytes(self, work: Callable[[], object], kind: str) -> int:
+        """Return the largest memory while `work` runs, less the weights that a peer's model has twice beside ours."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        work()
+        return peak_memory(self.device) - peers.copied_bytes(self.base) * (kind in (PEFT, TRANSFORMERS))
 
-    def _peak(self, kind: str) -> int:
-        """Bytes, since `_reset_peak` on a GPU, without the weights that a peer's model has twice beside ours."""
-        twice = copied_bytes(self.base) if kind in PEERS and self.device.type == "cuda" else 0
-        return peak_memory(self.device) - twice
+    def train(self, kind: str) -> dict[str, Any]:
+        """Measure training steps."""
+        step, flags, seconds = self.step(kind), self.flags, []
+        batches = [random_rows(flags.rows, self.args.vocab_size, seed) for seed in range(flags.repeats)]
+        step(batches[0])
+        for batch in batches:
+            seconds.append(timed(partial(step, batch), self.device)[0])
+        tokens = [sum(len(row.tokens) for row in batch) for batch in batches]
+        model = common.model_on(self.args, self.base, common.config_of(self.ours(kind), self.args.n_layers))
+        labels = sum(label_count(row) for batch in batches for row in batch)
+        share = common.training_flops(model, sum(tokens), labels) / sum(seconds) / self.machine.flops
+        memory = self.peak_bytes(lambda: step(batches[0]), kind)
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second": sum(tokens) / sum(seconds),
+            "share_of_flops": share,
+            "peak_memory_bytes": memory,
+        }
 
-    @property
-    def ways(self) -> list[str]:
-        return [DECODING, *([WITH_GRAPHS] if self.device.type == "cuda" else [])]
+    def ours(self, kind: str) -> str:
+        return {PEFT: "lora", TRANSFORMERS: BASE}.get(kind, kind)
 
-    def decoding(self, way: str, kind: str, n_rows: int) -> dict[str, Any]:
-        clock, flags = self._clock(way, kind, n_rows, self.flags.context), self.flags
-        self._reset_peak()
-        seconds = [clock() for _ in range(flags.repeats)]
-        floor = decode_floor(self.shape(kind), n_rows, flags.context, flags.decode_steps, self.machine)
-        return {"seconds": seconds, "floor": floor, "peak_memory_bytes": self._peak(kind)}
+    def memory(self, kind: str, mode: str) -> dict[str, Any]:
+        """Measure a step of rows that are all of LONGEST tokens."""
+        step = self.step(kind, mode)
+        batch = random_rows(self.flags.rows, self.args.vocab_size, 0, full=True)
+        return {"peak_memory_bytes": self.peak_bytes(lambda: step(batch), kind)}
 
-    def _clock(self, way: str, kind: str, n_rows: int, context: int) -> Callable[[], float]:
-        steps = self.flags.decode_steps
-        if kind not in PEERS:
-            return decode_clock(self.model(kind), n_rows, context, steps, self.device, way == WITH_GRAPHS)
-        generate = theirs(self.peer(kind), [0], self.device)
-        prompts = random_prompts(n_rows, context, self.args.vocab_size)
-        return clock_of(lambda n: generate(Task(prompts, n, n, n_rows)), steps, self.device)
+    def answerer(self, kind: str, n_rows: int, graphs: bool, context: int) -> Callable[[int], object]:
+        """Return what answers so many prompts by a number of tokens each."""
+        prompts = [row.tokens[:context] for row in random_rows(n_rows, self.args.vocab_size, 0, full=True)]
+        if kind in (PEFT, TRANSFORMERS):
+            model = peers.transformers_on(self.args, self.base)
+            model = peers.lora_on(model) if kind == PEFT else model
+            return lambda n: peers.padded_answers(model, [0], prompts, n, n, n_rows, self.device)
+        model = common.model_on(self.args, self.base, common.config_of(kind, self.args.n_layers))
+        llm = common.llm_on(model, LONGEST, n_rows, graphs)
+        return lambda n: llm.generate(prompts, n, n)
 
-    def traced_step(self, kind: str) -> dict[str, Any]:
-        step, batch = self.step(kind, "off"), self._rows("gsm8k", 0)
-        return profile(lambda: step(batch), self.device)
+    def decode(self, kind: str, n_rows: int, graphs: bool) -> dict[str, Any]:
+        """Measure a decode step: what a run of 2 * EARLY tokens takes longer than one of EARLY, by their difference."""
+        context = self.flags.context
+        answer, seconds = self.answerer(kind, n_rows, graphs, context), []
+        answer(2 * EARLY)
+        for _ in range(self.flags.repeats):
+            longer, shorter = (timed(lambda n=n: answer(n), self.device)[0] for n in (2 * EARLY, EARLY))
+            seconds.append((longer - shorter) / EARLY)
+        model = common.model_on(self.args, self.base, common.config_of(self.ours(kind), self.args.n_layers))
+        step_bytes = common.decode_bytes(model, n_rows, context + 3 * EARLY // 2)
+        share = step_bytes / statistics.median(seconds) / self.machine.bandwidth
+        memory = self.peak_bytes(lambda: answer(EARLY), kind)
+        return {"seconds": seconds, "share_of_bandwidth": share, "peak_memory_bytes": memory}
 
-    def traced_decoding(self, way: str, kind: str, n_rows: int) -> dict[str, Any]:
-        """Of generation with hardly any prefill, from prompts of one token: of all steps of a clock's two runs."""
-        clock = self._clock(way, kind, n_rows, 1)
-        return profile(clock, self.device) | {"decode_steps": self.flags.decode_steps + 2 * (EARLY - 1)}
+    def trace(self, kind: str, training: bool) -> dict[str, Any]:
+        """Profile a training step, or EARLY decode steps of one row after a prompt of one token."""
+        if training:
+            step, batch = self.step(kind), random_rows(self.flags.rows, self.args.vocab_size, 0)
+            work = partial(step, batch)
+        else:
+            work = partial(self.answerer(kind, 1, False, 1), EARLY)
+        work()
+        gpu = self.device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * gpu) as profiler:
+            seconds = timed(work, self.device)[0]
+        kernels = []
+        for event in profiler.key_averages():
+            on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+            taken = event.self_device_time_total if gpu else event.self_cpu_time_total  # microseconds
+            if on_gpu == gpu and taken > 0 and not getattr(event, "is_user_annotation", False):
+                kernels.append({"name": event.key[:90], "seconds": taken / 1e6, "count": event.count})
+        kernels.sort(key=lambda kernel: -kernel["seconds"])
+        total, busy = sum(k["count"] for k in kernels), sum(k["seconds"] for k in kernels)
+        return {"seconds": seconds, "kernels": total, "device_seconds": busy, "top": kernels[:15]}
 
 
-def run(bench: Bench) -> None:
-    """All parts, the most wanted first."""
-    flags = bench.flags
-    kinds = [*methods_named(flags.methods), BASE]
-    sizes = numbers_of("decode_rows", flags.decode_rows)
-    peers = PEERS if flags.peers else ()
-    trained = [*product(kinds, RECOMPUTED), *product([PEFT] if flags.peers else [], ("off", "all"))]
-    for kind, choice in trained:
-        bench.part(f"training, {kind}, {choice}", partial(bench.training, kind, choice))
-    print(f"\n{training_table(bench.found)}\n", flush=True)
-    for n, (way, kind) in product(sizes, [*product(bench.ways, kinds), *product([DECODING], peers)]):
-        bench.part(f"{way}, {kind}, {n}", partial(bench.decoding, way, kind, n))
-    print(f"{decoding_table(bench.found, [*kinds, *peers], sizes)}\n", flush=True)
-    for kind in kinds:
-        bench.part(f"trace of a step, {kind}", partial(bench.traced_step, kind))
-        for way in bench.ways:
-            bench.part(f"trace of {way}, {kind}", partial(bench.traced_decoding, way, kind, sizes[0]))
-    for name, found in bench.found.items():
-        if name.startswith("trace"):
-            print(f"{name}: {summary(found)}\n")
+def measurements(bench: Bench) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """Yield (part, name, work) of all that can be measured, the most wanted first."""
+    flags, gpu = bench.flags, bench.device.type == "cuda"
+    methods = common.methods_named(flags.methods)
+    transformers = [TRANSFORMERS] if find_spec("transformers") else []
+    peft = [PEFT] if transformers and find_spec("peft") else []
+    for kind in [*methods, *peft]:
+        yield "step", kind, partial(bench.train, kind)
+    for n_rows in common.numbers_of("decode_rows", flags.decode_rows):
+        for kind in [*methods, BASE, *transformers, *peft]:
+            yield "decode", f"{kind}, {n_rows} rows", partial(bench.decode, kind, n_rows, False)
+            if gpu and kind not in (TRANSFORMERS, PEFT):
+                yield "decode", f"{kind}, {n_rows} rows, graphs", partial(bench.decode, kind, n_rows, True)
+    for kind in [*methods, *peft]:
+        for mode in CHECKPOINTING_MODES if kind != PEFT else ("none", "full"):
+            yield "memory", f"{kind}, {mode}", partial(bench.memory, kind, mode)
+    for kind in [*methods, BASE]:
+        for training in (True, False) if kind != BASE else (False,):
+            yield "trace", f"{kind}, {'step' if training else 'decode'}", partial(bench.trace, kind, training)
 
 
-def training_table(found: dict[str, Any]) -> str:
-    """Of all training parts that are there."""
-    rows = []
-    for name, figures in found.items():
-        if not name.startswith("training, "):
+def line(part: str, name: str, result: dict[str, Any]) -> str:
+    """Describe a result in a line; of a trace, in a line for each kernel too."""
+    words = [f"{part}, {name}:"]
+    if "seconds" in result:
+        seconds = result["seconds"]
+        words.append(f"{1000 * (statistics.median(seconds) if isinstance(seconds, list) else seconds):,.2f} ms,")
+    if "tokens_per_second" in result:
+        words.append(f"{result['tokens_per_second']:,.0f} tokens/s, {result['share_of_flops']:.0%} of the FLOP/s,")
+    if "share_of_bandwidth" in result:
+        words.append(f"{result['share_of_bandwidth']:.0%} of the bandwidth,")
+    if "peak_memory_bytes" in result:
+        words.append(f"peak {figure(result['peak_memory_bytes'] / 2**30)} GiB")
+    if "top" in result:
+        words.append(f"{result['kernels']} kernels that take {1000 * result['device_seconds']:,.2f} ms")
+        words += [f"\n  {1000 * k['seconds']:9.3f} ms {k['count']:6d} x {k['name']}" for k in result["top"]]
+    return " ".join(words)
+
+
+def run(flags: Flags, device: torch.device) -> dict[str, Any]:
+    """Measure all parts that are asked for, as long as there is time -> all results, with "failed" and "left_out"."""
+    begin, bench = time.monotonic(), Bench(flags, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    task = {"shape": flags.shape, "device": name, "torch": torch.__version__, "machine": bench.machine._asdict()}
+    results: dict[str, Any] = {"task": task, "failed": {}, "left_out": []}
+    print(f"{flags.shape} on {name}, torch {torch.__version__}; {bench.machine}", flush=True)
+    for part, name, work in measurements(bench):
+        if part not in flags.parts.split(","):
             continue
-        full = figures["full"]["peak_memory_bytes"]
-        for data, part in figures.items():
-            if "seconds" in part:
-                seconds, floor = statistics.median(part["seconds"]), statistics.median(part["floor"])
-                speed = [figure(statistics.mean(part["tokens"]), 0), figure(part["tokens_per_second"], 0)]
-                share = [figure(1000 * seconds, 1), figure(1000 * floor, 1), figure(seconds / floor)]
-                memory = [figure(part["peak_memory_bytes"] / 2**30), figure(full / 2**30)]
-                rows.append([name.removeprefix("training, "), data, *speed, *share, *memory])
-    full = f"full rows of {LONGEST}"
-    heads = ["training", "rows as", "tokens", "tokens/s", "ms", "floor, ms", "x floor", "peak, GiB", f"{full}, GiB"]
-    return table(heads, rows)
+        key = f"{part}, {name}"
+        try:
+            if time.monotonic() - begin > 60 * flags.minutes:
+                results["left_out"].append(key)
+            else:
+                results[key] = work()
+                print(line(part, name, results[key]), flush=True)
+        except Exception as error:  # whatever it is, the other results are still wanted
+            traceback.print_exc()
+            results["failed"][key] = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{key} failed: {results['failed'][key]}", file=sys.stderr, flush=True)
+        gc.collect()  # a model's modules refer to one another in circles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if flags.json:
+            write_json(Path(flags.json), results)
+    if results["left_out"]:
+        print(f"left out after {flags.minutes:g} minutes: {'; '.join(results['left_out'])}", flush=True)
+    return results
 
 
-def decoding_table(found: dict[str, Any], kinds: list[str], sizes: list[int]) -> str:
-    """Of all decode parts that are there."""
-    rows = []
-    for n, way, kind in product(sizes, (DECODING, WITH_GRAPHS), kinds):
-        part, bare = (found.get(f"{way}, {name}, {n}") for name in (kind, BASE))
-        if part:
-            seconds = statistics.median(part["seconds"])
-            against = figure(seconds / statistics.median(bare["seconds"]) if bare else None)
-            floor = [figure(1000 * part["floor"]), f"{100 * part['floor'] / seconds:.0f} %"]
-            memory, name = figure(part["peak_memory_bytes"] / 2**30), f"{kind}{way.removeprefix(DECODING)}"
-            rows.append([name, f"{n}", figure(1000 * seconds), against, *floor, figure(n / seconds, 0), memory])
-    heads = ["decoding", "rows", "ms a step", "x base", "floor, ms", "of the floor's speed", "tokens/s", "peak, GiB"]
-    return table(heads, rows)
-
-
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.gpu", description=__doc__)
     with cli_errors():
-        device = get_device(flags.device)
-        if flags.flash_attention2:
-            require_flash(flags.device, bf16_is_fast(device))
-        bench = Bench(flags, device)
-        print(f"{bench.found['task']}; {bench.machine}", flush=True)
-        run(bench)
-    if bench.found["failed"]:
+        results = run(flags, get_device(flags.device))
+    if results["failed"]:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

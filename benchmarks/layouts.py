@@ -1,15 +1,12 @@
 """What layouts of LLaMA-3.1 over GPUs hold and send, computed from the models' sizes alone. No weight, no GPU.
 
     python -m benchmarks.layouts [--json FILE]
-    python -m benchmarks.layouts --data_path gsm8k/train.json [--ckpt_dir DIR]
 
 Training as in the published runs on math_14k: bf16 base, rows of 300 tokens, 32 rows a step, here in micro-batches of
-4. Figures are of one GPU; all are alike. With --data_path instead: how evenly the tokens of such steps are shared out
-among data-parallel ranks.
+4. Figures are of one GPU; all are alike.
 """
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -17,16 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.shapes import LLAMA_3_1
+from benchmarks.common import LLAMA_3_1, table
 from cli import cli_errors, flag, parse
-from demo.model import ensure_model
 from llama import ModelArgs, Transformer
-from llama.checkpoint import load_params_and_tokenizer
 from llama.engine import decode
-from llama.packing import balance_by_length
 from moa.config import AdapterConfig
-from training.config import CHECKPOINTING_MODES, TrainConfig
-from training.data import load_examples
+from moa.files import write_json
+from training.config import CHECKPOINTING_MODES
 from training.estimate import (
     Message,
     cache_bytes,
@@ -40,14 +34,12 @@ from training.estimate import (
     static_bytes,
     trace_step,
 )
-from training.schedule import Schedule
 
 METHODS = ("soft_moa", "molora")
 LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
 ANSWERS, ANSWER_LENGTH = 32, 512  # generated at once: generate.py's defaults
 RESERVED = 2 * 2**30  # of a GPU's memory: for CUDA, NCCL and what the allocator cannot use
 GPU = torch.device("cuda")
-RANKS = (2, 4, 8)  # among which rows are shared out
 
 
 class Layout(NamedTuple):
@@ -78,13 +70,7 @@ LAYOUTS = (
 class Flags:
     """Flags of this command."""
 
-    data_path: str | None = flag(None, help="training rows to share out")
-    ckpt_dir: str | None = flag(None, help="base model whose tokenizer counts; default: the demo model")
     json: str | None = flag(None, help="write the figures, in bytes, to this file too")
-
-    def __post_init__(self):
-        if self.ckpt_dir and not self.data_path:
-            raise ValueError("--ckpt_dir has no effect without --data_path")
 
 
 class Memory(NamedTuple):
@@ -177,27 +163,21 @@ def _mb(n: float) -> str:
     return f"{n / 2**20:,.1f}" if n else "-"
 
 
-def _table(heads: str, rows: Iterable[Iterable[str]]) -> str:
-    lines = [heads, "|" + "---|" * (heads.count("|") - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def markdown(found: list[dict[str, Any]]) -> str:
+def markdown(figures: list[dict[str, Any]]) -> str:
     """Three tables: memory in training, what is sent in a step, generation."""
 
-    def rows(cells: Callable[[dict[str, Any]], list[str]]) -> Iterable[list[str]]:
-        for figures in found:
-            layout = Layout(**{name: figures[name] for name in Layout._fields})
-            yield [str(layout), figures["method"], *cells(figures)]
+    def rows(cells: Callable[[dict[str, Any]], list[str]]) -> list[list[str]]:
+        layouts = [str(Layout(**{name: f[name] for name in Layout._fields})) for f in figures]
+        return [[layout, f["method"], *cells(f)] for layout, f in zip(layouts, figures, strict=True)]
 
     def by_choice(f: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
         return " / ".join(cell(f[choice]) for choice in CHECKPOINTING_MODES)
 
     def memory(f: dict[str, Any]) -> list[str]:
         held = [_gb(size) for size in f["held"].values()]
-        activations = by_choice(f, lambda found: _gb(found["activations"]))
-        totals = by_choice(f, lambda found: _gb(found["total"]))
-        largest = by_choice(f, lambda found: f"{found['largest_batch_size'] or 'none'}")
+        activations = by_choice(f, lambda mode: _gb(mode["activations"]))
+        totals = by_choice(f, lambda mode: _gb(mode["total"]))
+        largest = by_choice(f, lambda mode: f"{mode['largest_batch_size'] or 'none'}")
         return [*held, activations, _gb(f["temporary"]), totals, f"{f['card']}", largest]
 
     def sent(f: dict[str, Any]) -> list[str]:
@@ -205,70 +185,40 @@ def markdown(found: list[dict[str, Any]]) -> str:
         once = [f"{step['gradients']['messages'] or '-'}", _mb(step["gradients"]["bytes"])]
         parts = step["micro_batch"].values()
         inside = [f"{part['messages']}, {_mb(part['bytes'])}" if part["messages"] else "-" for part in parts]
-        in_all = by_choice(f, lambda found: _mb(found["step"]["sent_bytes"]))
+        in_all = by_choice(f, lambda mode: _mb(mode["step"]["sent_bytes"]))
         return [*once, f"{f['micro_batches']}", *inside, in_all]
 
     def generation(f: dict[str, Any]) -> list[str]:
         g, decode = f["generation"], f["generation"]["decode_step"]
         return [_gb(g["kv_cache"]), _gb(g["total"]), f"{decode['messages'] or '-'}", _mb(decode["sent_bytes"])]
 
+    heads = ["layout", "method"]
+    memory_heads = ["base", "adapters", "gradients", "optimizer", "activations", "temporary", "total", "card"]
+    memory_heads.append("largest batch_size")
+    sent_heads = ["gradients: messages", "size", "micro-batches", "forward", "loss", "backward", "sent by a GPU"]
     return "\n\n".join(
         [
             f"Training, GiB of one GPU, batch_size {BATCH_SIZE}. 2 x 4: two replicas, each shared by four GPUs. With "
-            "slashes: --activation_checkpointing none / selective / full. The largest batch_size is the most rows that fit "
-            f"when {RESERVED / 2**30:.0f} GiB of a card are left to the libraries.",
-            _table(
-                "| layout | method | base | adapters | gradients | optimizer | activations | temporary | total | card "
-                "| largest batch_size |",
-                rows(memory),
-            ),
+            "slashes: --activation_checkpointing none / selective / full. The largest batch_size is the most rows that "
+            f"fit when {RESERVED / 2**30:.0f} GiB of a card are left to the libraries.",
+            table([*heads, *memory_heads], rows(memory)),
             f"Sent in an optimizer step of {ROWS_PER_STEP} rows, MiB: between replicas, once; within a model, in each "
             "micro-batch (messages, size). The last column is all that a GPU sends, in a ring.",
-            _table(
-                "| layout | method | gradients: messages | size | micro-batches | forward | loss | backward "
-                "| sent by a GPU |",
-                rows(sent),
-            ),
+            table([*heads, *sent_heads], rows(sent)),
             f"Generation, {ANSWERS} rows of up to {ANSWER_LENGTH} tokens at once: GiB of one GPU, and MiB that it "
             "sends for one more token of each row.",
-            _table("| layout | method | KV cache | base, adapters and cache | messages | sent |", rows(generation)),
+            table([*heads, "KV cache", "base, adapters and cache", "messages", "sent"], rows(generation)),
         ]
     )
-
-
-def shares(lengths: list[int]) -> list[dict[str, Any]]:
-    """Tokens of the busiest rank beside the ranks' mean, over the whole steps of an epoch with rows of these lengths:
-    "in_turn" where ranks take a step's rows in turn, "shared_out" as a run does it; mean and largest."""
-    schedule = Schedule.from_config(TrainConfig(), len(lengths), rows_per_step=ROWS_PER_STEP)
-    steps = [[lengths[i] for i in schedule.rows(step, seed=0)] for step in range(len(lengths) // ROWS_PER_STEP)]
-    found = []
-    for ranks in RANKS:
-        ways: dict[str, list[float]] = {"in_turn": [], "shared_out": []}
-        for step in steps:
-            tokens = [sum(step[i] for i in share) for share in balance_by_length(step, ranks)]
-            ways["in_turn"].append(max(sum(step[r::ranks]) for r in range(ranks)) * ranks / sum(step))
-            ways["shared_out"].append(max(tokens) * ranks / sum(step))
-        found.append({"ranks": ranks} | {w: {"mean": sum(v) / len(v), "largest": max(v)} for w, v in ways.items()})
-    return found
-
-
-def shares_markdown(found: list[dict[str, Any]]) -> str:
-    heads = "| ranks | rows in turn: mean | largest | shared out: mean | largest |"
-    kinds = [(way, kind) for way in ("in_turn", "shared_out") for kind in ("mean", "largest")]
-    return _table(heads, ([f"{f['ranks']}", *(f"{f[way][kind]:.3f}" for way, kind in kinds)] for f in found))
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.layouts", description=__doc__)
     with cli_errors():
-        if flags.data_path:
-            _, tokenizer = load_params_and_tokenizer(flags.ckpt_dir or ensure_model())
-            found = shares([len(e.tokens) for e in load_examples(flags.data_path, tokenizer, LENGTH)])
-        else:
-            found = [compute(layout, method) for layout in LAYOUTS for method in METHODS]
+        figures = [compute(layout, method) for layout in LAYOUTS for method in METHODS]
         if flags.json:
-            Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
-        print(shares_markdown(found) if flags.data_path else markdown(found))
+            write_json(Path(flags.json), figures)
+        print(markdown(figures))
 
 
 if __name__ == "__main__":

@@ -1,167 +1,135 @@
-"""Time and memory of a training step: our methods, our frozen base alone, and transformers + PEFT, side by side.
+"""Time and memory of training steps: our methods side by side, and transformers with PEFT's LoRA.
 
-    python -m benchmarks.step [--methods soft_moa,sparse_moa,lora | all] [--peft] [--rows 4] [--repeats 6] [--json FILE]
+    python -m benchmarks.step [--methods soft_moa,sparse_moa,lora | all] [--peft] [--rows 4] [--rounds 3] [--json FILE]
 
-Forward, backward and AdamW on the same rows, in turn; medians, and ratios within the run. PEFT's steps run in a process
-of their own. Memory: each kind in its own process, the largest resident set after two steps. "base" is our model
-without adapters: gradients go to the embeddings' output, at least as far as any adapter wants them. PEFT pads to the
-longest row. "floor": the least that the step's arithmetic can take on this machine (benchmarks/floors.py), which is
-measured in the same run; of the memory, the weights, and the adapters' gradients and moments.
+Each kind trains --repeats steps in a process of its own, and --rounds such processes take turns, in the order ABBA. All
+train on the same rows, which PEFT pads to the longest of a step; the first step warms up and does not count. Times are
+medians over processes of each one's median; memory is a process's largest resident set. Our steps are those of
+finetune.py (`training.loop.train`).
 """
 
-import statistics
+import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from benchmarks.flags import OnBase, Timed, methods_named, require_positive
-from benchmarks.floors import step_work
-from benchmarks.machine import Machine, measure_machine
-from benchmarks.measure import CPU, apart, figure, in_turn, own_process, ratio, table
-from benchmarks.models import config_of, shape_only
-from benchmarks.steps import BASE, PEFT, make, method_of
+from benchmarks import common
+from benchmarks.common import CPU, PEFT, figure
+from benchmarks.peers import padded_step, peft_lora
 from cli import cli_errors, flag, parse
-from demo.model import ensure_model
-from demo.problems import ensure_data
-from llama import ModelArgs, Transformer
-from llama.checkpoint import read_base
+from llama import Llama
+from llama.accelerate import Lanes
+from llama.checkpoint import load_params_and_tokenizer
 from llama.data import Example
-from llama.distributed import bf16_is_fast
-from moa.files import write_json
-from training.data import label_count, load_examples
-from training.estimate import held_bytes
-from training.loop import peak_memory
+from moa.state import count_parameters
+from training import loop
+from training.data import load_examples
+from training.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Flags(Timed, OnBase):
-    data_path: str | None = flag(None, help="training rows; default: the demo's")
+class Flags(common.SideBySide):
     methods: str = flag("soft_moa,sparse_moa,lora", help="methods to measure, with commas, or all")
     peft: bool = flag(False, help="also transformers + PEFT's LoRA, rank 16 (if installed)")
     rows: int = flag(4, help="rows of a step")
-    repeats: int = flag(6, help="steps measured, each on other rows")
+    repeats: int = flag(4, help="steps that count in each process")
+    rounds: int = flag(3, help="processes of each kind")
     max_seq_len: int = flag(300, help="longest row")
-    memory_of: str | None = flag(None, help="only this one: two steps, then the peak memory in bytes")
+    only: str | None = flag(None, help="train this kind alone, in this process, and print its figures as JSON")
 
     def __post_init__(self):
-        require_positive(self, "rows", "repeats", "max_seq_len", "threads")
-        methods_named(self.methods)
+        common.require_positive(self, "rows", "repeats", "rounds", "max_seq_len", "threads")
+        common.methods_named(self.methods)
 
 
-class Task(NamedTuple):
-    """What all kinds do. batches: one of each measured step."""
-
-    ckpt_dir: str
-    args: ModelArgs
-    bf16: bool
-    batches: list[list[Example]]
-
-    @property
-    def tokens(self) -> list[int]:
-        return [sum(len(e.tokens) for e in batch) for batch in self.batches]
-
-    @property
-    def labels(self) -> list[int]:
-        return [sum(map(label_count, batch)) for batch in self.batches]
-
-    @property
-    def padded(self) -> list[int]:
-        """Tokens, those included that only fill up rows."""
-        return [len(batch) * max(len(e.tokens) for e in batch) for batch in self.batches]
-
-
-def task_of(ckpt_dir: str, examples: Sequence[Example], rows: int, steps: int) -> Task:
-    """ValueError where there are not enough rows."""
-    if len(examples) < rows * steps:
-        raise ValueError(f"{rows * steps} rows are needed, {len(examples)} fit")
-    batches = [list(examples[i : i + rows]) for i in range(0, rows * steps, rows)]
-    return Task(ckpt_dir, read_base(ckpt_dir)[0], bf16_is_fast(CPU), batches)
+def train_steps(kind: str, ckpt_dir: str, bf16: bool, examples: list[Example], schedule: Schedule) -> dict[str, Any]:
+    """Train as scheduled -> each step's seconds, loss and tokens, the peak memory and the number of parameters."""
+    if kind == PEFT:
+        model, entries = peft_lora(ckpt_dir, bf16), []
+        step = padded_step(model)
+        for i in range(schedule.steps):
+            rows = [examples[row] for row in schedule.rows(i, seed=0)]
+            seconds, loss = common.timed(lambda rows=rows: step(rows))
+            entries.append({"seconds": seconds, "loss": loss, "tokens": sum(len(e.tokens) for e in rows)})
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    else:
+        n_layers, entries = load_params_and_tokenizer(ckpt_dir)[0].n_layers, []
+        model = Llama.build(ckpt_dir, config=common.config_of(kind, n_layers), bf16=bf16).model
+        trainable = count_parameters(model)["total"]
+        with Lanes(model, loop.forward_backward, loop.expert_fraction, loop.uses_load_balancing(model)) as fast:
+            optimizer, rest = (
+                loop.make_optimizer(model, 0.02),
+                (schedule.rows_per_step, 0, loop.TrainState(), entries.append),
+            )
+            loop.train(model, optimizer, examples, schedule, *rest, forward_backward=fast)
+    figures = {"loss": [entry["loss"] for entry in entries], "trainable": trainable}
+    for name in ("seconds", "tokens"):
+        figures[name] = [entry[name] for entry in entries[1:]]  # the first warms up
+    return figures | {"peak_memory_bytes": loop.peak_memory(CPU)}
 
 
-def measure(kinds: Sequence[str], task: Task) -> dict[str, list[float]]:
-    """Seconds of each kind's step on each batch, in turn; the first batch is done once before, unmeasured."""
-    with ExitStack() as processes:
-        steps = {}
-        for kind in kinds:
-            maker = partial(make, kind, task.ckpt_dir, task.bf16)
-            steps[kind] = processes.enter_context(apart(maker, torch.get_num_threads())) if kind == PEFT else maker()
-        losses = {kind: step(task.batches[0]) for kind, step in steps.items()}
-        off = [kind for kind, loss in losses.items() if abs(loss - losses[kinds[0]]) > 0.05 * abs(losses[kinds[0]])]
-        assert not off, f"not the same task: first losses {losses}"  # adapters begin as good as nothing
-        return in_turn(steps, task.batches)
+def check_same_task(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise ValueError unless first losses agree: adapters begin as good as nothing."""
+    losses = {kind: runs[0]["loss"][0] for kind, runs in results.items()}
+    first = next(iter(losses.values()))
+    if any(abs(loss - first) > 0.05 * abs(first) for loss in losses.values()):
+        raise ValueError(f"the kinds do not train on the same task: first losses {losses}")
 
 
-def shapes(kinds: Sequence[str], task: Task) -> dict[str, Transformer]:
-    """Without weights."""
-    return {kind: shape_only(task.args, config_of(method_of(kind), task.args.n_layers), task.bf16) for kind in kinds}
-
-
-def floors(kinds: Sequence[str], task: Task, machine: Machine) -> dict[str, list[float]]:
-    """The least seconds of each kind's step on each batch."""
-    models = shapes(kinds, task)
-    lengths = [[len(e.tokens) for e in batch] for batch in task.batches]
-    return {
-        kind: [step_work(model, *batch).seconds(machine) for batch in zip(lengths, task.labels, strict=True)]
-        for kind, model in models.items()
-    }
-
-
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
     flags = parse(Flags, argv, prog="python -m benchmarks.step", description=__doc__)
     with cli_errors():
         torch.set_num_threads(flags.threads)
-        ckpt_dir = flags.ckpt_dir or str(ensure_model())
-        _, tokenizer = read_base(ckpt_dir)
-        examples = load_examples(flags.data_path or ensure_data()[0], tokenizer, flags.max_seq_len, quiet=True)
-        task = task_of(ckpt_dir, examples, flags.rows, flags.repeats)
-        if flags.memory_of:
-            step = make(flags.memory_of, ckpt_dir, task.bf16)
-            for batch in sorted(task.batches, key=lambda batch: sum(len(e.tokens) for e in batch))[-2:]:
-                step(batch)
-            print(peak_memory(CPU))
+        ckpt_dir, bf16 = flags.base_folder(), flags.use_bf16()
+        _, tokenizer = load_params_and_tokenizer(ckpt_dir)
+        examples = load_examples(flags.rows_file(), tokenizer, flags.max_seq_len, quiet=True)
+        if len(examples) < flags.rows * (1 + flags.repeats):
+            raise ValueError(f"{flags.rows * (1 + flags.repeats)} rows are needed, {len(examples)} fit")
+        schedule = Schedule(len(examples), flags.rows, 1 + flags.repeats, 0, 1e-3, 0.0, True)
+        if flags.only:
+            print(json.dumps(train_steps(flags.only, ckpt_dir, bf16, examples, schedule)))
             return
-        kinds = [BASE, *methods_named(flags.methods), *([PEFT] if flags.peft else [])]
-        memory = {kind: int(own_process("benchmarks.step", [*argv, "--memory_of", kind])) for kind in kinds}
-        machine = measure_machine()
-        seconds = measure(kinds, task)
-        least = floors(kinds, task, machine)
-        report(flags, task, machine, seconds, memory, least)
+        kinds = [*common.methods_named(flags.methods), *([PEFT] if flags.peft else [])]
+        works = {kind: common.run_only("benchmarks.step", argv, kind, flags.threads) for kind in kinds}
+        results = common.measure_in_turn(works, flags.rounds)
+        check_same_task(results)
+        report(flags, results, bf16, examples)
 
 
-def report(
-    flags: Flags,
-    task: Task,
-    machine: Machine,
-    seconds: dict[str, list[float]],
-    memory: dict[str, int],
-    least: dict[str, list[float]],
-) -> None:
-    """The table, and the JSON file."""
-    tokens, padded, labels = task.tokens, task.padded, task.labels
+def report(flags: Flags, results: dict[str, list[dict[str, Any]]], bf16: bool, examples: list[Example]) -> None:
+    """Print the table and write the JSON file."""
+    epoch = sum(len(example.tokens) for example in examples)
+    step_tokens = sum(next(iter(results.values()))[0]["tokens"]) / flags.repeats
+    figures = {
+        kind: {
+            "trainable": runs[0]["trainable"],
+            "seconds_per_step": (seconds := common.median_seconds(runs)),
+            "seconds_per_epoch": seconds * epoch / step_tokens,
+            "peak_memory_bytes": common.peak_bytes(runs),
+        }
+        for kind, runs in results.items()
+    }
+    peft, rows = figures.get(PEFT), []
+    for kind, f in figures.items():
+        seconds, memory = f["seconds_per_step"], f["peak_memory_bytes"]
+        times = [figure(seconds), figure(peft and seconds / peft["seconds_per_step"]), figure(step_tokens / seconds, 0)]
+        minutes, against = figure(f["seconds_per_epoch"] / 60, 1), figure(peft and memory / peft["peak_memory_bytes"])
+        rows.append([kind, f"{f['trainable']:,}", *times, minutes, figure(memory / 1e9), against])
     print(
-        f"{flags.rows} rows a step, {statistics.median(tokens):.0f} tokens (padded {statistics.median(padded):.0f}, "
-        f"labels {statistics.median(labels):.0f}), {'bf16' if task.bf16 else 'fp32'}, {flags.threads} threads; "
-        f"medians of {len(task.batches)}; {machine}\n"
+        f"{flags.rows} rows a step, {step_tokens:.0f} tokens in the mean, {'bf16' if bf16 else 'fp32'}, "
+        f"{flags.threads} threads, {flags.rounds} processes of {flags.repeats} steps\n"
     )
-    rows, models = [], shapes(seconds, task)
-    for kind, times in seconds.items():
-        against = [figure(ratio(times, seconds[other]) if other in seconds else None) for other in (BASE, PEFT)]
-        floor = [figure(statistics.median(least[kind])), figure(ratio(times, least[kind]))]
-        held = [figure(memory[kind] / 1e9), figure(memory[kind] / memory[PEFT] if PEFT in memory else None)]
-        held.append(figure(sum(held_bytes(models[kind]).values()) / 1e9))
-        rows.append([kind, figure(statistics.median(times)), *against, *floor, *held])
-    heads = ["step of", "seconds", "x base", "x PEFT", "floor, s", "x floor", "peak memory, GB", "x PEFT", "floor, GB"]
-    print(table(heads, rows))
+    heads = ["method", "trained parameters", "s per step", "x PEFT", "tokens/s", "minutes per epoch"]
+    print(common.table([*heads, "peak memory, GB", "x PEFT"], rows))
     if flags.json:
-        content = {"seconds": seconds, "memory": memory, "floor": least, "machine": machine._asdict()}
-        write_json(Path(flags.json), content | {"tokens": tokens, "padded": padded, "labels": labels})
+        details = {"rows": flags.rows, "bf16": bf16, "threads": flags.threads, "runs": results}
+        details |= {"training_rows": len(examples), "training_tokens": epoch}
+        common.add_figures(flags.json, "training", details, figures)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

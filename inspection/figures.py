@@ -11,7 +11,7 @@ gates: mean gates, layer by slot, with the thresholds and adapters used of spars
 by slot. loads: loads of a mixture of experts, layer by expert. losses: loss curves. tradeoff: scores against trainable
 parameters, time and memory. cost: time, memory and time per answer.
 Statistics are what `python -m inspection gates` writes, runs the folders of finetune.py and `python -m evaluate`, costs
-what `python -m benchmarks.cost --json` writes. docs/inspection.md tells how to read each chart.
+what `python -m benchmarks.step --json` writes. docs/inspection.md tells how to read each chart.
 """
 
 import json
@@ -47,7 +47,7 @@ class Flags:
     runs: str | None = flag(None, help="losses, tradeoff: folders of runs, with commas; of each, all runs in it")
     smooth: int = flag(20, help="losses: the line is the mean of so many steps (1: as they are)")
     rule: str = flag("robust", help="tradeoff: which score", choices=RULES)
-    costs: str | None = flag(None, help="cost: the JSON file of `python -m benchmarks.cost`")
+    costs: str | None = flag(None, help="cost: the JSON file of `python -m benchmarks.step`")
 
     def __post_init__(self):
         for source in ("statistics", "runs", "costs"):
@@ -109,7 +109,7 @@ def _tradeoff(flags: Flags) -> Any:
 
 
 def read_costs(path: Path) -> dict[str, dict[str, float]]:
-    """Costs by method from what `python -m benchmarks.cost --json` wrote. ValueError naming the file."""
+    """Costs by method from what `python -m benchmarks.step --json` wrote. ValueError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         methods = {"base": content.get("base") or {}} | content["methods"] | (content.get("peers") or {})
@@ -119,7 +119,7 @@ def read_costs(path: Path) -> dict[str, dict[str, float]]:
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not what `python -m benchmarks.cost --json` writes ({why})") from None
+        raise ValueError(f"{path}: not what `python -m benchmarks.step --json` writes ({why})") from None
     costs = {name: numbers for name, numbers in costs.items() if numbers.keys() & plots.COSTS.keys()}
     if not costs:
         raise ValueError(f"{path}: methods have none of {', '.join(plots.COSTS)}")

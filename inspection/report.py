@@ -34,7 +34,7 @@ class Flags:
     runs: str = flag(help="folder of runs", positional=True)
     save_path: str = flag("report.html", help="HTML file to write; replaced if it exists")
     samples: int = flag(1, help="answers shown per test and run of each kind: right, wrong, judged differently")
-    costs: str | None = flag(None, help="what `python -m benchmarks.cost --json FILE` wrote: times on equal terms")
+    costs: str | None = flag(None, help="what `python -m benchmarks.step --json FILE` wrote: times on equal terms")
     title: str | None = flag(None, help="the page's title; default: the folder's name")
 
     def __post_init__(self):
@@ -81,7 +81,7 @@ class Figure(NamedTuple):
 
 def make_report(folder: Path, title: str, per_kind: int, date: str, costs_file: Path | None = None) -> Report:
     """The report of the runs at and under a folder. per_kind: answers shown of each kind. costs_file: what
-    `python -m benchmarks.cost --json` wrote. ValueError where there is no run, or no costs."""
+    `python -m benchmarks.step --json` wrote. ValueError where there is no run, or no costs."""
     costs = read_costs(costs_file) if costs_file else {}
     runs = find_runs([folder])
     if not runs:

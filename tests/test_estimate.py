@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import count
 import tiny
-from benchmarks.shapes import LLAMA_3_1, SMOLLM2_135M
+from benchmarks.common import LLAMA_3_1, SMOLLM2_135M
 from commands import side_by_side
 from count import LENGTHS
 from llama import ModelArgs

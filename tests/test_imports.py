@@ -39,7 +39,7 @@ RULES = {
         "training llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib jinja2"
     ),
     "benchmarks": allowed(
-        "training inspection llama moa cli convert demo", libraries="torch", late="transformers peft"
+        "training llama moa cli convert demo", libraries="torch tabulate", late="transformers peft"
     ),
 }
 
