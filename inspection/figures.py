@@ -23,7 +23,7 @@ from typing import Any
 
 import cli
 from cli import flag
-from inspection import plots
+from inspection import chart_style, plots
 from inspection.model import check_positive
 from inspection.router_file import PARTS, read_statistics
 from inspection.runs import RULES, Run, columns_of, find_runs, group_runs, headlines, is_number
@@ -153,5 +153,5 @@ def _note(lines: Iterable[str]) -> None:
 
 def main(argv: Sequence[str], prog: str) -> None:
     flags = cli.parse(Flags, argv, prog=prog, description=__doc__)
-    with cli.cli_errors(), plots.styled():
-        print("wrote " + " and ".join(map(str, plots.save(draw(flags), flags.save_path))))
+    with cli.cli_errors(), chart_style.styled():
+        print("wrote " + " and ".join(map(str, chart_style.save(draw(flags), flags.save_path))))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli import cli_errors, flag, parse
-from inspection import plots
+from inspection import chart_style, plots
 from inspection.answers import read_samples
 from inspection.figures import read_costs
 from inspection.html import render, write_page
@@ -89,7 +89,7 @@ def make_report(folder: Path, title: str, per_kind: int, date: str, costs_file: 
     by_dataset: dict[str, list[RunGroup]] = {}
     for group in group_runs(runs):
         by_dataset.setdefault(group.dataset, []).append(group)
-    with plots.styled():
+    with chart_style.styled():
         datasets = [_dataset(name, groups, per_kind, costs) for name, groups in by_dataset.items()]
         measured = [_figure("Costs measured on equal terms", plots.costs(costs))] if costs else []
     folders = [path for path in folder.rglob("*") if path.is_dir()]
@@ -131,7 +131,7 @@ def _dataset(name: str, groups: list[RunGroup], per_kind: int, costs: Mapping[st
 
 
 def _figure(caption: str, figure: Any) -> Figure:
-    return Figure(caption, "data:image/svg+xml;base64," + base64.b64encode(plots.image(figure, "svg")).decode())
+    return Figure(caption, "data:image/svg+xml;base64," + base64.b64encode(chart_style.image(figure, "svg")).decode())
 
 
 def _overview(groups: list[RunGroup], columns: list[str], noted: Mapping, costs: Mapping[str, Mapping]) -> Table:

@@ -135,6 +135,10 @@ class Target:
             a = copy_to_model_parallel_region(a)
         return F.linear(a, weight.to(a.dtype))
 
+    def gate_output(self, gate: Tensor) -> Tensor:
+        """A gate (N, 1) that multiplies this rank's outputs: where they are a shard, so is its gradient."""
+        return copy_to_model_parallel_region(gate) if self.parallel == "column" else gate
+
 
 def apply_gates(a: Tensor, gate: Tensor, width: int) -> Tensor:
     """Weigh the experts' parts of a (N, E width), or a (N, width) that they share, by gate (N, E) -> (N, E width)."""

@@ -120,7 +120,14 @@ def test_optimizer_groups() -> None:
     assert sorted(found) == sorted(names.values())  # each once
     last = {key.split(".")[-1] for key in (names[id(p)] for p in others["params"])}
     assert last == {"gate", "bias", "down_proj_bias", "up_proj_bias"}
-    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {"lora_A", "lora_B", "prompt", "down_proj", "up_proj", "weight"}
+    assert {names[id(p)].split(".")[-1] for p in decayed["params"]} == {
+        "lora_A",
+        "lora_B",
+        "prompt",
+        "down_proj",
+        "up_proj",
+        "weight",
+    }
 
 
 # Training

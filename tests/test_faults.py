@@ -202,7 +202,7 @@ def require_same_run(out: Path, expected: Path) -> None:
 @pytest.mark.parametrize(("fault", "words"), [("refuses", "row 7 is not acceptable"), ("killed", "Signal 9 (SIGKILL)")])
 def test_torchrun_ends_all_processes_when_one_fails(data, tmp_path, fault, words):
     flags = train_flags(data, tmp_path / "out", accum_iter=1, max_steps=100_000)
-    environment = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests' / 'helpers'}"}
+    environment = os.environ | {"PYTHONPATH": f"{REPO}:{Path(faulty.__file__).parent}"}
     command = [*LAUNCH, faulty.__file__, fault, *map(str, flags)]
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
     assert result.returncode == 1 and words in result.stderr, result.stderr

@@ -15,7 +15,8 @@ PROSE = {".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}  # not data,
 PATHS = [r"(?<![\w.])/([w]ork|[r]oot|[h]ome/\w+)/", r"/tmp/[w]\b", r"\.\./[s]hared\b"]
 HOSTS = [r"[p]ypi\.org", r"[p]ythonhosted", r"[n]pmjs\.", r"[d]ownload\.pytorch", r"[d]eb\.debian"]
 # The project speaks of the project alone, not of how or where its text came to be.
-WORDS = [r"\b[i]ssues? #?\d", r"\(#\d+\)", r"\b[w]orkplace\b", r"\b[a]gents?\b", r"\b[h]elpers?\b"]
+WORDS = [r"\b[i]ssues? #?\d", r"\(#\d+\)", r"\b[w]orkplace\b", r"\b[a]gents?\b"]
+WORDS += [r"(?<!tests/)(?<!\"tests\" / \")\b[h]elpers?\b(?!:)"]  # not the folder tests/helpers
 WORDS += [r"(?<!scope=\")\b[s]essions?\b"]
 
 

@@ -38,9 +38,7 @@ RULES = {
     "inspection": allowed(
         "training llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib jinja2"
     ),
-    "benchmarks": allowed(
-        "training llama moa cli convert demo", libraries="torch tabulate", late="transformers peft"
-    ),
+    "benchmarks": allowed("training llama moa cli convert demo", libraries="torch tabulate", late="transformers peft"),
 }
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from inspection import chart_style, plots
 from inspection import figures as command
-from inspection import plots
 from inspection.running_stats import RouterStatistics
 from inspection.runs import NOT_COMPARED, find_runs, group_runs
 from run_folders import loss, write_run
@@ -92,7 +92,7 @@ def require_legible(figure: Any) -> None:
     """No text is small, cut off, or on another one."""
     figure.draw_without_rendering()
     width, height = figure.get_size_inches() * figure.dpi
-    assert width / figure.dpi == plots.WIDTH and height / figure.dpi < 9
+    assert width / figure.dpi == chart_style.WIDTH and height / figure.dpi < 9
     visible = [axes for axes in figure.axes if axes.get_visible()]
     texts = [text for axes in visible for text in (axes.title, axes.xaxis.label)]
     texts += [tick.label1 for axes in visible for tick in axes.xaxis._update_ticks() if tick.label1.get_visible()]
@@ -108,7 +108,7 @@ def require_legible(figure: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def in_style() -> Iterator[None]:
-    with plots.styled():
+    with chart_style.styled():
         yield
 
 
@@ -189,7 +189,7 @@ def test_losses(runs: Path) -> None:
 
 
 def test_lines_differ_without_colour() -> None:
-    assert len({(str(plots.look(i)["linestyle"]), plots.look(i)["marker"]) for i in range(55)}) == 55
+    assert len({(str(chart_style.look(i)["linestyle"]), chart_style.look(i)["marker"]) for i in range(55)}) == 55
 
 
 @pytest.mark.parametrize(("rule", "extra"), [("published", 0), ("robust", 1)])

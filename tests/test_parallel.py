@@ -143,7 +143,7 @@ def test_adapters_are_cut_as_their_layers_are(compared) -> None:
     for rank in shared:
         assert set(rank["cut"]) == expected
         for key, (_, parts) in rank["cut"].items():
-            assert parts == (2 if key.endswith(("lora_K.lora_B", "lora_V.lora_B")) else len(shared)), key  # key/value heads
+            assert parts == (2 if key.endswith(("lora_K.lora_B", "lora_V.lora_B")) else len(shared)), key
 
 
 def test_generation(compared) -> None:

@@ -63,12 +63,12 @@ DRIFTING = (
 
 
 @contextmanager
-def float64(model: Transformer) -> Iterator[None]:
+def float64(model: Transformer) -> Iterator[Transformer]:
     """All in float64, also what the code takes to float32 on the way: then sums in another order differ by far less
     than any mistake would make them."""
     model.double()
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        yield
+        yield model
 
 
 def observe(name: str, model_parallel_size: int) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def authors_can_say(name: str) -> bool:
     return theirs and METHODS[name]["method"] != "custom"
 
 
-# The keys by which random_state draws: those of earlier revisions, so that the bounds of tests hold for the same numbers.
+# random_state draws by the keys of earlier revisions, so that the bounds of tests hold for the same numbers.
 _SEED_NAMES = (
     ("expert_router.proj.", "expert_router.linear."),
     (".router.proj.", ".router.router."),
