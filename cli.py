@@ -335,7 +335,3 @@ def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: Python's own error, or torch's for a GPU or the CPU, known by its text."""
     is_torch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}") is not None
     return is_torch or isinstance(error, MemoryError)
-
-
-# Old names, until every caller has moved.
-knob, errors, fail, first_word = flag, cli_errors, die, subcommand

@@ -111,8 +111,10 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
     v = apply(cache, adapters, "wv", v, x, downs, routing)
     q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
     freqs_cis = context.freqs_cis[:, None]
-    turn = RotaryFunction.apply if torch.is_grad_enabled() else rotate
-    q, k = turn(q, freqs_cis), turn(k, freqs_cis)
+    if torch.is_grad_enabled():
+        q, k = RotaryFunction.apply(q, freqs_cis), RotaryFunction.apply(k, freqs_cis)
+    else:  # fewer launches
+        q, k = rotate(torch.cat([q, k], 1), freqs_cis).split([q.shape[1], k.shape[1]], 1)
     heads = attend(self, q, k, v, context)
     heads = apply(cache, adapters, "attention", heads, x, downs, routing, q).flatten(1)
     (out,), downs = fused_linear(cache, adapters, heads, [self.wo], fusable(adapters.at("wo")))
@@ -317,7 +319,8 @@ def parallel_adapter(
     cache: WeightCache, self: ParallelAdapter, output: Tensor, down: Tensor, gate: Tensor | None
 ) -> Tensor:
     """down = V x, (N, E size) or (N, size)."""
-    hidden = self.activation(down + self.down_proj_bias.to(down.dtype))
+    bias = cache.get(self, ("bias", down.dtype), lambda: self.down_proj_bias.to(down.dtype))
+    hidden = self.activation(down + bias)
     if gate is None:
         gate = down.new_ones(1, 1).expand(len(down), -1)
     else:
@@ -337,7 +340,7 @@ def prompt(cache: WeightCache, self: Prompt, output: Tensor, gate: Tensor | None
 
     keys, values = cache.get(self, query.dtype, keys_and_values)
     if self.num_experts == 1 and cache.is_decode(query):  # one kernel
-        weight = self.gate.to(query.dtype)[:, None]  # (H, 1)
+        weight = cache.get(self, ("gate", query.dtype), lambda: self.gate.to(query.dtype))[:, None]  # (H, 1)
         if gate is not None:
             weight = (weight * gate[:, :, None]).to(query.dtype)  # (N, H, 1)
         one_batch = (query.transpose(0, 1)[None], keys[None], values[None])
