@@ -56,7 +56,7 @@ def generate_flags(data, trained, save_path, **flags):
 
 def test_a_run_leaves_its_record_log_and_checkpoints(trained, data):
     assert {f.name for f in trained.iterdir()} == {
-        *("config.json", "log.jsonl", "tensorboard", "adapter.pth", "adapter_params.json"),
+        *("config.json", "log.jsonl", "tensorboard", "adapter.pth", "adapter_params.json", ".lock"),
         *("checkpoint-2.pth", "checkpoint-4.pth", "checkpoint-6.pth"),
     }
     config = json.loads((trained / "config.json").read_text())
@@ -152,7 +152,6 @@ FLAGS = {
     "bad range": (["--lora_layers", "3"], ["lora_layers", "'3'"]),
     "no effect": (["--method", "lora", "--swi_x", 2], ["--swi_x", "lora"]),
     "no adapter": (["--method", "lora", "--lora_layers", "0-0"], ["no adapter"]),
-    "prompt under sparse": (["--method", "sparse_moa", "--prompt_layers", "0-2"], ["prompt_layers"]),
     "both": (["--epochs", 1, "--max_steps", 1], ["--epochs", "--max_steps"]),
     "too many epochs": (["--epochs", "1e308"], ["--epochs"]),
     "too large a seed": (["--seed", 10**20], ["--seed"]),
