@@ -4,9 +4,9 @@
     python -m benchmarks.compare --base DIR --what generation
 
 Each run is a process of its own in its checkout's folder, in the order ABBA, so that what else the machine does falls
-on both. Both get the same base, rows and seed, and only what their users have is used. Only ratios mean anything: that
-of the medians on a quiet machine, that of the fastest times on a busy one. --this DIR with the same DIR as --base shows
-the noise.
+on both. Both get the same base, rows and seed, and only what their users have is used. Only ratios mean anything: of
+the medians on a quiet machine, of the fastest times and of the processes' CPU time, start included, on a busy one.
+--this DIR with the same DIR as --base shows the noise.
 
 step          `finetune.py`: "seconds" in log.jsonl without the first two steps, which warm up, and the last
               "peak_memory_bytes".
@@ -16,11 +16,13 @@ generation    `Llama.build` and `Llama.generate`: a first call, which may prepac
 """
 
 import json
+import resource
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ class Task:
         words += ["--device", "cpu", "--output_dir", folder, "--overwrite"]
         run_process(words, self.flags.threads, tree)
 
-    def step(self, tree: Path, method: str) -> dict[str, Any]:
+    def step(self, method: str, tree: Path) -> dict[str, Any]:
         """Measure training steps of one run."""
         folder = self.scratch / "run"
         self.finetune(tree, method, self.flags.max_steps or 8, folder)
@@ -119,7 +121,7 @@ class Task:
         run_process(["extract_adapter.py", folder / "checkpoint-1.pth"], self.flags.threads, tree)
         return str(folder / "adapter.pth")
 
-    def generation(self, tree: Path, adapter_path: str, prompts: list[list[int]]) -> dict[str, Any]:
+    def generation(self, adapter_path: str, prompts: list[list[int]], tree: Path) -> dict[str, Any]:
         """Measure calls of generation in one process."""
         file = self.scratch / "task.json"
         task = {"ckpt_dir": self.ckpt_dir, "adapter_path": adapter_path, "prompts": prompts, "bf16": self.bf16}
@@ -127,14 +129,22 @@ class Task:
         return json.loads(run_process(["-c", GENERATE, file], self.flags.threads, tree).splitlines()[-1])
 
 
+def with_cpu_seconds(work: Callable[[Path], dict[str, Any]], tree: Path) -> dict[str, Any]:
+    """Do a work and add the CPU time that its process has taken, from start to end."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = work(tree)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return result | {"cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+
+
 def works_of(task: Task, method: str) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return a run of each checkout, for `measure_in_turn`."""
     trees = {OTHER: Path(task.flags.base).resolve(), THIS: Path(task.flags.this or REPO).resolve()}
-    if task.flags.what == "step":
-        return {name: lambda tree=tree: task.step(tree, method) for name, tree in trees.items()}
-    prompts = common.prompts_of(task.data_path, task.ckpt_dir, task.flags.prompts)
-    adapter = task.adapter(trees[OTHER], method)
-    return {name: lambda tree=tree: task.generation(tree, adapter, prompts) for name, tree in trees.items()}
+    work: Callable[[Path], dict[str, Any]] = partial(task.step, method)
+    if task.flags.what == "generation":
+        prompts = common.prompts_of(task.data_path, task.ckpt_dir, task.flags.prompts)
+        work = partial(task.generation, task.adapter(trees[OTHER], method), prompts)
+    return {name: partial(with_cpu_seconds, work, tree) for name, tree in trees.items()}
 
 
 def same_task(what: str, runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -158,6 +168,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     measures = {
         "seconds": median_seconds,
         "fastest": lambda results: min(min(result["seconds"]) for result in results),
+        "cpu_seconds": lambda results: statistics.median(result["cpu_seconds"] for result in results),
         "peak_memory_bytes": peak_bytes,
     }
     for name, measure in measures.items():
@@ -176,7 +187,7 @@ def row_of(method: str, figures: dict[str, Any]) -> list[str]:
         method,
         *times,
         *ratios,
-        figure(f["fastest_ratio"]),
+        *(figure(f[f"{name}_ratio"]) for name in ("fastest", "cpu_seconds")),
         *memory,
         figure(f["peak_memory_bytes_ratio"]),
         f["same"],
@@ -197,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if flags.json:
                 write_json(Path(flags.json), {"task": settings, "methods": results})
         print(f"{flags.what}, {'bf16' if bf16 else 'fp32'}, {flags.threads} threads, {flags.rounds} rounds\n")
-        heads = ["method", "runs of base, s", "runs of this, s", "time, x", "by rounds", "fastest, x"]
+        heads = ["method", "runs of base, s", "runs of this, s", "time, x", "by rounds", "fastest, x", "CPU, x"]
         heads += ["base, GB", "this, GB", "memory, x"]
         heads.append("same tokens" if flags.what == "generation" else "largest difference of a loss")
         print(common.table(heads, [row_of(method, figures) for method, figures in results.items()]))

@@ -6,6 +6,7 @@ Training as in the published runs on math_14k: bf16 base, rows of 300 tokens, 32
 4. Figures are of one GPU; all are alike.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -39,6 +40,7 @@ METHODS = ("soft_moa", "molora")
 LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
 ANSWERS, ANSWER_LENGTH = 32, 512  # generated at once: generate.py's defaults
 RESERVED = 2 * 2**30  # of a GPU's memory: for CUDA, NCCL and what the allocator cannot use
+MOST_ROWS = 4096  # of a micro-batch, in search of the most that fit
 GPU = torch.device("cuda")
 
 
@@ -91,11 +93,8 @@ class Memory(NamedTuple):
         return sum(self.held.values()) + self.of(n_rows, name) + self.temporary([LENGTH] * n_rows)
 
     def largest_batch_size(self, name: str, card: int) -> int:
-        """The most rows whose step fits `card` bytes; 0 where a single one does not."""
-        n = 0
-        while self.total(n + 1, name) <= card:
-            n += 1
-        return n
+        """Return the most rows whose step fits `card` bytes; 0 where a single one does not."""
+        return bisect_left(range(1, MOST_ROWS), True, key=lambda n: self.total(n, name) > card)
 
 
 @cache

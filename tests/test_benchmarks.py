@@ -144,11 +144,12 @@ def test_a_checkout_is_compared_with_itself(tmp_path: Path, what: str) -> None:
 
 def test_ratios_of_a_comparison() -> None:
     def runs(*seconds: list[float], loss: float = 1.0) -> list[dict[str, Any]]:
-        return [{"seconds": s, "peak_memory_bytes": 100 * s[0], "tokens": [5], "losses": [loss]} for s in seconds]
+        more = {"cpu_seconds": 7, "tokens": [5], "losses": [loss]}
+        return [{"seconds": s, "peak_memory_bytes": 100 * s[0]} | more for s in seconds]
 
     both = {"base": runs([1, 2, 3], [2, 3, 4], [9, 9, 9]), "this": runs([2, 4, 6], [3, 3, 3], [9, 9, 8], loss=1.25)}
     figures = summary(both)
-    assert figures["seconds_ratio"] == 4 / 3 and figures["fastest_ratio"] == 2
+    assert figures["seconds_ratio"] == 4 / 3 and figures["fastest_ratio"] == 2 and figures["cpu_seconds_ratio"] == 1
     assert (figures["round_ratio_min"], figures["round_ratio_max"]) == (1, 2)
     assert figures["peak_memory_bytes_ratio"] == 1.5 and same_task("step", both) == "0.2500"
     both["this"][0]["tokens"] = [6]
