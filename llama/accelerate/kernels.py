@@ -135,8 +135,10 @@ def decode_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
 
     Two plain products: torch's kernel takes twice as long for so few queries.
     """
-    q = q.unflatten(1, (k.shape[2], -1))  # (R, K, H/K, h)
-    scores = upcast_on_cpu(q) @ upcast_on_cpu(k).permute(0, 2, 3, 1) / math.sqrt(q.shape[-1])
+    q = upcast_on_cpu(q.unflatten(1, (k.shape[2], -1)))  # (R, K, H/K, h)
+    # One copy that the product can read: heads apart, in the type of q
+    k = k.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format)  # (R, K, T, h)
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
     if mask is not None:
         scores += mask
     return (scores.softmax(-1).to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)
