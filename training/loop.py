@@ -73,7 +73,8 @@ def forward_backward(model: Transformer, micro_batch: MicroBatch, num_labels: in
 
 
 def uses_load_balancing(model: Transformer) -> bool:
-    return balanced_routers(model) > 0 and model.config.experts.lb_loss_coeff > 0
+    # The coefficient first: most methods have none, and counting walks all modules
+    return model.config.experts.lb_loss_coeff > 0 and balanced_routers(model) > 0
 
 
 def balanced_routers(model: Transformer) -> int:

@@ -22,10 +22,9 @@ from llama.accelerate.kernels import (
     SwiGLUFunction,
     decode_attention_cpu,
     normalize,
-    rotate,
 )
 from llama.accelerate.prepack import DECODE_MAX_TOKENS, linear, prepacked_linear, uses_fbgemm
-from llama.model import Attention, ForwardContext, RMSNorm, Transformer, TransformerBlock
+from llama.model import Attention, ForwardContext, RMSNorm, Transformer, TransformerBlock, apply_rotary_emb
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear
 from moa.adapter import AdapterModule, Target, apply_gates
 from moa.block import AdapterDict, Routing
@@ -110,11 +109,11 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
     k = apply(cache, adapters, "wk", k, x, downs, routing)
     v = apply(cache, adapters, "wv", v, x, downs, routing)
     q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-    freqs_cis = context.freqs_cis[:, None]
+    freqs_cis = context.freqs_cis
     if torch.is_grad_enabled():
         q, k = RotaryFunction.apply(q, freqs_cis), RotaryFunction.apply(k, freqs_cis)
     else:  # fewer launches
-        q, k = rotate(torch.cat([q, k], 1), freqs_cis).split([q.shape[1], k.shape[1]], 1)
+        q, k = apply_rotary_emb(torch.cat([q, k], 1), freqs_cis).split([q.shape[1], k.shape[1]], 1)
     heads = attend(self, q, k, v, context)
     heads = apply(cache, adapters, "attention", heads, x, downs, routing, q).flatten(1)
     (out,), downs = fused_linear(cache, adapters, heads, [self.wo], fusable(adapters.at("wo")))

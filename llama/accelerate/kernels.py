@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llama.model import apply_rotary_emb
 from llama.packing import PackedBatch
 from moa.parallel import all_reduce
 
@@ -54,21 +55,16 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class RotaryFunction(torch.autograd.Function):
-    """Rotates x (N, heads, h) by freqs_cis (N, 1, h/2); the backward pass rotates back."""
+    """Rotates x (N, heads, h) by freqs_cis (N, h/2); the backward pass rotates back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, freqs_cis: Tensor) -> Tensor:
         ctx.freqs_cis = freqs_cis
-        return rotate(x, freqs_cis)
+        return apply_rotary_emb(x, freqs_cis)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return rotate(grad, ctx.freqs_cis.conj()), None
-
-
-def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
+        return apply_rotary_emb(grad, ctx.freqs_cis.conj()), None
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, silu_gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
