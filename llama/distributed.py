@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from moa.reading import short_repr
 T = TypeVar("T")
 # Replicas load, and end their share of the rows to answer, at very different times
 DIST_TIMEOUT = timedelta(hours=2)
+LAST_READ = timedelta(seconds=5)  # for the others to read why a run ends
 
 
 def get_device(device: str = "auto") -> torch.device:
@@ -77,22 +78,32 @@ def distributed_run(device: torch.device, model_parallel_size: int = 1) -> Itera
 
 def _raise_first_failure(error: Exception) -> None:
     """Leave the error's message in the store of the run unless another process was first; then raise what it left."""
-    peer_failed = _is_peer_failure(error)
+    peer_failed, rank = _is_peer_failure(error), dist.get_rank()
     known = isinstance(error, (ValueError, OSError, MemoryError)) and str(error)
     message = str(error) if known else f"{type(error).__name__} {error}"
-    mine = "" if peer_failed else json.dumps([dist.get_rank(), message])
-    try:
-        failed = json.loads(dist.distributed_c10d._get_default_store().compare_set("moa/failure", "", mine) or "null")
-    except RuntimeError:  # the store went with the process that kept it
-        failed = None
+    failed = _exchange_failure("" if peer_failed else json.dumps([rank, message]))
     if peer_failed and failed is None:
-        raise ValueError(f"process {dist.get_rank()} stops: another process was killed, or its machine lost") from None
-    if failed is not None and failed[0] != dist.get_rank():
+        raise ValueError(f"process {rank} stops: another process was killed, or its machine lost") from None
+    if failed is not None and failed[0] != rank:
         if failed[1] == message:
             raise SystemExit(1)
         if peer_failed:
-            raise ValueError(f"process {dist.get_rank()} stops: process {failed[0]} failed: {failed[1]}") from None
+            raise ValueError(f"process {rank} stops: process {failed[0]} failed: {failed[1]}") from None
     get_error_handler().record_exception(error)  # torchrun's report quotes it
+
+
+def _exchange_failure(mine: str) -> list | None:
+    """Offer a failure, a JSON list of rank and message -> the first that any process offered, or None."""
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    try:
+        failed = json.loads(store.compare_set("moa/failure", "", mine) or "null")
+        store.set(f"moa/read/{rank}", "")
+    except RuntimeError:  # the store went with the process that kept it
+        return None
+    if failed is not None and rank == 0:  # without torchrun the store goes with this process
+        with suppress(RuntimeError):
+            store.wait([f"moa/read/{other}" for other in range(dist.get_world_size())], LAST_READ)
+    return failed
 
 
 def _is_peer_failure(error: Exception) -> bool:

@@ -5,10 +5,9 @@ A method is a preset of options (`moa.methods.METHODS`), nothing else. The flat 
 """
 
 import difflib
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -27,8 +26,6 @@ from moa.methods import (
 from moa.reading import safe_name, short_repr
 
 MAX_LAYERS = 10_000
-MAX_SIZE = 2**16  # of a rank, width or length: more is a slip of the hand
-MAX_NUMBER = 2**53  # of anything: beyond it not every whole number is a float
 
 
 @dataclass(frozen=True)
@@ -42,59 +39,49 @@ class Slot:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """All adapters of a model and how they are mixed, for a model of `n_layers` layers.
+    """All adapters of a model and how they are mixed, for a model of `n_layers` layers. Built by `from_dict`.
 
-    Built by `from_dict`, which checks everything; raises ValueError naming the flag.
+    adapters: the options of each type of adapter, by its name.
     """
 
     method: str
     n_layers: int
-    adapters: Mapping[str, Any]  # kind -> its options
+    adapters: Mapping[str, Any]
     router: RouterConfig = RouterConfig()
     experts: ExpertConfig = ExpertConfig()
     bias_norm: BiasNormConfig = BiasNormConfig()
 
     @classmethod
     def from_dict(cls, flat: Mapping[str, Any], n_layers: int) -> "AdapterConfig":
-        """Configuration of `flat["method"]` with the flat dictionary's other entries on top of its preset."""
-        flat = dict(flat)
-        method = flat.pop("method", None)
+        """Configuration of `flat["method"]`: its preset, with the other entries of `flat` on top.
+
+        Raises ValueError naming the setting that is unknown, of the wrong type or out of range.
+        """
+        method, known = flat.get("method"), config_fields()
         if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"method {short_repr(method)} is none of {', '.join(METHODS)}")
         if type(n_layers) is not int or not 1 <= n_layers <= MAX_LAYERS:
             raise ValueError(f"n_layers must be a whole number from 1 to {MAX_LAYERS}, not {short_repr(n_layers)}")
-        known = config_fields()
-        for name in flat:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise ValueError(f"unknown adapter setting {safe_name(name)}{hint}")
-        values = METHODS[method] | flat
-        if values.get("block_router") == "kinds":  # of earlier revisions
+        for name in flat.keys() - known.keys() - {"method"}:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"unknown adapter setting {safe_name(name)}{hint}")
+        values = {name: f.default for name, f in known.items()} | METHODS[method] | dict(flat)
+        if values["block_router"] == "kinds":  # the name until revision 79f64d3
             values["block_router"] = "unipelt"
-        for name, value in values.items():
-            if known[name].type is float and type(value) is int:  # as JSON may have it
-                values[name] = float(value) if abs(value) <= MAX_NUMBER else math.inf
-            if name.endswith("_targets") and isinstance(value, str):
-                values[name] = ",".join(target.strip() for target in value.split(","))
-        adapters = {}
-        for kind in ADAPTERS.values():
-            own = {
-                f.name: values[f"{kind.name}_{f.name}"]
-                for f in fields(kind.options)
-                if f"{kind.name}_{f.name}" in values
-            }
-            adapters[kind.name] = kind.options(**own)
-        sections = {
-            section: options(**{f.name: values[f.name] for f in fields(options) if f.name in values})
-            for section, options in SECTIONS.items()
-        }
-        config = cls(method, n_layers, adapters, **sections)
-        for name, value in config.to_dict().items():
-            if name != "method":
-                _check_type(name, value, known[name])
-        for kind, options in adapters.items():
-            adapters[kind] = replace(options, layers=_ranges(parse_layers(f"{kind}_layers", options.layers, n_layers)))
+        for name, f in known.items():
+            check_value(name, values[name], f)
+            values[name] = f.type(values[name])  # a whole number may stand for a float
+            if name.endswith("_targets"):
+                values[name] = values[name].replace(" ", "")
+            elif name.endswith("_layers"):
+                values[name] = format_layers(parse_layers(name, values[name], n_layers))
+
+        def options(section: type, prefix: str = "") -> Any:
+            return section(**{f.name: values[prefix + f.name] for f in fields(section)})
+
+        adapters = {name: options(adapter.options, f"{name}_") for name, adapter in ADAPTERS.items()}
+        config = cls(method, n_layers, adapters, **{name: options(section) for name, section in SECTIONS.items()})
         config._check()
         return config
 
@@ -102,134 +89,106 @@ class AdapterConfig:
         """All settings by flag name: the content of `adapter_params.json`."""
         flat = {"method": self.method}
         for name, options in self.adapters.items():
-            flat |= {f"{name}_{f.name}": getattr(options, f.name) for f in fields(options)}
+            flat |= {f"{name}_{key}": value for key, value in asdict(options).items()}
         for section in SECTIONS:
             flat |= asdict(getattr(self, section))
         return flat
 
+    def slots(self, layer: int) -> list[Slot]:
+        """The adapters of one block, in the order of its router's outputs."""
+        slots = [
+            Slot(ADAPTERS[name].slot(target), name, target)
+            for name in self.adapters
+            if layer in self._layers[name]
+            for target in self._targets(name)
+        ]
+        return sorted(slots, key=lambda slot: TARGETS.index(slot.target))
+
+    @cached_property
+    def _layers(self) -> dict[str, set[int]]:
+        return {name: parse_layers(name, options.layers, self.n_layers) for name, options in self.adapters.items()}
+
+    def _targets(self, name: str) -> list[str]:
+        allowed = ADAPTERS[name].targets
+        chosen = getattr(self.adapters[name], "targets", ",".join(allowed)).split(",")
+        for target in chosen:
+            if target not in allowed:
+                raise ValueError(f"{name}_targets: {short_repr(target)} is none of {', '.join(allowed)}")
+            if chosen.count(target) > 1:
+                raise ValueError(f"{name}_targets: {short_repr(target)} occurs twice")
+        return chosen
+
     def _check(self) -> None:
-        for name, options in self.adapters.items():
-            for f in fields(options):
-                value = getattr(options, f.name)
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-                    raise ValueError(f"{name}_{f.name} must be above 0, not {value}")
-                if isinstance(value, int) and value > MAX_SIZE:
-                    raise ValueError(f"{name}_{f.name} must be at most {MAX_SIZE}, not {value}")
+        """Check what concerns several settings."""
+        for name in self.adapters:
             self._targets(name)
-        if not 0 <= self.router.swi_x <= MAX_SIZE:
-            raise ValueError(f"swi_x must be from 0 to {MAX_SIZE}, not {self.router.swi_x}")
-        if not 0 < self.router.max_threshold <= 1:
-            raise ValueError(f"max_threshold must be above 0 and at most 1, not {self.router.max_threshold}")
-        if not (self.bias_norm.train_bias_norm or any(self.slots(layer) for layer in range(self.n_layers))):
+        if not (self.bias_norm.train_bias_norm or any(self._layers.values())):
             raise ValueError(f"method {self.method} with these layers has no adapter: nothing would be trained")
         experts = self.experts
-        if not 1 <= experts.expert_num <= MAX_SIZE:
-            raise ValueError(f"expert_num must be from 1 to {MAX_SIZE}, not {experts.expert_num}")
-        if experts.expert_router == "topk" and experts.expert_num > 1 and experts.top_k > experts.expert_num:
+        if experts.expert_router == "topk" and 1 < experts.expert_num < experts.top_k:
             raise ValueError(f"top_k {experts.top_k} is more than the {experts.expert_num} experts (expert_num)")
         if experts.expert_num == 1 < METHODS[self.method].get("expert_num", 1):
             raise ValueError(f"expert_num 1: method {self.method} is a mixture of experts, it needs two or more")
-        if experts.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {experts.top_k}")
-        if experts.lb_loss_coeff < 0:
-            raise ValueError(f"lb_loss_coeff must be 0 or more, not {experts.lb_loss_coeff}")
 
     def active_fields(self) -> set[str]:
         """The settings that this configuration reads, by flag name; the others change nothing."""
-        kinds = [name for name, options in self.adapters.items() if options.layers]
+        present = [name for name, options in self.adapters.items() if options.layers]
         names = {"train_bias_norm"} | {f"{name}_layers" for name in self.adapters}
-        names |= {f"{name}_{f.name}" for name in kinds for f in fields(self.adapters[name])}
-        if kinds:
+        names |= {f"{name}_{f.name}" for name in present for f in fields(self.adapters[name])}
+        if present:
             names |= {"block_router", "expert_num"} | set(BLOCK_ROUTERS[self.router.block_router].uses)
         if self.router.const_threshold:
             names.discard("threshold_gradient")
-        if kinds and self.experts.expert_num > 1:
+        if present and self.experts.expert_num > 1:
             return names | {"expert_router"} | set(EXPERT_ROUTERS[self.experts.expert_router].uses)
-        return names - {f"{name}_hydra" for name in kinds}
+        return names - {f"{name}_hydra" for name in present}
 
     def unused_flag_message(self, given: set[str]) -> str | None:
         """A sentence about the first flag in `given` that this configuration does not use, else None."""
         unused = sorted(given & (config_fields().keys() - self.active_fields()))
         if not unused:
             return None
-        name, absent = unused[0], [kind for kind, options in self.adapters.items() if not options.layers]
-        for kind in absent:
-            if name.startswith(f"{kind}_"):
-                return f"--{name} has no effect: method {self.method} has no such adapter (--{kind}_layers adds it)"
-        if len(absent) == len(self.adapters):
-            return f"--{name} has no effect: there is no adapter in any layer"
-        if name in asdict(self.router):
-            what = f"--block_router {self.router.block_router}"
-        elif self.experts.expert_num > 1:
-            what = f"--expert_router {self.experts.expert_router}"
-        else:
-            what = "--expert_num 1"
-        return f"--{name} has no effect with {what} (method {self.method})"
-
-    def _targets(self, kind: str) -> list[str]:
-        options, allowed = self.adapters[kind], ADAPTERS[kind].targets
-        if not hasattr(options, "targets"):
-            return list(allowed)
-        wanted = options.targets.split(",")
-        for target in wanted:
-            if target not in allowed:
-                raise ValueError(f"{kind}_targets: {short_repr(target)} is none of {', '.join(allowed)}")
-        if len(set(wanted)) < len(wanted):
-            raise ValueError(f"{kind}_targets: {short_repr(options.targets)} names a target twice")
-        return [target for target in allowed if target in wanted]
-
-    @cached_property
-    def _layers(self) -> dict[str, set[int]]:
-        return {n: set(parse_layers(f"{n}_layers", k.layers, self.n_layers)) for n, k in self.adapters.items()}
-
-    def slots(self, layer: int) -> list[Slot]:
-        """The adapters of one block, in the order of its router's outputs."""
-        slots = [
-            Slot(ADAPTERS[kind].slot(target), kind, target)
-            for kind in self.adapters
-            if layer in self._layers[kind]
-            for target in self._targets(kind)
-        ]
-        return sorted(slots, key=lambda slot: TARGETS.index(slot.target))
+        for name, options in self.adapters.items():
+            if unused[0].startswith(f"{name}_") and not options.layers:
+                missing = f"method {self.method} has no such adapter (--{name}_layers adds it)"
+                return f"--{unused[0]} has no effect: {missing}"
+        router, experts = self.router, self.experts
+        settings = f"--block_router {router.block_router}, --expert_num {experts.expert_num}"
+        settings += f", --expert_router {experts.expert_router}" if experts.expert_num > 1 else ""
+        return f"--{unused[0]} has no effect with method {self.method} ({settings})"
 
 
-def _check_type(name: str, value: Any, spec: Any) -> None:
-    wanted = (int, float) if spec.type is float else spec.type
-    if not isinstance(value, wanted) or (isinstance(value, bool) and spec.type is not bool):
-        raise ValueError(f"{name} must be of type {spec.type.__name__}, not {short_repr(value)}")
-    if isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise ValueError(f"{name} is too large: {short_repr(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, not {value}")
-    choices = spec.metadata.get("choices")
+def check_value(name: str, value: Any, option: Field) -> None:
+    """Raise ValueError unless an option's type, choices and bounds allow `value`."""
+    expected, choices, bounds = option.type, option.metadata["choices"], option.metadata["bounds"]
+    if type(value) is not expected and not (expected is float and type(value) is int):
+        raise ValueError(f"{name} must be of type {expected.__name__}, not {short_repr(value)}")
     if choices and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {short_repr(value)}")
+    if bounds and not bounds[0] <= value <= bounds[1]:  # not a number is in no range
+        raise ValueError(f"{name} must be from {bounds[0]:g} to {bounds[1]:g}, not {short_repr(value)}")
 
 
-def parse_layers(name: str, text: str, n_layers: int) -> list[int]:
+def parse_layers(name: str, text: str, n_layers: int) -> set[int]:
     """Layer numbers of "all", "" or ranges such as "0-8,24-32" (end excluded, "0-0" is empty)."""
     if text == "all":
-        return list(range(n_layers))
+        return set(range(n_layers))
     layers: set[int] = set()
     for part in text.split(",") if text else []:
-        begin, _, end = part.strip().partition("-")
-        if not all(re.fullmatch("[0-9]{1,9}", number) for number in (begin, end)):
+        match = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", part.strip())
+        if not match:
             raise ValueError(f"{name}: {short_repr(part)} is not a range such as 0-8 (end excluded)")
-        first, last = int(begin), int(end)
-        if first > last:
+        first, end = int(match[1]), int(match[2])
+        if first > end:
             raise ValueError(f"{name}: {short_repr(part)} ends before it begins")
-        if last > n_layers:
+        if end > n_layers:
             raise ValueError(f"{name}: {short_repr(part)} goes beyond the model's {n_layers} layers (0-{n_layers})")
-        layers |= set(range(first, last))
-    return sorted(layers)
+        layers |= set(range(first, end))
+    return layers
 
 
-def _ranges(layers: list[int]) -> str:
-    """Inverse of `parse_layers`: [0, 1, 2, 5] -> "0-3,5-6"."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][1] == layer:
-            parts[-1][1] = layer + 1
-        else:
-            parts.append([layer, layer + 1])
-    return ",".join(f"{a}-{b}" for a, b in parts)
+def format_layers(layers: set[int]) -> str:
+    """Inverse of `parse_layers`: {0, 1, 2, 5} -> "0-3,5-6"."""
+    firsts = sorted(layer for layer in layers if layer - 1 not in layers)
+    ends = sorted(layer + 1 for layer in layers if layer + 1 not in layers)
+    return ",".join(f"{first}-{end}" for first, end in zip(firsts, ends, strict=True))

@@ -21,9 +21,16 @@ META_NAMES = {
 LINEAR_TARGETS = tuple(META_NAMES)
 
 
-def option(default: Any, help: str, choices: Collection | None = None) -> Any:
-    """A dataclass field with the metadata that the command line shows."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+BOUNDS = {int: (1, 2**16), float: (1e-9, 1e9)}  # of an option that names none
+
+
+def option(
+    default: Any, help: str, choices: Collection | None = None, bounds: tuple[float, float] | None = None
+) -> Any:
+    """A dataclass field with what the command line shows and checks. bounds: smallest and largest value of a number."""
+    return field(
+        default=default, metadata={"help": help, "choices": choices, "bounds": bounds or BOUNDS.get(type(default))}
+    )
 
 
 def import_class(name: str) -> Any:
@@ -131,8 +138,8 @@ class RouterConfig:
     gate_activation: str = option(
         "sigmoid", "gates from the router's outputs: each by itself, or (softmax) sharing 1", ("sigmoid", "softmax")
     )
-    swi_x: int = option(4, "SwiGLU router with swi_x hidden units per adapter; 0: a linear router")
-    max_threshold: float = option(0.5, "sparse router: the largest threshold, G_max")
+    swi_x: int = option(4, "SwiGLU router with swi_x hidden units per adapter; 0: a linear router", bounds=(0, 2**16))
+    max_threshold: float = option(0.5, "sparse router: the largest threshold, G_max", bounds=(1e-9, 1))
     const_threshold: bool = option(False, "sparse router: every threshold is G_max instead of learned")
     threshold_gradient: str = option(
         "straight_through", "sparse router: how the threshold learns (none: not at all)", ("straight_through", "none")
@@ -147,7 +154,7 @@ class ExpertConfig:
     expert_router: str = option("soft", "router of the experts of each adapter", EXPERT_ROUTERS)
     top_k: int = option(2, "topk router: experts that a token goes to")
     noisy_router: bool = option(False, "topk router: learned noise on its logits while training")
-    lb_loss_coeff: float = option(0.0, "topk and adamole routers: weight of the load-balancing loss")
+    lb_loss_coeff: float = option(0.0, "topk and adamole routers: weight of the load-balancing loss", bounds=(0, 1e9))
 
 
 @dataclass(frozen=True)
