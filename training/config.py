@@ -5,7 +5,7 @@ Needs no torch, so that a wrong flag is refused at once.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,12 @@ class TrainConfig:
             raise ValueError("--resume and --overwrite exclude each other")
 
 
+ADAPTER_GROUP = "adapters (default: the method's)"
 # The options of the adapters as flags; None: the method's preset decides.
 AdapterFlags = make_dataclass(
     "AdapterFlags",
     [
-        (name, f.type | None, field(default=None, metadata={**f.metadata, "group": "adapters (default: the method's)"}))
+        (name, f.type | None, flag(None, help=f.metadata["help"], choices=f.metadata["choices"], group=ADAPTER_GROUP))
         for name, f in config_fields().items()
     ],
 )
