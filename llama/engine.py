@@ -82,22 +82,13 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | 
 
 
 def prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], device: torch.device) -> Tensor:
-    """Allocate new sequences and fill the cache -> logits (R, V) of each one's first new token.
-
-    Sequences with the same prompt (several samples of an answer) share its pass.
-    """
-    rows = cache.allocate([len(prompt) for prompt in prompts])
-    numbers: dict[tuple[int, ...], int] = {}  # distinct prompts
-    which = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-    first_rows = [rows[which.index(number)] for number in range(len(numbers))]
-    batch = PackedBatch([len(prompt) for prompt in numbers], device)
-    tokens = async_to_device([token for prompt in numbers for token in prompt], device)
+    """Cache the prompts of new sequences -> logits (R, V) of each one's first new token."""
+    lengths = [len(prompt) for prompt in prompts]
+    batch = PackedBatch(lengths, device)
+    tokens = async_to_device([token for prompt in prompts for token in prompt], device)
     last = async_to_device([end - 1 for _, end in batch.spans], device)
-    logits = model.output(model.forward_hidden(tokens, batch, cache, first_rows)[0][last])
-    for number, row in zip(which, rows, strict=True):
-        if row != first_rows[number]:
-            cache.fork(first_rows[number], row)
-    return logits[async_to_device(which, device)]
+    hidden, _ = model.forward_hidden(tokens, batch, cache, cache.allocate(lengths))
+    return model.output(hidden[last])
 
 
 def add_requests(
@@ -105,21 +96,25 @@ def add_requests(
 ) -> Tensor:
     """Start new requests -> their first logits (R, V).
 
-    One whose prompt a running request has forks its cached prompt; the others' prompts take a pass.
+    Each distinct prompt takes one pass; further requests with it (samples of one answer) copy its cached keys.
     """
     rows = {tuple(request.prompt): row for row, request in enumerate(running)}
-    forked = [request for request in new if tuple(request.prompt) in rows]
-    for request in forked:
+    first = {tuple(request.prompt): request for request in reversed(new)}  # of each prompt
+    fresh = [
+        request for request in new if request is first[tuple(request.prompt)] and tuple(request.prompt) not in rows
+    ]
+    if fresh:
+        logits = prefill(model, cache, [request.prompt for request in fresh], device)
+        for request, request.prompt_logits in zip(fresh, logits, strict=True):
+            rows[tuple(request.prompt)] = len(running)
+            running.append(request)
+    copies = [request for request in new if request not in fresh]
+    for request in copies:
         source, n = rows[tuple(request.prompt)], len(request.prompt)
         cache.fork(source, *cache.allocate([n]), n)
         request.prompt_logits = running[source].prompt_logits
-    fresh = [request for request in new if tuple(request.prompt) not in rows]
-    if fresh:
-        logits = prefill(model, cache, [request.prompt for request in fresh], device)
-        for request, row in zip(fresh, logits, strict=True):
-            request.prompt_logits = row
-    running += forked + fresh
-    return torch.stack([request.prompt_logits for request in forked + fresh])
+    running += copies
+    return torch.stack([request.prompt_logits for request in fresh + copies])
 
 
 def decode(model: Transformer, cache: KVCache, tokens: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """`Llama`: a model with its adapter and tokenizer. Token ids in, token ids out."""
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from llama.accelerate import FastDecoding
 from llama.checkpoint import load_base_weights, load_params_and_tokenizer
 from llama.distributed import get_device, init_distributed
 from llama.engine import Request, SamplingParams, decode, generate, seeded_uniforms
-from llama.machine import MIN_TEMPERATURE
+from llama.machine import check_sampling
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from moa import state
@@ -65,16 +64,13 @@ class Llama:
         for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
-        if flash_attention2:
-            require_flash(device, bf16)
         torch_device = get_device(device)
-        if cuda_graphs:
-            require_cuda_graphs(torch_device, model_parallel_size)
+        check_gpu_features(torch_device, bf16, model_parallel_size, flash_attention2, cuda_graphs)
         args, tokenizer = load_params_and_tokenizer(ckpt_dir)
         adapter = None
         if adapter_path is not None:
             assert config is None, "an adapter file brings its own configuration"
-            config, adapter = load_adapter(adapter_path, asdict(args), method)
+            config, adapter = load_adapter(adapter_path, args, method)
         init_distributed(torch_device, model_parallel_size)
         model = Transformer(args, config, flash_attention2)
         load_base_weights(model, ckpt_dir, torch.bfloat16 if bf16 else torch.float32, torch_device)
@@ -108,7 +104,8 @@ class Llama:
         prompt's sample (default 0), for several draws from one prompt. on_finish(index, tokens): called as answers end.
         Raises ValueError for an empty prompt, one without room for an answer, or settings out of range.
         """
-        self._check(prompts, max_gen_len, min_new_tokens, temperature, top_p)
+        check_sampling(temperature, top_p)
+        self._check(prompts, max_gen_len, min_new_tokens)
         if not prompts:
             return []
         requests = []
@@ -131,17 +128,11 @@ class Llama:
             self.model.train(training)
         return [request.tokens for request in requests]
 
-    def _check(self, prompts, max_gen_len, min_new_tokens, temperature, top_p) -> None:
+    def _check(self, prompts: list[list[int]], max_gen_len: int, min_new_tokens: int) -> None:
         if max_gen_len < 1:
             raise ValueError(f"max_gen_len must be at least 1, not {max_gen_len}")
         if not 0 <= min_new_tokens <= max_gen_len:
             raise ValueError(f"min_new_tokens must be 0 to max_gen_len ({max_gen_len}), not {min_new_tokens}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, and finite, not {temperature}")
-        if 0 < temperature < MIN_TEMPERATURE:
-            raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {temperature}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty")
@@ -153,21 +144,16 @@ class Llama:
                 raise ValueError(f"prompt {i} has a token that is none of the tokenizer's {self.tokenizer.n_words}")
 
 
-def require_flash(device: str, bf16: bool) -> None:
-    """ValueError unless flash-attn 2 can be used as asked."""
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        raise ValueError("flash_attention2: the package flash-attn is not installed (it needs a GPU)") from None
-    if device == "cpu" or not torch.cuda.is_available():
-        raise ValueError("flash_attention2 needs a GPU")
-    if not bf16:
+def check_gpu_features(
+    device: torch.device, bf16: bool, model_parallel_size: int, flash_attention2: bool, cuda_graphs: bool
+) -> None:
+    """ValueError naming what a feature that was asked for lacks."""
+    for name, wanted in (("flash_attention2", flash_attention2), ("cuda_graphs", cuda_graphs)):
+        if wanted and device.type != "cuda":
+            raise ValueError(f"{name} needs a GPU")
+    if flash_attention2 and not bf16:
         raise ValueError("flash_attention2 needs bf16")
-
-
-def require_cuda_graphs(device: torch.device, model_parallel_size: int) -> None:
-    """ValueError unless decode steps can be recorded there."""
-    if device.type != "cuda":
-        raise ValueError("cuda_graphs needs a GPU")
-    if model_parallel_size > 1:
+    if flash_attention2 and find_spec("flash_attn") is None:
+        raise ValueError("flash_attention2: the package flash-attn is not installed")
+    if cuda_graphs and model_parallel_size > 1:
         raise ValueError(f"cuda_graphs needs model_parallel_size 1, not {model_parallel_size}")

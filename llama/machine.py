@@ -1,6 +1,7 @@
 """What is done before torch is loaded: flags about machine and sampling are checked, CPU libraries configured."""
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -20,11 +21,11 @@ def check_machine(device: str, bf16: bool | None, flash_attention2: bool) -> Non
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
-    """ValueError naming the flag that is out of range."""
-    if temperature < 0 or 0 < temperature < MIN_TEMPERATURE:
-        raise ValueError(f"--temperature must be 0 (greedy) or at least 1e-6, not {temperature}")
+    """ValueError naming the number that is out of range."""
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {temperature}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"--top_p must be above 0 and at most 1, not {top_p}")
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
 
 
 def prepare_cpu() -> None:

@@ -12,6 +12,7 @@ import llama.attention
 import llama.generation
 from llama import Llama
 from llama.attention import causal_attention
+from llama.generation import check_gpu_features
 from llama.packing import PackedBatch
 from tiny import BASE, METHODS, gradients, relative, shared, tokens
 
@@ -87,19 +88,15 @@ def test_same_results_by_the_kernel(name: str | None, flash: list[int], monkeypa
         assert relative(grad, expected[3][key]) < (2e-3 if "threshold" in key else 1e-4), key  # sums in another order
 
 
-def test_asked_for_without_the_package(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises ImportError
-    with pytest.raises(ValueError, match="flash_attention2: the package flash-attn is not installed"):
-        Llama.build(BASE, device="cpu", flash_attention2=True)
-
-
-def test_asked_for_where_it_cannot_run(flash: list[int], monkeypatch) -> None:
+def test_asked_for_where_it_cannot_run(monkeypatch) -> None:
     with pytest.raises(ValueError, match="flash_attention2 needs a GPU"):
         Llama.build(BASE, device="cpu", bf16=True, flash_attention2=True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = torch.device("cuda")
     with pytest.raises(ValueError, match="flash_attention2 needs bf16"):
-        llama.generation.require_flash("auto", bf16=False)
-    llama.generation.require_flash("auto", bf16=True)
+        check_gpu_features(gpu, False, 1, flash_attention2=True, cuda_graphs=False)
+    monkeypatch.setattr(llama.generation, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="flash_attention2: the package flash-attn is not installed"):
+        check_gpu_features(gpu, True, 1, flash_attention2=True, cuda_graphs=False)
 
 
 def _varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, *_: object) -> tuple[Tensor, Tensor, Tensor]:

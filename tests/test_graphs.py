@@ -6,7 +6,7 @@ import torch
 from graph_stand_in import Graph, Recording, stand_in
 from llama import Llama
 from llama.accelerate import FastDecoding, cuda_graphs
-from llama.generation import require_cuda_graphs
+from llama.generation import check_gpu_features
 from tiny import ALL, BASE, changed, prompts, shared
 
 
@@ -62,5 +62,4 @@ def test_asked_for_where_it_cannot_be() -> None:
     with pytest.raises(ValueError, match="cuda_graphs needs a GPU"):
         Llama.build(BASE, device="cpu", cuda_graphs=True)
     with pytest.raises(ValueError, match="cuda_graphs needs model_parallel_size 1, not 2"):
-        require_cuda_graphs(torch.device("cuda"), 2)
-    require_cuda_graphs(torch.device("cuda"), 1)
+        check_gpu_features(torch.device("cuda"), True, 2, flash_attention2=False, cuda_graphs=True)
