@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 
 from cli import cli_errors
-from demo.recipe import RECIPE
+from demo import RECIPE
 from llama.machine import prepare_cpu
 from training.config import RunConfig, merge_with_previous_run, parse_flags
 

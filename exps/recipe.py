@@ -15,7 +15,7 @@ from math import gcd
 from typing import Any
 
 from cli import cli_errors, die, nearest
-from demo.recipe import RECIPE as DEMO
+from demo import RECIPE as DEMO
 from moa.methods import METHODS
 
 LARGEST_MICRO_BATCH = 8
