@@ -1,11 +1,14 @@
 """Tasks that are answered with a choice, A to E: the two metrics."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from evaluate.answer_statements import Statement, first_sentence, normalize, statements
-from evaluate.extract_number import is_correct, numbers, stated_number
+from evaluate.answer_statements import Statement, first_sentence, statements, truncate_run_on
+from evaluate.extract_number import is_correct, stated_number
 from evaluate.metrics import Extraction, Metric
+from evaluate.normalize import normalize
+from evaluate.read_numbers import numbers
 from evaluate.rows import shorten
 
 _LETTERS = "ABCDE"
@@ -27,59 +30,57 @@ def published_letter(text: str, row: dict[str, Any]) -> Extraction | None:
     return _letter(match[0]) if match else None
 
 
-# An article or the subject of a sentence that explains, not the choice (A): "A" before a word in lower case, except
-# the words that follow a stated choice.
-_ARTICLE = r"(?!(?<=A) (?!(?:because|since|as|and|or|is|which|with|for|by|so)\b)[a-z])"
-_STAND_ALONE = re.compile(rf"(?<![\w'’°])([A-E]){_ARTICLE}(?![\w'’])")
-_AT_ONCE = re.compile(
-    rf"[\W_]*(?:(?:the|option|choice|letter|answer|alternative)\b[\W_]*)*(?:([A-E])(?![\w'’]){_ARTICLE}"
-    r"|(?<=[(\[{])([a-e])(?=[)\]}])|([a-e])(?=\s*$|[).,:;]))"
-)
-_BRACKETED = re.compile(r"(?<!\w)[(\[{] ?([A-Ea-e]) ?[)\]}](?!\w)")
-_NAMED = re.compile(r"\b(?i:option|choice|alternative) ?\(?([A-E])\b")
-_CALLED_RIGHT = re.compile(r"(?<![\w'’°])([A-E])\b\)? is (?:the )?(?:correct|right|best|answer)\b")
-_LIST = re.compile(r"(?<![\w'’°(])\(?[A-E]\)?(?:, ?\(?[A-E]\)?){0,4},? (?:or|to) \(?[A-E](?:\)|(?![\w'’)]))")
-
-
 def robust_letter(text: str, row: dict[str, Any]) -> Extraction | None:
     """Take the stated letter; else the stated value, if only one choice has it; else the last letter that stands alone.
     "A or B" is no choice."""
-    text = _LIST.sub(" ", normalize(text))
-    stated = list(statements(text))
-    for statement in stated:
-        if letter := _stated_letter(statement):
-            return _letter(letter)
-    if called_right := _CALLED_RIGHT.search(text):
-        return _letter(called_right[1])
-    choices = _choices(row.get("instruction", ""))
-    for statement in stated:
-        if extraction := _choice_of_value(statement, choices):
-            return extraction
-    if letters := _STAND_ALONE.findall(text):
-        return _letter(letters[-1])
-    whole = Statement(text.strip(), label=True)  # "d", "(d) 62 m", "62 m"
-    if len(whole.tail) > 80 or "\n" in whole.tail:
-        return None
-    letter = _stated_letter(whole)
-    return _letter(letter) if letter else _choice_of_value(whole, choices)
+    text = _LIST.sub(" ", normalize(truncate_run_on(text)))
+    return next(filter(None, _readings(text, _choices(row.get("instruction", "")))), None)
 
 
 PUBLISHED = Metric(published_letter)
 ROBUST = Metric(robust_letter)
+
+_NO_WORD = r"(?![\w'’])"  # behind a letter: not "Ann", "A's"
+# An article or the subject of a sentence that explains, not the choice (A): "A" before a word in lower case, except
+# the words that follow a stated choice.
+_ARTICLE = r"(?!(?<=A) (?!(?:because|since|as|and|or|is|which|with|for|by|so)\b)[a-z])"
+_STAND_ALONE = re.compile(rf"(?<![\w'’°])([A-E]){_ARTICLE}{_NO_WORD}")  # not "Mr. D's", "25 °C", "10C2"
+_AT_ONCE = re.compile(  # "the option B", "(b)", "d."
+    rf"[\W_]*(?:(?:the|option|choice|letter|answer|alternative)\b[\W_]*)*(?:([A-E]){_NO_WORD}{_ARTICLE}"
+    r"|(?<=[(\[{])([a-e])(?=[)\]}])|([a-e])(?=\s*$|[).,:;]))"
+)
+_LATER = (
+    re.compile(r"(?<!\w)[(\[{] ?([A-Ea-e]) ?[)\]}](?!\w)"),  # "62 m (c)"
+    re.compile(r"\b(?i:option|choice|alternative) ?\(?([A-E])\b"),  # "62 m, option C"
+)
+_CALLED_RIGHT = re.compile(r"(?<![\w'’°])([A-E])\b\)? is (?:the )?(?:correct|right|best|answer)\b")
+_LIST = re.compile(r"(?<![\w'’°(])\(?[A-E]\)?(?:, ?\(?[A-E]\)?){0,4},? (?:or|to) \(?[A-E](?:\)|(?![\w'’)]))")
+
+
+def _readings(text: str, choices: dict[str, str]) -> Iterator[Extraction | None]:
+    """Yield what each way to read an answer makes of a text, the one to believe first."""
+    stated = list(statements(text))
+    yield from map(_stated_letter, stated)
+    yield from (_letter(match[1]) for match in _CALLED_RIGHT.finditer(text))
+    for statement in stated:
+        yield _choice_of_value(statement, choices)
+    letters = _STAND_ALONE.findall(text)
+    yield _letter(letters[-1]) if letters else None
+    if len(text.strip()) <= 80 and "\n" not in text.strip():  # the text is nothing else: "d", "(d) 62 m", "62 m"
+        whole = Statement(text.strip(), label=True)
+        yield _stated_letter(whole)
+        yield _choice_of_value(whole, choices)
 
 
 def _letter(letter: str) -> Extraction:
     return Extraction(letter.upper(), (letter.upper(),))
 
 
-def _stated_letter(statement: Statement) -> str | None:
+def _stated_letter(statement: Statement) -> Extraction | None:
     if match := _AT_ONCE.match(statement.tail):
-        return match[1] or match[2] or match[3]
-    if statement.label:
-        return None
-    sentence = first_sentence(statement.tail)
-    match = _BRACKETED.search(sentence) or _NAMED.search(sentence)
-    return match[1] if match else None
+        return _letter(match[1] or match[2] or match[3])
+    sentence = "" if statement.label else first_sentence(statement.tail)
+    return next((_letter(match[1]) for pattern in _LATER if (match := pattern.search(sentence))), None)
 
 
 _CHOICE_MARK = re.compile(r"\(([A-E])\)")

@@ -2,53 +2,28 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from evaluate.answer_statements import Statement, first_sentence, normalize, statements, truncate_run_on
+from evaluate.answer_statements import Statement, first_sentence, statements, truncate_run_on
+from evaluate.keyword_mentions import BEST, Mention, mentions_of
 from evaluate.metrics import Extraction, Metric
+from evaluate.normalize import normalize
 from evaluate.rows import shorten
-
-
-@dataclass(frozen=True)
-class Mention:
-    """A keyword in a text, text[start:end]. negated: "not answer1", "answer1 is wrong"."""
-
-    keyword: str
-    negated: bool
-    start: int
-    end: int
-
 
 # The next problem of a model that runs on without the template's headings: how the tasks' instructions begin.
 _NEXT_PROBLEM = re.compile(r"\bPlease (?:choose the correct|answer the following question)")
-_BEST = r"(?:correct|right|best|appropriate|likely|plausible|logical|sensible|reasonable|suitable)"
-_OTHER_NOUN = re.compile(rf"\b({_BEST}) (?:solution|ending)(?=s?\b(?! ?\(?\d))", re.I)
+_OTHER_NOUN = re.compile(rf"\b({BEST}) (?:solution|ending)(?=s?\b(?! ?\(?\d))", re.I)
 
-_FILLER = r"(?:(?:the|a|an|be|is|really|actually|necessarily|entirely|always|correct|right|best|answer|option)\s+){0,3}"
-_NEGATED_BEFORE = re.compile(
-    r"(?:(?:\b(?:not|nor|neither|never|cannot|than|over|unlike|except|excludes?|eliminates?|eliminating|instead of|"
-    rf"rules? out|ruled out|ruling out)|n['’]t)\s+{_FILLER}"
-    r"|\b(?:wrong|incorrect) (?:answer|option|choice)\s*(?:is|:)\s*)[\"'“‘(]*$",
-    re.I,
-)
-_NEGATED_AFTER = re.compile(
-    r"[\"'”’)]*,?\s+(?:which |that )?(?:(?:is|was|would be|seems|looks|sounds)\s+(?:also |clearly |simply |just )?"
-    r"(?:not|never|too|less|wrong|incorrect|false|impossible|unlikely|implausible|irrelevant|unrelated|illogical)\b"
-    r"|(?:is|was|does|could|would)n['’]t\b|can['’]t\b|won['’]t\b|cannot\b|(?:does|can|could|would|will) not\b"
-    r"|makes? (?:no|little) sense\b)",
-    re.I,
-)
-_RIGHT_AFTER = re.compile(
-    rf"[\"'”’)]*\s+(?:is|was|must be|seems|would be)\s+(?:the\s+)?(?:only |most )?(?:{_BEST}|answer)\b", re.I
-)
-# "I choose answer2"
-_CHOSEN_BEFORE = re.compile(r"\b(?:choose|chose|pick|select|go with|going with|opt for)\s+(?:the )?[\"'“‘(]*$", re.I)
+# What may follow an answer that a text begins with: "True. It", "answer2 because".
 _LEADS = re.compile(r"[\"'”’)\]]*\s*(?:$|[.!;:\n)]|,|[-–—] | (?:because|since|as|it|they|there|you)\b)")
+# What an answer begins with: "The best option is", then perhaps "yes" or a bare number.
 _AT_ONCE = re.compile(
-    r"[\W_]*(?:(?:the|that|it|is|correct|right|best|most|likely|definitely|clearly|probably|option|choice|answer|number"
-    r"|solution|ending)\b[\W_]*)*(?:(?P<word>yes|no)\b|(?P<number>[0-9]{1,2})(?=[)\]]?\s*(?:$|[.,;:!\n)](?!\d))))?",
-    re.I,
+    r"""
+    [\W_]* (?: (?: the|that|it|is | correct|right|best|most|likely|definitely|clearly|probably
+              | option|choice|answer|number|solution|ending )\b [\W_]* )*
+    (?: (?P<word>yes|no)\b | (?P<number>[0-9]{1,2}) (?=[)\]]?\s*(?:$|[.,;:!\n)](?!\d))) )?
+    """,
+    re.I | re.X,
 )
 _YES_NO = {"yes": "true", "no": "false"}
 
@@ -63,7 +38,7 @@ class Keywords:
         self.word = word
         self.all = tuple(f"{word}{number}" for number in range(1, count + 1)) if word else ("true", "false")
         self.published_keyword = re.compile(f"{word}[1-{max(count, published_count)}]" if word else "true|false")
-        # "Answer 2", "answer (2)", "option #2" are answer2; "answer2answer2" is, too, but "answer 2.5 g" is not.
+        # "Answer 2", "answer (2)", "option #2" are answer2, but "answer 2.5 g" is not.
         nouns = "|".join(dict.fromkeys([word, "answer", "option", "choice"]))
         self.spelled = re.compile(
             rf"\b(?:{nouns})(?: ?(?:number|no\.))?(?:[ _#-]{{0,2}}[(\[]?([0-9]{{1,2}})[)\]]?(?![\w%]|[.,]\d))", re.I
@@ -87,14 +62,14 @@ class Keywords:
 
     def robust(self, text: str, row: dict[str, Any]) -> Extraction | None:
         """Take the stated keyword, number or value; else the one called right; else the last that is not negated."""
-        options, values = self._options(row.get("instruction", ""))
-        keyword = self._read(text, options, values)
-        return Extraction(keyword, (keyword,)) if keyword in options else None
+        options = self._options(row.get("instruction", ""))
+        keyword = next(filter(None, self._readings(self._spell_alike(text), options)), None)
+        return Extraction(keyword, (keyword,)) if keyword in options else None  # it may be "answer9"
 
-    def _options(self, instruction: str) -> tuple[tuple[str, ...], dict[str, str]]:
-        """Return the keywords that an answer may be, and what the instruction says behind each.
+    def _options(self, instruction: str) -> dict[str, str]:
+        """Return the keywords that an answer may be, each with what the instruction says behind it.
 
-        The keywords are all of the task's where the instruction lists none. There are no values where the options are
+        They are all of the task's where the instruction lists none. Nothing stands behind them where the options are
         not numbered 1, 2, ... in order.
         """
         listed, mark, form = instruction.rpartition("Answer format:")
@@ -103,30 +78,22 @@ class Keywords:
         if tuple(values) != self.all[: len(values)] or len(values) != len(parts) // 2:
             values = {}
         named = [keyword for keyword in self.all if mark and keyword in self.keyword.findall(form)]
-        return tuple(named or values or self.all), values
+        return {keyword: values.get(keyword, "") for keyword in named or values or self.all}
 
-    def _read(self, text: str, options: tuple[str, ...], values: dict[str, str]) -> str | None:
-        """Return the keyword that a text gives as its answer; it may be none of the options ("answer9")."""
-        text = self._spell_alike(text)
+    def _readings(self, text: str, options: dict[str, str]) -> Iterator[str | None]:
+        """Yield what each way to read an answer makes of a text, the one to believe first."""
         stated = list(statements(text))
-        for statement in stated:
-            if keyword := self._stated(statement, options, values):
-                return keyword
-        mentions = list(self._mentions(text))
-        for mention in mentions:
-            chosen = _CHOSEN_BEFORE.search(text[max(0, mention.start - 40) : mention.start])
-            if (chosen or _RIGHT_AFTER.match(text, mention.end)) and not mention.negated:
-                return mention.keyword
-        if keyword := self._leading(text, mentions):
-            return keyword
-        for statement in stated:
-            if keyword := self._of_value(statement.tail, values):
-                return keyword
-        return self._not_negated(mentions, options, last=True) or self._of_value(text, values)
+        mentions = list(mentions_of(self.keyword, text))
+        yield from (self._stated(statement, options) for statement in stated)
+        yield from (mention.keyword for mention in mentions if mention.chosen)
+        yield self._leading(text, mentions)
+        yield from (self._of_value(statement.tail, options) for statement in stated)
+        yield self._not_negated(mentions, options, last=True)
+        yield self._of_value(text, options)
 
     def _spell_alike(self, text: str) -> str:
         """Return this problem's text, keywords spelled as the task does, without lists that only name them."""
-        text = _OTHER_NOUN.sub(r"\1 answer", truncate_run_on(normalize(text), _NEXT_PROBLEM))
+        text = _OTHER_NOUN.sub(r"\1 answer", truncate_run_on(normalize(truncate_run_on(text)), _NEXT_PROBLEM))
         if self.word:
             text = self.spelled.sub(rf"{self.word}\1", text)
         text = self.list_of.sub(self._without_list, text)
@@ -143,13 +110,7 @@ class Keywords:
             return match[0]
         return " "
 
-    def _mentions(self, text: str) -> Iterator[Mention]:
-        for match in self.keyword.finditer(text):
-            before = _NEGATED_BEFORE.search(text[max(0, match.start() - 80) : match.start()])
-            after = _NEGATED_AFTER.match(text, match.end())
-            yield Mention(match[0].lower(), bool(before or after), *match.span())
-
-    def _not_negated(self, mentions: list[Mention], options: tuple[str, ...], last: bool = False) -> str | None:
+    def _not_negated(self, mentions: list[Mention], options: dict[str, str], last: bool = False) -> str | None:
         """Return the first or last keyword that is not negated; else, of the options, the only one not mentioned."""
         kept = [mention.keyword for mention in mentions if not mention.negated]
         if kept:
@@ -157,14 +118,14 @@ class Keywords:
         left = set(options) - {mention.keyword for mention in mentions}
         return left.pop() if mentions and len(left) == 1 else None
 
-    def _stated(self, statement: Statement, options: tuple[str, ...], values: dict[str, str]) -> str | None:
+    def _stated(self, statement: Statement, options: dict[str, str]) -> str | None:
         start = _AT_ONCE.match(statement.tail)
         assert start is not None  # everything in it is optional
         if start["number"] and self.word:
-            return self._of_value(start["number"], values)
+            return self._of_value(start["number"], options)
         if start["word"] and not self.word:
             return _YES_NO[start["word"].lower()]
-        mentions = list(self._mentions(first_sentence(statement.tail)))
+        mentions = list(mentions_of(self.keyword, first_sentence(statement.tail)))
         if statement.label:
             mentions = [mention for mention in mentions[:1] if mention.start == start.end()]
         return self._not_negated(mentions, options)
@@ -180,7 +141,7 @@ class Keywords:
             return first.keyword
         return None
 
-    def _of_value(self, text: str, values: dict[str, str]) -> str | None:
+    def _of_value(self, text: str, options: dict[str, str]) -> str | None:
         """Return the one option whose words, or whose number, are those of the text or of its first sentence.
 
         "2" names none where another option reads 2.
@@ -188,7 +149,7 @@ class Keywords:
         if len(text) > 1000:
             return None
         stated = {_bare(text), _bare(first_sentence(text))} - {""}
-        same = {keyword for keyword, value in values.items() if _bare(normalize(value)) in stated}
+        same = {keyword for keyword, value in options.items() if _bare(normalize(value)) in stated}
         if self.word:
             same |= {f"{self.word}{number}" for number in stated if re.fullmatch(r"[0-9]{1,2}", number)}
         return same.pop() if len(same) == 1 else None

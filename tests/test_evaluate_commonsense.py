@@ -14,16 +14,8 @@ from evaluate.report import mean
 from evaluate.tasks import task_named, task_of_file
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "commonsense_suites"
-SIZES = {
-    "BoolQ": 3270,
-    "PIQA": 1838,
-    "SIQA": 1954,
-    "HellaSwag": 10042,
-    "WinoGrande": 1267,
-    "ARC-c": 1172,
-    "ARC-e": 2376,
-    "OBQA": 500,
-}
+SUITES = ("BoolQ", "PIQA", "SIQA", "HellaSwag", "WinoGrande", "ARC-c", "ARC-e", "OBQA")
+PROBLEMS = (3270, 1838, 1954, 10042, 1267, 1172, 2376, 500)
 INSTRUCTIONS = {
     "BoolQ": "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false",
     "PIQA": "Please choose the correct solution to the question: How?\n\nSolution1: Use a saw.\n\nSolution2: Use soup."
@@ -51,40 +43,32 @@ TRUTH = [
     ("the correct answer is true", "true", "true"),
     ("True.", None, "true"),
     ("FALSE", None, "false"),
-    ("Answer: True", None, "true"),
     ("Answer: B", None, None),
-    ("yes", None, "true"),
     ("It is not true that it is.", "true", "false"),
     ("False, as it would be true of the Moon.", "true", "false"),
     ("True or false?", "false", None),
     (f"True.{RUN_ON}the correct answer is false", "false", "true"),
     (f"the correct answer is true{RUN_ON}false", "true", "true"),
-    ("1,000", None, None),
     ("untrue", "true", None),
     ("I don't know.", None, None),
     ("", None, None),
 ]
 KEYWORDS = [  # {0} is the suite's keyword, {1} the same with a capital
-    ("the correct answer is {0}2", 2, 2),
     ("{1}2.", None, 2),
     ("{1} 2", None, 2),
-    ("The answer is {1} (2).", None, 2),
     ("**{1} #2**", None, 2),
     ("The answer is 2.", None, 2),
     ("The answer is 1,000 km.", None, 2),
-    ("1,000 km", None, 2),
     ("The answer is 2 km.", None, None),
     ("{0}1 is wrong, so {0}2", 1, 2),
     ("I think it's {0}2, since {0}1 makes no sense", 2, 2),
     ("not {0}1 but {0}2", 1, 2),
-    ("either {0}1 or {0}2", 1, None),
     ("Answer: B", None, None),
     ("True.", None, None),
     ("the correct answer is {0}2" + RUN_ON + "the correct answer is {0}1", 2, 2),
     ("{1} 2" + RUN_ON + "the correct answer is {0}1", 1, 2),
     ("{1} 2\n\nPlease choose the correct answer to the question: Why? {0}1", 1, 2),
     ("the correct answer is {0}9", None, None),
-    ("The second one.", None, None),
     ("I don't know.", None, None),
     ("", None, None),
 ]
@@ -107,8 +91,9 @@ def test_keywords(task: str, text: str, published: int | None, robust: int | Non
         assert keyword == (f"{word}{number}" if number else None)
 
 
-def test_the_tables_have_every_task() -> None:
-    assert sorted(["BoolQ", *WORDS]) == sorted(name for name, task in TASKS.items() if task.family == "commonsense")
+def test_the_suites_are_the_papers() -> None:
+    tasks = {name: task.problems for name, task in TASKS.items() if task.family == "commonsense"}
+    assert tasks == dict(zip(SUITES, PROBLEMS, strict=True)) and set(tasks) == {"BoolQ", *WORDS}
 
 
 @pytest.mark.parametrize(
@@ -135,14 +120,11 @@ def test_published(task: str, text: str, keyword: str | None) -> None:
 
 
 ROBUST = [
-    ("BoolQ", "the correct answer is false", "false"),
-    ("BoolQ", "True.", "true"),
     ("BoolQ", "**FALSE**", "false"),
     ("BoolQ", "The answer is yes.", "true"),
     ("BoolQ", "No, it is not.", "false"),
     ("BoolQ", "Yes it is", "true"),
     ("BoolQ", "No one knows, but true", "true"),
-    ("BoolQ", "It is not true that dogs fly.", "false"),
     ("BoolQ", "The answer is not true.", "false"),
     ("BoolQ", "true, not false", "true"),
     ("BoolQ", "false rather than true", "false"),
@@ -151,26 +133,18 @@ ROBUST = [
     ("BoolQ", "Answer: True, because false is wrong", "true"),
     ("BoolQ", "Answer format: true/false", None),
     ("BoolQ", "I must say true or false. The answer is false.", "false"),
-    ("BoolQ", "untrue", None),
-    ("BoolQ", "1", None),
     ("PIQA", "The correct solution is Solution 2.", "solution2"),
-    ("PIQA", "The best solution is 2", "solution2"),
-    ("PIQA", "Option (1)", "solution1"),
     ("PIQA", "solution1 is wrong", "solution2"),
     ("PIQA", "solution1 is wrong. solution2 is wrong.", None),
     ("PIQA", "Use soup.", "solution2"),
     ("PIQA", "Solution2. Because solution1 is slow", "solution2"),
-    ("SIQA", "the correct answer is answer2", "answer2"),
     ("SIQA", "Answer: Answer 2", "answer2"),
-    ("SIQA", "ANSWER (2).", "answer2"),
     ("SIQA", "**Answer #3**", "answer3"),
     ("SIQA", r"$\boxed{\text{answer}3}$", "answer3"),
     ("SIQA", "#### answer1\nanswer2", "answer1"),
-    ("SIQA", "the answer is 1", "answer1"),
     ("SIQA", "Answer: 3.", "answer3"),
     ("SIQA", "the answer is 2.", None),  # the second answer, or the third, which reads 2
     ("SIQA", "the answer is 1.5", None),
-    ("SIQA", "answer1 is wrong, so answer2", "answer2"),
     ("SIQA", "answer2, because answer1 is wrong", "answer2"),
     ("SIQA", "So answer2, as answer1 isn't likely", "answer2"),
     ("SIQA", "The answer isn't answer1, it's answer3", "answer3"),
@@ -185,26 +159,16 @@ ROBUST = [
     ("SIQA", "answer2 is better than answer1", "answer2"),
     ("SIQA", "Answer1: make a new plan Answer2: Go home Answer3: 2", None),  # the options, copied
     ("SIQA", "Answer2: Go home", "answer2"),
-    ("SIQA", "The answer is go home.", "answer2"),
-    ("SIQA", "The correct answer is answer4.", None),  # beyond the options
     ("SIQA", "answer1 is near. The correct answer is answer4.", None),
     ("SIQA", "answer12", None),
-    ("SIQA", "Answer: B", None),  # the options have numbers
     ("SIQA", "the correct answer is answer2the correct answer is answer1", "answer2"),
-    ("SIQA", "answer2\n\n### Instruction:\nthe correct answer is answer1", "answer2"),
-    ("SIQA", "answer2\nBelow is an instruction: answer1", "answer2"),
     ("SIQA", "answer2\n\nPlease choose the correct answer to the question: Why? The answer is answer1", "answer2"),
     ("SIQA", "### Response:\nanswer2", "answer2"),
     ("HellaSwag", "The most likely ending is ending 3, not ending1.", "ending3"),
-    ("HellaSwag", "the correct ending is 4", "ending4"),
     ("HellaSwag", "Is seen.", "ending3"),
-    ("HellaSwag", "ending5", None),
-    ("WinoGrande", "Option #1", "option1"),
     ("WinoGrande", "The answer is Maria.", "option2"),
     ("WinoGrande", "option1 is less likely; Option_2", "option2"),
-    ("ARC-e", "The answer is 3 grams.", "answer1"),
     ("ARC-e", "moon", "answer2"),
-    ("ARC-e", "answer3", None),
     ("ARC-c", "the correct answer is answer5", "answer5"),  # without an instruction: all that the suite can have
     ("OBQA", "the correct answer is answer5", None),
 ]
@@ -230,10 +194,6 @@ def test_an_option_of_a_published_row_can_be_stated_in_its_words() -> None:
     options = row["instruction"].split("Option1: ")[1].split(" Answer format")[0].split(" Option2: ")
     for number, words in enumerate(options, 1):
         assert extracted("WinoGrande", "robust", f"The answer is {words}.", row["instruction"]) == f"option{number}"
-
-
-def test_the_commonsense_suites_are_the_papers() -> None:
-    assert {name: task.problems for name, task in TASKS.items() if task.family == "commonsense"} == SIZES
 
 
 SPELLINGS = {

@@ -9,10 +9,23 @@ from hypothesis import strategies as st
 
 from code_rows import LISTED, RUN_ON, extracted
 from evaluate import TASKS
+from evaluate.answer_statements import FORMS, Form, statements
+from evaluate.normalize import REWRITES, Rewrite, normalize
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "math_suites"
 NUMERIC = ("AddSub", "GSM8K", "MultiArith", "SingleEq", "SVAMP")
 CHOICES = "How far? Answer Choices: (A) 60 m (B) 61 m (C) 62 m (D) $1,000 (E) None of these"
+
+
+@pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.example)
+def test_rewrites(rewrite: Rewrite) -> None:
+    assert normalize(rewrite.example) == rewrite.result != rewrite.example
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.example)
+def test_forms_of_statements(form: Form) -> None:
+    first = next(statements(form.example))
+    assert (first.tail, first.label) == ("18", form.label)
 
 
 def is_correct(task: str, metric: str, text: str, answer: object, instruction: str = "") -> bool:
@@ -32,16 +45,10 @@ NUMBERS = [
     ("The answer is 1234 dollars and 0 cents.", 0, 1234),
     ("The answer is 5 1/2 hours.", 2, 5.5),
     ("Answer: 18", 18, 18),
-    ("**Answer:** 18 eggs", 18, 18),
     ("#### 18", 18, 18),
-    ("The answer is 18 (that is 9 + 9).", 9, 18),
-    ("The answer is 9 + 9 = 18.", 18, 18),
     (f"The answer is 18.{RUN_ON}The answer is 7.", 7, 18),
     ("The answer is 18.\nQ: Another one. The answer is 7.", 7, 18),
     ("Answer: B", None, None),
-    ("True.", None, None),
-    ("I don't know.", None, None),
-    ("The answer is twelve.", None, None),
     ("", None, None),
 ]
 LETTERS = [
@@ -65,11 +72,11 @@ LETTERS = [
 ]
 
 
-@pytest.mark.parametrize("task", NUMERIC)
 @pytest.mark.parametrize(("text", "published", "robust"), NUMBERS)
-def test_numbers(task: str, text: str, published: float | None, robust: float | None) -> None:
-    assert extracted(task, "published", text, "How many?") == published
-    assert extracted(task, "robust", text, "How many?") == robust
+def test_numbers(text: str, published: float | None, robust: float | None) -> None:
+    for task in NUMERIC:
+        assert extracted(task, "published", text, "How many?") == published
+        assert extracted(task, "robust", text, "How many?") == robust
 
 
 @pytest.mark.parametrize(("text", "published", "robust"), LETTERS)
@@ -83,54 +90,40 @@ def test_letters(text: str, published: str | None, robust: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "answer", "correct"),
     [
-        ("The answer is 4.", "4", True),
         ("4 of 5", "4", False),  # the last number, whatever it is
         ("The answer is 1,234.50.", "1234.5", True),
         ("It is 3,4", "34", True),  # commas go first
         ("The answer is 4. It took 2 steps", "4", False),
         ("7 - 3 = 4\n\n### Instruction:\nAdd 8 and 9.", "9", True),  # a run-on counts
-        ("5-3", "-3", True),
         ("\u22125", "5", True),  # only the ASCII minus is one
-        ("1/2", "0.5", False),
         ("0.5005", "0.5", True),
-        ("0.502", "0.5", False),
-        ("four", "4", False),
         ("", "0", False),
     ],
 )
-@pytest.mark.parametrize("task", NUMERIC)
-def test_numbers_published(task: str, text: str, answer: str, correct: bool) -> None:
-    assert is_correct(task, "published", text, answer) is correct
+def test_numbers_published(text: str, answer: str, correct: bool) -> None:
+    assert is_correct("GSM8K", "published", text, answer) is correct
 
 
 RIGHT_NUMBERS = [
     ("The answer is 4.", "4"),
-    ("THE ANSWER IS 4", "4.0"),
     ("The answer is 4. It took 2 steps.", "4"),
     ("The answer is -$7.", "-7"),
     ("He pays $ 1,000,000 in all.", "1000000"),
     ("So Rs. 1,00,000", "100000"),
     ("The answer is $118 000.", "118000"),
-    ("The answer is 1000$.", "1000"),
     ("The answer is Rs. 500.", "500"),
-    ("The answer is 240g.", "240"),
     ("The answer is 6th.", "6"),
     ("18 eggs on the 3rd day.", "18"),
     ("The area is 25 cm^2", "25"),
-    ("The area is 25 cm2", "25"),
     ("The answer is 50%.", "50"),
     ("The answer is 50%.", "0.5"),
     ("The answer is 184 dozen pencils.", "2208"),
-    ("The answer is 2 dozen eggs.", "2"),
     ("The answer is 2.4 million metric tons.", "2400000"),
-    ("The answer is 1/2.", "0.5"),
     ("The answer is 1 1/2 cups.", "1.5"),
     ("The answer is 1½ cups.", "1.5"),
-    ("The answer is ¾.", "0.75"),
     ("The answer is 29/3.", "9.666666666666666"),
     ("The answer is .5", "0.5"),
     ("The answer is 0.33.", "0.3333333333333333"),  # rounded to two decimals
-    ("The answer is 5.67 feet.", "5.666666666666667"),
     ("The answer is \u22125.", "-5"),
     ("It fell to -5 degrees", "-5"),
     ("5-3", "3"),
@@ -138,14 +131,11 @@ RIGHT_NUMBERS = [
     ("Between 5\u201310", "10"),
     ("1.5e3", "1500"),
     ("3 x 10^5 people", "300000"),
-    ("x = 5", "5"),
     ("The answer is x = 5.", "5"),
     ("The answer is 4 + 16 + 20 = 40.", "40"),
     ("The answer is 100/3 ≈ 33.33", "33.333333333333336"),
     ("The answer is 49 - 34 = 15 customers. 3 stayed.", "15"),
     ("The answer is not 19. We try again: 21", "21"),
-    ("**18**", "18"),
-    ("**Answer:** 18", "18"),
     ("Final Answer:\n\n18 eggs in 3 boxes", "18"),
     ("The __answer__ is `18`, not 3.", "18"),
     ("#### 18\n2 more", "18"),
@@ -158,7 +148,6 @@ RIGHT_NUMBERS = [
     ("Answer: Tom has 3 apples. He buys 4.\nSo he has 7.", "7"),  # a heading, not a statement
     ("Each correct answer is worth 5 points, so she gets 3 * 5 = 15", "15"),
     ("To answer this, note that 12 is the sum of 7 and 5", "5"),
-    ("The answer is 4.\n\n### Instruction:\nThe answer is 9.", "4"),
     ("7 - 3 = 4 ### Input: 9", "4"),
     ("7 - 3 = 4\nBelow is an instruction that describes 1 task", "4"),
     ("### Response:\nThe answer is 4.", "4"),  # nothing stands before it: not a new heading
@@ -174,16 +163,12 @@ def test_numbers_robust_right(text: str, answer: str) -> None:
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("", "0"),
-        ("four", "4"),  # number words are not read
         ("H2O", "2"),
         ("7 - 3 = 4\n### Next\n9", "9"),
         ("5-3", "-3"),
-        ("The answer is 5.", "-5"),
         ("The answer is 0.502.", "0.5"),
         ("The answer is 0.01.", "0.014"),  # too short for a rounding
         ("The answer is 9.6.", "9.666666666666666"),
-        ("The answer is 1/2.", "2"),
         ("The answer is 1e999.", "5"),
         ("The answer is 5/0.", "0"),
     ],
@@ -203,10 +188,7 @@ def test_letters_published(text: str, letter: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        ("The answer is (D).", "D"),
-        ("Answer: B", "B"),
         ("ANSWER: (b)", "B"),
-        ("the answer is d.", "D"),
         ("**Answer:** C", "C"),
         (r"$\boxed{\text{(D)}}$", "D"),
         ("#### E", "E"),
@@ -217,7 +199,6 @@ def test_letters_published(text: str, letter: str | None) -> None:
         ("B - A = 3.The answer is (E). Then D.", "E"),
         ("10C2 = 45, at 25 °C: choose B", "B"),
         ("So it is (B)", "B"),
-        ("d", "D"),
         ("b) 61 m", "B"),
         ("A train travels far.", None),
         ("Answer: A train travels far.", None),
@@ -225,12 +206,10 @@ def test_letters_published(text: str, letter: str | None) -> None:
         ("The answer is (F)", None),
         ("", None),
         # by value, where just one choice has it
-        ("The answer is 62 m.", "C"),
         ("The answer is 62.", "C"),
         ("The answer is $1000.", "D"),
         ("The answer is 60 + 1 = 61 meters.", "B"),
         ("The answer is none of these.", "E"),
-        ("62 m", "C"),
         ("The answer is 63.", None),
         ("He walks 62 m in the end,\nas was asked.", None),  # not stated
         # the next problem

@@ -1,0 +1,85 @@
+"""Numbers in a text: with sign, thousands separators, fraction, power of ten and a word like "dozen"."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from evaluate.metrics import Extraction
+
+TOLERANCE = 0.001
+ROUNDED_TOLERANCE = 0.005  # of a number that is written with exactly two decimals: 0.33 for a third
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a text: text[start:end]. ordinal: "6th"."""
+
+    extraction: Extraction
+    start: int
+    end: int
+    ordinal: bool
+
+
+_DIGITS = re.compile(
+    r"""
+      [1-9]\d{0,2} (?: (?:,\d{3}){1,8} | (?:,\d{2}){1,5},\d{3} ) (?!,?\d) (?:\.\d+)?  # 1,234,567.5; 12,34,567
+    | [1-9]\d{0,2} (?:[ ]\d{3}){1,8} (?![ ]?\d) (?:\.\d+)?                            # 118 000
+    | \d+ (?:\.\d+)?
+    | (?<![\w.]) \.\d+
+    """,
+    re.VERBOSE,
+)
+_MIXED = re.compile(r" (?:and )?(\d{1,9}) ?/ ?(\d{1,9})(?![\d/])")  # 1 1/2
+_OVER = re.compile(r" ?/ ?(\d{1,9}(?:\.\d{1,9})?)(?![\d/])")  # 1/2
+_EXPONENT = re.compile(r"[eE]([+-]?\d{1,3})(?!\w)")  # 1.5e3
+_SCALE = re.compile(r" ?(?:(%)|(percent|dozen|hundred|thousand|million|billion|trillion)s?\b)", re.I)
+_SCALES = {"%": 0.01, "percent": 0.01, "dozen": 12.0, "hundred": 1e2, "thousand": 1e3}
+_SCALES |= {"million": 1e6, "billion": 1e9, "trillion": 1e12}
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b", re.I)
+
+
+def numbers(text: str) -> Iterator[Number]:
+    """Yield the numbers of a normalized text that stand alone: not part of a word (x2), no exponent, no subscript."""
+    position = 0
+    while match := _DIGITS.search(text, position):
+        position = match.end()
+        before = text[max(0, match.start() - 2) : match.start()]
+        if before[-1:].isalnum() or before[-1:] in ("_", "^") or before in ("^{", "_{", "^-", "_-"):
+            continue
+        if before[-1:] == "." and before[:1].isdigit():  # the tail of 1.2.3
+            continue
+        number = _number_at(text, match)
+        position = number.end
+        yield number
+
+
+def _number_at(text: str, match: re.Match[str]) -> Number:
+    """Read the number whose digits `match` holds, with its sign, fraction, power of ten and scale word."""
+    start, end = match.span()
+    digits, _, decimals = match[0].replace(",", "").replace(" ", "").partition(".")
+    value = float(f"{digits}.{decimals}")
+    rounded = len(decimals) == 2 and value >= 0.1
+    if not decimals and (mixed := _MIXED.match(text, end)) and int(mixed[1]) < int(mixed[2]):
+        value, end = value + int(mixed[1]) / int(mixed[2]), mixed.end()
+    elif (over := _OVER.match(text, end)) and float(over[1]) and text[start - 1 : start] != "/":
+        value, end, rounded = value / float(over[1]), over.end(), False
+    elif power := _EXPONENT.match(text, end):
+        value, end, rounded = value * float(f"1e{power[1]}"), power.end(), False
+    if _is_sign(text, start - 1):
+        start, value = start - 1, -value
+    candidates: tuple[float, ...] = (value,)
+    ordinal = bool(_ORDINAL.match(text, end))
+    if scale := _SCALE.match(text, end):
+        candidates = (value, value * _SCALES[(scale[1] or scale[2]).lower()])
+        end, rounded = scale.end(), False
+    tolerance = (ROUNDED_TOLERANCE if rounded else TOLERANCE) + 1e-9
+    return Number(Extraction(text[start:end], candidates, tolerance), start, end, ordinal)
+
+
+def _is_sign(text: str, position: int) -> bool:
+    """Tell whether the "-" there is a sign: not between two operands ("5-3", "5 -3") and not a hyphen ("step-3")."""
+    if position < 0 or text[position] != "-":
+        return False
+    before = text[max(0, position - 8) : position]
+    operand = before.rstrip(" ")[-1:]
+    return not (before[-1:].isalnum() or before.endswith("-") or operand.isdigit() or (operand and operand in ")]}%"))
