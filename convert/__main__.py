@@ -96,7 +96,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "hf": Command(HfFlags, "hf:convert", "Convert a Hugging Face folder (LLaMA-3.x, SmolLM2) into Meta's layout."),
     "gguf": Command(GgufFlags, "gguf:convert", "Convert a GGUF file (llama architecture) into Meta's layout."),
-    "merge": Command(MergeFlags, "merge:merge", "Add a plain LoRA to its base's weights: a checkpoint like any other."),
+    "merge": Command(
+        MergeFlags, "adapters:merge", "Add a plain LoRA to its base's weights: a checkpoint like any other."
+    ),
     "reshard": Command(
         ReshardFlags, "reshard:reshard", "Write a checkpoint in Meta's layout in another number of shards."
     ),

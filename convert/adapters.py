@@ -1,17 +1,15 @@
-"""Adapters on their way to other formats: plain LoRA, which many can express, and the authors' format."""
+"""Adapters on their way to other formats: plain LoRA, merged into its base or exchanged, and the authors' format."""
 
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from convert import meta_format
+from convert.meta_format import bare_model, check_output, new_folder
+from convert.reshard import reshard
 from llama.args import ModelArgs
-from llama.distributed import init_distributed
-from llama.model import Transformer
+from llama.checkpoint import load_params_and_tokenizer
 from moa.adapter_file import PARAMS, load_adapter, save_reference_adapter
 from moa.config import AdapterConfig
 from moa.files import read_json
@@ -33,6 +31,43 @@ class Update(NamedTuple):
     lora_A: Tensor  # (r, in)
     lora_B: Tensor  # (out, r)
     scale: float
+
+    def part(self, dim: int | None, index: int, n: int) -> Tensor:
+        """Part `index` of `n` along a dimension, float32."""
+        a = self.lora_A.chunk(n, 1)[index] if dim == 1 else self.lora_A
+        b = self.lora_B.chunk(n, 0)[index] if dim == 0 else self.lora_B
+        return self.scale * (b @ a)
+
+
+class Merged(NamedTuple):
+    folder: Path
+    shards: int
+    matrices: int  # that changed
+
+    def __str__(self) -> str:
+        return f"wrote {self.folder} ({self.matrices} matrices changed, shards: {self.shards})"
+
+
+def merge(
+    ckpt_dir: str | Path,
+    adapter_path: str | Path,
+    output_dir: str | Path,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Merged:
+    """Write a base with an adapter's LoRAs in its weights, W + (alpha / rank) B A, in as many shards as it has.
+
+    dtype: bf16, fp32 or fp16; None: each tensor keeps its own. Sums are float32. Raises ValueError or OSError naming
+    the file and what does not fit, is not plain LoRA or not finite; then nothing was written.
+    """
+    args, _ = load_params_and_tokenizer(ckpt_dir)
+    _, updates = load_plain_lora(adapter_path, args)
+
+    def add(key: str, tensor: Tensor, dim: int | None, index: int, n: int) -> Tensor:
+        return tensor.float() + updates[key].part(dim, index, n) if key in updates else tensor
+
+    written = reshard(ckpt_dir, output_dir, None, dtype, overwrite, add)
+    return Merged(written.folder, written.shards_after, len(updates))
 
 
 def require_plain_lora(config: AdapterConfig, origin: str) -> None:
@@ -58,14 +93,13 @@ def check_plain_lora(config: AdapterConfig, state: dict[str, Tensor], args: Mode
     require_plain_lora(config, origin)
     keys = [f"{lora}.lora_{ab}" for lora in lora_keys(config).values() for ab in "AB"]
     require_same_keys(keys, state, origin, "tensor")
-    init_distributed(torch.device("cpu"))
-    check_state_dict(Transformer(args, config), state, origin)
+    check_state_dict(bare_model(args, config), state, origin)
 
 
 def load_plain_lora(adapter_path: str | Path, args: ModelArgs) -> tuple[AdapterConfig, dict[str, Update]]:
     """Read an adapter file for a base of this shape: its configuration, and Meta's key of each weight that changes ->
     what is added to it, float32. Raises ValueError naming the file, and what does not fit or is not plain LoRA."""
-    config, state = load_adapter(adapter_path, asdict(args))
+    config, state = load_adapter(adapter_path, args)
     check_plain_lora(config, state, args, str(adapter_path))
     scale = config.adapters["lora"].alpha / config.adapters["lora"].rank
     updates = {
@@ -78,9 +112,9 @@ def load_plain_lora(adapter_path: str | Path, args: ModelArgs) -> tuple[AdapterC
 def to_reference(adapter_path: str | Path, output_dir: str | Path, overwrite: bool = False) -> Path:
     """Write an adapter of ours in the format of the paper's authors. ValueError or OSError naming the file, and the
     setting or tensor that the format cannot express; then nothing was written."""
-    output_dir = meta_format.check_output(output_dir, overwrite, ADAPTER_FILES)
-    config, state = load_adapter(adapter_path, asdict(recorded_shape(Path(adapter_path))))
-    with meta_format.new_folder(output_dir, overwrite, ADAPTER_FILES) as new:
+    output_dir = check_output(output_dir, overwrite, ADAPTER_FILES)
+    config, state = load_adapter(adapter_path, recorded_shape(Path(adapter_path)))
+    with new_folder(output_dir, overwrite, ADAPTER_FILES) as new:
         try:
             save_reference_adapter(new, state, config)
         except ValueError as error:
@@ -95,9 +129,6 @@ def recorded_shape(adapter_path: Path) -> ModelArgs:
     if base is None:
         raise ValueError(f"{path}: does not tell the shape of the adapter's base; give the base as --ckpt_dir")
     try:
-        args = ModelArgs(**base)
-        if args.vocab_size == -1:
-            raise ValueError("vocab_size is open")
-        return args
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: base is no model's shape ({error})") from None
+        return ModelArgs.from_dict(base)
+    except ValueError as error:
+        raise ValueError(f"{path}: base: {error}") from None

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from convert.shards import State, bare_model, open_plain_shard, require_keys, sharded_dim
+from convert.meta_format import bare_model
+from convert.reshard import State, sharded_dim
 from llama.args import ModelArgs
-from llama.checkpoint import load_params_and_tokenizer, shard_files, shard_specs
+from llama.checkpoint import load_params_and_tokenizer, open_shard, require_whole, shard_files, shard_specs
 from llama.tokenizer import Tokenizer
 
 PARAMS, TOKENIZER, CHECKLIST = "params.json", "tokenizer.model", "checklist.chk"
@@ -95,13 +96,13 @@ def _check_shards(
     problems = _Problems()  # of all shards, before any is read through
     numbered = problems.attempt(shard_files, folder)
     files = numbered or existing_shards(folder)
-    states = [problems.attempt(open_plain_shard, file) for file in files]
+    states = [problems.attempt(open_shard, file) for file in files]
     model = problems.attempt(bare_model, args) if args else None
     if model is not None:
         specs = shard_specs(model)
         for file, state in zip(files, states, strict=True):
             if state is not None:
-                problems.attempt(require_keys, file, state, specs)
+                problems.attempt(require_whole, file, state, specs)
         if numbered:
             for key, spec in specs.items():
                 if all(state is not None and key in state for state in states):

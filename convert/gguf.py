@@ -1,15 +1,24 @@
 """GGUF file -> Meta's layout, for the llama architecture with a byte-level BPE vocabulary."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
-from convert import meta_format
-from convert.meta_format import EMBEDDING, OUTPUT, Converted, Source
+from convert.meta_format import (
+    EMBEDDING,
+    OUTPUT,
+    Converted,
+    SourceTensor,
+    check_output,
+    ffn_rule,
+    source_names,
+    write_converted,
+)
 from convert.vocabulary import Vocabulary, check_merges, plan
 from llama.args import ModelArgs
 
@@ -34,6 +43,19 @@ LAYER_KEYS = {
 NORMAL, CONTROL = 1, 3  # of tokenizer.ggml.token_type
 ROPE_FREQS = "rope_freqs.weight"
 
+# Keys that are read or tell no more than tensors do, and those that change nothing with these values. Any other key of
+# the architecture is refused.
+READ = {
+    *("vocab_size", "context_length", "block_count", "embedding_length", "feed_forward_length", "tensor_data_layout"),
+    *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base"),
+    *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+}
+NEUTRAL = {
+    **dict.fromkeys(("rope.scaling.factor", "rope.scale_linear"), (0, 1)),  # llama.cpp's scaling, also without a type
+    **{"rope.scaling.type": ("none",), "rope.scaling.attn_factor": (1,), "attention.causal": (True,)},
+    **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window"), (0,)),
+}
+
 # LLaMA-3.1's scaling is stored as its effect only, one divisor for each frequency; of its four numbers these three
 # are the same in every release, and the factor is 8 (3.1) or 32 (3.2).
 STANDARD_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_max_seq_len": 8192}
@@ -45,61 +67,44 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
 
     Raises ValueError or OSError naming the file and the tensor or key at fault; then nothing was written.
     """
-    output_dir = meta_format.check_output(output_dir, overwrite)
-    source = Gguf(Path(input))
-    vocabulary = _read_tokenizer(source)
-    args = _read_metadata(source, vocab_size=len(vocabulary.row_map))
-    names = meta_format.source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "blk.")
-    if names[OUTPUT] not in source.shapes():  # tied
+    path, output_dir = Path(input), check_output(output_dir, overwrite)
+    metadata, tensors = read_gguf(path)
+    try:
+        vocabulary = _read_tokenizer(metadata, str(path))
+        args = _read_metadata(metadata, tensors.pop(ROPE_FREQS, None), vocab_size=len(vocabulary.row_map))
+    except (ValueError, KeyError) as error:
+        problem = f"the metadata lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(problem if problem.startswith(str(path)) else f"{path}: {problem}") from None
+    names = source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "blk.")
+    if names[OUTPUT] not in tensors:  # tied
         names[OUTPUT] = names[EMBEDDING]
-    return meta_format.write_converted(
-        output_dir, args, vocabulary, source, names, dtype, overwrite, ignored=lambda name: name == ROPE_FREQS
-    )
+    return write_converted(output_dir, args, vocabulary, tensors, names, path, dtype, overwrite)
 
 
-class Gguf(Source):
-    """The metadata and the tensors of a GGUF file. Tensors are read, and dequantised to float32, one by one."""
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, SourceTensor]]:
+    """The metadata and the tensors of a file. ValueError naming it."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        reader = _WholeReader(path)
+        if reader.byte_order != "I":
+            raise ValueError("it has the other byte order")  # quantised blocks would be misread
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: not a whole GGUF file ({error})") from None
+    return metadata, {t.name: _source_tensor(f"{path}: tensor {t.name}", t) for t in reader.tensors}
 
-    def __init__(self, path: Path):
-        self.path = path
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        reader = _open(path)
-        self._fields = reader.fields
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    def get(self, key: str, *default: Any) -> Any:
-        """A metadata value. ValueError where it is missing and there is no default."""
-        if key not in self._fields and not default:
-            raise ValueError(f"{self.path}: the metadata lacks {key}")
-        return self._fields[key].contents() if key in self._fields else default[0]
+def _source_tensor(origin: str, tensor: ReaderTensor) -> SourceTensor:
+    return SourceTensor(origin, tuple(int(n) for n in reversed(tensor.shape)), partial(_dequantized, origin, tensor))
 
-    def count(self, key: str, *default: int) -> int:
-        """As `get`, of a positive whole number. ValueError for any other value."""
-        value = self.get(key, *default)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{self.path}: {key} must be one positive whole number, not {value!r}")
-        return value
 
-    def refuse_unless(self, key: str, *allowed: Any) -> None:
-        """Refuse a metadata value that is there and is none of `allowed`."""
-        if key in self._fields and self.get(key) not in allowed:
-            expected = " or ".join(map(str, allowed))
-            raise ValueError(f"{self.path}: {key} is {self.get(key)!r}, which is not supported (expected {expected})")
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
-
-    def where(self, name: str) -> str:
-        return str(self.path)
-
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            raise self.error(name, f"has type {tensor.tensor_type.name}, which is not read") from None
-        return torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped read-only
+def _dequantized(origin: str, tensor: ReaderTensor) -> torch.Tensor:
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise ValueError(f"{origin} has type {tensor.tensor_type.name}, which is not read") from None
+    return torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped read-only
 
 
 class _WholeReader(GGUFReader):
@@ -112,70 +117,68 @@ class _WholeReader(GGUFReader):
         return values
 
 
-def _open(path: Path) -> GGUFReader:
-    try:
-        reader = _WholeReader(path)
-        if reader.byte_order != "I":
-            raise ValueError("it has the other byte order")  # quantised blocks would be misread
-        return reader
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path}: not a whole GGUF file ({error})") from None
+def _read_metadata(metadata: dict[str, Any], divisors: SourceTensor | None, vocab_size: int) -> ModelArgs:
+    """The model's shape. ValueError or KeyError for what is missing or has no counterpart in Meta's layout."""
+    if metadata["general.architecture"] != "llama":
+        raise ValueError(f"architecture {metadata['general.architecture']!r}, expected 'llama'")
+    dim, heads = _count(metadata, "embedding_length"), _count(metadata, "attention.head_count")
+    widths = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+    neutral = NEUTRAL | dict.fromkeys(widths, (dim // heads,))
+    unscaled = ("rope.scaling.factor", "rope.scale_linear") if metadata.get("llama.rope.scaling.type") == "none" else ()
+    for name, value in metadata.items():
+        key = name.removeprefix("llama.")
+        if name.startswith("llama.") and key not in READ and key not in unscaled and value not in neutral.get(key, ()):
+            expected = f" (expected {' or '.join(map(str, neutral[key]))})" if key in neutral else ""
+            raise ValueError(f"{name} is {value!r}, which is not supported{expected}")
+    if metadata.get("split.count", 0) > 1:
+        raise ValueError(f"split.count is {metadata['split.count']}: the file is one of several, which are not read")
+    theta = _shortest(metadata.get("llama.rope.freq_base", 10000.0))
+    return ModelArgs(
+        dim=dim,
+        n_layers=_count(metadata, "block_count"),
+        n_heads=heads,
+        n_kv_heads=_count(metadata, "attention.head_count_kv", heads),
+        vocab_size=vocab_size,
+        norm_eps=_shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        rope_theta=theta,
+        **ffn_rule(dim, _count(metadata, "feed_forward_length")),
+        **({} if divisors is None else _recognise_scaling(divisors, theta, dim // heads)),
+    )
 
 
-def _read_metadata(source: Gguf, vocab_size: int) -> ModelArgs:
-    if source.get("general.architecture") != "llama":
-        raise ValueError(f"{source.path}: architecture {source.get('general.architecture')!r}, expected 'llama'")
-    source.refuse_unless("split.count", 0, 1)
-    source.refuse_unless("llama.expert_count", 0)
-    source.refuse_unless("llama.attention.sliding_window", 0)
-    source.refuse_unless("llama.rope.scaling.type", "none")
-    dim, heads = source.count("llama.embedding_length"), source.count("llama.attention.head_count")
-    for key in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length"):
-        source.refuse_unless(key, dim // heads)
-    try:
-        args = ModelArgs(
-            dim=dim,
-            n_layers=source.count("llama.block_count"),
-            n_heads=heads,
-            n_kv_heads=source.count("llama.attention.head_count_kv", heads),
-            vocab_size=vocab_size,
-            norm_eps=_shortest(source.get("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=_shortest(source.get("llama.rope.freq_base", 10000.0)),
-            **meta_format.ffn_rule(dim, source.count("llama.feed_forward_length")),
-        )
-    except ValueError as error:
-        raise error if str(error).startswith(str(source.path)) else ValueError(f"{source.path}: {error}") from None
-    return ModelArgs(**{**vars(args), **_recognise_scaling(source, args)})
+def _count(metadata: dict[str, Any], key: str, *default: int) -> int:
+    """A positive whole number. ValueError for any other value, KeyError where it is missing."""
+    value = metadata.get(f"llama.{key}", *default) if default else metadata[f"llama.{key}"]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"llama.{key} must be one positive whole number, not {value!r}")
+    return value
 
 
-def _recognise_scaling(source: Gguf, args: ModelArgs) -> dict[str, Any]:
+def _recognise_scaling(divisors: SourceTensor, theta: float, head_dim: int) -> dict[str, Any]:
     """The keys of params.json for the divisors in rope_freqs.weight (head_dim / 2), which must be LLaMA-3.1's."""
-    if ROPE_FREQS not in source.shapes():
-        return {}
-    divisors = source.read(ROPE_FREQS).double().numpy()
-    wavelength = 2 * np.pi * args.rope_theta ** (np.arange(0, args.head_dim, 2) / args.head_dim)
+    values = divisors.read().double().numpy()
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high, length = STANDARD_SCALING.values()
     smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
     for factor in STANDARD_FACTORS:
         standard = 1 / ((1 - smooth) / factor + smooth)
-        if divisors.shape == standard.shape and np.allclose(divisors, standard, rtol=1e-4):
+        if values.shape == standard.shape and np.allclose(values, standard, rtol=1e-4):
             return {"use_scaled_rope": True, "rope_scaling_factor": factor, **STANDARD_SCALING}
-    raise ValueError(f"{source.path}: tensor {ROPE_FREQS} is not the scaling of LLaMA-3.1 or 3.2, the only ones known")
+    raise ValueError(f"tensor {ROPE_FREQS} is not the scaling of LLaMA-3.1 or 3.2, the only ones known")
 
 
-def _read_tokenizer(source: Gguf) -> Vocabulary:
-    where = str(source.path)
-    if (model := source.get("tokenizer.ggml.model")) != "gpt2":
-        raise ValueError(f"{where}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') can be converted")
-    tokens, kinds = source.get("tokenizer.ggml.tokens"), source.get("tokenizer.ggml.token_type")
+def _read_tokenizer(metadata: dict[str, Any], origin: str) -> Vocabulary:
+    if (model := metadata["tokenizer.ggml.model"]) != "gpt2":
+        raise ValueError(f"{origin}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') can be converted")
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     if len(tokens) != len(kinds):
-        raise ValueError(f"{where}: {len(tokens)} tokenizer.ggml.tokens but {len(kinds)} tokenizer.ggml.token_type")
+        raise ValueError(f"{origin}: {len(tokens)} tokenizer.ggml.tokens but {len(kinds)} tokenizer.ggml.token_type")
     base, special = (
         {i: token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == wanted}
         for wanted in (NORMAL, CONTROL)
     )
-    check_merges([tuple(merge.split(" ")) for merge in source.get("tokenizer.ggml.merges")], base, where)
-    return plan(base, special, where)
+    check_merges([tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]], base, origin)
+    return plan(base, special, origin)
 
 
 def _shortest(value: float) -> float:

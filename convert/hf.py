@@ -1,15 +1,23 @@
 """Hugging Face folder -> Meta's layout, for LLaMA-3.x and other plain LlamaForCausalLM models such as SmolLM2."""
 
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, equal
 
-from convert import meta_format
-from convert.meta_format import EMBEDDING, OUTPUT, Converted, Source
+from convert.meta_format import (
+    EMBEDDING,
+    OUTPUT,
+    Converted,
+    SourceTensor,
+    check_output,
+    ffn_rule,
+    source_names,
+    write_converted,
+)
 from convert.vocabulary import Vocabulary, from_tiktoken, from_tokenizer_json
 from llama.args import ModelArgs
 from llama.tokenizer import N_SPECIAL, read_ranks
@@ -38,164 +46,157 @@ LAYER_KEYS = {
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
+# Keys of params.json -> of the llama3 scaling in config.json
+LLAMA3_SCALING = {
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_max_seq_len": "original_max_position_embeddings",
+}
+
+
 def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
     """Convert a folder with config.json, safetensors and a tokenizer; `dtype` is bf16, fp32 or fp16.
 
     Raises ValueError or OSError naming the file and the tensor or key at fault; then nothing was written.
     """
-    folder = Path(input)
-    output_dir = meta_format.check_output(output_dir, overwrite)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: holds no config.json, so it is not a Hugging Face model folder")
-    config = read_json(folder / "config.json")
-    source = Safetensors(folder)
-    embedding, output = GLOBAL_KEYS[EMBEDDING], GLOBAL_KEYS[OUTPUT]
-    rows = source.shapes().get(embedding, (None,))[0]
-    if rows is None:
-        raise source.error(embedding, "is missing")
+    folder, output_dir = Path(input), check_output(output_dir, overwrite)
+    path = folder / "config.json"
+    config, tensors = read_json(path), read_tensors(folder)
+    names = dict(GLOBAL_KEYS)
+    if config.get("tie_word_embeddings"):  # then either name may be the stored one
+        stored = [names[key] for key in (EMBEDDING, OUTPUT) if names[key] in tensors] or [names[EMBEDDING]]
+        names[EMBEDDING] = names[OUTPUT] = stored[0]
+        if len(stored) == 2 and not equal(*(tensors[name].read() for name in stored)):
+            raise ValueError(
+                f"{tensors[stored[1]].origin} differs from {stored[0]}, but {path} says tie_word_embeddings"
+            )
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in stored[1:]}
+    if names[EMBEDDING] not in tensors:
+        raise ValueError(f"{folder}: tensor {names[EMBEDDING]} is missing")
+    embedding = tensors[names[EMBEDDING]]
+    rows = embedding.shape[0]
     if config.get("vocab_size") != rows:
-        problem = f"has {rows} rows, but {folder / 'config.json'} has vocab_size {config.get('vocab_size')}"
-        raise source.error(embedding, problem)
+        raise ValueError(f"{embedding.origin} has {rows} rows, but {path} has vocab_size {config.get('vocab_size')}")
     vocabulary, tokenizer = _read_tokenizer(folder, rows)
-    args = read_config(config, folder / "config.json", vocab_size=len(vocabulary.row_map))
-    names = meta_format.source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "model.layers.")
-    tied = bool(config.get("tie_word_embeddings", False))
-    if tied:
-        names[OUTPUT] = embedding
-        if output in source.shapes() and not torch.equal(source.read(output), source.read(embedding)):
-            raise source.error(output, f"differs from {embedding}, but config.json says tie_word_embeddings")
+    try:
+        args = read_config(config, vocab_size=len(vocabulary.row_map))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
-    def change(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    def change(key: str, tensor: Tensor) -> Tensor:
         return permute_rope(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
 
-    def ignored(name: str) -> bool:
-        return bool(IGNORED.fullmatch(name)) or (tied and name == output)
-
-    return meta_format.write_converted(
-        output_dir, args, vocabulary, source, names, dtype, overwrite, tokenizer, ignored, change
-    )
+    names = source_names(args.n_layers, names, LAYER_KEYS, "model.layers.")
+    return write_converted(output_dir, args, vocabulary, tensors, names, folder, dtype, overwrite, tokenizer, change)
 
 
-def permute_rope(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+def permute_rope(weight: Tensor, head_dim: int) -> Tensor:
     """Rows (heads * head_dim, D) of wq or wk: per head from [first half, second half] to Meta's interleaved pairs."""
     halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def unpermute_rope(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+def unpermute_rope(weight: Tensor, head_dim: int) -> Tensor:
     """Inverse of `permute_rope`."""
     pairs = weight.view(-1, head_dim // 2, 2, weight.shape[-1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def read_config(config: dict[str, Any], path: Path, vocab_size: int) -> ModelArgs:
+def read_config(config: dict[str, Any], vocab_size: int) -> ModelArgs:
     """The model's shape from config.json. Raises ValueError for whatever Meta's layout cannot express."""
-
-    def refuse(problem: str) -> NoReturn:
-        raise ValueError(f"{path}: {problem}")
-
-    def number(key: str, kind: type = int, default: Any = None) -> Any:
-        value = config.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
-            refuse(f"{key} must be a positive {'whole number' if kind is int else 'number'}, not {value!r}")
-        return value
-
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
-        refuse(
-            f"only LlamaForCausalLM can be converted, not {architectures} of model_type {config.get('model_type')!r}"
-        )
+        model_type = config.get("model_type")
+        raise ValueError(f"only LlamaForCausalLM can be converted, not {architectures} of model_type {model_type!r}")
     for key in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"):
         if config.get(key):
-            refuse(f"{key} = {config[key]!r} has no counterpart in Meta's layout")
+            raise ValueError(f"{key} = {config[key]!r} has no counterpart in Meta's layout")
     if config.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act must be 'silu', not {config['hidden_act']!r}")
-    dim, heads = number("hidden_size"), number("num_attention_heads")
-    if dim % heads or number("head_dim", default=dim // heads) != dim // heads:
-        refuse(f"head_dim {config.get('head_dim')} must be hidden_size / num_attention_heads = {dim} / {heads}")
-    try:
-        return ModelArgs(
-            dim=dim,
-            n_layers=number("num_hidden_layers"),
-            n_heads=heads,
-            n_kv_heads=number("num_key_value_heads", default=heads),
-            vocab_size=vocab_size,
-            norm_eps=number("rms_norm_eps", float, 1e-6),
-            **meta_format.ffn_rule(dim, number("intermediate_size")),
-            **_read_rope(config, refuse),
-        )
-    except ValueError as error:
-        raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from None
+        raise ValueError(f"hidden_act must be 'silu', not {config['hidden_act']!r}")
+    dim, heads = _whole_number(config, "hidden_size"), _whole_number(config, "num_attention_heads")
+    if dim % heads or _whole_number(config, "head_dim", dim // heads) != dim // heads:
+        head_dim = config.get("head_dim")
+        raise ValueError(f"head_dim {head_dim} must be hidden_size / num_attention_heads = {dim} / {heads}")
+    return ModelArgs(
+        dim=dim,
+        n_layers=_whole_number(config, "num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=_whole_number(config, "num_key_value_heads", heads),
+        vocab_size=vocab_size,
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        **ffn_rule(dim, _whole_number(config, "intermediate_size")),
+        **_read_rope(config),
+    )
 
 
-def _read_rope(config: dict[str, Any], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
-    # Written as rope_theta + rope_scaling until transformers 4, as rope_parameters since 5.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _whole_number(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or value is True or value < 1:
+        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding. As in transformers, `rope_scaling` (until version 4) goes before `rope_parameters` (since
+    5), and what stands in either before the same key beside it."""
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(name) or {}
     if not isinstance(rope, dict):
-        refuse(f"rope_scaling must be an object, not {rope!r}")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        refuse("partial_rotary_factor has no counterpart in Meta's layout")
+        raise ValueError(f"{name} must be an object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope_type must be 'default' or 'llama3', not {kind!r}")
+    beside = ("rope_theta", "partial_rotary_factor")
+    for key in rope.keys() - {"rope_type", "type", *beside, *LLAMA3_SCALING.values()}:
+        raise ValueError(f"{name} has {key} = {rope[key]!r}, which is not known")
+    theta, part = (rope.get(key, config.get(key, default)) for key, default in zip(beside, (1e4, 1.0), strict=True))
+    if part not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor {part!r} has no counterpart in Meta's layout")
     if kind == "default":
         return {"rope_theta": theta}
-    if kind != "llama3":
-        refuse(f"rope_type must be 'default' or 'llama3', not {kind!r}")
-    scaling = {
-        "rope_scaling_factor": "factor",
-        "rope_low_freq_factor": "low_freq_factor",
-        "rope_high_freq_factor": "high_freq_factor",
-        "rope_original_max_seq_len": "original_max_position_embeddings",
-    }
-    for key in scaling.values():
+    for key in LLAMA3_SCALING.values():
         if key not in rope:
-            refuse(f"the llama3 rope scaling lacks {key}")
-    return {"rope_theta": theta, "use_scaled_rope": True, **{name: rope[key] for name, key in scaling.items()}}
+            raise ValueError(f"the llama3 rope scaling lacks {key}")
+        if config.get(key, rope[key]) != rope[key]:
+            raise ValueError(f"{key} is {config[key]!r}, but {rope[key]!r} in {name}")
+    scaling = {ours: rope[theirs] for ours, theirs in LLAMA3_SCALING.items()}
+    return {"rope_theta": theta, "use_scaled_rope": True, **scaling}
 
 
-class Safetensors(Source):
-    """The tensors of a folder's `model.safetensors`, or of the shards its index names. Read one by one."""
+def read_tensors(folder: Path) -> dict[str, SourceTensor]:
+    """The tensors of `model.safetensors`, or of the shards that its index names, by their names."""
+    listed = {}
+    if (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    elif (folder / INDEX).is_file():
+        listed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(Path(str(name)).name == name for name in listed.values()):
+            raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names of this folder")
+        files = [folder / name for name in sorted(set(listed.values()))]
+    else:
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
+        why = f"; pickled weights ({pickled[0]}) are not read, save them as safetensors" if pickled else ""
+        raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}{why}")
+    tensors, file_of = {}, {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file, but {INDEX} names it")
+        with open_safetensors(file) as opened:
+            for name in opened.keys():
+                shape = tuple(opened.get_slice(name).get_shape())
+                tensors[name] = SourceTensor(f"{file}: tensor {name}", shape, partial(_read_tensor, file, name))
+                file_of[name] = file
+    for name, file in listed.items():
+        if file_of.get(name) != folder / file:
+            raise ValueError(f"{folder / file}: tensor {name} is missing, but {INDEX} names it")
+    return {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
 
-    def __init__(self, folder: Path):
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._expected_in = folder / SINGLE
-        if (folder / SINGLE).is_file():
-            files, listed = [folder / SINGLE], None
-        elif (folder / INDEX).is_file():
-            self._expected_in = folder / INDEX
-            listed = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(listed, dict) or not all(Path(str(name)).name == name for name in listed.values()):
-                raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names of this folder")
-            files = [folder / name for name in sorted(set(listed.values()))]
-        else:
-            pickled = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
-            why = f"; pickled weights ({pickled[0]}) are not read, save them as safetensors" if pickled else ""
-            raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}{why}")
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{file}: no such file, but {INDEX} names it")
-            with open_safetensors(file) as opened:
-                for name in opened.keys():
-                    self._file_of[name] = file
-                    self._shapes[name] = tuple(opened.get_slice(name).get_shape())
-        for name in listed or ():
-            if self._file_of.get(name) != folder / listed[name]:
-                raise ValueError(f"{folder / listed[name]}: tensor {name} is missing, but {INDEX} names it")
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def where(self, name: str) -> str:
-        return str(self._file_of.get(name, self._expected_in))
-
-    def read(self, name: str) -> torch.Tensor:
-        with open_safetensors(self._file_of[name]) as opened:
-            tensor = opened.get_tensor(name)
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise self.error(name, f"is {tensor.dtype}, expected float32, bfloat16 or float16")
-        return tensor
+def _read_tensor(file: Path, name: str) -> Tensor:
+    with open_safetensors(file) as opened:
+        return opened.get_tensor(name)
 
 
 def open_safetensors(file: Path) -> safe_open:

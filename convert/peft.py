@@ -12,8 +12,9 @@ from typing import Any
 
 from safetensors.torch import save
 
-from convert import hf, meta_format
+from convert import hf
 from convert.adapters import ADAPTER_FILES, check_plain_lora, load_plain_lora, recorded_shape
+from convert.meta_format import check_output, new_folder
 from llama.checkpoint import load_params_and_tokenizer
 from moa.adapter_file import adapter_params, save_adapter
 from moa.config import AdapterConfig
@@ -52,7 +53,7 @@ def to_peft(
     shape where the adapter's settings do not tell it (the authors' do not). Raises ValueError or OSError naming the
     file and what is wrong or cannot be expressed; then nothing was written.
     """
-    output_dir = meta_format.check_output(output_dir, overwrite, PEFT_FILES)
+    output_dir = check_output(output_dir, overwrite, PEFT_FILES)
     args = recorded_shape(Path(adapter_path)) if ckpt_dir is None else load_params_and_tokenizer(ckpt_dir)[0]
     config, updates = load_plain_lora(adapter_path, args)
     targets = {name: target for target, name in META_NAMES.items()}
@@ -77,7 +78,7 @@ def to_peft(
         "target_modules": sorted(modules),
         "layers_to_transform": None if len(layers) == args.n_layers else sorted(layers),
     }
-    with meta_format.new_folder(output_dir, overwrite, PEFT_FILES) as new:
+    with new_folder(output_dir, overwrite, PEFT_FILES) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n", encoding="utf-8")
         (new / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     return output_dir
@@ -90,7 +91,7 @@ def from_peft(input: str | Path, ckpt_dir: str | Path, output_dir: str | Path, o
     written.
     """
     config_file, tensor_file = Path(input) / CONFIG, Path(input) / TENSORS
-    output_dir = meta_format.check_output(output_dir, overwrite, ADAPTER_FILES)
+    output_dir = check_output(output_dir, overwrite, ADAPTER_FILES)
     args, _ = load_params_and_tokenizer(ckpt_dir)
     settings = _read_config(config_file)
     if not tensor_file.is_file():
@@ -118,7 +119,7 @@ def from_peft(input: str | Path, ckpt_dir: str | Path, output_dir: str | Path, o
         raise ValueError(f"{input}: {error}") from None
     check_plain_lora(config, state, args, str(tensor_file))
     state = {key: tensor.float() for key, tensor in state.items()}
-    with meta_format.new_folder(output_dir, overwrite, ADAPTER_FILES) as new:
+    with new_folder(output_dir, overwrite, ADAPTER_FILES) as new:
         save_adapter(new, state, adapter_params(config, asdict(args)))
     return output_dir
 

@@ -1,13 +1,35 @@
 """The shape of a LLaMA model: the keys of Meta's `params.json`."""
 
-from dataclasses import dataclass, fields
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from moa.config import MAX_LAYERS
 from moa.reading import parse_json, read_text, safe_name, short_repr
 
-# Far beyond every model there is; a larger number is a damaged file, and would only fail later and less clearly.
-MAX_SIZE, MAX_NUMBER = 2**24, 1e12
+_SCALING = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
+
+# Smallest and largest value of each number, far beyond every model there is: beyond them a file is damaged, and would
+# only fail later and less clearly. Whole numbers where the bounds are.
+_SIZE, _NUMBER = (1, 2**24), (1e-12, 1e12)
+_BOUNDS = {
+    **{"n_layers": (1, MAX_LAYERS), "vocab_size": (-1, 2**24), "ffn_dim_multiplier": (1e-12, 1e3)},
+    **dict.fromkeys(("norm_eps", "rope_theta", *_SCALING), _NUMBER),
+    **dict.fromkeys(("dim", "n_heads", "n_kv_heads", "multiple_of", "rope_original_max_seq_len"), _SIZE),
+}
+
+# Meta's own files say `use_scaled_rope` and not by how much. The factors of its releases, published in the config.json
+# of each, by (dim, n_layers, n_heads).
+_RELEASES = {
+    (2048, 16, 32): ("LLaMA-3.2-1B", 32.0),
+    (3072, 28, 24): ("LLaMA-3.2-3B", 32.0),
+    (4096, 32, 32): ("LLaMA-3.1-8B", 8.0),
+    (8192, 80, 64): ("LLaMA-3.1-70B and 3.3-70B", 8.0),
+    (16384, 126, 128): ("LLaMA-3.1-405B", 8.0),
+}
 
 
 @dataclass(frozen=True)
@@ -36,28 +58,17 @@ class ModelArgs:
     def __post_init__(self):
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "rope_original_max_seq_len"):
-            value = getattr(self, name)
-            most = MAX_LAYERS if name == "n_layers" else MAX_SIZE
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {short_repr(value)}")
-        vocab = self.vocab_size
-        if isinstance(vocab, bool) or not isinstance(vocab, int) or not -1 <= vocab <= MAX_SIZE or vocab == 0:
-            raise ValueError(f"vocab_size must be a positive whole number (or -1), not {short_repr(vocab)}")
-        positive = ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-        for name in positive + (("ffn_dim_multiplier",) if self.ffn_dim_multiplier is not None else ()):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 1 / MAX_NUMBER <= value <= MAX_NUMBER:
-                raise ValueError(f"{name} must be a positive number up to {MAX_NUMBER:g}, not {short_repr(value)}")
+        for name, bounds in _BOUNDS.items():
+            if name != "ffn_dim_multiplier" or self.ffn_dim_multiplier is not None:
+                _require_number(name, getattr(self, name), *bounds)
+        if self.vocab_size == 0:
+            raise ValueError("vocab_size must be positive (or -1), not 0")
         if not isinstance(self.use_scaled_rope, bool):
             raise ValueError(f"use_scaled_rope must be true or false, not {short_repr(self.use_scaled_rope)}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must split into n_heads {self.n_heads} heads of even width")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier > 1000:
-            raise ValueError(f"ffn_dim_multiplier must be at most 1000, not {self.ffn_dim_multiplier}")
         if self.use_scaled_rope and self.rope_low_freq_factor >= self.rope_high_freq_factor:
             raise ValueError(
                 f"rope_low_freq_factor {self.rope_low_freq_factor} must be below "
@@ -76,23 +87,61 @@ class ModelArgs:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * -(-hidden // self.multiple_of)
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the model computes with: equal for two spellings of the same model."""
+        names = [f.name for f in fields(self) if self.use_scaled_rope or f.name not in _SCALING]
+        spelling = ("multiple_of", "ffn_dim_multiplier")
+        return {name: getattr(self, name) for name in [*names, "ffn_dim"] if name not in spelling}
+
+    def require_fits(self, recorded: Any) -> None:
+        """ValueError naming the difference, unless `recorded`, the base in an adapter's settings, is this model."""
+        try:
+            trained_on = ModelArgs.from_dict(recorded).shape
+        except ValueError as error:
+            raise ValueError(f"base: {error}") from None
+        for name, ours in self.shape.items():
+            if (theirs := trained_on.get(name)) != ours:
+                raise ValueError(f"the adapter was trained on a base with {name} {theirs}, this one has {ours}")
+
+    @classmethod
+    def from_dict(cls, raw: Any) -> "ModelArgs":
+        """The content of a `params.json`. ValueError naming the key that is unknown, missing or wrong."""
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a JSON object, found {type(raw).__name__}")
+        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
+        missing = [name for name in ("dim", "n_layers", "n_heads") if name not in raw]
+        for problem, names in {"unknown": unknown, "missing": missing}.items():
+            if names:
+                raise ValueError(f"{problem} key{'s' * (len(names) > 1)} {', '.join(map(safe_name, names[:3]))}")
+        return cls(**raw)
+
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelArgs":
-        """Read a `params.json`. Raises ValueError naming the file and the key that is unknown, missing or wrong."""
+        """Read a `params.json`. ValueError naming the file too."""
         path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file (a Meta checkpoint folder holds a params.json)")
         raw = parse_json(read_text(path), str(path))
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(raw) - known)
-        if unknown:
-            raise ValueError(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(map(safe_name, unknown[:3]))}")
-        missing = [name for name in ("dim", "n_layers", "n_heads") if name not in raw]
-        if missing:
-            raise ValueError(f"{path}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")
         try:
-            return cls(**raw)
+            args = cls.from_dict(raw)
+            if args.use_scaled_rope and "rope_scaling_factor" not in raw:
+                args = replace(args, rope_scaling_factor=_published_factor(args, path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        return args
+
+
+def _require_number(name: str, value: Any, least: float, most: float) -> None:
+    whole = isinstance(least, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not least <= value <= most:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name} must be a {kind} from {least} to {most}, not {short_repr(value)}")
+
+
+@cache  # said once
+def _published_factor(args: ModelArgs, path: Path) -> float:
+    release, factor = _RELEASES.get((args.dim, args.n_layers, args.n_heads), (None, None))
+    if release is None:
+        raise ValueError("use_scaled_rope needs rope_scaling_factor beside it, since this is no known release's shape")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{path}: no rope_scaling_factor; {factor:g} is taken, as published for {release}", file=sys.stderr)
+    return factor

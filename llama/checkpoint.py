@@ -17,7 +17,7 @@ from llama.model import Transformer
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.tokenizer import Tokenizer
 from moa.adapter import AdapterModule
-from moa.files import file_hash, load_tensors
+from moa.files import file_hash, load_tensors, tensor_problem
 from moa.parallel import Shard, mp_rank
 from moa.state import require_same_keys
 
@@ -78,7 +78,7 @@ def load_base_weights(model: Transformer, ckpt_dir: str | Path, dtype: torch.dty
     shards = [open_shard(file) for file in files]
     wanted = shard_specs(model)
     for file, shard in zip(files, shards, strict=True):
-        require_same_keys(wanted, set(shard) - IGNORED_KEYS, str(file), "tensor")
+        require_whole(file, shard, wanted)
     state = {}
     for key, spec in wanted.items():
         path, _, name = key.rpartition(".")
@@ -113,9 +113,17 @@ def shard_files(folder: Path) -> list[Path]:
 def open_shard(file: Path) -> dict[str, Tensor]:
     """The tensors of a shard, mapped. ValueError naming the file."""
     shard = load_tensors(file, mmap=True)
-    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in shard.items()):
-        raise ValueError(f"{file}: expected a dictionary of tensors")
+    for key, tensor in shard.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{file}: expected a dictionary of tensors")
+        if problem := tensor_problem(tensor):
+            raise ValueError(f"{file}: {key} {problem}")
     return shard
+
+
+def require_whole(file: Path, shard: dict[str, Tensor], specs: dict[str, ShardSpec]) -> None:
+    """ValueError listing the tensors that a shard lacks or has too many."""
+    require_same_keys(specs, shard.keys() - IGNORED_KEYS, str(file), "tensor")
 
 
 def shard_dim(

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from moa import reference_format
 from moa.config import AdapterConfig
 from moa.files import atomic_write, load_tensors, read_json, write_json, write_torch
-from moa.reading import short_repr
 from moa.state import rename_old_keys, require_tensors
 
 PARAMS = "adapter_params.json"
@@ -48,52 +47,48 @@ def save_reference_adapter(folder: Path, state: Mapping[str, Tensor], config: Ad
     return folder / "adapter.pth"
 
 
-def load_adapter(
-    path: str | Path, base: Mapping[str, Any], method: str | None = None
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Configuration and whole tensors of an adapter, ours or the authors', for a base of shape `base`.
+class Base(Protocol):
+    """The model that an adapter is for."""
+
+    n_layers: int
+
+    def require_fits(self, recorded: Any) -> None:
+        """ValueError unless `recorded`, the base that an adapter was trained on, is this model."""
+
+
+def load_adapter(path: str | Path, base: Base, method: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Configuration and whole tensors of an adapter, ours or the authors', for a base.
 
     method: overrides what the authors' flags tell. Raises ValueError naming the file.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / "adapter.pth"
+    path = path / "adapter.pth" if path.is_dir() else path
     params_file = path.with_name(PARAMS)
     params, state = read_json(params_file), load_tensors(path)
     if "adapter" in state and "optimizer" in state:
         raise ValueError(f"{path}: is a training checkpoint; extract_adapter.py takes the adapter out of it")
     require_tensors(state, str(path))
+    is_reference = reference_format.is_reference(params, state)
     try:
-        if reference_format.is_reference(params, state):
+        if is_reference:
             flat = reference_format.from_reference_params(params, state)
-            if method is not None:
-                flat["method"] = method
+            flat["method"] = method or flat["method"]
         else:
             flat = {key: value for key, value in params.items() if key != "base"}
             if method not in (None, flat["method"]):
                 raise ValueError(f"this is an adapter of method {flat['method']}, not {method}")
-            _require_base(params.get("base", {}), base)
-        config = AdapterConfig.from_dict(flat, base["n_layers"])
-        if "method" in params:
-            missing = sorted(config.active_fields() - params.keys())
-            if missing:  # a preset's value in its place might not be what was trained
-                raise ValueError(f"missing setting{'s' * (len(missing) > 1)} {', '.join(missing)}")
+            if "base" in params:
+                base.require_fits(params["base"])
+        config = AdapterConfig.from_dict(flat, base.n_layers)
+        missing = [] if is_reference else sorted(config.active_fields() - params.keys())
+        if missing:  # a preset's value in its place might not be what was trained
+            raise ValueError(f"missing setting{'s' * (len(missing) > 1)} {', '.join(missing)}")
     except (ValueError, KeyError, TypeError) as error:
         problem = f"missing setting {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{params_file}: {problem}") from None
-    if reference_format.is_reference(params, state):
-        try:
-            return config, reference_format.from_reference_state(state, config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return config, rename_old_keys(state)
-
-
-def _require_base(trained_on: Any, base: Mapping[str, Any]) -> None:
-    if not isinstance(trained_on, dict):
-        raise ValueError(f"base must be an object, not {short_repr(trained_on)}")
-    for name, value in trained_on.items():
-        if name in base and base[name] != value:
-            raise ValueError(
-                f"the adapter was trained on a base with {name} {short_repr(value)}, this one has {base[name]}"
-            )
+    if not is_reference:
+        return config, rename_old_keys(state)
+    try:
+        return config, reference_format.from_reference_state(state, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

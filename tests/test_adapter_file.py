@@ -96,8 +96,9 @@ def test_bad_adapter_tensors_are_named(change, words: list[str], saved: Path) ->
         ({"lora_rank": "8"}, "lora_rank must be of type int, not '8'"),
         ({"lora_layers": 3}, "lora_layers must be of type str, not 3"),
         ({"const_threshold": 1}, "const_threshold must be of type bool, not 1"),
-        ({"base": {"dim": 128}}, "the adapter was trained on a base with dim 128, this one has 64"),
-        ({"base": [1]}, "base must be an object"),
+        ({"base": PARAMS | {"dim": 128}}, "the adapter was trained on a base with dim 128, this one has 64"),
+        ({"base": {"dim": 64}}, "base: missing keys n_layers, n_heads"),
+        ({"base": [1]}, "base: expected a JSON object, found list"),
         ({"lora_alpha": 10**400}, "lora_alpha must be from 1e-09 to 1e.09, not 1000"),
         ({"swi_x": 10**3000}, "swi_x must be from 0 to 65536, not 1000"),
         ({"a\nb" * 1000: 1}, r"unknown adapter setting 'a\\nb"),
@@ -108,7 +109,7 @@ def test_bad_adapter_params_are_named(change: dict, words: str, saved: Path) -> 
     file = saved.with_name("adapter_params.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=f"adapter_params.json: {words}") as error:
-        load_adapter(saved, PARAMS)
+        load_adapter(saved, ARGS)
     assert "\n" not in str(error.value)
 
 
@@ -159,7 +160,7 @@ AUTHORS = sorted(f.name for f in GOLDEN.iterdir() if (f / "adapter.pth").is_file
 def test_the_authors_keys_there_and_back(name: str, tmp_path: Path) -> None:
     theirs = torch.load(GOLDEN / name / "adapter.pth", weights_only=True)
     assert theirs
-    config, state = load_adapter(GOLDEN / name / "adapter.pth", PARAMS)
+    config, state = load_adapter(GOLDEN / name / "adapter.pth", ARGS)
     assert config.method == METHOD_OF.get(name, name)
     assert state.keys() == adapter_parameters(unfilled(ARGS, config.to_dict())).keys()
     written = save_reference_adapter(tmp_path, state, config)
@@ -212,7 +213,7 @@ def test_odd_ones_in_the_authors_format_and_back(case: str, tmp_path: Path) -> N
     state = random_state(model)
     path = save_reference_adapter(tmp_path, state, model.config)
     assert " " not in json.loads(path.with_name("adapter_params.json").read_text())["lora_targets"]
-    config, again = load_adapter(path, PARAMS)
+    config, again = load_adapter(path, ARGS)
     assert config.method == ODD[case]["method"] and again.keys() == state.keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
@@ -262,7 +263,7 @@ def test_flags_of_theirs_as_text_and_of_kinds_that_are_not_there(tmp_path: Path)
     params |= {"w_bias": "False", "lora_layers": "0-0, 1-1", "lora_rank": 0, "lora_targets": ""}
     (tmp_path / "adapter_params.json").write_text(json.dumps(params))
     (tmp_path / "adapter.pth").write_bytes((GOLDEN / "prompt" / "adapter.pth").read_bytes())
-    assert load_adapter(tmp_path, PARAMS)[0].method == "prompt"
+    assert load_adapter(tmp_path, ARGS)[0].method == "prompt"
 
 
 @pytest.mark.parametrize("missing", ["method", "lora_alpha", "lora_rank", "block_router", "max_threshold"])
@@ -293,7 +294,7 @@ def test_what_their_format_cannot_say_is_named(flat: dict, words: str, tmp_path:
 
 
 def test_tensors_that_one_of_the_formats_does_not_know_are_named(tmp_path: Path) -> None:
-    config, state = load_adapter(GOLDEN / "lora", PARAMS)
+    config, state = load_adapter(GOLDEN / "lora", ARGS)
     with pytest.raises(ValueError, match="the authors' format: unexpected tensor layers.0.magnitude"):
         save_reference_adapter(tmp_path / "out", state | {"layers.0.magnitude": torch.ones(4)}, config)
     assert not list(tmp_path.iterdir())

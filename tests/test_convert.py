@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from convert import gguf as from_gguf
 from convert import hf as from_hf
 from convert.__main__ import main
-from convert.meta_format import DTYPES, ffn_rule
-from convert.shards import bare_model
+from convert.meta_format import DTYPES, bare_model, ffn_rule
 from convert.vocabulary import MEAN, plan
 from convert_samples import (
     SMOL_LACKS,
@@ -97,8 +96,8 @@ def test_llama3_style_is_unchanged_row_by_row(originals, tmp_path):
     state = load(tmp_path / "out")
     assert torch.equal(state["tok_embeddings.weight"], model.state_dict()["model.embed_tokens.weight"])
     assert torch.equal(state["output.weight"], model.state_dict()["lm_head.weight"])
-    assert result.row_map == result.output_row_map == list(range(len(llama3_vocabulary()[0])))
-    assert result.notes == []
+    assert result.vocabulary.row_map == result.vocabulary.output_row_map == list(range(len(llama3_vocabulary()[0])))
+    assert result.vocabulary.notes == []
     args = result.args
     assert (args.use_scaled_rope, args.rope_scaling_factor, args.rope_original_max_seq_len) == (True, 4.0, 64)
     assert (args.rope_theta, args.norm_eps, args.ffn_dim, args.n_kv_heads) == (5000.0, 1e-5, 160, 2)
@@ -203,7 +202,7 @@ def test_logits_are_those_of_the_source(style, originals, tmp_path):
 
     source, model = originals[style]
     result = from_hf.convert(source, tmp_path / "out", dtype="fp32")
-    row_map, output_rows = torch.tensor(result.row_map), torch.tensor(result.output_row_map)
+    row_map, output_rows = torch.tensor(result.vocabulary.row_map), torch.tensor(result.vocabulary.output_row_map)
     known = (row_map != MEAN).nonzero().flatten()
     picks = torch.randint(len(known), (3, 100), generator=torch.Generator().manual_seed(1))
     tokens = known[picks]  # 100 positions: beyond the 64 where the scaled frequencies begin to matter
@@ -256,7 +255,7 @@ def truncate(name):
 UP = "model.layers.1.mlp.up_proj.weight"
 ROPE = {"rope_theta": 1e4}
 BAD_HF = {
-    "no config": (lambda f: (f / "config.json").unlink(), "source: holds no config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
     "other architecture": (edit_config(architectures=["MistralForCausalLM"]), "config.json: only LlamaForCausalLM"),
     "attention bias": (edit_config(attention_bias=True), "config.json: attention_bias"),
@@ -268,7 +267,7 @@ BAD_HF = {
     "kv heads": (edit_config(num_key_value_heads=4), "config.json: n_heads 6 must be a multiple of n_kv_heads 4"),
     "yarn": (edit_config(rope_parameters=ROPE | {"rope_type": "yarn"}), "config.json: rope_type .* not 'yarn'"),
     "scaling incomplete": (edit_config(rope_parameters=ROPE | {"rope_type": "llama3"}), "scaling lacks factor"),
-    "tensor missing": (edit_tensors(lambda t: t.pop(UP)), f"model.safetensors: tensor {UP} is missing"),
+    "tensor missing": (edit_tensors(lambda t: t.pop(UP)), f"source: tensor {UP} is missing"),
     "tensor too many": (edit_tensors(lambda t: t.update(bias=torch.ones(48))), "safetensors: tensor bias has no place"),
     "wrong shape": (
         edit_tensors(lambda t: t.update({UP: torch.ones(48, 128)})),

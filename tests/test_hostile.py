@@ -35,7 +35,7 @@ from llama.predictions import Predictions
 from moa.adapter_file import load_adapter
 from moa.reading import read_rows
 from moa.state import adapter_state_dict
-from tiny import BASE, GOLDEN, PARAMS, golden_state, tokens
+from tiny import ARGS, BASE, GOLDEN, PARAMS, golden_state, tokens
 from training.checkpoint import read
 
 Folders = Callable[..., Path]
@@ -199,7 +199,7 @@ def test_code_in_a_file_is_never_executed(where: str, made, new_folder: Folders)
         (folder / "base" / "consolidated.00.pth", golden_state(), "norm.weight"),
     ):
         file.write_bytes(pickle.dumps(code) if where == "as a pickle" else saved(content | {key: code}))
-    assert sentence_of(lambda: load_adapter(adapter, PARAMS), str(adapter))
+    assert sentence_of(lambda: load_adapter(adapter, ARGS), str(adapter))
     assert sentence_of(lambda: Llama.build(folder / "base", device="cpu"), "consolidated.00.pth")
     assert refusal(MAINS["extract_adapter"], [checkpoint], str(checkpoint))
     assert not trace.exists()
@@ -273,7 +273,7 @@ def test_what_is_no_file_in_the_place_of_one(name: str, made, new_folder: Folder
     place = base / name
     place.unlink(missing_ok=True)
     reads = {
-        "adapter.pth": lambda: load_adapter(place, PARAMS),
+        "adapter.pth": lambda: load_adapter(place, ARGS),
         "rows.json": lambda: read_rows(place, ("instruction",)),
     }
     read_it = reads.get(name, lambda: Llama.build(base, device="cpu"))

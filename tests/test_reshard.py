@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert import meta_format
 from convert.__main__ import main
 from convert.reshard import reshard
 from convert_samples import cut_embedding_by_width, edit_shard, flip_bit, load_shards, refused_by_command
@@ -162,7 +161,7 @@ def test_one_shard_in_memory_and_nothing_half(tmp_path: Path, monkeypatch: pytes
             raise KeyboardInterrupt if overwrite else OSError(28, "No space left on device", str(path))
         path.write_bytes(b"shard")
 
-    monkeypatch.setattr(meta_format, "save_shard", save)
+    monkeypatch.setattr("convert.reshard.save_shard", save)
     for overwrite in (False, True):
         alive.clear()
         target = tmp_path / ("out" if overwrite else "new")

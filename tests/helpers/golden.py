@@ -9,7 +9,7 @@ import torch
 from llama import Llama
 from moa.adapter_file import load_adapter
 from moa.state import load_adapter_state_dict
-from tiny import BASE, GOLDEN, PARAMS
+from tiny import ARGS, BASE, GOLDEN
 
 METHODS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected.npz").is_file())
 METHOD_OF = {"soft_moa_instance": "soft_moa_instance"}  # its files look like soft_moa's
@@ -28,7 +28,7 @@ def load(name: str, model_parallel_size: int = 1) -> Llama:
     if name == "no_adapter":
         return Llama.build(BASE, device="cpu", max_seq_len=64, model_parallel_size=model_parallel_size)
     path = GOLDEN / name / "adapter.pth"
-    config, state = load_adapter(path, PARAMS, METHOD_OF.get(name))
+    config, state = load_adapter(path, ARGS, METHOD_OF.get(name))
     config = replace(config, router=replace(config.router, threshold_gradient="none"))
     llm = Llama.build(BASE, config=config, max_seq_len=64, seed=5, model_parallel_size=model_parallel_size)
     load_adapter_state_dict(llm.model, state, str(path))
