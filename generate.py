@@ -10,9 +10,15 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from cli import cli_errors, flag, parse
+from demo.model import ensure_model
+from demo.problems import ensure_data
+from llama.data import encode_prompt
 from llama.machine import check_machine, check_sampling, prepare_cpu
 from moa.methods import METHODS
+from moa.reading import read_rows
 
 WHAT, HOW, MACHINE = "model and rows", "generation", "machine"
 
@@ -23,10 +29,7 @@ class Flags:
     ckpt_dir: str | None = flag(None, help="base model, a folder in Meta's layout; default: the demo model", group=WHAT)
     adapter_path: str | None = flag(None, help="adapter.pth, beside its adapter_params.json; default: none", group=WHAT)
     method: str | None = flag(
-        None,
-        help="method of an authors' adapter whose flags do not tell",
-        choices=tuple(METHODS),
-        group=WHAT,
+        None, help="method of an authors' adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
     )
     data_path: str | None = flag(None, help="test rows, JSON or JSON lines; default: the demo's", group=WHAT)
     overwrite: bool = flag(False, help="begin anew where save_path exists", group=WHAT)
@@ -42,9 +45,7 @@ class Flags:
     max_batch_size: int = flag(32, help="rows that are generated at once", group=MACHINE)
     bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
     flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
-    cuda_graphs: bool = flag(
-        False, help="record a decode step's kernels and start them together (a GPU)", group=MACHINE
-    )
+    cuda_graphs: bool = flag(False, help="record a decode step's kernels, start them together (a GPU)", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
     model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
 
@@ -61,9 +62,7 @@ class Flags:
         if not 0 <= self.min_new_tokens <= self.max_gen_len:
             raise ValueError(f"--min_new_tokens {self.min_new_tokens} must be 0 to --max_gen_len {self.max_gen_len}")
         if not 1 <= self.min_gen_len < self.max_seq_len:
-            raise ValueError(
-                f"--min_gen_len {self.min_gen_len} must be above 0 and below --max_seq_len {self.max_seq_len}"
-            )
+            raise ValueError(f"--min_gen_len {self.min_gen_len} must be 1 or more, and below --max_seq_len")
         if self.method is not None and self.adapter_path is None:
             raise ValueError("--method has no effect without --adapter_path")
         if self.num_samples > 1 and self.temperature == 0:
@@ -79,122 +78,95 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(flags: Flags) -> None:
-    from llama.distributed import (  # torch takes seconds to load, and a wrong flag should not
-        distributed_run,
-        get_device,
-    )
+    """Answer the rows that have no answer yet, on all processes."""
+    # torch takes seconds to load, and a wrong flag should not
+    import torch.distributed as dist
+
+    from llama import Llama
+    from llama.distributed import assert_same_on_all_ranks, distributed_run, dp_rank, dp_size, get_device, is_rank0
+    from llama.predictions import Predictions
 
     ckpt_dir, data_path = with_demo(flags)
     device = get_device(flags.device)
     with distributed_run(device, flags.model_parallel_size):
-        answer_rows(flags, ckpt_dir, data_path, device)
-
-
-def answer_rows(flags: Flags, ckpt_dir: str, data_path: str, device) -> None:
-    import torch.distributed as dist
-
-    from llama import Llama
-    from llama.distributed import assert_same_on_all_ranks, dp_rank, is_rank0
-    from llama.predictions import Predictions
-    from moa.reading import read_rows
-
-    rows = read_rows(data_path, ("instruction", "input"))[: flags.max_rows]
-    settings = settings_of(flags, ckpt_dir, data_path, device)
-    predictions = Predictions(Path(flags.save_path), rows, settings, dp_rank(), flags.overwrite)
-    assert_same_on_all_ranks(
-        settings | {"rows without an answer": predictions.missing}
-    )  # and nobody adds to them before this
-    if not predictions.missing and not predictions.overwrite and predictions.path.exists():
+        rows = read_rows(data_path, ("instruction", "input"))[: flags.max_rows]
+        settings = settings_of(flags, ckpt_dir, data_path, device)
+        predictions = Predictions(Path(flags.save_path), rows, settings, dp_rank(), flags.overwrite)
+        missing = predictions.missing
+        assert_same_on_all_ranks(settings | {"rows without an answer": missing})  # and nobody adds to them before this
+        if missing:
+            llm = Llama.build(
+                ckpt_dir,
+                flags.adapter_path,
+                method=flags.method,
+                max_seq_len=flags.max_seq_len,
+                max_batch_size=flags.max_batch_size,
+                bf16=settings["bf16"],
+                device=str(device),
+                model_parallel_size=flags.model_parallel_size,
+                flash_attention2=flags.flash_attention2,
+                cuda_graphs=flags.cuda_graphs,
+            )
         if is_rank0():
-            predictions.finish()
-            print(f"{flags.save_path}: complete, all {len(rows)} rows are there", file=sys.stderr)
-        return
-
-    llm = Llama.build(
-        ckpt_dir,
-        flags.adapter_path,
-        method=flags.method,
-        max_seq_len=flags.max_seq_len,
-        max_batch_size=flags.max_batch_size,
-        bf16=settings["bf16"],
-        device=str(device),
-        model_parallel_size=flags.model_parallel_size,
-        flash_attention2=flags.flash_attention2,
-        cuda_graphs=flags.cuda_graphs,
-    )
-    if is_rank0():
-        predictions.start()
-    dist.barrier()
-    predictions.require_started()
-    try:
-        answer_missing(flags, llm, rows, predictions)
-        predictions.close()
+            predictions.start()
         dist.barrier()
-        if is_rank0():
-            predictions.finish()
-            print(f"{flags.save_path}: {len(rows)} rows", file=sys.stderr)
-    finally:
-        predictions.release()
+        predictions.require_started()
+        try:
+            if missing:
+                answer_rows(flags, llm, rows, missing[dp_rank() :: dp_size()], predictions)
+            dist.barrier()
+            if is_rank0():
+                predictions.finish()
+                print(f"{flags.save_path}: {'' if missing else 'complete, all '}{len(rows)} rows", file=sys.stderr)
+        finally:
+            predictions.release()
 
 
-def answer_missing(flags: Flags, llm, rows: list[dict], predictions) -> None:
-    """This data-parallel rank's share of the rows that are still without an answer."""
-    from tqdm import tqdm
-
-    from llama.data import encode_prompt
-    from llama.distributed import dp_rank, dp_size, is_rank0
+def answer_rows(flags: Flags, llm, rows: list[dict], share: list[int], predictions) -> None:
+    """Answer this data-parallel rank's share of the rows (their numbers)."""
+    from llama.distributed import is_rank0
     from moa.parallel import mp_rank
 
-    mine = predictions.missing[dp_rank() :: dp_size()]
-    prompts = {i: encode_prompt(llm.tokenizer, rows[i], flags.max_seq_len - flags.min_gen_len) for i in mine}
-    too_long = {i for i in mine if len(prompts[i]) >= flags.max_seq_len}
-    order = [i for i in mine if i not in too_long for _ in range(flags.num_samples)]
-    samples = [s for i in mine if i not in too_long for s in range(flags.num_samples)]
-    answers: dict[int, list[str | None]] = {i: [None] * flags.num_samples for i in mine}
+    prompts = {i: encode_prompt(llm.tokenizer, rows[i], flags.max_seq_len - flags.min_gen_len) for i in share}
+    too_long = [i for i in share if len(prompts[i]) >= flags.max_seq_len]
+    jobs = [(i, sample) for i in sorted({*share} - {*too_long}) for sample in range(flags.num_samples)]
+    answers: dict[int, list[str | None]] = {i: [None] * flags.num_samples for i in share}
     writes = mp_rank() == 0  # the ranks of a model-parallel group generate the same
     if too_long and writes:
-        listed = ", ".join(str(i + 1) for i in sorted(too_long)[:5])
-        print(f"{len(too_long)} rows leave no room for an answer (rows {listed})", file=sys.stderr)
-    bar = tqdm(total=len(mine), unit="row", disable=None if is_rank0() else True)
+        numbers = ", ".join(str(i + 1) for i in too_long[:5])
+        print(f"{len(too_long)} rows leave no room for an answer (rows {numbers})", file=sys.stderr)
 
-    def keep(i: int) -> None:
-        bar.update()
-        if writes:
-            predictions.add(i, answers[i][0] if flags.num_samples == 1 else answers[i])
+    with tqdm(total=len(share), unit="row", disable=None if is_rank0() else True) as bar:
 
-    def on_finish(place: int, tokens: list[int]) -> None:
-        i = order[place]
-        answers[i][samples[place]] = llm.tokenizer.decode(tokens).strip()
-        if None not in answers[i]:
-            keep(i)
+        def keep(i: int, samples: list[str]) -> None:
+            bar.update()
+            if writes:
+                predictions.add(i, samples[0] if flags.num_samples == 1 else samples)
 
-    for i in too_long:
-        answers[i] = [""] * flags.num_samples
-        keep(i)
-    llm.generate(
-        [prompts[i] for i in order],
-        flags.max_gen_len,
-        flags.min_new_tokens,
-        flags.temperature,
-        flags.top_p,
-        flags.seed,
-        samples,
-        on_finish,
-    )
-    bar.close()
+        def on_finish(job: int, tokens: list[int]) -> None:
+            i, sample = jobs[job]
+            answers[i][sample] = llm.tokenizer.decode(tokens).strip()
+            if None not in answers[i]:
+                keep(i, answers[i])
+
+        for i in too_long:
+            keep(i, [""] * flags.num_samples)
+        llm.generate(
+            [prompts[i] for i, _ in jobs],
+            flags.max_gen_len,
+            flags.min_new_tokens,
+            flags.temperature,
+            flags.top_p,
+            flags.seed,
+            [sample for _, sample in jobs],
+            on_finish,
+        )
 
 
 def with_demo(flags: Flags) -> tuple[str, str]:
     """The model and the test rows, the demo's where none is named (made first if they are not there)."""
-    ckpt_dir, data_path = flags.ckpt_dir, flags.data_path
-    if ckpt_dir is None:
-        from demo.model import ensure_model
-
-        ckpt_dir = str(ensure_model())
-    if data_path is None:
-        from demo.problems import ensure_data
-
-        data_path = str(ensure_data()[1])
+    ckpt_dir = str(ensure_model()) if flags.ckpt_dir is None else flags.ckpt_dir
+    data_path = str(ensure_data()[1]) if flags.data_path is None else flags.data_path
     return ckpt_dir, data_path
 
 

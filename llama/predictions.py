@@ -5,8 +5,9 @@ test rows, and removes them. `FILE.settings.json` holds what the answers depend 
 not added to. `.FILE.lock` keeps a second writer away.
 """
 
+import glob
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ class Predictions:
 
         ValueError where it was made with other settings or belongs to other rows.
         """
-        self.path, self.rows, self.settings, self.rank, self.overwrite = path, rows, settings, rank, overwrite
+        self.path, self.rows, self.settings, self.overwrite = path, rows, settings, overwrite
         self.answers: dict[int, Answer] = {}
-        self._part = self._lock = None
+        self._part, self._lock = self._beside(f"part{rank}"), None
         if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
             raise ValueError(f"{path}: expected the path of a file inside a folder")
         if overwrite:
@@ -43,8 +44,7 @@ class Predictions:
         elif path.exists() or self._parts():
             raise ValueError(f"{path}: exists, but {settings_file.name} does not: give --overwrite to begin anew")
         self._read_file()
-        for part in self._parts():
-            self._read_part(part)
+        self._read_parts()
 
     @property
     def missing(self) -> list[int]:
@@ -56,12 +56,15 @@ class Predictions:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock_file = self.path.with_name(f".{self.path.name}.lock")
         self._lock = lock(lock_file, f"{self.path}: another generate.py is writing it").lock
-        for file in (self.path, self._beside("settings.json")):
+        for file in (self.path, self._beside("settings.json"), self._part):
             remove_stale_temp_files(file.parent, file.name)
         if self.overwrite:
-            for file in [self.path, *self._parts()]:
-                file.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         write_json(self._beside("settings.json"), self.settings)
+        # One part with all answers so far: no line in it was cut short by a crash
+        atomic_write(self._part, b"".join(_part_line(i, answer) for i, answer in self.answers.items()))
+        for part in set(self._parts()) - {self._part}:
+            part.unlink()
 
     def require_started(self) -> None:
         """On every process, after `start`: ValueError where this one does not see rank 0's folder."""
@@ -70,21 +73,12 @@ class Predictions:
 
     def add(self, index: int, answer: Answer) -> None:
         """Keep an answer; once this returns, it survives the process."""
-        if self._part is None:
-            path = self._beside(f"part{self.rank}")
-            self._part = open(path, "ab")  # noqa: SIM115 - open until `close`
-            self._part.truncate(path.read_bytes().rfind(b"\n") + 1)  # drop a line that a crash cut short
-        self._part.write(json.dumps({"index": index, "generate": answer}).encode() + b"\n")
-        self._part.flush()
-
-    def close(self) -> None:
-        if self._part is not None:
-            self._part.close()
+        with open(self._part, "ab") as part:
+            part.write(_part_line(index, answer))
 
     def finish(self) -> None:
-        """On rank 0, when all ranks have closed: write the whole file, then remove the parts."""
-        for part in self._parts():
-            self._read_part(part)
+        """On rank 0, when all ranks have added theirs: write the whole file, then remove the parts."""
+        self._read_parts()
         assert not self.missing, f"{len(self.missing)} rows without an answer"
         lines = (json.dumps(row | {"generate": self.answers[i]}, ensure_ascii=False) for i, row in enumerate(self.rows))
         # Half a surrogate pair, which UTF-8 cannot hold, is written as JSON spells it
@@ -95,7 +89,6 @@ class Predictions:
 
     def release(self) -> None:
         """Let others write the file. Answers so far stay for the next one."""
-        self.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -103,10 +96,7 @@ class Predictions:
         return self.path.with_name(f"{self.path.name}.{ending}")
 
     def _parts(self) -> list[Path]:
-        if not self.path.parent.is_dir():
-            return []
-        name = re.compile(re.escape(self.path.name) + r"\.part[0-9]+")
-        return sorted(file for file in self.path.parent.iterdir() if name.fullmatch(file.name))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part[0-9]*"))
 
     def _read_file(self) -> None:
         """Take the answers of a finished file, of which lines may have been removed since.
@@ -127,35 +117,30 @@ class Predictions:
             if numbers:
                 self.answers[numbers.pop()] = answer
 
-    def _read_part(self, part: Path) -> None:
-        for where, row in _json_lines(part):
-            index = row.get("index")
-            if type(index) is not int or not 0 <= index < len(self.rows) or not _is_answer(row.get("generate")):
-                raise ValueError(f"{where}: not an answer to one of the {len(self.rows)} rows")
-            self.answers.setdefault(index, row["generate"])
+    def _read_parts(self) -> None:
+        for part in self._parts():
+            for where, row in _json_lines(part):
+                index = row.get("index")
+                if type(index) is not int or not 0 <= index < len(self.rows) or not _is_answer(row.get("generate")):
+                    raise ValueError(f"{where}: not an answer to one of the {len(self.rows)} rows")
+                self.answers.setdefault(index, row["generate"])
+
+
+def _part_line(index: int, answer: Answer) -> bytes:
+    return json.dumps({"index": index, "generate": answer}).encode() + b"\n"
 
 
 def _is_answer(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
-def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("FILE: line N", object) of a file's lines, without a last one that a crash cut short. ValueError otherwise."""
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    for number, line in enumerate(whole.split(b"\n"), 1):
+        if line.strip():
+            where = f"{path}: line {number}"
             row = parse_json(line, where)
-        except ValueError:
-            if number == len(lines):
-                continue
-            raise
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object")
-        rows.append((where, row))
-    return rows
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected an object")
+            yield where, row

@@ -26,7 +26,6 @@ def crash(predictions):
 def finish(predictions, indices):
     for i in indices:
         predictions.add(i, f"answer {i}")
-    predictions.close()
     predictions.finish()
 
 
@@ -143,7 +142,6 @@ def test_two_commands_do_not_write_one_file(tmp_path):
         second.start()
     for i in range(len(ROWS)):
         first.add(i, "x")
-    first.close()
     first.finish()
     second.start()
 
