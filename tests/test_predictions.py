@@ -18,6 +18,10 @@ def start(path, settings=SETTINGS, rows=ROWS, overwrite=False):
     return predictions
 
 
+def reopen(path, settings=SETTINGS, rows=ROWS, rank=0):
+    return Predictions(path, rows, settings, rank, False)
+
+
 def crash(predictions):
     """Let go of the lock, as the system does when a process ends."""
     predictions._lock.release()
@@ -41,11 +45,8 @@ def path(tmp_path):
 def test_rows_come_out_in_the_tests_order(path):
     finish(start(path), [3, 0, 5, 2, 1, 4])
     assert read(path) == [row | {"generate": f"answer {i}"} for i, row in enumerate(ROWS)]
-    assert {f.name for f in path.parent.glob("*.jsonl*")} == {
-        path.name,
-        f"{path.name}.settings.json",
-        f".{path.name}.lock",
-    }
+    names = {"AddSub.jsonl", "AddSub.jsonl.settings.json", ".AddSub.jsonl.lock"}
+    assert {file.name for file in path.parent.iterdir()} == names
 
 
 def test_what_a_crash_left_is_kept_and_only_the_rest_is_missing(path):
@@ -83,7 +84,7 @@ def test_rows_taken_out_of_a_finished_file_are_missing_again(path):
 
 
 def test_parts_of_any_number_of_ranks_are_merged(path):
-    main, other = start(path), Predictions(path, ROWS, SETTINGS, 1, False)
+    main, other = start(path), reopen(path, rank=1)
     main.add(0, "answer 0")
     other.add(1, "answer 1")
     crash(main)
@@ -95,14 +96,14 @@ def test_more_rows_may_follow_later(path):
     again = start(path)
     assert again.missing == [2, 3, 4, 5]
     with pytest.raises(ValueError, match="line 1: not one of the rows"):
-        Predictions(path, ROWS[3:4], SETTINGS, 0, False)
+        reopen(path, rows=ROWS[3:4])
 
 
 def test_other_settings_are_refused_and_overwrite_begins_anew(path):
     finish(start(path), range(6))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="made with seed 0, now it is 1; give --overwrite"):
-        Predictions(path, ROWS, SETTINGS | {"seed": 1}, 0, False)
+        reopen(path, settings=SETTINGS | {"seed": 1})
     assert path.read_bytes() == before
     again = start(path, SETTINGS | {"seed": 1}, overwrite=True)
     assert again.missing == list(range(6)) and not path.exists()
@@ -112,38 +113,39 @@ def test_a_file_of_unknown_origin_is_not_added_to(path):
     path.parent.mkdir()
     path.write_text(json.dumps(ROWS[0] | {"generate": "x"}))
     with pytest.raises(ValueError, match="give --overwrite"):
-        Predictions(path, ROWS, SETTINGS, 0, False)
+        reopen(path)
     path.unlink()
     path.mkdir()
     with pytest.raises(ValueError, match="expected the path of a file"):
-        Predictions(path, ROWS, SETTINGS, 0, False)
+        reopen(path)
 
 
-@pytest.mark.parametrize("line", ['{"instruction": "other", "generate": "x"}', "[]", "{]", '{"instruction": "row 0"}'])
-def test_bad_lines_are_named(path, line):
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        *(("AddSub.jsonl", line, "line 1") for line in ('{"instruction": "other", "generate": "x"}', "[]", "{]")),
+        ("AddSub.jsonl", '{"instruction": "row 0"}', "line 1: field 'generate' is missing"),
+        ("AddSub.jsonl.settings.json", '{"seed": ', "not valid JSON"),
+        *(
+            ("AddSub.jsonl.part0", f'{{"index": {index}, "generate": "x"}}', "line 1")
+            for index in ("true", "9", "-1", "1.0", '"1"', '0, "index": 1')
+        ),
+    ],
+)
+def test_damaged_files_are_named(path, name, line, message):
     finish(start(path), range(6))
-    good = path.read_text()
-    path.write_text(line + "\n" + good)
-    with pytest.raises(ValueError, match=r"AddSub.jsonl: line 1"):
-        Predictions(path, ROWS, SETTINGS, 0, False)
+    path.with_name(name).write_text(line + "\n")
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        reopen(path)
 
 
-def test_damaged_settings_are_named(path):
-    finish(start(path), range(6))
-    path.with_name("AddSub.jsonl.settings.json").write_text('{"seed": ')
-    with pytest.raises(ValueError, match=r"AddSub.jsonl.settings.json: not valid JSON"):
-        Predictions(path, ROWS, SETTINGS, 0, False)
-
-
-def test_two_commands_do_not_write_one_file(tmp_path):
-    first, second = (Predictions(tmp_path / "p.jsonl", ROWS, {}, 0, False) for _ in range(2))
-    first.start()
-    with pytest.raises(ValueError, match="p.jsonl: another generate.py is writing it"):
-        second.start()
-    for i in range(len(ROWS)):
-        first.add(i, "x")
-    first.finish()
-    second.start()
+def test_two_commands_do_not_write_one_file(path):
+    first = start(path)
+    with pytest.raises(ValueError, match="AddSub.jsonl: another generate.py is writing it"):
+        start(path)
+    first.add(0, "answer 0")
+    first.release()  # it gives up; what it has stays for the next one
+    assert start(path).missing == [1, 2, 3, 4, 5]
 
 
 def test_half_a_surrogate_pair_can_be_read_again_by_everyone(path):
@@ -154,14 +156,6 @@ def test_half_a_surrogate_pair_can_be_read_again_by_everyone(path):
     assert start(path, rows=rows).missing == []
 
 
-@pytest.mark.parametrize("index", ["true", "9", "-1", "1.0", '"1"', '0, "index": 1'])
-def test_lines_of_a_part_that_are_no_answer_are_named(path, index):
-    crash(start(path))
-    path.with_name("AddSub.jsonl.part0").write_text(f'{{"index": {index}, "generate": "x"}}\n')
-    with pytest.raises(ValueError, match="AddSub.jsonl.part0: line 1"):
-        Predictions(path, ROWS, SETTINGS, 0, False)
-
-
 def test_what_a_killed_process_had_half_written_goes(path):
     crash(start(path))
     mine, other = (path.with_name(f".{name}.123.tmp") for name in (path.name, "GSM8K.jsonl"))
@@ -170,14 +164,7 @@ def test_what_a_killed_process_had_half_written_goes(path):
     assert other.exists() and not mine.exists()
 
 
-def test_one_that_gives_up_leaves_the_file_to_others(path):
-    first = start(path)
-    first.add(0, "answer 0")
-    first.release()
-    assert start(path).missing == [1, 2, 3, 4, 5]
-
-
 def test_a_folder_that_not_all_processes_see_is_told(path, tmp_path):
     start(path).require_started()
     with pytest.raises(ValueError, match=f"{tmp_path / 'elsewhere'}: not the folder that the first process writes"):
-        Predictions(tmp_path / "elsewhere" / path.name, ROWS, SETTINGS, 1, False).require_started()
+        reopen(tmp_path / "elsewhere" / path.name).require_started()
