@@ -72,7 +72,7 @@ class Llama:
             assert config is None, "an adapter file brings its own configuration"
             config, adapter = load_adapter(adapter_path, args, method)
         init_distributed(torch_device, model_parallel_size)
-        model = Transformer(args, config, flash_attention2)
+        model = Transformer(args, config)
         load_base_weights(model, ckpt_dir, torch.bfloat16 if bf16 else torch.float32, torch_device)
         if adapter is not None:
             state.load_adapter_state_dict(model, adapter, str(adapter_path))
@@ -80,7 +80,7 @@ class Llama:
             state.reset_adapters(model, seed)
         state.freeze_base(model)
         model.eval()
-        fast_decoding = FastDecoding(model, cuda_graphs) if accelerate else None
+        fast_decoding = FastDecoding(model, cuda_graphs, flash_attention2) if accelerate else None
         return cls(model, tokenizer, max_seq_len, max_batch_size, fast_decoding)
 
     def generate(

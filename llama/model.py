@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llama.args import ModelArgs
-from llama.attention import causal_attention, decode_attention
 from llama.data import IGNORE_INDEX
 from llama.kv_cache import KVCache
-from llama.loss import chunked_cross_entropy
 from llama.packing import PackedBatch, async_to_device
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, meta_parameter
 from moa.adapter import Target
@@ -79,6 +77,24 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).to(x.dtype)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
+    """q (N, H, h), k and v (N, K, h) -> (N, H, h): a token attends to itself and the earlier ones of its sequence."""
+    q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (heads, N, h)
+    parts = [(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in batch.spans]
+    heads = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+    return torch.cat(heads, 1).transpose(0, 1)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """One new token per sequence, q (R, H, h), over k and v (R, T, K, h) -> (R, H, h). mask (R, 1, 1, T), additive.
+
+    The H/K query heads that share a key head are treated as that many queries of one head: nothing is repeated.
+    """
+    q = q.unflatten(1, (k.shape[2], -1))  # (R, K, H/K, h)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
+
+
 class ForwardContext(NamedTuple):
     """What all blocks of one forward pass share.
 
@@ -88,13 +104,15 @@ class ForwardContext(NamedTuple):
 
     batch: PackedBatch | None
     freqs_cis: Tensor  # (N, h/2)
-    flash: bool = False
     cache: KVCache | None = None
     cache_rows: list[int] | None = None
     activation_checkpointing: str = "none"
 
 
 class Attention(nn.Module):
+    causal_attention = staticmethod(causal_attention)
+    decode_attention = staticmethod(decode_attention)
+
     def __init__(self, args: ModelArgs, config: AdapterConfig | None, slots: list[Slot], layer: int):
         super().__init__()
         dim, heads, kv = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
@@ -129,10 +147,10 @@ class Attention(nn.Module):
         """q (N, H, h), k and v (N, K, h) -> (N, H, h)."""
         cache, batch = context.cache, context.batch
         if batch is None:
-            return decode_attention(q, *cache.append(self.layer, k, v), cache.mask)
+            return self.decode_attention(q, *cache.append(self.layer, k, v), cache.mask)
         if cache is not None:
             cache.prefill(self.layer, context.cache_rows, batch.spans, k, v)
-        return causal_attention(q, k, v, batch, context.flash)
+        return self.causal_attention(q, k, v, batch)
 
 
 class FeedForward(nn.Module):
@@ -223,11 +241,11 @@ class Transformer(nn.Module):
     ("selective"), or whole blocks ("full").
     """
 
-    def __init__(self, args: ModelArgs, config: AdapterConfig | None = None, flash_attention2: bool = False):
+    def __init__(self, args: ModelArgs, config: AdapterConfig | None = None):
         super().__init__()
         assert args.vocab_size > 0, "vocab_size must be known here"
         assert config is None or config.n_layers == args.n_layers
-        self.args, self.config, self.flash = args, config, flash_attention2
+        self.args, self.config = args, config
         self.activation_checkpointing = "none"
         for name, size in (("n_heads", args.n_heads), ("the feed-forward width", args.ffn_dim)):
             divide(size, name)
@@ -262,8 +280,14 @@ class Transformer(nn.Module):
         is_label[[begin for begin, _ in batch.spans]] = False  # no token precedes a sequence's first
         positions = is_label.nonzero().squeeze(1)
         predicting, labels = (async_to_device(t, hidden.device) for t in (positions - 1, labels[positions]))
-        ce_loss = chunked_cross_entropy(hidden[predicting], self.output.weight, labels)
+        ce_loss = self.cross_entropy(hidden[predicting], labels)
         return Losses(ce_loss, RouterStats(*map(torch.stack, zip(*stats, strict=True))) if stats else None)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of -log p(label), float32. hidden (M, D): at the positions that predict labels (M,)."""
+        logits = self.output(copy_to_model_parallel_region(hidden))
+        at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(at_least_float32), labels, reduction="sum")
 
     def loss(self, tokens: Tensor, labels: Tensor, prompt_lens: list[int] | None = None) -> Tensor:
         """Mean cross-entropy over the label tokens plus the method's auxiliary loss, a float32 scalar.
@@ -297,7 +321,7 @@ class Transformer(nn.Module):
         self.extend_rope_cache(batch.max_seqlen, tokens.device)
         recompute = self.activation_checkpointing if torch.is_grad_enabled() else "none"
         freqs_cis = self.freqs_cis[batch.positions]
-        return self.run_blocks(tokens, ForwardContext(batch, freqs_cis, self.flash, cache, cache_rows, recompute))
+        return self.run_blocks(tokens, ForwardContext(batch, freqs_cis, cache, cache_rows, recompute))
 
     def decode(self, tokens: Tensor, cache: KVCache, seq_lens: Tensor, max_seqlen: int, equal_lengths: bool) -> Tensor:
         """One decode step: the newest token of every cached sequence, (R,) -> logits (R, V) of the next.
@@ -306,7 +330,7 @@ class Transformer(nn.Module):
         """
         self.extend_rope_cache(max_seqlen, tokens.device)
         cache.begin_step(seq_lens, max_seqlen, equal_lengths)
-        context = ForwardContext(None, self.freqs_cis[seq_lens - 1], self.flash, cache)
+        context = ForwardContext(None, self.freqs_cis[seq_lens - 1], cache)
         return self.output(self.run_blocks(tokens, context)[0])
 
     def run_blocks(self, tokens: Tensor, context: ForwardContext) -> tuple[Tensor, list[RouterStats]]:

@@ -2,17 +2,18 @@
 signatures, stand for them, so that the calls are tested without a GPU."""
 
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-import llama.attention
 import llama.generation
 from llama import Llama
-from llama.attention import causal_attention
+from llama.accelerate import attention
 from llama.generation import check_gpu_features
+from llama.model import causal_attention
 from llama.packing import PackedBatch
 from tiny import BASE, METHODS, gradients, relative, shared, tokens
 
@@ -78,13 +79,14 @@ def test_same_results_by_the_kernel(name: str | None, flash: list[int], monkeypa
 
     expected = results()
     assert not flash
-    monkeypatch.setattr(model, "flash", True)
-    found = results()
+    for block in model.layers:
+        monkeypatch.setattr(block.attention, "causal_attention", partial(attention.causal_attention, flash=True))
+    actual = results()
     assert len(flash) == (4 if name else 3) * 3  # each layer: the loss, logits, hidden, one prefill
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
-    assert found[2] == expected[2]
-    for key, grad in found[3].items():
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=1e-4)
+    assert actual[2] == expected[2]
+    for key, grad in actual[3].items():
         assert relative(grad, expected[3][key]) < (2e-3 if "threshold" in key else 1e-4), key  # sums in another order
 
 
@@ -130,14 +132,14 @@ def test_pytorchs_own_kernel_gives_the_same() -> None:
     varlen._varlen_attn.register_kernel("cpu")(_varlen_forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(_varlen_backward)
     rows, generator = PackedBatch([3, 1, 10], "cpu"), torch.Generator().manual_seed(0)
-    found = []
-    for attention in (llama.attention._varlen, lambda *given: causal_attention(*given, flash=False)):
+    results = []
+    for attend in (attention.varlen_attention, causal_attention):
         generator.manual_seed(0)
         q, k, v = (torch.randn(14, heads, 16, generator=generator).requires_grad_() for heads in (4, 2, 2))
-        out = attention(q, k, v, rows)
+        out = attend(q, k, v, rows)
         out.square().sum().backward()
-        found.append([out.detach(), q.grad, k.grad, v.grad])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -156,4 +158,4 @@ def test_pytorchs_own_kernel_gives_the_same() -> None:
 def test_what_pytorchs_own_kernel_takes(dtype, width, generation, built, takes, monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: generation)
-    assert llama.attention._has_varlen(torch.empty(1, 1, width, dtype=dtype)) == takes
+    assert attention.has_varlen(torch.empty(1, 1, width, dtype=dtype)) == takes

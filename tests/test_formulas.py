@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama import ModelArgs
-from llama.loss import chunked_cross_entropy
+from llama.accelerate.loss import chunked_cross_entropy
 from llama.model import RMSNorm, apply_rotary_emb, precompute_freqs_cis, rope_frequencies
 from llama.packing import PackedBatch
 from moa.config import AdapterConfig

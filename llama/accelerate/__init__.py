@@ -15,9 +15,12 @@ from llama.model import Transformer
 __all__ = ["FastDecoding", "Lanes", "accelerate_model", "restore_model"]
 
 
-def accelerate_model(model: Transformer) -> None:
-    """Put faster forwards in place of the plain ones; they give the same results within rounding."""
-    install(model, WeightCache())
+def accelerate_model(model: Transformer, flash: bool = False) -> None:
+    """Put faster forwards in place of the plain ones; they give the same results within rounding.
+
+    flash: attention by the package flash-attn, on a GPU in bf16 or fp16.
+    """
+    install(model, WeightCache(), flash)
 
 
 def restore_model(model: Transformer) -> None:

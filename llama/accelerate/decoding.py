@@ -18,7 +18,9 @@ PREPACK_MEMORY = 4  # free memory must be this many times the size of the weight
 
 
 class FastDecoding:
-    """For the runs of generation of one model. cuda_graphs: decode steps are recorded and replayed.
+    """For the runs of generation of one model, whose forwards it replaces (`accelerate_model`).
+
+    cuda_graphs: decode steps are recorded and replayed. flash: attention by flash-attn 2.
 
     On a CPU derived weights last from run to run, until a weight changes. On a GPU, and under model parallelism, they
     last for one run.
@@ -28,12 +30,13 @@ class FastDecoding:
         self,
         model: Transformer,
         cuda_graphs: bool = False,
+        flash: bool = False,
         prepack_from: int = PREPACK_FROM,
         decode_max_tokens: int = DECODE_MAX_TOKENS,
     ):
         self._model, self._cuda_graphs, self._prepack_from = model, cuda_graphs, prepack_from
         self._cache, self._versions = WeightCache(decode_max_tokens), None
-        install(model, self._cache)
+        install(model, self._cache, flash)
 
     @contextmanager
     def running(self, steps: int, hooked: bool) -> Iterator[DecodeStep]:

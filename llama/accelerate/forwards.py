@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llama.accelerate.attention import causal_attention, decode_attention
 from llama.accelerate.kernels import (
-    CPUAttentionFunction,
     FusedLinearFunction,
     FusedSwiGLULinearFunction,
     PromptAttentionFunction,
     RMSNormFunction,
     RotaryFunction,
     SwiGLUFunction,
-    decode_attention_cpu,
     normalize,
 )
+from llama.accelerate.loss import chunked_cross_entropy
 from llama.accelerate.prepack import DECODE_MAX_TOKENS, linear, prepacked_linear, uses_fbgemm
 from llama.model import Attention, ForwardContext, RMSNorm, Transformer, TransformerBlock, apply_rotary_emb
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear
@@ -67,24 +67,27 @@ class WeightCache:
         return torch.float32 if x.device.type == "cpu" and self.is_decode(x) else x.dtype
 
 
-def install(model: Transformer, cache: WeightCache) -> None:
-    """Put the faster forwards in place of the plain ones of `model`."""
+def install(model: Transformer, cache: WeightCache, flash: bool = False) -> None:
+    """Put the faster forwards in place of the plain ones of `model`. flash: attention by flash-attn 2."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.forward = partial(rms_norm, module)
         elif isinstance(module, Attention):
             module.forward = partial(attention, cache, module)
+            module.causal_attention = partial(causal_attention, flash=flash)
+            module.decode_attention = decode_attention
         elif isinstance(module, TransformerBlock):
             module.ffn_half = partial(ffn_half, cache, module)
         elif type(module) in (SoftRouter, InstanceRouter, SparseRouter):
             module.forward = partial(block_router, cache, module)
     model.output.forward = partial(output, cache, model.output)
+    model.cross_entropy = partial(cross_entropy, model)
 
 
 def uninstall(model: Transformer) -> None:
     """Bring the plain forwards back."""
     for module in model.modules():
-        for name in ("forward", "ffn_half"):
+        for name in ("forward", "causal_attention", "decode_attention", "ffn_half", "cross_entropy"):
             module.__dict__.pop(name, None)
 
 
@@ -93,6 +96,10 @@ def rms_norm(self: RMSNorm, x: Tensor) -> Tensor:
     if x.device.type == "cuda":  # which has a kernel for it
         return F.rms_norm(x, weight.shape, weight, self.eps)
     return RMSNormFunction.apply(x, weight, self.eps) if torch.is_grad_enabled() else normalize(x, weight, self.eps)[0]
+
+
+def cross_entropy(self: Transformer, hidden: Tensor, labels: Tensor) -> Tensor:
+    return chunked_cross_entropy(hidden, self.output.weight, labels)
 
 
 def output(cache: WeightCache, self: ColumnParallelLinear, x: Tensor) -> Tensor:
@@ -114,20 +121,10 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
         q, k = RotaryFunction.apply(q, freqs_cis), RotaryFunction.apply(k, freqs_cis)
     else:  # fewer launches
         q, k = apply_rotary_emb(torch.cat([q, k], 1), freqs_cis).split([q.shape[1], k.shape[1]], 1)
-    heads = attend(self, q, k, v, context)
+    heads = self.attend(q, k, v, context)
     heads = apply(cache, adapters, "attention", heads, x, downs, routing, q).flatten(1)
     (out,), downs = fused_linear(cache, adapters, heads, [self.wo], fusable(adapters.at("wo")))
     return apply(cache, adapters, "wo", out, heads, downs, routing)
-
-
-def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
-    if q.device.type != "cpu" or context.flash:
-        return self.attend(q, k, v, context)
-    if context.batch is None:
-        return decode_attention_cpu(q, *context.cache.append(self.layer, k, v), context.cache.mask)
-    if context.cache is not None:
-        context.cache.prefill(self.layer, context.cache_rows, context.batch.spans, k, v)
-    return CPUAttentionFunction.apply(q, k, v, context.batch)
 
 
 def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates) -> tuple[Tensor, list[RouterStats]]:

@@ -3,15 +3,13 @@
 Every function equals the plain formula of `llama.model` or `moa`; `llama.accelerate.forwards` puts them in its place.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llama.model import apply_rotary_emb
-from llama.packing import PackedBatch
 from moa.parallel import all_reduce
 
 aten = torch.ops.aten
@@ -84,60 +82,6 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return swiglu_backward(gate, up, F.silu(gate), grad)
-
-
-class CPUAttentionFunction(torch.autograd.Function):
-    """Causal attention by torch's CPU kernels in float32, sequence by sequence into tensors of the whole batch.
-
-    Keeps the inputs and the output in their own type.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
-        out, log_sums = torch.empty_like(q), []
-        wide = [upcast_on_cpu(t) for t in (q, k, v)]
-        for view in _sequence_views(batch):
-            part, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(*map(view, wide), is_causal=True)
-            view(out).copy_(part)
-            log_sums.append(log_sum)
-        ctx.save_for_backward(q, k, v, out, *log_sums)
-        ctx.batch = batch
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, *log_sums = ctx.saved_tensors
-        grads = [torch.empty_like(t) for t in (q, k, v)]
-        q, k, v, out, grad = (upcast_on_cpu(t) for t in (q, k, v, out, grad))
-        for view, log_sum in zip(_sequence_views(ctx.batch), log_sums, strict=True):
-            parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                view(grad), view(q), view(k), view(v), view(out), log_sum, 0.0, True
-            )
-            for whole, part in zip(grads, parts, strict=True):
-                view(whole).copy_(part)
-        return *grads, None
-
-
-def _sequence_views(batch: PackedBatch) -> list[Callable[[Tensor], Tensor]]:
-    """Views (R, heads, T, h) of (N, heads, h) tensors: of all sequences where they are equally long, else of each."""
-    if batch.equal_lengths:
-        shape = (len(batch.lengths), batch.max_seqlen)
-        return [lambda t: t.unflatten(0, shape).transpose(1, 2)]
-    return [lambda t, a=a, b=b: t[a:b].transpose(0, 1)[None] for a, b in batch.spans]
-
-
-def decode_attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q (R, H, h), k and v (R, T, K, h) -> (R, H, h), as `llama.attention.decode_attention`, scores in float32.
-
-    Two plain products: torch's kernel takes twice as long for so few queries.
-    """
-    q = upcast_on_cpu(q.unflatten(1, (k.shape[2], -1)))  # (R, K, H/K, h)
-    # One copy that the product can read: heads apart, in the type of q
-    k = k.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format)  # (R, K, T, h)
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores += mask
-    return (scores.softmax(-1).to(v.dtype) @ v.transpose(1, 2)).flatten(1, 2)
 
 
 class PromptAttentionFunction(torch.autograd.Function):

@@ -25,7 +25,7 @@ def chunk_size(vocab: int, device: torch.device) -> int:
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
-    """Sum of -log p(label) over all labels, a float32 scalar.
+    """Sum of -log p(label) over all labels, a scalar of at least float32.
 
     hidden (M, D): final hidden states at the positions that predict a label. weight (V, D): the frozen output matrix,
     under model parallelism this rank's rows of it. labels (M,). chunk: labels at a time.
@@ -43,7 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         vocab_start = mp_rank() * len(weight)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         product, wide = _logit_buffers(min(chunk, len(hidden)), hidden, weight)
         for begin in range(0, len(hidden), chunk):
