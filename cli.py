@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from functools import partial
 from inspect import Parameter, Signature
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import fire
@@ -39,7 +39,7 @@ NO_VALUE = "\0"  # the value of a flag that stands alone; no word of a shell can
 COLUMN = 32  # where the help texts of --help begin; its lines end at column 100
 OUT_OF_MEMORY = re.compile("out ?of ?memory|_STATUS_ALLOC_FAILED|DefaultCPUAllocator", re.IGNORECASE)
 
-_fill = partial(textwrap.fill, width=100, break_on_hyphens=False)
+_fill = partial(textwrap.fill, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -95,29 +95,24 @@ def flag(
 ) -> Any:
     """Make a dataclass field that is a flag; without a `default` the flag is required.
 
-    `group` is the heading it stands under in `--help`. A `positional` flag may be given without its name as well.
-    `switch` names two of the choices, which may also be typed as False and as True; the flag alone means True.
-    The field is keyword-only, so required flags may follow optional ones. A plain field makes a flag just as well.
+    group: the heading it stands under in `--help`. positional: it may be given without its name as well.
+    switch: two of the choices that may also be typed as False and as True; the flag alone means True.
     """
     metadata = {"help": help, "choices": choices, "group": group, "positional": positional, "switch": switch}
-    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+    return dataclasses.field(
+        default=default, kw_only=True, metadata=metadata
+    )  # required flags may follow optional ones
 
 
 def flags_of(cls: type) -> list[Flag]:
     """List the flags of a dataclass, in the order of its fields."""
     hints, flags = typing.get_type_hints(cls), []
-    for field in filter(lambda field: field.init, dataclasses.fields(cls)):
-        name, hint = f"{cls.__name__}.{field.name}", hints[field.name]
-        types = [t for t in typing.get_args(hint) if t is not NoneType] if isinstance(hint, UnionType) else [hint]
-        assert len(types) == 1 and types[0] in EXPECTED, f"{name}: a flag cannot be of type {hint}"
-        assert field.default_factory is MISSING, f"{name}: a flag needs a plain default"
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        types = [t for t in typing.get_args(hint) if t is not NoneType] or [hint]
+        assert types[0] in EXPECTED and len(types) == 1, f"{cls.__name__}.{field.name}: a flag cannot be of type {hint}"
         metadata = {key: value for key, value in field.metadata.items() if value is not None}
-        flag = Flag(field.name, types[0], len(types) < len(typing.get_args(hint)), field.default, **metadata)
-        # Choices bind what a user types; an optional flag may be None beside them.
-        allowed = not flag.choices or flag.default in (*flag.choices, MISSING) or flag.optional and flag.default is None
-        assert allowed, f"{name}: the default {flag.default!r} is not among the choices"
-        assert set(flag.switch or ()) <= set(flag.choices), f"{name}: {flag.switch} are not among the choices"
-        flags.append(flag)
+        flags.append(Flag(field.name, types[0], NoneType in typing.get_args(hint), field.default, **metadata))
     return flags
 
 
@@ -133,15 +128,13 @@ class Parsed(NamedTuple):
     given: frozenset[str]
 
 
-def subcommand(argv: Sequence[str], words: Collection[str], overview: str, *, where: str = "the first word") -> str:
-    """Return the command that a line begins with, one of `words`.
-
-    `--help` in its place prints the overview, exit status 0. Anything else is an error that says `where` it belongs.
-    """
+def subcommand(argv: Sequence[str], words: Collection[str], overview: str) -> str:
+    """Return the command that a line begins with, one of `words`. `--help` in its place prints the overview, exit 0."""
     if list(argv[:1]) in (["--help"], ["-h"]):
         _print_and_exit(overview.strip())
     if not argv or argv[0] not in words:
-        die(f"{where} must be one of {', '.join(words)}: {f'not {argv[0]!r}' if argv else 'nothing was given'}", 2)
+        problem = f"not {argv[0]!r}" if argv else "nothing was given"
+        die(f"the first word must be one of {', '.join(words)}: {problem}", 2)
     return argv[0]
 
 
@@ -161,7 +154,6 @@ def parse_into(
     owned = [flags_of(cls) for cls in classes]
     flags = {flag.name: flag for part in owned for flag in part}
     assert len(flags) == sum(map(len, owned)), f"flags of {classes} clash: {[[f.name for f in part] for part in owned]}"
-    assert flags and not {"help", "h"} & set(flags), "--help is taken, and there must be a flag"
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = prog or os.path.basename(sys.argv[0])
     if {"--help", "-h"} & set(argv):
@@ -264,26 +256,26 @@ def _help(flags: Sequence[Flag], prog: str, description: str) -> str:
             word = flag.name.upper() if flag.positional else f"--{flag.name} {flag.type.__name__.upper()}"
             usage.append(word if flag.default is MISSING else f"[{word}]")
         groups.setdefault("arguments" if flag.positional else flag.group, []).append(_help_entry(flag))
-    usage += ["[flags]"] if any(flag.default is not MISSING and not flag.positional for flag in flags) else []
-    # Prose is filled; a paragraph with indented lines (an example) stays as it is.
-    prose = [text if "\n " in f"\n{text}" else _fill(text) for text in description.strip().split("\n\n") if text]
+    # Prose is filled; a paragraph with indented lines (an example) stays as it is
+    prose = [
+        text if "\n " in f"\n{text}" else _fill(text, width=100) for text in description.strip().split("\n\n") if text
+    ]
     blocks = ["\n".join([f"{group}:", *entries]) for group, entries in groups.items()]
+    line = f"usage: {' '.join(usage)} [flags]"
     end = f"Tab completion in bash: source <(python {prog.removeprefix('python ')} -- --completion)"
-    return "\n\n".join([_fill(f"usage: {' '.join(usage)}", subsequent_indent="    "), *prose, *blocks, end])
+    return "\n\n".join([_fill(line, width=100, subsequent_indent="    "), *prose, *blocks, end])
 
 
 def _help_entry(flag: Flag) -> str:
-    type_name = "True|False" if flag.type is bool else flag.type.__name__
-    type_name = f"[{type_name}]" if flag.is_switch else type_name  # in brackets, for `--x` alone means True
-    left = f"  {flag.name.upper() if flag.positional else '--' + flag.name} {type_name}"
+    kind = "True|False" if flag.type is bool else flag.type.__name__
+    kind = f"[{kind}]" if flag.is_switch else kind  # in brackets: the flag alone means True
+    left = f"  {flag.name.upper() if flag.positional else '--' + flag.name} {kind}"
     notes = [f"one of {', '.join(map(str, flag.choices))}"] if flag.choices else []
-    if flag.default is not None:  # what leaving out a flag without a default means, its own text says
-        notes.append(
-            "required" if flag.default is MISSING else f"default: {flag.default if flag.default != '' else repr('')}"
-        )
-    text = (flag.help + (f" ({'; '.join(notes)})" if notes else "")).strip()
-    gap = "\n" + " " * COLUMN if len(left) > COLUMN - 2 else " " * (COLUMN - len(left))
-    return left + gap + _fill(text, subsequent_indent=" " * COLUMN, initial_indent=" " * COLUMN).lstrip()
+    if flag.default not in (None, ""):  # what leaving out such a flag means, its own text says
+        notes.append("required" if flag.default is MISSING else f"default: {flag.default}")
+    text = _fill(flag.help + (f" ({'; '.join(notes)})" if notes else ""), width=100 - COLUMN)
+    lines = textwrap.indent(text, " " * COLUMN)
+    return f"{left}\n{lines}" if len(left) > COLUMN - 2 else left.ljust(COLUMN) + lines.lstrip()
 
 
 def _print_and_exit(text: str) -> NoReturn:

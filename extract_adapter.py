@@ -11,13 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import cli_errors, flag, parse
-from training.paths import resolve
+from training.resume import checkpoints
 
 
 @dataclass(frozen=True)
 class Flags:
     checkpoint: str = flag(help="OUT/checkpoint-STEP.pth, OUT/checkpoint-LAST.pth, or the folder OUT", positional=True)
     output_dir: str | None = flag(None, help="where to write; default: the checkpoint's folder")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The file itself, or the newest checkpoint where a folder or .../checkpoint-LAST.pth is named."""
+    if path.is_file() or not (path.is_dir() or path.name == "checkpoint-LAST.pth"):
+        return path
+    folder = path if path.is_dir() else path.parent
+    if not checkpoints(folder):
+        raise ValueError(f"{folder}: no checkpoint-STEP.pth in it")
+    return checkpoints(folder)[-1][1]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         from moa.files import load_tensors
         from moa.reading import short_repr
 
-        checkpoint = resolve(Path(flags.checkpoint))
+        checkpoint = find_checkpoint(Path(flags.checkpoint))
         content = load_tensors(checkpoint)
         if not {"adapter", "adapter_params", "step"} <= content.keys():
             raise ValueError(f"{checkpoint}: not a checkpoint of finetune.py (no adapter in it)")

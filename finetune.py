@@ -8,33 +8,93 @@ Then: python extract_adapter.py OUT/checkpoint-LAST.pth
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from cli import cli_errors
 from demo import RECIPE
 from llama.machine import prepare_cpu
-from training.config import RunConfig, merge_with_previous_run, parse_flags
+from training.config import RunConfig, parse_flags
+from training.resume import merge_with_previous_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_flags(argv, RECIPE, __doc__)
+    config = parse_flags(argv, RECIPE, __doc__)
     with cli_errors():
         prepare_cpu()
-        settings = with_demo(merge_with_previous_run(settings))
-        # torch takes seconds to load, and a wrong flag should not
-        if settings.train.dry_run:
+        config = with_demo(merge_with_previous_run(config))
+        if config.train.dry_run:
             from training.dry_run import print_dry_run
 
-            print_dry_run(settings)
+            print_dry_run(config)
         else:
-            from training.run import run
-
-            run(settings)
+            fine_tune(config)
 
 
-def with_demo(settings: RunConfig) -> RunConfig:
+def fine_tune(config: RunConfig) -> None:
+    """Build the model, go on from the run's last checkpoint if there is one, and train."""
+    # torch takes seconds to load, and a wrong flag should not
+    from llama import Llama
+    from llama.accelerate import Lanes
+    from llama.checkpoint import load_params_and_tokenizer
+    from llama.distributed import bf16_is_fast, distributed_run, dp_size, get_device, is_rank0
+    from moa.adapter_file import adapter_params
+    from training.data import load_examples
+    from training.loop import expert_fraction, forward_backward, make_optimizer, train, uses_load_balancing
+    from training.memory import estimate_memory, oom_hint
+    from training.recorder import Recorder, log_rank0
+    from training.run_folder import RunFolder
+    from training.schedule import Schedule
+
+    device = get_device(config.train.device)
+    args, tokenizer = load_params_and_tokenizer(config.train.ckpt_dir)
+    if config.train.bf16 is None:
+        config = replace(config, train=replace(config.train, bf16=bf16_is_fast(device)))
+    flags, adapter_config = config.train, config.adapter_config(args)
+    memory = estimate_memory(flags, args, adapter_config, device)
+    with distributed_run(device, flags.model_parallel_size), oom_hint(flags, memory):
+        run = RunFolder(config, args)
+        examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_rank0())
+        schedule = Schedule.from_config(flags, len(examples), dp_size(), run.rows_per_step)
+        model = Llama.build(
+            flags.ckpt_dir,
+            config=adapter_config,
+            bf16=flags.bf16,
+            device=str(device),
+            seed=flags.seed,
+            model_parallel_size=flags.model_parallel_size,
+            flash_attention2=flags.flash_attention2,
+        ).model
+        model.activation_checkpointing = memory.agree_on_mode()
+        optimizer = make_optimizer(model, flags.weight_decay)
+        with run.locked():
+            state = run.begin(model, optimizer, schedule)
+            if state.done >= schedule.steps:
+                log_rank0(f"{run.path}: the run is complete, all {schedule.steps} steps are done")
+                return
+            log_rank0(f"{run.summary(model, schedule)}\n{memory.report()}")
+            params = adapter_params(adapter_config, asdict(args))
+            with (
+                Recorder(run.path, flags, schedule, model, optimizer, state, params) as recorder,
+                Lanes(model, forward_backward, expert_fraction, uses_load_balancing(model)) as fast,
+            ):
+                train(
+                    model,
+                    optimizer,
+                    examples,
+                    schedule,
+                    flags.batch_size,
+                    flags.seed,
+                    state,
+                    recorder.on_step,
+                    recorder.stop_signal,
+                    forward_backward=fast,
+                )
+        log_rank0(f"{run.path}/checkpoint-{schedule.steps}.pth: done; python extract_adapter.py writes the adapter")
+
+
+def with_demo(config: RunConfig) -> RunConfig:
     """Fill in the demo model and data where none is named, making them first if they are not there."""
-    flags = settings.train
+    flags = config.train
     ckpt_dir, data_path = flags.ckpt_dir, flags.data_path
     if ckpt_dir is None:
         from demo.model import ensure_model
@@ -44,7 +104,7 @@ def with_demo(settings: RunConfig) -> RunConfig:
         from demo.problems import ensure_data
 
         data_path = str(ensure_data()[0])
-    return replace(settings, train=replace(flags, ckpt_dir=ckpt_dir, data_path=data_path))
+    return replace(config, train=replace(flags, ckpt_dir=ckpt_dir, data_path=data_path))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from cli import cli_errors, die, flag, flags_of, out_of_memory, parse, parse_into, subcommand
+from cli import cli_errors, die, flag, out_of_memory, parse, parse_into, subcommand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +44,14 @@ class Extract:
 
     checkpoint: str = flag(help="the checkpoint", positional=True)
     force: bool = flag(False, help="overwrite")
+
+
+@dataclass
+class Wide:
+    """What does not fit the columns of --help."""
+
+    a_name_that_is_longer_than_its_column: int = flag(0, help="word " * 50)
+    path: str = flag("/".join(["folder"] * 40), help="somewhere")
 
 
 @dataclass
@@ -113,8 +121,6 @@ def test_several_dataclasses_share_a_line() -> None:
     parsed = parse_into([Model, Train], ["--data=x", "--lora_rank", "4", "--save"])
     assert parsed.values == [Model(lora_rank=4), Train(data="x", save=True)]
     assert parsed.given == {"data", "lora_rank", "save"}
-    with pytest.raises(AssertionError, match="lora_rank"):
-        parse_into([Model, Everything], [])
 
 
 @pytest.mark.parametrize(
@@ -134,21 +140,16 @@ def test_several_dataclasses_share_a_line() -> None:
         (["--lora_rank", "None"], "--lora_rank: expected a whole number, got 'None'"),
         (["--max_steps", "many"], "--max_steps: expected a whole number or None, got 'many'"),
         (["--lr", "fast"], "--lr: expected a number or None, got 'fast'"),
-        (["--lr", "nan"], "--lr: expected a number or None, got 'nan'"),
         (["--lr=-inf"], "--lr: expected a number or None, got '-inf'"),
         (["--bf16", "maybe"], "--bf16: expected True or False, got 'maybe'"),
         (["--method", "soft"], "--method: expected one of lora, soft_moa, got 'soft' (nearest: soft_moa)"),
         (["--lr", "1", "--lr=2"], "--lr is given twice"),
-        (["--bf16", "--bf16", "False"], "--bf16 is given twice"),
         (["--lora-rank=1", "--lora_rank", "1"], "--lora_rank is given twice"),
         (["--lr"], "--lr needs a value (write --lr=VALUE if it begins with a dash)\n"),
         (["--lr", "--bf16"], "--lr needs a value (write --lr=VALUE if it begins with a dash)\n"),
-        (["--lora_targets", "-Q"], "--lora_targets needs a value (write --lora_targets=VALUE if"),
         (["--lora_targets", "Q", "K"], "unexpected argument 'K'"),
         (["lora_rank=3"], "unexpected argument 'lora_rank=3' (values follow their flag; nearest flag: --lora_rank)"),
         (["-"], "unexpected argument '-'"),
-        (["lr"], "unexpected argument 'lr'"),
-        (["values"], "unexpected argument 'values'"),
         (["0"], "unexpected argument '0'"),
         (["--lr", "1", "-", "values"], "unexpected argument 'values'"),
         (["--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
@@ -180,12 +181,12 @@ def test_positional_argument(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--nonsense", "--help"]])
 def test_help_shows_every_flag(capsys: pytest.CaptureFixture, argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_into([Model, Train], argv, prog="prog", description="First paragraph. " * 12 + "\n\n    prog --data x\n")
+        parse_into([Model, Train, Wide], argv, prog="prog", description="Prose. " * 30 + "\n\n    prog --data x\n")
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and err == ""
     assert out.startswith("usage: prog --data STR [flags]\n")
     assert out.endswith("\n\nTab completion in bash: source <(python prog -- --completion)\n")
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(map(len, out.splitlines())) <= 100 and out.count("word") == 50
     assert "\n    prog --data x\n" in out
     assert out.index("\nmodel:") < out.index("\noptimiser:") < out.index("\nflags:")
     for said in (
@@ -197,18 +198,6 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture, argv: list[str]) -
         "--again [str]                 what is done again (one of auto, off, half, all; default: auto)",
     ):
         assert f"\n  {said}\n" in out + "\n"
-
-
-def test_help_wraps_long_texts_and_names(capsys: pytest.CaptureFixture) -> None:
-    @dataclass
-    class Wide:
-        a_name_that_is_longer_than_its_column: int = flag(0, help="word " * 50)
-        path: str = flag("/".join(["folder"] * 40), help="somewhere")
-
-    with pytest.raises(SystemExit):
-        parse(Wide, ["--help"], prog="prog")
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 100 and out.count("word") == 50
 
 
 def test_completion_in_bash_offers_the_flags_that_are_left(capsys: pytest.CaptureFixture) -> None:
@@ -258,13 +247,6 @@ def test_subcommand_returns_the_first_word_or_names_the_words(capsys: pytest.Cap
         assert (stop.value.code, *capsys.readouterr()) == (status, out, err)
 
 
-def test_a_flag_that_cannot_work_is_the_programmers_fault() -> None:
-    fields = {"targets": (tuple[str, ...], ("Q",)), "method": (str, flag("x", help="", choices=("a", "b")))}
-    for name, (hint, default) in fields.items():
-        with pytest.raises(AssertionError, match=f"Wrong.{name}"):
-            flags_of(make_dataclass("Wrong", [(name, hint, default)]))
-
-
 def test_errors_end_in_a_sentence_and_a_status(capsys: pytest.CaptureFixture) -> None:
     def ends(error: Exception | KeyboardInterrupt, status: int, message: str, otherwise: int = 1) -> None:
         with pytest.raises(SystemExit) as stop, cli_errors(otherwise, memory_advice="turn it down"):
@@ -297,8 +279,3 @@ def test_out_of_memory_in_all_spellings() -> None:
         assert out_of_memory(RuntimeError(text)) and not out_of_memory(ValueError(text))
     assert out_of_memory(MemoryError()) and out_of_memory(type("OutOfMemoryError", (RuntimeError,), {})(""))
     assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
-
-
-def test_importing_cli_leaves_torch_alone() -> None:
-    code = "import sys, cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

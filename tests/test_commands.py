@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from commands import refused, run, torchrun, train_flags, write_rows
-from moa.files import lock
 from tiny import BASE
 
 
@@ -234,35 +233,6 @@ def test_rows_that_are_not_right_are_refused(content, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_a_run_is_left_alone(trained, data, tmp_path):
-    before = {f.name: f.stat().st_mtime_ns for f in trained.iterdir()}
-    flags = train_flags(data / "train.json", trained)
-    refused(run("finetune.py", *flags), "holds a run already", "--resume", "--overwrite")
-    refused(run("finetune.py", *[f if f != "0.01" else "0.02" for f in flags], "--resume"), "--lr 0.01, not 0.02")
-    other = write_rows(tmp_path / "other.json", 5)
-    refused(run("finetune.py", "--data_path", other, "--output_dir", trained, "--resume"), "not the rows")
-    assert {f.name: f.stat().st_mtime_ns for f in trained.iterdir()} == before
-
-
-def test_a_folder_that_a_run_writes_to_is_not_for_another(data, tmp_path):
-    """Before the first checkpoint there is nothing but the lock to tell of the first run."""
-    out = tmp_path / "out"
-    out.mkdir()
-    with lock(out / ".lock", "taken"):
-        refused(run("finetune.py", *train_flags(data / "train.json", out)), str(out), "another run is writing there")
-    assert [f.name for f in out.iterdir()] == [".lock"]
-
-
-def test_resuming_before_the_first_checkpoint_takes_the_runs_own_settings(trained, data, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    shutil.copy(trained / "config.json", out)
-    result = run("finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert losses(out) == losses(trained)
-    assert json.loads((out / "config.json").read_text())["adapter"]["lora_rank"] == 2
-
-
 @pytest.fixture
 def other_base(tmp_path):
     """The golden base with one weight changed."""
@@ -289,47 +259,6 @@ def test_a_base_with_damaged_numbers_gives_an_error_and_no_answers(temperature, 
     flags = generate_flags(data, trained, save_path, ckpt_dir=other_base, temperature=temperature)
     refused(run("generate.py", *flags), "not finite")
     assert not save_path.exists()
-
-
-def test_resuming_may_spell_out_what_the_preset_came_to(trained, data):
-    flags = ("--data_path", data / "train.json", "--output_dir", trained, "--resume")
-    result = run("finetune.py", *flags, "--swi_x", 4, "--lora_rank", 2)
-    assert result.returncode == 0 and "the run is complete" in result.stderr
-    refused(run("finetune.py", *flags, "--swi_x", 3), "--swi_x 4, not 3")
-    result = run("finetune.py", *flags, "--lora_layers", "all")
-    assert result.returncode == 0 and "the run is complete" in result.stderr
-
-
-def test_resuming_with_a_file_of_settings(trained, data, tmp_path):
-    flags = ("--data_path", data / "train.json", "--output_dir", trained, "--resume", "--adapter_config")
-    file = tmp_path / "mixture.json"
-    for text, words in (
-        ('{"lora_rank": 2}', None),
-        ((trained / "adapter_params.json").read_text(), None),
-        ('{"lora_rank": 3}', "--lora_rank 2, not 3"),
-        ('{"method": "lora"}', "--method soft_moa, not lora"),
-    ):
-        file.write_text(text)
-        result = run("finetune.py", *flags, file)
-        if words is None:
-            assert result.returncode == 0 and "the run is complete" in result.stderr, result.stderr
-        else:
-            refused(result, words)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("lr_schedule", "foo"), ("max_steps", 4.5), ("lora_rank", "x"), ("surprise", 1), ("lr", None)]
-)
-def test_a_damaged_record_is_refused_on_resume(name, value, trained, data, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(trained, out)
-    record = json.loads((out / "config.json").read_text())
-    record["settings"][name] = value
-    if name == "lr":
-        del record["settings"]["lr"]
-    (out / "config.json").write_text(json.dumps(record))
-    result = run("finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume")
-    refused(result, "config.json", name)
 
 
 @pytest.mark.parametrize("damage", ["step", "adapter", "params"])
@@ -367,13 +296,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(trained, data, tmp_path
     assert not [f for f in out.iterdir() if "tmp" in f.name or f.name == "checkpoint-6.pth"]
     refused(run("-c", LIMITED, 1000, "extract_adapter.py", out), "File too large")
     assert (out / "adapter.pth").read_bytes() == (trained / "adapter.pth").read_bytes()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    result = run(
-        "finetune.py", *train_flags(data / "train.json", tmp_path / "out", lr=1e30, save_every=1, warmup_epochs=0)
-    )
-    refused(result, "is not finite", "step", "rows", "--lr")
 
 
 @pytest.mark.parametrize(

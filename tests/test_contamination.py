@@ -8,7 +8,8 @@ import pytest
 from commands import refused, run, train_flags, write_rows
 from corpus import contamination
 from corpus.contamination import compare, find_matches, list_test_files, parse_question, read_questions
-from training.config import merge_with_previous_run, parse_flags
+from training.config import parse_flags
+from training.resume import merge_with_previous_run
 
 STAMPS = (
     "Max bought 16 snowflake stamps at the post office. He bought 3 more truck stamps than snowflake stamps, and 9 "

@@ -46,19 +46,13 @@ def test_two_processes_exchange_what_is_computed(tmp_path) -> None:
         assert len(step.gradients) == (size == "1") and bool(step.forward) == (size == "2")
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("method", tiny.METHODS)
-@pytest.mark.parametrize("lengths", [LENGTHS, [5, 5]])
-def test_saved_activations_are_computed_to_the_byte(method: str, lengths: list[int], bf16: bool) -> None:
-    require_saved(method, tiny.ARGS, lengths, bf16)
+SHALLOW = replace(ModelArgs(**SMOLLM2_135M), n_layers=tiny.ARGS.n_layers)  # a real width
+SAVED = [(m, tiny.ARGS, n, bf16) for m in tiny.METHODS for n in (LENGTHS, [5, 5]) for bf16 in (False, True)]
+SAVED += [("soft_moa", SHALLOW, [20, 17], False), ("molora", SHALLOW, [20, 17], True)]
 
 
-@pytest.mark.parametrize("method, bf16", [("soft_moa", False), ("molora", True)])
-def test_saved_activations_of_a_real_shape(method: str, bf16: bool) -> None:
-    require_saved(method, replace(ModelArgs(**SMOLLM2_135M), n_layers=tiny.ARGS.n_layers), [20, 17], bf16)
-
-
-def require_saved(method: str, args: ModelArgs, lengths: list[int], bf16: bool) -> None:
+@pytest.mark.parametrize(("method", "args", "lengths", "bf16"), SAVED)
+def test_saved_activations_are_computed_to_the_byte(method, args, lengths, bf16) -> None:
     """What is computed for each mode is what autograd really saves."""
     with fake_rank(1, 1):
         computed = saved_activation_bytes(meta_model(args, tiny.config(method), bf16), lengths, CPU)

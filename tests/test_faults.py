@@ -107,7 +107,7 @@ def test_a_signal_to_any_process_ends_the_run_with_a_checkpoint_to_go_on_from(re
 @pytest.mark.parametrize(("signals", "pause", "status"), [(2, 1.1, 143), (2, 0, 0), (3, 0, 143)])
 def test_signals_end_a_process_at_once_when_they_are_repeated(signals, pause, status):
     code = (
-        "import os, signal, time; from training.shutdown import GracefulShutdown\n"
+        "import os, signal, time; from training.recorder import GracefulShutdown\n"
         "with GracefulShutdown() as shutdown:\n"
         f"    for _ in range({signals}): os.kill(os.getpid(), signal.SIGTERM); time.sleep({pause})\n"
         "    assert shutdown.signum == signal.SIGTERM"

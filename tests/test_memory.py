@@ -9,15 +9,15 @@ import training.memory
 from commands import script, train_flags, write_rows
 from llama.distributed import init_distributed
 from llama.free_memory import available_memory, cgroup_limits, free_memory
-from training.config import CHECKPOINTING_MODES, RunConfig, TrainConfig
-from training.memory import RESERVED, MemoryEstimate, oom_hint, with_least_free
+from training.config import CHECKPOINTING_MODES, TrainConfig
+from training.memory import RESERVED, MemoryEstimate, oom_hint
 
 GB = 2**30
 
 
 def estimate(free, requested="auto"):
     """Of a run that takes 20, 12 and 8 GiB."""
-    by_mode = {mode: {"total": n * GB} for mode, n in zip(CHECKPOINTING_MODES, (20, 12, 8), strict=True)}
+    by_mode = {mode: {"base": 0, "total": n * GB} for mode, n in zip(CHECKPOINTING_MODES, (20, 12, 8), strict=True)}
     return MemoryEstimate(by_mode, requested, None if free is None else free * GB + RESERVED)
 
 
@@ -28,7 +28,8 @@ def estimate(free, requested="auto"):
 def test_auto_takes_the_least_that_fits(free, mode):
     assert estimate(free).mode == mode
     assert [estimate(free, requested).mode for requested in CHECKPOINTING_MODES] == list(CHECKPOINTING_MODES)
-    assert (estimate(free).explain() is None) == (mode == "none") and estimate(free, mode).explain() is None
+    for memory, explained in ((estimate(free), mode != "none"), (estimate(free, mode), False)):
+        assert ("--activation_checkpointing" in memory.report()) == explained
 
 
 @pytest.mark.parametrize(
@@ -41,15 +42,14 @@ def test_auto_takes_the_least_that_fits(free, mode):
     ],
 )
 def test_the_hint_names_the_modes_that_fit(memory, words):
-    config = RunConfig(TrainConfig(), {}, frozenset())
-    with pytest.raises(MemoryError) as raised, oom_hint(config, memory):
+    with pytest.raises(MemoryError) as raised, oom_hint(TrainConfig(), memory):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert words in str(raised.value) and memory.total(memory.mode) in str(raised.value)
 
 
 def test_one_process_is_all():
     init_distributed(torch.device("cpu"))
-    assert with_least_free(estimate(3)) == estimate(3) and with_least_free(estimate(None)).free is None
+    assert [estimate(free).agree_on_mode() for free in (None, 15, 3)] == ["none", "selective", "full"]
 
 
 def test_free_memory_of_the_system_and_of_control_groups(tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import training.run
+import training.recorder
 from commands import script, train_flags, write_rows
-from llama import Llama
+from llama import Llama, Transformer
+from moa.files import lock
 from tiny import BASE
 
 EARLIER = Path(__file__).parent / "data" / "run_79f64d3"
@@ -19,6 +20,15 @@ EARLIER = Path(__file__).parent / "data" / "run_79f64d3"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "train.json")
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of four steps, with its adapter."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    script("finetune.py", *train_flags(data, out, max_steps=4))
+    script("extract_adapter.py", out)
+    return out
 
 
 def steps(out) -> list[dict]:
@@ -32,10 +42,14 @@ def begun(data, out):
         raise OSError("the disk is full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.run, "state_dict", end)
+        patch.setattr(training.recorder, "state_dict", end)
         with pytest.raises(SystemExit):
             script("finetune.py", *train_flags(data, out, max_steps=4))
     return out
+
+
+def resume_flags(data, out):
+    return ["--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu"]
 
 
 def refused(capsys, *words) -> str:
@@ -49,11 +63,10 @@ def test_before_the_first_checkpoint_the_rows_of_a_step_are_those_of_the_start(d
     """... also where micro-batches are of another size, as they may be on other processes."""
     out = begun(data, tmp_path / "out")
     before = json.loads((out / "config.json").read_text())
-    flags = ("--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu")
-    script("finetune.py", *flags, "--batch_size", 1)
+    script("finetune.py", *resume_flags(data, out), "--batch_size", 1)
     after = json.loads((out / "config.json").read_text())
     assert [entry["rows"] for entry in steps(out)] == [4] * 4
-    for name in ("rows_per_step", "lr", "steps", "warmup_steps"):
+    for name in ("rows_per_step", "lr", "steps", "warmup_steps", "adapter"):
         assert after[name] == before[name], name
 
 
@@ -74,14 +87,67 @@ def test_a_run_that_came_in_between_is_left_alone(data, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "damage", [{"rows_per_step": 0}, {"settings": None}, {"base": {}}, {"adapter": {"method": "x"}}]
+    "damage",
+    [
+        {"rows_per_step": 0},
+        {"settings": None},
+        {"base": {}},
+        {"adapter": {"method": "x"}},
+        *({"settings": {name: value}} for name, value in (("max_steps", 4.5), ("lora_rank", "x"), ("surprise", 1))),
+        {"settings": {"lr": ...}},
+    ],
 )
-def test_a_damaged_record_is_refused_in_one_sentence(data, tmp_path, capsys, damage):
-    out = begun(data, tmp_path / "out")
+def test_a_damaged_record_is_refused_in_one_sentence(finished, data, tmp_path, capsys, damage):
+    out, (name, value) = tmp_path / "out", *damage.items()
+    shutil.copytree(finished, out)
     record = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(record | damage))
-    flags = ("--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu")
-    assert f"{out / 'config.json'}: not the record of a run that can be resumed (" in refused(capsys, *flags)
+    record[name] = record[name] | value if name == "settings" and value else value
+    if damage == {"settings": {"lr": ...}}:
+        del record["settings"]["lr"]
+    (out / "config.json").write_text(json.dumps(record))
+    message = refused(capsys, *resume_flags(data, out))
+    assert f"{out / 'config.json'}: not the record of a run that can be resumed (" in message
+
+
+SAME = ["--swi_x 4 --lora_rank 2", "--lora_layers all", '{"lora_rank": 2}', "adapter_params.json"]
+OTHER = {
+    "--lr 0.02": "--lr 0.01, not 0.02",
+    "--swi_x 3": "--swi_x 4, not 3",
+    '{"lora_rank": 3}': "--lora_rank 2, not 3",
+    '{"method": "lora"}': "--method soft_moa, not lora",
+}
+
+
+@pytest.mark.parametrize("words", [*SAME, *OTHER])
+def test_what_is_typed_on_resume_must_be_what_the_run_was_started_with(finished, data, tmp_path, capsys, words):
+    """... in whatever spelling: as the method's preset came to, as a file of settings."""
+    before = {f.name: f.stat().st_mtime_ns for f in finished.iterdir() if f.name != "config.json"}
+    if words == "adapter_params.json":
+        typed = ["--adapter_config", finished / words]
+    elif words.startswith("{"):
+        (tmp_path / "mixture.json").write_text(words)
+        typed = ["--adapter_config", tmp_path / "mixture.json"]
+    else:
+        typed = words.split()
+    flags = [*resume_flags(data, finished), *typed]
+    if words in SAME:
+        script("finetune.py", *flags)
+        assert "the run is complete" in capsys.readouterr().err
+    else:
+        assert OTHER[words] in refused(capsys, *flags)
+    assert {f.name: f.stat().st_mtime_ns for f in finished.iterdir() if f.name != "config.json"} == before
+
+
+def test_a_folder_with_a_run_is_left_alone(finished, data, tmp_path, capsys):
+    before = {f.name: f.stat().st_mtime_ns for f in finished.iterdir()}
+    message = refused(capsys, *train_flags(data, finished))
+    assert "holds a run already" in message and "--resume" in message and "--overwrite" in message
+    other = write_rows(tmp_path / "other.json", 5)
+    assert "not the rows" in refused(capsys, *resume_flags(other, finished))
+    with lock(finished / ".lock", "taken"):
+        message = refused(capsys, *train_flags(data, finished), "--overwrite")
+    assert f"{finished}: another run is writing there" in message
+    assert {f.name: f.stat().st_mtime_ns for f in finished.iterdir()} == before
 
 
 @pytest.mark.parametrize("method", ["soft_moa", "topk_moelora", "unipeft"])
@@ -91,7 +157,7 @@ def test_a_run_of_an_earlier_revision_goes_on_and_its_adapter_loads(method, tmp_
     shutil.copytree(EARLIER, tmp_path / "earlier")
     out, data = tmp_path / "earlier" / method, tmp_path / "earlier" / "train.json"
     before = steps(out)
-    script("finetune.py", "--data_path", data, "--ckpt_dir", BASE, "--output_dir", out, "--resume", "--device", "cpu")
+    script("finetune.py", *resume_flags(data, out))
     assert [entry["step"] for entry in steps(out)] == [1, 2, 3, 4]
     for entry, same in zip(steps(out), before, strict=True):
         assert entry["loss"] == pytest.approx(same["loss"], rel=1e-6) and entry["lr"] == same["lr"]
@@ -124,7 +190,7 @@ def test_only_the_newest_checkpoints_are_kept_when_asked(data, tmp_path):
 
 def test_a_gradient_whose_square_is_too_large_is_not_taken(data, tmp_path, monkeypatch):
     """AdamW keeps squares: one such step, and no checkpoint could be gone on from any more."""
-    forward, count = training.run.Transformer.forward, iter(range(1, 100))
+    forward, count = Transformer.forward, iter(range(1, 100))
 
     def large(model, tokens, *arguments, **named):
         losses = forward(model, tokens, *arguments, **named)
@@ -132,7 +198,7 @@ def test_a_gradient_whose_square_is_too_large_is_not_taken(data, tmp_path, monke
             return losses._replace(ce_loss=losses.ce_loss * 1e22)
         return losses
 
-    monkeypatch.setattr(training.run.Transformer, "forward", large)
+    monkeypatch.setattr(Transformer, "forward", large)
     out = tmp_path / "out"
     script("finetune.py", *train_flags(data, out, max_steps=4, batch_size=4, accum_iter=1))
     assert ["skipped" in entry for entry in steps(out)] == [False, False, True, False]

@@ -19,8 +19,8 @@ from moa.state import adapter_parameters, adapter_state_dict, optimizer_groups
 from training.checkpoint import CheckpointWriter, latest, load_state_dict, read, save, state_dict
 from training.config import TrainConfig
 from training.data import load_examples, micro_batches
-from training.log import RunLog
 from training.loop import NonFiniteLoss, TrainState, make_optimizer, train
+from training.recorder import RunLog
 from training.schedule import Schedule
 
 
@@ -61,11 +61,6 @@ def test_rows_are_shared_out_in_equal_numbers_and_about_equal_tokens(n, ranks):
         assert max(tokens) - min(tokens) <= max(lengths) - min(lengths)
 
 
-def test_rows_that_can_be_shared_out_evenly_are():
-    assert balance_by_length([8, 1, 7, 2, 6, 3, 5, 4], 2) == [[0, 3, 5, 6], [1, 2, 4, 7]]
-    assert balance_by_length([5, 5, 5], 1) == [[0, 1, 2]]
-
-
 @pytest.mark.parametrize(
     ("n", "batch_size", "count", "sizes"),
     [
@@ -80,11 +75,11 @@ def test_rows_that_can_be_shared_out_evenly_are():
 )
 def test_micro_batches_hold_rows_in_their_order(n, batch_size, count, sizes):
     rows = examples(n)
-    found = list(micro_batches(rows, batch_size, torch.device("cpu"), count))
-    assert [len(packed.lengths) for _, _, packed in found] == sizes
-    assert [t for tokens, _, _ in found for t in tokens.tolist()] == [t for row in rows for t in row.tokens]
-    assert [t for _, labels, _ in found for t in labels.tolist()] == [t for row in rows for t in row.labels]
-    assert [n for _, _, packed in found for n in packed.prompt_lens] == [row.prompt_len for row in rows]
+    packed = list(micro_batches(rows, batch_size, torch.device("cpu"), count))
+    assert [len(batch.lengths) for _, _, batch in packed] == sizes
+    assert [t for tokens, _, _ in packed for t in tokens.tolist()] == [t for row in rows for t in row.tokens]
+    assert [t for _, labels, _ in packed for t in labels.tolist()] == [t for row in rows for t in row.labels]
+    assert [n for _, _, batch in packed for n in batch.prompt_lens] == [row.prompt_len for row in rows]
 
 
 def examples(n=8, seed=0):
@@ -119,13 +114,30 @@ def trained(method="soft_moa", batch_size=2, done=0, steps=3, state=None, rows=N
     return llm, optimizer, log
 
 
+def saving(folder, step, skipped=()):
+    """An on_step that writes a checkpoint after this step."""
+
+    def on_step(entry, model, optimizer):
+        if entry["step"] == step:
+            save(folder, state_dict(model, optimizer, TrainState(step, list(skipped)), {}))
+
+    return on_step
+
+
+def assert_same_adapters(first, second, tolerance=None):
+    """Equal to the bit, or within a relative tolerance."""
+    second = adapter_state_dict(second.model)
+    for key, tensor in adapter_state_dict(first.model).items():
+        same = torch.equal(tensor, second[key]) if tolerance is None else tiny.relative(tensor, second[key]) < tolerance
+        assert same, key
+
+
 def test_a_step_is_one_mean_over_all_its_labels_whatever_the_micro_batches():
     whole, _, log_whole = trained(batch_size=4)
     for size in (1, 2, 3):
         parts, _, log_parts = trained(batch_size=size)
         assert [e["loss"] for e in log_parts] == pytest.approx([e["loss"] for e in log_whole], rel=1e-5)
-        for key, tensor in adapter_state_dict(parts.model).items():
-            assert tiny.relative(tensor, adapter_state_dict(whole.model)[key]) < 1e-3, key
+        assert_same_adapters(parts, whole, 1e-3)
 
 
 def test_the_auxiliary_loss_is_a_mean_over_micro_batches_by_their_tokens():
@@ -168,24 +180,15 @@ def test_only_adapters_move_and_all_of_them_do(method):
 
 @pytest.mark.parametrize("method", [*tiny.METHODS, "noisy"])
 def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method):
-    def keep(entry, model, optimizer):
-        if entry["step"] == 2:
-            save(tmp_path, state_dict(model, optimizer, TrainState(2), {}))
-
-    unbroken, _, log = trained(method, steps=6, on_step=keep)
+    unbroken, _, log = trained(method, steps=6, on_step=saving(tmp_path, 2))
     resumed, _, rest = trained(method, done=2, steps=6, state=tmp_path / "checkpoint-2.pth")
     assert [e["loss"] for e in rest] == [e["loss"] for e in log[2:]]
-    for key, tensor in adapter_state_dict(unbroken.model).items():
-        assert torch.equal(tensor, adapter_state_dict(resumed.model)[key]), key
+    assert_same_adapters(unbroken, resumed)
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
 def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, monkeypatch, first, second):
     """Fused as it is here, or the plain form of earlier runs."""
-
-    def keep(entry, model, optimizer):
-        if entry["step"] == 2:
-            save(tmp_path, state_dict(model, optimizer, TrainState(2), {}))
 
     def use(fused):
         adamw = partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.95), foreach=False)
@@ -196,12 +199,11 @@ def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, 
     use(False)
     expected, _, _ = trained("custom", steps=4)
     use(first)
-    trained("custom", steps=2, on_step=keep)
+    trained("custom", steps=2, on_step=saving(tmp_path, 2))
     use(second)
-    found, optimizer, _ = trained("custom", done=2, steps=4, state=tmp_path / "checkpoint-2.pth")
+    resumed, optimizer, _ = trained("custom", done=2, steps=4, state=tmp_path / "checkpoint-2.pth")
     assert bool(optimizer.param_groups[0]["fused"]) == second
-    for key, tensor in adapter_state_dict(expected.model).items():
-        assert tiny.relative(adapter_state_dict(found.model)[key], tensor) < 1e-6, key
+    assert_same_adapters(resumed, expected, 1e-6)
 
 
 def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
@@ -214,7 +216,7 @@ def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-2.pth"]
 
 
-def damaged(monkeypatch, steps, gradient=False):
+def not_finite(monkeypatch, steps, gradient=False):
     """From now on the loss (its gradient alone) is not finite in these steps, counted from the first one trained."""
     whole, count = Transformer.forward, iter(range(1, 1000))
 
@@ -230,36 +232,32 @@ def damaged(monkeypatch, steps, gradient=False):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_step_that_is_not_finite_is_skipped_and_named(monkeypatch, tmp_path, gradient):
-    def keep(entry, model, optimizer):
+    def on_step(entry, model, optimizer):
         states.append(adapter_state_dict(model))
         updates.append({int(state["step"]) for state in optimizer.state.values()})
-        if entry["step"] == 3:
-            save(tmp_path, state_dict(model, optimizer, TrainState(3, [2]), {}))
+        saving(tmp_path, 3, [2])(entry, model, optimizer)
 
     states, updates = [], []
-    damaged(monkeypatch, {2}, gradient)
-    llm, _, log = trained(batch_size=4, steps=6, on_step=keep)
+    not_finite(monkeypatch, {2}, gradient)
+    llm, _, log = trained(batch_size=4, steps=6, on_step=on_step)
     assert all(torch.equal(tensor, states[0][key]) for key, tensor in states[1].items())
     assert updates == [{1}, {1}, {2}, {3}, {4}, {5}]
     rows = ", ".join(str(i + 1) for i in sorted(plan(n_rows=8, max_steps=6).rows(1, 7)))
     what = "a gradient" if gradient else "the loss"
-    assert (
-        log[1]["skipped"].startswith(f"step 2: {what} is not finite (loss ")
-        and f"; rows {rows} of" in log[1]["skipped"]
-    )
+    assert log[1]["skipped"].startswith(f"step 2: {what} is not finite (loss ")
+    assert f"; rows {rows} of" in log[1]["skipped"]
     assert (log[1]["loss"] is None) != gradient and not any("skipped" in entry for entry in log[:1] + log[2:])
     assert not torch.equal(states[2]["layers.0.router.proj.w1.bias"], states[0]["layers.0.router.proj.w1.bias"])
     # ... and a run that is resumed later knows of it
     resumed, _, _ = trained(batch_size=4, steps=6, done=3, state=tmp_path / "checkpoint-3.pth")
-    for key, tensor in adapter_state_dict(llm.model).items():
-        assert torch.equal(tensor, adapter_state_dict(resumed.model)[key]), key
+    assert_same_adapters(llm, resumed)
 
 
 @pytest.mark.parametrize(
     ("progress", "steps"), [(TrainState(), {3, 4}), (TrainState(3, [3]), {1})], ids=["unbroken", "resumed"]
 )
 def test_a_second_step_in_a_row_that_is_not_finite_ends_the_run(monkeypatch, progress, steps):
-    damaged(monkeypatch, steps)
+    not_finite(monkeypatch, steps)
     model, log = tiny.build("soft_moa", seed=3).model, []
     p = plan(n_rows=8, max_steps=6, lr=0.01)
     words = r"^step 4: the loss is not finite \(loss nan; rows \d+, .*, nor was it in step 3; a lower --lr"
@@ -320,52 +318,30 @@ def test_the_latest_checkpoint_that_is_whole_is_found(tmp_path):
         latest(tmp_path, llm.model)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "adapter",
-        "optimizer",
-        "moments",
-        "shape",
-        "nan",
-        "step",
-        "list",
-        "entry",
-        "number key",
-        "cut",
-        "skipped",
-        "future",
-    ],
-)
+ROUTER_BIAS = "layers.0.router.proj.w1.bias"
+DAMAGES = {
+    "no tensor": lambda content: content["adapter"].pop(ROUTER_BIAS),
+    "no moment": lambda content: content["optimizer"]["exp_avg"].pop(ROUTER_BIAS),
+    "no moments": lambda content: content["optimizer"].pop("exp_avg"),
+    "shape": lambda content: content["optimizer"]["exp_avg_sq"].update({ROUTER_BIAS: torch.zeros(3)}),
+    "nan": lambda content: content["optimizer"]["exp_avg_sq"][ROUTER_BIAS].fill_(math.nan),
+    "step": lambda content: content.update(step="1"),
+    "list": lambda content: content["optimizer"].update(exp_avg=[1]),
+    "no step": lambda content: content.pop("step"),
+    "skipped": lambda content: content.update(skipped=[0.5]),
+    "skipped later": lambda content: content.update(skipped=[2]),
+    "number as a key": lambda content: content["adapter"].update({7: torch.zeros(1)}),
+    "cut short": lambda content: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, damage):
     llm, optimizer, _ = trained(steps=1)
-    content = state_dict(llm.model, optimizer, TrainState(1), {})
-    key = next(iter(content["adapter"]))
-    if damage == "adapter":
-        del content["adapter"][key]
-    elif damage == "optimizer":
-        del content["optimizer"]["exp_avg"][key]
-    elif damage == "shape":
-        content["optimizer"]["exp_avg_sq"][key] = torch.zeros(3)
-    elif damage == "nan":
-        content["optimizer"]["exp_avg_sq"][key][0] = math.nan
-    elif damage == "moments":
-        del content["optimizer"]["exp_avg"]
-    elif damage == "step":
-        content["step"] = "1"
-    elif damage == "list":
-        content["optimizer"]["exp_avg"] = [1]
-    elif damage == "entry":
-        del content["step"]
-    elif damage == "skipped":
-        content["skipped"] = [0.5]
-    elif damage == "future":
-        content["skipped"] = [2]
-    elif damage == "number key":
-        content["adapter"][7] = torch.zeros(1)
-    path = tmp_path / "checkpoint-1.pth"
+    content, path = state_dict(llm.model, optimizer, TrainState(1), {}), tmp_path / "checkpoint-1.pth"
+    DAMAGES[damage](content)
     write_torch(path, content)
-    if damage == "cut":
+    if damage == "cut short":
         path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ValueError, match="checkpoint-1.pth"):
         read(path, llm.model)

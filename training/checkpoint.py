@@ -26,7 +26,7 @@ from moa.state import (
     shard_all,
 )
 from training.loop import TrainState
-from training.paths import checkpoints
+from training.resume import checkpoints
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,18 +38,17 @@ def state_dict(
 
     ValueError where a number is not finite: no run could be resumed from it.
     """
-
-    def moment(parameter: nn.Parameter, name: str) -> Tensor:  # before the first update there is none
-        moments = optimizer.state.get(parameter)
-        return moments[name] if moments else torch.zeros_like(parameter)
-
     parameters = {key: entry.parameter for key, entry in adapter_parameters(model).items()}
-    adapter = adapter_state_dict(model)
-    moments = {n: gather_full({key: moment(p, n) for key, p in parameters.items()}, model) for n in MOMENTS}
-    for name, tensors in {"adapter": adapter, **moments}.items():
-        require_tensors(tensors, f"the {name} after step {state.done}")
+    tensors = {"adapter": adapter_state_dict(model)}
+    for name in MOMENTS:
+        # Before the first update there is none
+        local = {key: optimizer.state[p].get(name, torch.zeros_like(p)) for key, p in parameters.items()}
+        tensors[name] = gather_full(local, model)
+    for name, whole in tensors.items():
+        require_tensors(whole, f"the {name} after step {state.done}")
+    adapter = tensors.pop("adapter")
     progress = {"step": state.done, "skipped": list(state.skipped)}
-    return {"adapter": adapter, "adapter_params": dict(params), "optimizer": moments} | progress
+    return {"adapter": adapter, "adapter_params": dict(params), "optimizer": tensors} | progress
 
 
 def load_state_dict(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.AdamW) -> TrainState:

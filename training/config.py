@@ -1,7 +1,4 @@
-"""The flags of a fine-tuning run, and what a resumed run takes from its start.
-
-Needs no torch, so that a wrong flag is refused at once.
-"""
+"""The flags of a fine-tuning run. Needs no torch, so that a wrong flag is refused at once."""
 
 import re
 from collections.abc import Mapping
@@ -9,13 +6,12 @@ from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from cli import die, flag, flags_of, parse_into
+from cli import cli_errors, die, flag, parse_into
 from llama.args import ModelArgs
 from llama.machine import check_machine
 from moa.config import AdapterConfig
 from moa.methods import METHODS, config_fields
 from moa.reading import parse_json, read_text, short_repr
-from training.paths import CONFIG, checkpoints
 
 CHECKPOINTING_MODES = ("none", "selective", "full")  # of --activation_checkpointing; each saves less than the last
 _OLD_MODES = dict(zip(("off", "ffn", "all"), CHECKPOINTING_MODES, strict=True))  # their names in earlier revisions
@@ -126,6 +122,21 @@ class RunConfig:
     adapter: dict[str, Any]
     explicit: frozenset[str]
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run; by default it is named after method, data and seed."""
+        flags = self.train
+        if flags.output_dir is not None:
+            return Path(flags.output_dir)
+        data = Path(flags.data_path or "demo")
+        name = data.parent.name if data.stem in ("train", "data") and data.parent.name else data.stem
+        return Path("runs") / f"{flags.method}-{name}-s{flags.seed}"
+
+    @property
+    def record(self) -> Path:
+        """The file that holds the record of the run's start."""
+        return self.folder / "config.json"
+
     def adapter_config(self, args: ModelArgs) -> AdapterConfig:
         """Return the adapters for a model of this shape. ValueError names the flag that does not fit."""
         preset, known = METHODS[self.train.method], config_fields()
@@ -155,18 +166,16 @@ def parse_flags(argv: list[str] | None, recipe: Mapping[str, Any], description: 
     options = {name: value for name, value in asdict(adapter).items() if value is not None}
     if train.adapter_config is not None:
         method = train.method if "method" in explicit else None
-        try:
+        with cli_errors():
             from_file = read_adapter_config(Path(train.adapter_config), method)
-        except (ValueError, OSError) as error:
-            die(str(error))
         explicit |= {"method"} & from_file.keys()
         values["method"] = from_file.pop("method", method or "custom")
         options = from_file | options
     if train.data_path is None and train.ckpt_dir is None:
         values |= {name: value for name, value in recipe.items() if name not in decided}
     config = RunConfig(TrainConfig(**values), options, explicit)
-    # Whether flags fit the start of a run to resume is checked by `merge_with_previous_run`.
-    if not (train.resume and (run_folder(config) / CONFIG).exists()):
+    # Whether flags fit the start of a run to resume is checked by `merge_with_previous_run`
+    if not (train.resume and config.record.exists()):
         _check_adapters(config)
     return config
 
@@ -191,73 +200,15 @@ def read_adapter_config(path: Path, method: str | None) -> dict[str, Any]:
 def _check_adapters(config: RunConfig) -> None:
     """Exit with one sentence where the adapter flags do not fit together or, if its params.json is there, the base."""
     flags = config.train
-    params = Path(flags.ckpt_dir) / "params.json" if flags.ckpt_dir else None
+    args = ModelArgs(dim=2, n_layers=10_000, n_heads=1)  # deeper than any: for ranges where no base is at hand
+    params = Path(flags.ckpt_dir or "") / "params.json"
+    if flags.ckpt_dir and params.is_file():
+        with cli_errors():
+            args = ModelArgs.from_file(params)
     try:
-        args = ModelArgs.from_file(params) if params and params.is_file() else None
-    except (OSError, ValueError) as error:
-        die(f"{params}: {error.strerror}" if isinstance(error, OSError) else str(error))
-    try:
-        # Without a base at hand, ranges are checked against one that is deeper than any.
-        config.adapter_config(args or ModelArgs(dim=2, n_layers=10_000, n_heads=1))
+        config.adapter_config(args)
     except ValueError as error:
-        words = re.findall(r"\w+", str(error).partition("(")[0])
-        if flags.adapter_config and not config.explicit & set(words):  # the option stands in the file
+        typed_options = config.explicit & config_fields().keys()
+        if flags.adapter_config and not typed_options & set(re.findall(r"\w+", str(error))):  # it stands in the file
             die(f"{flags.adapter_config}: {error}")
         die(str(error), status=2)
-
-
-def run_folder(config: RunConfig) -> Path:
-    """Return the folder of a run; by default it is named after method, data and seed."""
-    flags = config.train
-    if flags.output_dir is not None:
-        return Path(flags.output_dir)
-    data = Path(flags.data_path or "demo")
-    name = data.parent.name if data.stem in ("train", "data") and data.parent.name else data.stem
-    return Path("runs") / f"{flags.method}-{name}-s{flags.seed}"
-
-
-def merge_with_previous_run(config: RunConfig) -> RunConfig:
-    """With --resume and a run in the output folder, take the flags that are not typed from the run's record.
-
-    ValueError names a typed flag whose value differs from the run's start, or the record where it is damaged.
-    """
-    folder = run_folder(config)
-    if not config.train.resume or not ((folder / CONFIG).exists() or checkpoints(folder)):
-        return config
-    start, start_adapters, n_layers = _read_start(folder / CONFIG)
-    train = {name: value for name, value in asdict(config.train).items() if name in config.explicit}
-    for name in train.keys() - RESUMABLE_FIELDS:
-        if train[name] != getattr(start.train, name):
-            raise _differs_from_start(folder, name, getattr(start.train, name), train[name])
-    # A typed option may also spell out what the method's preset came to.
-    before = start_adapters.to_dict()
-    now = AdapterConfig.from_dict(before | config.adapter, n_layers).to_dict()
-    for name in config.adapter:
-        if now[name] != before[name]:
-            raise _differs_from_start(folder, name, before[name], now[name])
-    # Each is asked for once, and the folder is the one whose record was read.
-    once = {"overwrite": False, "dry_run": False, "leak_tests": None, "output_dir": str(folder)}
-    return RunConfig(TrainConfig(**asdict(start.train) | once | train), start.adapter, config.explicit)
-
-
-def _read_start(path: Path) -> tuple[RunConfig, AdapterConfig, int]:
-    """Read the settings, the adapters and the number of layers that a run's record has. ValueError names the file."""
-    try:
-        record = parse_json(read_text(path), str(path))
-        settings, n_layers = dict(record["settings"]), record["base"]["n_layers"]
-        flags = [f for f in flags_of(TrainConfig) if f.name in settings or f.name not in RESUMABLE_FIELDS]
-        start = TrainConfig(**{flag.name: flag.convert(str(settings.pop(flag.name))) for flag in flags})
-        config = AdapterConfig.from_dict(record["adapter"], n_layers)
-        if AdapterConfig.from_dict({"method": start.method} | settings, n_layers) != config:
-            raise ValueError("its adapters do not follow from its settings")
-        if type(record["rows_per_step"]) is not int or record["rows_per_step"] < 1:
-            raise ValueError("rows_per_step is no number of rows")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        problem = str(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: not the record of a run that can be resumed ({problem})") from None
-    return RunConfig(start, settings, frozenset()), config, n_layers
-
-
-def _differs_from_start(folder: Path, name: str, before: Any, now: Any) -> ValueError:
-    hint = "(--overwrite in the place of --resume begins anew)"
-    return ValueError(f"{folder}: the run was started with --{name} {before}, not {now} {hint}")

@@ -8,40 +8,49 @@ import torch
 from torch import Tensor
 
 from llama.data import IGNORE_INDEX, Example, encode_example
-from llama.packing import PackedBatch, async_to_device
+from llama.packing import PackedBatch, async_to_device, balance_by_length
 from llama.tokenizer import Tokenizer
 from moa.reading import read_rows
 
 FIELDS = ("instruction", "input", "output")
+MicroBatch = tuple[Tensor, Tensor, PackedBatch]  # tokens (N,), labels (N,) on the CPU, their sequences
 
 
 def load_examples(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, quiet: bool = False) -> list[Example]:
     """All training rows that fit `max_seq_len`; those that do not are counted aloud. ValueError where none is left."""
     rows = read_rows(path, FIELDS)
     examples = [encode_example(tokenizer, row, max_seq_len) for row in rows]
-    fitting = [example for example in examples if example is not None]
-    if not fitting:
+    too_long = [i for i, example in enumerate(examples, 1) if example is None]
+    if len(too_long) == len(rows):
         raise ValueError(f"{path}: none of the {len(rows)} rows fits --max_seq_len {max_seq_len}")
-    if len(fitting) < len(rows) and not quiet:
-        out = [i for i, example in enumerate(examples, 1) if example is None]
-        listed = ", ".join(map(str, out[:5])) + (", ..." if len(out) > 5 else "")
-        print(
-            f"{path}: {len(out)} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} and left out "
-            f"(rows {listed})",
-            file=sys.stderr,
-        )
-    return fitting
+    if too_long and not quiet:
+        listed = ", ".join(map(str, too_long[:5])) + (", ..." if len(too_long) > 5 else "")
+        count = f"{len(too_long)} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} and left out"
+        print(f"{path}: {count} (rows {listed})", file=sys.stderr)
+    return [example for example in examples if example is not None]
 
 
 def label_count(example: Example) -> int:
     return sum(label != IGNORE_INDEX for label in example.labels)
 
 
+def local_micro_batches(
+    examples: Sequence[Example], batch_size: int, device: torch.device, rank: int, ranks: int
+) -> Iterator[MicroBatch | None]:
+    """The micro-batches of a step that are this data-parallel rank's, as many as on every other rank.
+
+    None where an epoch's last step has too few rows to go round.
+    """
+    local = balance_by_length([len(example.tokens) for example in examples], ranks)[rank]
+    count = -(-len(examples) // (ranks * batch_size))
+    yield from micro_batches([examples[i] for i in local], batch_size, device, count)
+    yield from [None] * (count - len(local))
+
+
 def micro_batches(
     examples: Sequence[Example], batch_size: int, device: torch.device, count: int | None = None
-) -> Iterator[tuple[Tensor, Tensor, PackedBatch]]:
-    """(tokens (N,), labels (N,), rows) of at most `batch_size` examples at a time, packed, in their order; labels
-    stay on the CPU, where the model chooses by them.
+) -> Iterator[MicroBatch]:
+    """At most `batch_size` examples at a time, packed, in their order.
 
     count: how many micro-batches, where there are so many examples; by default as few as can be.
     """
@@ -51,5 +60,5 @@ def micro_batches(
         end = max(begin + 1, min(begin + batch_size, len(examples) - to_come))
         batch, begin = examples[begin:end], end
         tokens = async_to_device([t for example in batch for t in example.tokens], device)
-        labels = torch.tensor([t for example in batch for t in example.labels])
+        labels = torch.tensor([t for example in batch for t in example.labels])  # the model chooses by them on the CPU
         yield tokens, labels, PackedBatch([len(e.tokens) for e in batch], device, [e.prompt_len for e in batch])

@@ -38,24 +38,23 @@ def print_dry_run(config: RunConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     result = dry_run(config)
+    layout, exchanged = result["layout"], result["exchanged_per_step"]
     for slot, n in result["trainable_parameters"].items():
         print(f"{slot:>14}  {n:>14,}")
-    layout, exchanged = result["layout"], result["exchanged_per_step"]
     if layout["processes"] > 1:
         print(f"each of {layout['processes']} processes, {layout['model_parallel_size']} to a model:")
-    print("  ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in result["memory_bytes"].items()))
-    totals = [f"{mode} {size / 2**30:.2f} GiB" for mode, size in result["activation_checkpointing"].items()]
-    print("total by --activation_checkpointing: " + ", ".join(totals))
-    if layout["data_parallel_size"] > 1:
-        print("gradients between replicas, once a step: " + _messages(exchanged["gradients"]))
-    if layout["model_parallel_size"] > 1:
-        for name, part in exchanged["micro_batch"].items():
-            print(f"{name} within a model, each of {exchanged['micro_batches']} micro-batches: {_messages(part)}")
+    for title, sizes in (
+        ("memory", result["memory_bytes"]),
+        ("total by --activation_checkpointing", result["activation_checkpointing"]),
+    ):
+        print(f"{title}: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items()))
+    sent = {"gradients between replicas, once a step": exchanged["gradients"]}
+    for name, part in exchanged["micro_batch"].items():
+        sent[f"{name} within a model, each of {exchanged['micro_batches']} micro-batches"] = part
+    for title, part in sent.items():
+        if part["messages"]:
+            print(f"{title}: {part['messages']} messages, {part['bytes'] / 2**20:.1f} MiB")
     print(json.dumps(result))
-
-
-def _messages(part: dict[str, int]) -> str:
-    return f"{part['messages']} messages, {part['bytes'] / 2**20:.1f} MiB"
 
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     Memory and messages are those of one process; all are alike.
     """
     flags = config.train
-    # A GPU may be planned for where there is none; those for such models all multiply bf16.
+    # A GPU may be planned for where there is none; those for such models all multiply bf16
     planned = flags.device.startswith("cuda") and not torch.cuda.is_available()
     device = torch.device("cuda") if planned else get_device(flags.device)
     bf16 = (planned or bf16_is_fast(device)) if flags.bf16 is None else flags.bf16
@@ -73,15 +72,16 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         args, _ = load_params_and_tokenizer(flags.ckpt_dir)
     adapter_config = config.adapter_config(args)
     processes, lengths = _processes(flags), longest_batch(flags.batch_size, flags.max_seq_len)
+    # What is free when the run starts is not known here
+    mode = "none" if flags.activation_checkpointing == "auto" else flags.activation_checkpointing
     with fake_rank(processes, flags.model_parallel_size) as messages:
         model = meta_model(args, adapter_config, bf16)
         n_rows = _rows(flags)
         known = n_rows is not None
         schedule = Schedule.from_config(flags, n_rows or 1, dp_size())
         memory = memory_by_mode(model, lengths, device)
-        # What is free when the run starts is not known here.
-        mode = "none" if flags.activation_checkpointing == "auto" else flags.activation_checkpointing
         model.activation_checkpointing = mode
+        leaks = known and flags.leak_tests is not None
         return {
             "method": adapter_config.method,
             "trainable_parameters": count_parameters(model),
@@ -97,9 +97,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
             "generation": GENERATION | {"kv_cache_bytes": cache_bytes(model, *GENERATION.values())},
             "bf16": bf16,
             "rows": n_rows,
-            "leaks": check_contamination(flags.data_path, flags.leak_tests)
-            if known and flags.leak_tests is not None
-            else None,
+            "leaks": check_contamination(flags.data_path, flags.leak_tests) if leaks else None,
             "rows_per_step": schedule.rows_per_step,
             "steps": schedule.steps if known or flags.max_steps else None,
             "warmup_steps": schedule.warmup_steps if known else None,

@@ -7,7 +7,7 @@ gigabyte), and the message of gradients, which is sent when the activations are 
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -21,13 +21,12 @@ from torch.distributed._tools.fake_collectives import CollectiveOp  # also lets 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import llama.model
 from llama.accelerate import accelerate_model
 from llama.accelerate.lanes import split_lanes, usable_threads
+from llama.accelerate.loss import chunk_size
 from llama.args import ModelArgs
 from llama.checkpoint import shard_specs
 from llama.distributed import destroy_distributed, init_distributed, init_single_process
-from llama.loss import chunk_size
 from llama.model import Transformer
 from llama.packing import PackedBatch
 from moa.config import AdapterConfig
@@ -211,19 +210,21 @@ def _attention_on(device: torch.device, model: Transformer) -> Iterator[None]:
     the meta device.
     """
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, flash: bool) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
         if device.type != "cuda" or batch.equal_lengths or bf16:
             return _Attention.apply(q, k, v)
         return torch.cat([_Attention.apply(q[a:b], k[a:b], v[a:b]) for a, b in batch.spans])
 
-    original, args = llama.model.causal_attention, model.args
     bf16 = model.output.weight.dtype == torch.bfloat16
-    if device.type != "cuda" or bf16 or args.n_heads == args.n_kv_heads:
-        llama.model.causal_attention = attention
+    originals = [block.attention.causal_attention for block in model.layers]
+    if device.type != "cuda" or bf16 or model.args.n_heads == model.args.n_kv_heads:
+        for block in model.layers:
+            block.attention.causal_attention = attention
     try:
         yield
     finally:
-        llama.model.causal_attention = original
+        for block, original in zip(model.layers, originals, strict=True):
+            block.attention.causal_attention = original
 
 
 class _Attention(torch.autograd.Function):
@@ -248,15 +249,12 @@ def _micro_batch(lengths: list[int]) -> tuple[Tensor, Tensor, PackedBatch]:
 
 def memory_by_mode(model: Transformer, lengths: list[int], device: torch.device) -> dict[str, dict[str, int]]:
     """Bytes on this rank by what takes them, and in total, for each checkpointing mode."""
-    activations, temporary = (
-        saved_activation_bytes(model, lengths, device),
-        peak_temporary_bytes(model, lengths, device),
-    )
-    by_mode = {}
-    for mode in CHECKPOINTING_MODES:
-        parts = static_bytes(model) | {"activations": activations.total(mode), "temporary": temporary}
-        by_mode[mode] = parts | {"total": sum(parts.values())}
-    return by_mode
+    static, temporary = static_bytes(model), peak_temporary_bytes(model, lengths, device)
+    activations = saved_activation_bytes(model, lengths, device)
+    parts = {
+        mode: static | {"activations": activations.total(mode), "temporary": temporary} for mode in CHECKPOINTING_MODES
+    }
+    return {mode: by_kind | {"total": sum(by_kind.values())} for mode, by_kind in parts.items()}
 
 
 class StepMessages(NamedTuple):
@@ -270,39 +268,34 @@ class StepMessages(NamedTuple):
 
 def trace_step(model: Transformer, lengths: list[int], messages: list[Message]) -> StepMessages:
     """Run a step of one micro-batch of sequences of these lengths. messages: the list of `fake_rank`."""
-    marks = [len(messages)]
+    ends = [len(messages)]
 
     def mark(*_: Any) -> None:
-        marks.append(len(messages))
+        ends.append(len(messages))
 
     def mark_backward(module: nn.Module, inputs: Any, losses: Any) -> None:
         losses.ce_loss.register_hook(mark)
 
-    handles = [model.norm.register_forward_hook(mark), model.register_forward_hook(mark_backward)]
+    hooks = [model.norm.register_forward_hook(mark), model.register_forward_hook(mark_backward)]
     forward_backward(model, _micro_batch(lengths), sum(lengths), sum(lengths))
     mark()
     all_reduce_gradients([entry.parameter for entry in adapter_parameters(model).values()])
     mark()
-    for handle in handles:
-        handle.remove()
+    for hook in hooks:
+        hook.remove()
     model.zero_grad(set_to_none=True)
-    return StepMessages(*(messages[begin:end] for begin, end in pairwise(marks)))
+    return StepMessages(*(messages[begin:end] for begin, end in pairwise(ends)))
 
 
-def comm_bytes(messages: Iterable[Message]) -> dict[str, int]:
+def comm_bytes(messages: Sequence[Message]) -> dict[str, int]:
     """Number and size of messages. sent_bytes: what this rank sends of them, the ranks forming a ring."""
-    messages = list(messages)
-    total, sent = sum(message.bytes for message in messages), sum(message.sent for message in messages)
-    return {"messages": len(messages), "bytes": total, "sent_bytes": round(sent)}
+    sent = sum(message.sent for message in messages)
+    return {"messages": len(messages), "bytes": sum(message.bytes for message in messages), "sent_bytes": round(sent)}
 
 
 def comm_bytes_of_step(step: StepMessages, micro_batches: int) -> dict[str, Any]:
     """Sum up what a rank exchanges in an optimizer step of so many micro-batches."""
-    within_model = [*step.forward, *step.loss, *step.backward]
-    sent = sum(m.sent for m in step.gradients) + micro_batches * sum(m.sent for m in within_model)
-    return {
-        "gradients": comm_bytes(step.gradients),
-        "micro_batch": {name: comm_bytes(getattr(step, name)) for name in ("forward", "loss", "backward")},
-        "micro_batches": micro_batches,
-        "sent_bytes": round(sent),
-    }
+    within_model = {name: comm_bytes(getattr(step, name)) for name in ("forward", "loss", "backward")}
+    gradients = comm_bytes(step.gradients)
+    sent = gradients["sent_bytes"] + micro_batches * sum(part["sent_bytes"] for part in within_model.values())
+    return {"gradients": gradients, "micro_batch": within_model, "micro_batches": micro_batches, "sent_bytes": sent}

@@ -5,6 +5,7 @@ One optimizer step is one mean over all its label tokens, whatever the micro-bat
 
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,13 +20,9 @@ from torch import Tensor, nn
 from llama.data import Example
 from llama.distributed import dp_rank, dp_size
 from llama.model import Transformer
-from llama.packing import PackedBatch, balance_by_length
 from moa.state import adapter_parameters, optimizer_groups
-from training.data import label_count, micro_batches
+from training.data import MicroBatch, label_count, local_micro_batches
 from training.schedule import Schedule
-from training.shutdown import Stopped
-
-MicroBatch = tuple[Tensor, Tensor, PackedBatch]  # tokens (N,), labels (N,) on the CPU, their sequences
 
 
 @dataclass
@@ -40,20 +37,17 @@ class NonFiniteLoss(ValueError):
     """The loss or a gradient was not finite twice in a row."""
 
 
+class Stopped(SystemExit):
+    """The run has ended early, in order, because of a signal. Its exit status is the shell's for that signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(128 + signum)
+        self.name = signal.Signals(signum).name
+
+
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the adapters, as in the published runs. Its fused form needs no memory beside its two moments."""
     return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
-
-
-def expert_fraction(tokens_per_expert: Tensor, num_tokens: int) -> Tensor:
-    """f_e of a micro-batch: the fraction of tokens that chose each expert, over all data-parallel ranks.
-
-    tokens_per_expert (routers, E) and num_tokens are this rank's; every rank must call it (arXiv 2501.11873).
-    """
-    counts = torch.cat([tokens_per_expert.flatten(), tokens_per_expert.new_tensor([num_tokens])])
-    if dp_size() > 1:
-        dist.all_reduce(counts, group=mp.get_data_parallel_group())
-    return counts[:-1].view_as(tokens_per_expert) / counts[-1]
 
 
 def forward_backward(model: Transformer, micro_batch: MicroBatch, num_labels: int, num_tokens: int) -> Tensor:
@@ -70,29 +64,6 @@ def forward_backward(model: Transformer, micro_batch: MicroBatch, num_labels: in
         aux_loss = model.load_balancing_loss(losses.router_stats, fraction) / num_tokens
     (ce_loss + aux_loss).backward()
     return torch.stack([ce_loss.detach(), aux_loss.detach()])
-
-
-def uses_load_balancing(model: Transformer) -> bool:
-    # The coefficient first: most methods have none, and counting walks all modules
-    return model.config.experts.lb_loss_coeff > 0 and balanced_routers(model) > 0
-
-
-def balanced_routers(model: Transformer) -> int:
-    """Routers that choose among experts, and so have a load-balancing loss."""
-    return sum(getattr(module, "chooses_experts", False) for module in model.modules())
-
-
-def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum gradients over the data-parallel ranks in one message. An unused parameter counts with zeros."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if dp_size() == 1:
-        return
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    dist.all_reduce(flat, group=mp.get_data_parallel_group())
-    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(grad.view_as(parameter))
 
 
 def train(
@@ -118,58 +89,86 @@ def train(
     model.train()
     while state.done < schedule.steps:
         step, begin = state.done, time.perf_counter()
-        row_ids = schedule.rows(step, seed)
-        rows = [examples[i] for i in row_ids]
-        lengths = [len(example.tokens) for example in rows]
-        num_tokens, num_labels = sum(lengths), sum(map(label_count, rows))
+        rows, lr = schedule.rows(step, seed), schedule.learning_rate(step)
+        batch = [examples[row] for row in rows]
+        num_tokens, num_labels = sum(len(example.tokens) for example in batch), sum(map(label_count, batch))
         # Randomness follows from the step's number: a resumed run needs no generator's state
         torch.manual_seed((seed * schedule.steps + step) * dp_size() + dp_rank())
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step)
-        optimizer.zero_grad(set_to_none=True)
 
+        optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(2, device=device)  # cross-entropy; auxiliary
-        local_rows = [rows[i] for i in balance_by_length(lengths, dp_size())[dp_rank()]]
-        # The same number on all ranks, also where an epoch's last step has too few rows to go round
-        num_micro_batches = -(-len(rows) // (dp_size() * batch_size))
-        local = list(micro_batches(local_rows, batch_size, device, num_micro_batches))
-        for micro_batch in local:
-            losses += forward_backward(model, micro_batch, num_labels, num_tokens)
-        for _ in range(num_micro_batches - len(local) if uses_load_balancing(model) else 0):
-            none = torch.zeros(balanced_routers(model), model.config.experts.expert_num, device=device).float()
-            expert_fraction(none, 0)
+        for micro_batch in local_micro_batches(batch, batch_size, device, dp_rank(), dp_size()):
+            if micro_batch is not None:
+                losses += forward_backward(model, micro_batch, num_labels, num_tokens)
+            elif uses_load_balancing(model):
+                expert_fraction(torch.zeros(balanced_routers(model), model.config.experts.expert_num, device=device), 0)
         all_reduce_gradients(parameters)
         ce_loss, aux_loss, finite, signum = reduce_step(losses, parameters, stop_signal())
-
-        entry = {
-            "step": step + 1,
-            "epoch": round((step + 1) / schedule.steps_per_epoch, 4),
-            "loss": ce_loss if math.isfinite(ce_loss) else None,
-            **({"auxiliary_loss": aux_loss} if aux_loss and math.isfinite(aux_loss) else {}),
-            "lr": schedule.learning_rate(step),
-            "rows": len(row_ids),
-            "tokens": num_tokens,
-            "label_tokens": num_labels,
-        }
+        skipped = None
         if finite:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
         else:
-            entry["skipped"] = _not_finite(step, ce_loss + aux_loss, row_ids)
+            skipped = _not_finite(step, ce_loss + aux_loss, rows)
             if state.skipped[-1:] == [step]:
-                raise NonFiniteLoss(f"{entry['skipped']}, nor was it in step {step}; a lower --lr may help")
+                raise NonFiniteLoss(f"{skipped}, nor was it in step {step}; a lower --lr may help")
             state.skipped.append(step + 1)
         state.done += 1
+
         seconds = time.perf_counter() - begin
-        entry["seconds"], entry["tokens_per_s"] = round(seconds, 4), round(num_tokens / seconds, 1)
-        on_step(entry | {"peak_memory_bytes": peak_memory(device)})
+        on_step(
+            {
+                "step": step + 1,
+                "epoch": round((step + 1) / schedule.steps_per_epoch, 4),
+                "loss": ce_loss if math.isfinite(ce_loss) else None,
+                **({"auxiliary_loss": aux_loss} if aux_loss and math.isfinite(aux_loss) else {}),
+                "lr": lr,
+                "rows": len(rows),
+                "tokens": num_tokens,
+                "label_tokens": num_labels,
+                **({"skipped": skipped} if skipped else {}),
+                "seconds": round(seconds, 4),
+                "tokens_per_s": round(num_tokens / seconds, 1),
+                "peak_memory_bytes": peak_memory(device),
+            }
+        )
         if signum:
             raise Stopped(signum)
 
 
-def _not_finite(step: int, loss: float, row_ids: list[int]) -> str:
-    listed = ", ".join(str(i + 1) for i in sorted(row_ids)[:16]) + (", ..." if len(row_ids) > 16 else "")
-    what = "a gradient" if math.isfinite(loss) else "the loss"
-    return f"step {step + 1}: {what} is not finite (loss {loss:g}; rows {listed} of the rows that fit)"
+def uses_load_balancing(model: Transformer) -> bool:
+    # The coefficient first: most methods have none, and counting walks all modules
+    return model.config.experts.lb_loss_coeff > 0 and balanced_routers(model) > 0
+
+
+def balanced_routers(model: Transformer) -> int:
+    """Routers that choose among experts, and so have a load-balancing loss."""
+    return sum(getattr(module, "chooses_experts", False) for module in model.modules())
+
+
+def expert_fraction(tokens_per_expert: Tensor, num_tokens: int) -> Tensor:
+    """f_e of a micro-batch: the fraction of tokens that chose each expert, over all data-parallel ranks.
+
+    tokens_per_expert (routers, E) and num_tokens are this rank's; every rank must call it (arXiv 2501.11873).
+    """
+    counts = torch.cat([tokens_per_expert.flatten(), tokens_per_expert.new_tensor([num_tokens])])
+    if dp_size() > 1:
+        dist.all_reduce(counts, group=mp.get_data_parallel_group())
+    return counts[:-1].view_as(tokens_per_expert) / counts[-1]
+
+
+def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum gradients over the data-parallel ranks in one message. An unused parameter counts with zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if dp_size() == 1:
+        return
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(flat, group=mp.get_data_parallel_group())
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(grad.view_as(parameter))
 
 
 def reduce_step(losses: Tensor, parameters: list[nn.Parameter], signum: int) -> tuple[float, float, bool, int]:
@@ -188,6 +187,12 @@ def reduce_step(losses: Tensor, parameters: list[nn.Parameter], signum: int) -> 
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
     ce_loss, aux_loss, any_bad, signum = torch.cat([losses, agreed]).tolist()  # a step's one wait for a GPU
     return ce_loss, aux_loss, not any_bad, int(signum)
+
+
+def _not_finite(step: int, loss: float, rows: list[int]) -> str:
+    listed = ", ".join(str(row + 1) for row in sorted(rows)[:16]) + (", ..." if len(rows) > 16 else "")
+    what = "a gradient" if math.isfinite(loss) else "the loss"
+    return f"step {step + 1}: {what} is not finite (loss {loss:g}; rows {listed} of the rows that fit)"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,13 +11,15 @@ import torch.distributed as dist
 from cli import out_of_memory
 from llama.args import ModelArgs
 from llama.free_memory import free_memory
-from training.config import CHECKPOINTING_MODES, RunConfig
+from moa.config import AdapterConfig
+from training.config import CHECKPOINTING_MODES, TrainConfig
 from training.estimate import fake_rank, longest_batch, memory_by_mode, meta_model
 
 RESERVED = 2**30  # bytes of free memory that are left to the libraries and to fragmentation
 
 
-class MemoryEstimate(NamedTuple):
+@dataclass
+class MemoryEstimate:
     """Bytes of one process. by_mode: checkpointing mode -> bytes by what takes them (`training.estimate`).
 
     requested: --activation_checkpointing. free: bytes that the process can have; None where that is not known.
@@ -32,6 +34,13 @@ class MemoryEstimate(NamedTuple):
         """What was requested; for "auto" the first mode that fits, else the one that needs least."""
         return (self.fitting() or CHECKPOINTING_MODES[-1:])[0] if self.requested == "auto" else self.requested
 
+    def agree_on_mode(self) -> str:
+        """`mode` where memory is as free as on the process that has least. All processes must call it."""
+        free: list[int | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(free, self.free)
+        self.free = min((n for n in free if n is not None), default=None)
+        return self.mode
+
     def fitting(self) -> list[str]:
         return [m for m in CHECKPOINTING_MODES if self.free is None or self.by_mode[m]["total"] + RESERVED <= self.free]
 
@@ -39,34 +48,28 @@ class MemoryEstimate(NamedTuple):
         return _gib(self.by_mode[mode]["total"])
 
     def summary(self) -> str:
+        """The total, and what takes it."""
         parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in self.by_mode[self.mode].items() if k != "total")
         return f"{self.total(self.mode)} ({parts})"
 
-    def explain(self) -> str | None:
-        """Say in one line why "auto" chose a mode other than "none"."""
-        if self.requested != "auto" or self.mode == "none":
-            return None
-        return (
-            f"--activation_checkpointing {self.mode}: a step would take {self.total('none')} by the estimate, "
-            f"{_gib(self.free)} are free, of which {_gib(RESERVED)} are left to the libraries; so it takes "
-            f"{self.total(self.mode)}{'' if self.fitting() else '; that may not be enough'}"
-        )
+    def report(self) -> str:
+        """What a run says of it; on a second line why "auto" chose a mode other than "none"."""
+        text = f"estimated memory {self.summary()}"
+        if self.requested == "auto" and self.mode != "none":
+            text += (
+                f"\n--activation_checkpointing {self.mode}: a step would take {self.total('none')} by the estimate, "
+                f"{_gib(self.free)} are free, of which {_gib(RESERVED)} are left to the libraries; so it takes "
+                f"{self.total(self.mode)}{'' if self.fitting() else '; that may not be enough'}"
+            )
+        return text
 
 
-def estimate_memory(config: RunConfig, args: ModelArgs, device: torch.device) -> MemoryEstimate:
+def estimate_memory(flags: TrainConfig, args: ModelArgs, config: AdapterConfig, device: torch.device) -> MemoryEstimate:
     """Estimate what this process will need, before any process group or model exists. `bf16` must be decided."""
-    flags = config.train
     with fake_rank(int(os.environ.get("WORLD_SIZE", 1)), flags.model_parallel_size):
-        model = meta_model(args, config.adapter_config(args), flags.bf16)
+        model = meta_model(args, config, flags.bf16)
         by_mode = memory_by_mode(model, longest_batch(flags.batch_size, flags.max_seq_len), device)
     return MemoryEstimate(by_mode, flags.activation_checkpointing, free_memory(device))
-
-
-def with_least_free(estimate: MemoryEstimate) -> MemoryEstimate:
-    """The estimate with the free memory of the process that has least. All processes must call it."""
-    free: list[int | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(free, estimate.free)
-    return estimate._replace(free=min((n for n in free if n is not None), default=None))
 
 
 def _gib(size: float) -> str:
@@ -74,14 +77,13 @@ def _gib(size: float) -> str:
 
 
 @contextmanager
-def oom_hint(config: RunConfig, estimate: MemoryEstimate) -> Iterator[None]:
+def oom_hint(flags: TrainConfig, estimate: MemoryEstimate) -> Iterator[None]:
     """Where memory runs out, raise a MemoryError that names the estimate and the flags that lower it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        flags = config.train
         problem = (str(error).splitlines() or ["out of memory"])[0].rstrip(".")
         hints = [f"lower --max_seq_len ({flags.max_seq_len})"]
         if flags.batch_size > 1:

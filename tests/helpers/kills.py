@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-import training.run  # noqa: F401 - loaded once, before the processes are forked
+import training.run_folder  # noqa: F401 - loaded once, before the processes are forked
 from commands import train_flags, write_rows
 from finetune import main as finetune
 from forked import ended, forked, wait

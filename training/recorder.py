@@ -1,0 +1,172 @@
+"""What the steps of a run leave behind: a progress bar, `log.jsonl`, TensorBoard, checkpoints; also on an early end."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from llama.distributed import is_rank0
+from llama.model import Transformer
+from moa.files import atomic_write
+from moa.replicas import assert_replicas_equal
+from training.checkpoint import CheckpointWriter, state_dict
+from training.config import TrainConfig
+from training.loop import NonFiniteLoss, Stopped, TrainState
+from training.schedule import Schedule
+
+
+def log_rank0(text: str) -> None:
+    """Print a line for the user, once for all processes."""
+    if is_rank0():
+        print(text, file=sys.stderr, flush=True)
+
+
+class Recorder:
+    """Logs each step; writes a checkpoint every `save_every` steps, at the end, and before an early end in order.
+
+    A context manager around `training.loop.train`, which calls `on_step` and `stop_signal`. All processes have one,
+    rank 0 writes. params: of the adapter (`moa.adapter_file.adapter_params`).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        flags: TrainConfig,
+        schedule: Schedule,
+        model: Transformer,
+        optimizer: torch.optim.AdamW,
+        state: TrainState,
+        params: dict[str, Any],
+    ):
+        self._model, self._optimizer, self._state, self._params = model, optimizer, state, params
+        self._steps, self._save_every = schedule.steps, flags.save_every or schedule.steps_per_epoch
+        self._saved = state.done
+        self._log = RunLog(folder, schedule.steps, state.done) if is_rank0() else None
+        self._writer = CheckpointWriter(folder, flags.keep_checkpoints)
+        self._shutdown = GracefulShutdown()
+
+    def on_step(self, entry: dict[str, Any]) -> None:
+        if self._log:
+            self._log.step(entry)
+        if entry["step"] % self._save_every == 0 or entry["step"] == self._steps:
+            self._save()
+
+    def stop_signal(self) -> int:
+        return self._shutdown.signum
+
+    def __enter__(self) -> "Recorder":
+        self._shutdown.__enter__()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            if isinstance(error, (NonFiniteLoss, Stopped)):
+                self._end_early(error)
+        finally:
+            if self._log:
+                self._log.close()
+            self._writer.wait()
+            self._shutdown.__exit__()
+
+    def _save(self) -> None:
+        if self._saved != self._state.done:
+            assert_replicas_equal(self._model)
+            content = state_dict(self._model, self._optimizer, self._state, self._params)
+            if is_rank0():
+                self._writer.save(content)
+            self._saved = self._state.done
+
+    def _end_early(self, error: NonFiniteLoss | Stopped) -> None:
+        self._save()
+        self._writer.wait()
+        dist.barrier()  # no process ends, and takes the others along, before the checkpoint is on the disk
+        done = self._state.done
+        result = f"checkpoint-{done}.pth is saved" if done else "no step was done"
+        if isinstance(error, NonFiniteLoss):
+            raise NonFiniteLoss(f"{error} ({result})") from None
+        log_rank0(f"stopped by {error.name} after step {done}: {result}; the same command with --resume goes on")
+
+
+class GracefulShutdown:
+    """Notes SIGTERM (a node is taken away) and SIGINT (Ctrl-C) while it is entered: `signum` is the first, 0 before.
+
+    The same signal once more, over a second later, or any third one ends the process at once. (torchrun passes on a
+    signal that its processes have had from the terminal already.)
+    """
+
+    def __init__(self) -> None:
+        self.signum = self._count = 0
+        self._first_time = 0.0
+
+    def __enter__(self) -> "GracefulShutdown":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count == 1:
+            self.signum, self._first_time = number, time.monotonic()
+        elif self._count == 3 or (number == self.signum and time.monotonic() - self._first_time > 1):
+            os._exit(128 + number)
+
+
+class RunLog:
+    """The log of rank 0. A resumed run first drops the lines past the step that it goes on from."""
+
+    def __init__(self, folder: Path, steps: int, done: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
+
+        path = folder / "log.jsonl"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        damaged = sum(_step(line) == 0 for line in lines[:-1])  # the last one may have been cut short by a kill
+        if damaged:
+            print(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out", file=sys.stderr)
+        atomic_write(path, "".join(line + "\n" for line in lines if 0 < _step(line) <= done).encode())
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run goes on
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        # disable=None: a bar on a terminal, nothing elsewhere; there a line now and then takes its place.
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)
+        self._steps, self._first, self._seconds = steps, done, 0.0
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """Log the entry of a step, as `training.loop.train` gives it."""
+        self._file.write(json.dumps(entry) + "\n")
+        for name in ("loss", "lr", "tokens_per_s"):
+            if entry[name] is not None:
+                self._board.add_scalar(name, entry[name], entry["step"])
+        step, loss = entry["step"], "not finite" if entry["loss"] is None else f"{entry['loss']:.3f}"
+        speed = f"loss {loss}, {entry['tokens_per_s']:.0f} tokens/s"
+        if "skipped" in entry:
+            self._bar.write(f"{entry['skipped']}: skipped", file=sys.stderr)
+        self._bar.set_postfix_str(speed, refresh=False)
+        self._bar.update()
+        self._seconds += entry["seconds"]
+        if self._bar.disable and (step % 10 == 0 or step == self._steps):
+            left = (self._steps - step) * self._seconds / (step - self._first)
+            print(f"step {step}/{self._steps}, {speed}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+
+def _step(line: str) -> int:
+    """The step of a line, 0 where the line is damaged."""
+    try:
+        step = json.loads(line)["step"]
+        return step if type(step) is int else 0
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0

@@ -1,0 +1,91 @@
+"""Going on with a run: which checkpoints its folder holds, and what is taken from its record. Needs no torch."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cli import flags_of
+from moa.config import AdapterConfig
+from moa.reading import parse_json, read_text
+from training.config import RESUMABLE_FIELDS, RunConfig, TrainConfig
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of a run's `checkpoint-<step>.pth`, oldest first."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)\.pth", file.name), file) for file in folder.glob("checkpoint-*.pth")]
+    return sorted((int(match[1]), file) for match, file in matches if match)
+
+
+def merge_with_previous_run(config: RunConfig) -> RunConfig:
+    """With --resume and a run in the output folder, take the flags that are not typed from the run's record.
+
+    ValueError names a typed flag whose value differs from the run's start, or the record where it is damaged.
+    """
+    if not config.train.resume or not (config.record.exists() or checkpoints(config.folder)):
+        return config
+    start, start_adapters, n_layers = _read_start(config.record)
+    typed = {name: value for name, value in asdict(config.train).items() if name in config.explicit}
+    # A typed option of the adapters may also spell out what the method's preset came to
+    before = asdict(start.train) | start_adapters.to_dict()
+    now = AdapterConfig.from_dict(start_adapters.to_dict() | config.adapter, n_layers).to_dict() | typed
+    for name in [*(typed.keys() - RESUMABLE_FIELDS), *config.adapter]:
+        if now[name] != before[name]:
+            raise ValueError(
+                f"{config.folder}: the run was started with --{name} {before[name]}, not {now[name]} "
+                "(--overwrite in the place of --resume begins anew)"
+            )
+    # Each is asked for once, and the folder is the one whose record was read
+    once = {"overwrite": False, "dry_run": False, "leak_tests": None, "output_dir": str(config.folder)}
+    return RunConfig(TrainConfig(**asdict(start.train) | once | typed), start.adapter, config.explicit)
+
+
+def _read_start(path: Path) -> tuple[RunConfig, AdapterConfig, int]:
+    """Read the settings, the adapters and the number of layers that a run's record has. ValueError names the file."""
+    try:
+        record = parse_json(read_text(path), str(path))
+        settings, n_layers = dict(record["settings"]), record["base"]["n_layers"]
+        flags = [f for f in flags_of(TrainConfig) if f.name in settings or f.name not in RESUMABLE_FIELDS]
+        start = TrainConfig(**{flag.name: flag.convert(str(settings.pop(flag.name))) for flag in flags})
+        config = AdapterConfig.from_dict(record["adapter"], n_layers)
+        if AdapterConfig.from_dict({"method": start.method} | settings, n_layers) != config:
+            raise ValueError("its adapters do not follow from its settings")
+        if type(record["rows_per_step"]) is not int or record["rows_per_step"] < 1:
+            raise ValueError("rows_per_step is no number of rows")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: not the record of a run that can be resumed ({problem})") from None
+    return RunConfig(start, settings, frozenset()), config, n_layers
+
+
+def record_to_resume(config: RunConfig, hashes: dict[str, str], ranks: int) -> dict[str, Any] | None:
+    """Return the record of the run to resume, with "has_checkpoint", or None where a run begins.
+
+    ValueError where the folder holds a run and neither --resume nor --overwrite is given, or where that run had another
+    base, other rows or other numbers of them. ranks: data-parallel ones.
+    """
+    flags, folder = config.train, config.folder
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: --output_dir is a file, expected a folder")
+    existing = checkpoints(folder)
+    if flags.overwrite or not (existing or (flags.resume and config.record.exists())):
+        return None
+    if not flags.resume:
+        raise ValueError(
+            f"{folder}: holds a run already ({existing[-1][1].name}); give --resume to go on with it, --overwrite to "
+            "begin anew, or another --output_dir"
+        )
+    record = parse_json(read_text(config.record), str(config.record))
+    for name, file, what in (
+        ("data_sha256", flags.data_path, "not the rows"),
+        ("base_fingerprint", flags.ckpt_dir, "not the base"),
+    ):
+        if hashes[name] != record.get(name):
+            raise ValueError(f"{file}: {what} that the run in {folder} was started with")
+    rows = record["rows_per_step"]
+    if "accum_iter" in config.explicit and rows != flags.batch_size * flags.accum_iter * ranks:
+        raise ValueError(
+            f"{folder}: the run takes {rows} rows per step, not --batch_size {flags.batch_size} x --accum_iter "
+            f"{flags.accum_iter} x {ranks} data-parallel ranks; leave --accum_iter out"
+        )
+    return record | {"has_checkpoint": bool(existing)}
