@@ -20,8 +20,8 @@ An adapter of ours in the format of the paper's authors (theirs is read as it is
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
-from typing import NamedTuple
 
 import cli
 from cli import flag
@@ -37,17 +37,23 @@ class _Output:
 
 @dataclass
 class HfFlags(_Output):
+    """Convert a Hugging Face folder (LLaMA-3.x, SmolLM2) into Meta's layout."""
+
     input: str = flag(help="folder with config.json, *.safetensors and tokenizer.json or tokenizer.model")
     dtype: str = flag("bf16", help="number format of the written tensors", choices=DTYPES)
 
 
 @dataclass
 class GgufFlags(HfFlags):
+    """Convert a GGUF file (llama architecture) into Meta's layout."""
+
     input: str = flag(help="a .gguf file of the llama architecture")
 
 
 @dataclass
 class MergeFlags(_Output):
+    """Add a plain LoRA to its base's weights: a checkpoint like any other."""
+
     ckpt_dir: str = flag(help="the base, in Meta's layout; it stays as it is")
     adapter_path: str = flag(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
     dtype: str | None = flag(None, help="number format of the written tensors (None: the base's)", choices=DTYPES)
@@ -55,6 +61,8 @@ class MergeFlags(_Output):
 
 @dataclass
 class ReshardFlags(_Output):
+    """Write a checkpoint in Meta's layout in another number of shards."""
+
     ckpt_dir: str = flag(help="the checkpoint, in Meta's layout; it stays as it is")
     shards: int = flag(help="how many files consolidated.NN.pth to cut it into")
     dtype: str | None = flag(None, help="number format of the written tensors (None: as they are)", choices=DTYPES)
@@ -66,11 +74,16 @@ class ReshardFlags(_Output):
 
 @dataclass
 class CheckFlags:
+    """Read a checkpoint in Meta's layout and say of each file whether it is whole: params.json, the tokenizer, tensors'
+    names, shapes, types, checksums and numbers, and Meta's MD5 sums where checklist.chk lists them."""
+
     ckpt_dir: str = flag(help="a checkpoint in Meta's layout", positional=True)
 
 
 @dataclass
 class PeftFlags(_Output):
+    """Write a plain LoRA as a folder that PEFT loads beside transformers' LLaMA."""
+
     adapter_path: str = flag(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
     base_model: str | None = flag(None, help="name or path of the Hugging Face model that PEFT is to load with it")
     ckpt_dir: str | None = flag(None, help="the base, for an adapter that does not tell its shape (the authors')")
@@ -78,43 +91,29 @@ class PeftFlags(_Output):
 
 @dataclass
 class FromPeftFlags(_Output):
+    """Write a PEFT folder's plain LoRA as an adapter of ours."""
+
     input: str = flag(help="folder with adapter_config.json and adapter_model.safetensors")
     ckpt_dir: str = flag(help="the base that the adapter is for, in Meta's layout")
 
 
 @dataclass
 class ReferenceFlags(_Output):
+    """Write an adapter of ours in the format of the paper's authors."""
+
     adapter_path: str = flag(help="adapter.pth of ours; its adapter_params.json lies beside it")
 
 
-class Command(NamedTuple):
-    flags: type
-    function: str  # "module:name", called with the flags; imported late, so that wrong flags are refused without torch
-    description: str
-
-
+# Word -> its flags, and the "module:function" called with them; imported late, so that wrong flags cost no second.
 COMMANDS = {
-    "hf": Command(HfFlags, "hf:convert", "Convert a Hugging Face folder (LLaMA-3.x, SmolLM2) into Meta's layout."),
-    "gguf": Command(GgufFlags, "gguf:convert", "Convert a GGUF file (llama architecture) into Meta's layout."),
-    "merge": Command(
-        MergeFlags, "adapters:merge", "Add a plain LoRA to its base's weights: a checkpoint like any other."
-    ),
-    "reshard": Command(
-        ReshardFlags, "reshard:reshard", "Write a checkpoint in Meta's layout in another number of shards."
-    ),
-    "check": Command(
-        CheckFlags,
-        "check:print_verdicts",
-        "Read a checkpoint in Meta's layout and say of each file whether it is whole: params.json, the tokenizer, "
-        "tensors' names, shapes, types, checksums and numbers, and Meta's MD5 sums where checklist.chk lists them.",
-    ),
-    "peft": Command(
-        PeftFlags, "peft:to_peft", "Write a plain LoRA as a folder that PEFT loads beside transformers' LLaMA."
-    ),
-    "from_peft": Command(FromPeftFlags, "peft:from_peft", "Write a PEFT folder's plain LoRA as an adapter of ours."),
-    "reference": Command(
-        ReferenceFlags, "adapters:to_reference", "Write an adapter of ours in the format of the paper's authors."
-    ),
+    "hf": (HfFlags, "hf:convert"),
+    "gguf": (GgufFlags, "gguf:convert"),
+    "merge": (MergeFlags, "adapters:merge"),
+    "reshard": (ReshardFlags, "reshard:reshard"),
+    "check": (CheckFlags, "check:print_verdicts"),
+    "peft": (PeftFlags, "peft:to_peft"),
+    "from_peft": (FromPeftFlags, "peft:from_peft"),
+    "reference": (ReferenceFlags, "adapters:to_reference"),
 }
 ALIASES = {"authors": "reference"}
 
@@ -122,10 +121,10 @@ ALIASES = {"authors": "reference"}
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     word = cli.subcommand(argv, [*COMMANDS, *ALIASES], __doc__ + "\nThe flags of each: python -m convert hf --help")
-    command = COMMANDS[ALIASES.get(word, word)]
-    flags = cli.parse(command.flags, argv[1:], prog=f"python -m convert {word}", description=command.description)
+    flags_type, function = COMMANDS[ALIASES.get(word, word)]
+    flags = cli.parse(flags_type, argv[1:], prog=f"python -m convert {word}", description=getdoc(flags_type))
     with cli.cli_errors():
-        module, _, name = command.function.partition(":")
+        module, _, name = function.partition(":")
         result = getattr(import_module(f"convert.{module}"), name)(**vars(flags))
         if result is not None:
             print(f"wrote {result}" if isinstance(result, Path) else result)

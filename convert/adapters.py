@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from convert.meta_format import bare_model, check_output, new_folder
+from convert.meta_format import Written, bare_model, check_output, new_folder
 from convert.reshard import reshard
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer
@@ -39,22 +39,13 @@ class Update(NamedTuple):
         return self.scale * (b @ a)
 
 
-class Merged(NamedTuple):
-    folder: Path
-    shards: int
-    matrices: int  # that changed
-
-    def __str__(self) -> str:
-        return f"wrote {self.folder} ({self.matrices} matrices changed, shards: {self.shards})"
-
-
 def merge(
     ckpt_dir: str | Path,
     adapter_path: str | Path,
     output_dir: str | Path,
     dtype: str | None = None,
     overwrite: bool = False,
-) -> Merged:
+) -> Written:
     """Write a base with an adapter's LoRAs in its weights, W + (alpha / rank) B A, in as many shards as it has.
 
     dtype: bf16, fp32 or fp16; None: each tensor keeps its own. Sums are float32. Raises ValueError or OSError naming
@@ -67,7 +58,7 @@ def merge(
         return tensor.float() + updates[key].part(dim, index, n) if key in updates else tensor
 
     written = reshard(ckpt_dir, output_dir, None, dtype, overwrite, add)
-    return Merged(written.folder, written.shards_after, len(updates))
+    return written._replace(summary=f"matrices changed: {len(updates)}, {written.summary}")
 
 
 def require_plain_lora(config: AdapterConfig, origin: str) -> None:

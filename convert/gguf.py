@@ -11,6 +11,7 @@ from gguf.quants import dequantize
 
 from convert.meta_format import (
     EMBEDDING,
+    GGUF,
     OUTPUT,
     Converted,
     SourceTensor,
@@ -22,24 +23,6 @@ from convert.meta_format import (
 from convert.vocabulary import Vocabulary, check_merges, plan
 from llama.args import ModelArgs
 
-# Meta's key -> GGUF's name; in a block, after `layers.{i}.` and `blk.{i}.`.
-# Its wq and wk are in Meta's row order already.
-GLOBAL_KEYS = {
-    EMBEDDING: "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    OUTPUT: "output.weight",
-}
-LAYER_KEYS = {
-    "attention.wq.weight": "attn_q.weight",
-    "attention.wk.weight": "attn_k.weight",
-    "attention.wv.weight": "attn_v.weight",
-    "attention.wo.weight": "attn_output.weight",
-    "feed_forward.w1.weight": "ffn_gate.weight",
-    "feed_forward.w2.weight": "ffn_down.weight",
-    "feed_forward.w3.weight": "ffn_up.weight",
-    "attention_norm.weight": "attn_norm.weight",
-    "ffn_norm.weight": "ffn_norm.weight",
-}
 NORMAL, CONTROL = 1, 3  # of tokenizer.ggml.token_type
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -75,7 +58,7 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     except (ValueError, KeyError) as error:
         problem = f"the metadata lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise ValueError(problem if problem.startswith(str(path)) else f"{path}: {problem}") from None
-    names = source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "blk.")
+    names = source_names(args.n_layers, GGUF)
     if names[OUTPUT] not in tensors:  # tied
         names[OUTPUT] = names[EMBEDDING]
     return write_converted(output_dir, args, vocabulary, tensors, names, path, dtype, overwrite)

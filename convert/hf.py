@@ -10,6 +10,7 @@ from torch import Tensor, equal
 
 from convert.meta_format import (
     EMBEDDING,
+    HF,
     OUTPUT,
     Converted,
     SourceTensor,
@@ -25,26 +26,8 @@ from moa.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-# Meta's key -> Hugging Face's name; in a block, after `layers.{i}.` and `model.layers.{i}.`.
-GLOBAL_KEYS = {
-    EMBEDDING: "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    OUTPUT: "lm_head.weight",
-}
-LAYER_KEYS = {
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-}
 # Constants that old versions saved along with the weights.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-
 
 # Keys of params.json -> of the llama3 scaling in config.json
 LLAMA3_SCALING = {
@@ -63,15 +46,13 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     folder, output_dir = Path(input), check_output(output_dir, overwrite)
     path = folder / "config.json"
     config, tensors = read_json(path), read_tensors(folder)
-    names = dict(GLOBAL_KEYS)
-    if config.get("tie_word_embeddings"):  # then either name may be the stored one
-        stored = [names[key] for key in (EMBEDDING, OUTPUT) if names[key] in tensors] or [names[EMBEDDING]]
-        names[EMBEDDING] = names[OUTPUT] = stored[0]
-        if len(stored) == 2 and not equal(*(tensors[name].read() for name in stored)):
-            raise ValueError(
-                f"{tensors[stored[1]].origin} differs from {stored[0]}, but {path} says tie_word_embeddings"
-            )
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in stored[1:]}
+    names = source_names(0, HF)
+    if config.get("tie_word_embeddings"):  # then either name may be the stored one, or both
+        output = tensors.pop(names[OUTPUT], None)
+        embedding = output and tensors.setdefault(names[EMBEDDING], output)
+        if output is not embedding and not equal(output.read(), embedding.read()):
+            raise ValueError(f"{output.origin} differs from {names[EMBEDDING]}, but {path} says tie_word_embeddings")
+        names[OUTPUT] = names[EMBEDDING]
     if names[EMBEDDING] not in tensors:
         raise ValueError(f"{folder}: tensor {names[EMBEDDING]} is missing")
     embedding = tensors[names[EMBEDDING]]
@@ -87,7 +68,7 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     def change(key: str, tensor: Tensor) -> Tensor:
         return permute_rope(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
 
-    names = source_names(args.n_layers, names, LAYER_KEYS, "model.layers.")
+    names = source_names(args.n_layers, HF) | names
     return write_converted(output_dir, args, vocabulary, tensors, names, folder, dtype, overwrite, tokenizer, change)
 
 

@@ -24,6 +24,26 @@ from moa.state import FLOATS
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+# Tensors by their names in Meta's layout, Hugging Face's and GGUF's, all without ".weight"; those of a block come after
+# the layer's number. GGUF's wq and wk are in Meta's row order, Hugging Face's are not.
+NAMES = (
+    ("tok_embeddings", "model.embed_tokens", "token_embd"),
+    ("norm", "model.norm", "output_norm"),
+    ("output", "lm_head", "output"),
+)
+LAYER_NAMES = (
+    ("attention.wq", "self_attn.q_proj", "attn_q"),
+    ("attention.wk", "self_attn.k_proj", "attn_k"),
+    ("attention.wv", "self_attn.v_proj", "attn_v"),
+    ("attention.wo", "self_attn.o_proj", "attn_output"),
+    ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
+    ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
+    ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
+    ("attention_norm", "input_layernorm", "attn_norm"),
+    ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
+)
+HF, GGUF = 1, 2  # columns
+LAYER_PREFIX = {HF: "model.layers.", GGUF: "blk."}
 CHECKPOINT_FILES = ("params.json", "tokenizer.model", "README.md", "consolidated.[0-9][0-9].pth")  # a folder's files
 
 
@@ -33,6 +53,16 @@ class SourceTensor(NamedTuple):
     origin: str  # "FILE: tensor NAME", for messages
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+
+
+class Written(NamedTuple):
+    """A folder that was made, and what there is to say of it."""
+
+    folder: Path
+    summary: str
+
+    def __str__(self) -> str:
+        return f"wrote {self.folder} ({self.summary})"
 
 
 class Converted(NamedTuple):
@@ -53,12 +83,14 @@ def bare_model(args: ModelArgs, config: AdapterConfig | None = None) -> Transfor
     return Transformer(args, config)
 
 
-def source_names(
-    n_layers: int, global_keys: Mapping[str, str], layer_keys: Mapping[str, str], prefix: str
-) -> dict[str, str]:
-    """Meta's key -> another format's name, for each tensor. prefix: what that format writes before a layer's number."""
-    layers = {f"layers.{i}.{key}": f"{prefix}{i}.{name}" for i in range(n_layers) for key, name in layer_keys.items()}
-    return {**global_keys, **layers}
+def source_names(n_layers: int, column: int) -> dict[str, str]:
+    """Meta's key -> another format's name (column HF or GGUF), for each tensor of a model."""
+    names = {f"{row[0]}.weight": f"{row[column]}.weight" for row in NAMES}
+    for i in range(n_layers):
+        names |= {
+            f"layers.{i}.{row[0]}.weight": f"{LAYER_PREFIX[column]}{i}.{row[column]}.weight" for row in LAYER_NAMES
+        }
+    return names
 
 
 def ffn_rule(dim: int, hidden: int) -> dict[str, float]:

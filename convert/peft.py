@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from convert import hf
 from convert.adapters import ADAPTER_FILES, check_plain_lora, load_plain_lora, recorded_shape
-from convert.meta_format import check_output, new_folder
+from convert.meta_format import HF, LAYER_NAMES, check_output, new_folder
 from llama.checkpoint import load_params_and_tokenizer
 from moa.adapter_file import adapter_params, save_adapter
 from moa.config import AdapterConfig
@@ -26,7 +26,7 @@ PEFT_FILES = (CONFIG, TENSORS, "README.md")
 PREFIX = "base_model.model.model.layers."
 NAME = re.compile(re.escape(PREFIX) + r"(0|[1-9][0-9]*)\.(\w+\.\w+)\.lora_([AB])\.weight")
 # LoRA's target -> transformers' module there: Q -> self_attn.q_proj.
-MODULES = {target: hf.LAYER_KEYS[f"{name}.weight"].removesuffix(".weight") for target, name in META_NAMES.items()}
+MODULES = {target: row[HF] for target, name in META_NAMES.items() for row in LAYER_NAMES if row[0] == name}
 TARGETS = {module: target for target, module in MODULES.items()}
 PERMUTED = ("Q", "K")
 

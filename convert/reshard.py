@@ -4,13 +4,12 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from convert.meta_format import DTYPES, bare_model, check_output, new_folder, require_finite, save_shard
+from convert.meta_format import DTYPES, Written, bare_model, check_output, new_folder, require_finite, save_shard
 from llama.args import ModelArgs
 from llama.checkpoint import (
     ShardSpec,
@@ -30,15 +29,6 @@ State = dict[str, Tensor]
 Change = Callable[[str, Tensor, int | None, int, int], Tensor]
 
 
-class Resharded(NamedTuple):
-    folder: Path
-    shards_before: int
-    shards_after: int
-
-    def __str__(self) -> str:
-        return f"wrote {self.folder} (shards: {self.shards_before} before, now {self.shards_after})"
-
-
 def reshard(
     ckpt_dir: str | Path,
     output_dir: str | Path,
@@ -46,7 +36,7 @@ def reshard(
     dtype: str | None = None,
     overwrite: bool = False,
     change: Change = lambda key, tensor, *_: tensor,
-) -> Resharded:
+) -> Written:
     """Write the checkpoint of `ckpt_dir` in `shards` files, with its params.json and tokenizer.model unchanged.
 
     shards: None for as many as there are. dtype: bf16, fp32 or fp16; None: each tensor keeps its own. change: makes
@@ -85,7 +75,7 @@ def reshard(
                 shard[key] = tensor.clone()  # a view would bring the whole tensor into the file
             save_shard(shard, new / f"consolidated.{i:02d}.pth")
             del shard, tensor
-    return Resharded(output_dir, len(files), shards)
+    return Written(output_dir, f"shards: {len(files)} before, now {shards}")
 
 
 def sharded_dim(model: Transformer, key: str, spec: ShardSpec, files: list[Path], states: list[State]) -> int | None:

@@ -219,7 +219,7 @@ def test_a_merged_checkpoint_has_the_adapters_logits(n: int, embedding: str, ada
         for file in base.glob("*.pth"):
             edit_shard(file, lambda s: s.update({"rope.freqs": torch.ones(8)}))
     result = merge(base, adapter, tmp_path / "merged")
-    assert (result.shards, result.matrices) == (n, 7 * ARGS.n_layers)
+    assert result.summary == f"matrices changed: {7 * ARGS.n_layers}, shards: {n} before, now {n}"
     for name in ("params.json", "tokenizer.model"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     plain = load_shards(write_base(tmp_path / "plain", PARAMS, golden_state(), n))  # cut as LLaMA-3's
@@ -433,7 +433,7 @@ def test_output_folders_of_other_things_stay(adapter: Path, tmp_path: Path) -> N
 def test_merge_from_the_command_line(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--ckpt_dir", str(BASE), "--adapter_path", str(adapter.parent), "--output_dir", str(tmp_path / "merged")]
     main(["merge", *flags, "--dtype", "bf16"])
-    assert "merged (21 matrices changed, shards: 1)" in capsys.readouterr().out
+    assert "merged (matrices changed: 21, shards: 1 before, now 1)" in capsys.readouterr().out
     assert {t.dtype for t in load_shards(tmp_path / "merged")[0].values()} == {torch.bfloat16}
     refused_by_command(["merge", *flags], capsys, "exists already (--overwrite replaces it)")
 

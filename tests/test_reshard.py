@@ -37,7 +37,7 @@ def test_there_and_back_is_the_identity(kind: str, tmp_path: Path) -> None:
     folder = write_base(tmp_path / "start", PARAMS, state)
     for step, n in enumerate((2, 4, 1, 4, 2, 1)):
         result = reshard(folder, tmp_path / f"{step}", n)
-        assert (result.folder, result.shards_after) == (tmp_path / f"{step}", n)
+        assert result.folder == tmp_path / f"{step}" and result.summary.endswith(f"now {n}")
         folder = result.folder
         # As the tests' own writer cuts them, which has Meta's rule by name
         same(load_shards(folder), load_shards(write_base(tmp_path / f"expected{step}", PARAMS, state, n)))
