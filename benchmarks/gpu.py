@@ -1,16 +1,18 @@
 """Training and generation on one GPU, with random weights in a published model's shape: no file is needed.
 
-    python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--minutes 8] [--json gpu.json]
+    python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--minutes 7] [--json gpu.json]
     python -m benchmarks.gpu --shape tiny --device cpu          to try the command where there is no GPU
 
 Parts, in this order (--parts names some of them, with commas):
 
-step      real tokens/s of training steps of --rows rows with GSM8K's lengths, peak memory, and the share of the best
-          measured rate of products that the step's FLOPs make up; PEFT's LoRA beside it, if it is installed
-decode    milliseconds of a decode step at --decode_rows rows, without and with CUDA graphs, and the share of the
-          measured bandwidth that reading weights, keys and values makes up; transformers beside it
-memory    peak memory of a step of rows that are all of 300 tokens, by --activation_checkpointing
-trace     kernels of a step and of a decode step: how many, and those that take most time
+machine     measured rates of products and of memory, which the shares below are of
+step        real tokens/s of training steps of --rows rows with GSM8K's lengths, peak memory, and the share of the rate
+            of products that the step's FLOPs make up
+decode      milliseconds of a decode step at --decode_rows rows, without and with CUDA graphs, and the share of the
+            bandwidth that reading weights, keys and values makes up; the bare base too
+memory      peak memory of a step of rows that are all of 300 tokens, by --activation_checkpointing
+trace       kernels of a training step and of a decode step: how many, and those that take most time
+peers       step and decode of transformers and PEFT's LoRA, where they are installed
 
 Each result is printed, and the JSON file written anew, as soon as it is there. After --minutes no further one is begun.
 One that fails is named and left out, and the exit status is then 1.
@@ -22,29 +24,30 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from benchmarks import common, peers
-from benchmarks.common import BASE, PEFT, SHAPES, TRANSFORMERS, figure, timed
+from benchmarks import common, models, peers
+from benchmarks.common import BASE, PEERS, PEFT, SHAPES, TRANSFORMERS, Figures, timed
 from cli import cli_errors, flag, parse
-from llama import ModelArgs
+from llama import ModelArgs, Transformer
 from llama.data import IGNORE_INDEX, Example
 from llama.distributed import bf16_is_fast, get_device
 from moa.files import write_json
 from training.config import CHECKPOINTING_MODES
-from training.data import label_count, micro_batches
-from training.loop import forward_backward, make_optimizer, peak_memory
+from training.estimate import meta_model
+from training.loop import peak_memory
 
-PARTS = ("step", "decode", "memory", "trace")
+PARTS = ("machine", "step", "decode", "memory", "trace", "peers")
 LONGEST = 300
-EARLY = 32  # decode steps of the shorter of two runs; a longer one takes a multiple of it more
+EARLY = 32  # decode steps of the shorter of two runs; a longer one takes as many more
+TRACED = 8  # decode steps of a trace; a trace of training has half of them
 PROMPTS, ANSWERS = (65, 118), (49, 149)  # tokens of eight in ten of GSM8K's training rows
 
 
@@ -53,25 +56,26 @@ class Flags:
     shape: str = flag("8B", help="shape of the model", choices=tuple(SHAPES))
     methods: str = flag("soft_moa", help="methods to measure, with commas, or all")
     parts: str = flag(",".join(PARTS), help="what to measure, with commas")
-    minutes: float = flag(8.0, help="begin nothing after so many minutes")
+    minutes: float = flag(7.0, help="begin nothing after so many minutes")
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N")
     rows: int = flag(8, help="rows of a training step")
-    decode_rows: str = flag("1,32", help="rows of a decode step, with commas")
+    decode_rows: str = flag("1,16,64", help="rows of a decode step, with commas")
     context: int = flag(96, help="tokens of each prompt of those")
     repeats: int = flag(3, help="measured steps, and decode runs, of each")
     json: str | None = flag(None, help="write the figures to this file too")
 
     def __post_init__(self):
-        common.require_positive(self, "rows", "context", "repeats")
+        common.require_positive(self)
         common.methods_named(self.methods)
-        common.numbers_of("decode_rows", self.decode_rows)
         if unknown := set(self.parts.split(",")) - set(PARTS):
             raise ValueError(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+        if not all(word.isdecimal() and int(word) for word in self.decode_rows.split(",")):
+            raise ValueError(f"--decode_rows: expected whole numbers above 0, with commas, got {self.decode_rows!r}")
 
 
-def random_rows(n: int, vocab_size: int, seed: int, full: bool = False) -> list[Example]:
+def random_rows(n: int, vocab_size: int, full: bool = False) -> list[Example]:
     """Draw rows as long as GSM8K's, or, with `full`, of LONGEST tokens, half of them an answer."""
-    generator, rows = random.Random(seed), []
+    generator, rows = random.Random(0), []
     for _ in range(n):
         prompt, answer = (LONGEST // 2,) * 2 if full else (generator.randint(*PROMPTS), generator.randint(*ANSWERS))
         tokens = [generator.randrange(1, vocab_size) for _ in range(prompt + answer)]
@@ -84,75 +88,71 @@ class Bench:
 
     def __init__(self, flags: Flags, device: torch.device):
         self.flags, self.device, self.args = flags, device, ModelArgs(**SHAPES[flags.shape])
-        self.machine = common.measure_machine(device)
-        dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
-        self.base = common.random_base(self.args, dtype, device)
+        self.bf16 = bf16_is_fast(device)
 
-    def step(self, kind: str, mode: str = "none") -> Callable[[list[Example]], object]:
-        """Return a training step of a method, or of PEFT's LoRA."""
+    @cached_property
+    def machine(self) -> models.Machine:
+        return models.measure_machine(self.device)
+
+    @cached_property
+    def base(self) -> dict[str, Tensor]:
+        return models.random_base(self.args, torch.bfloat16 if self.bf16 else torch.float32, self.device)
+
+    def model(self, kind: str) -> nn.Module:
+        """Build a method's model, the bare base, transformers' model, or that with PEFT's LoRA."""
+        if kind not in PEERS:
+            return models.model_on(self.args, self.base, models.config_of(kind, self.args.n_layers))
+        model = peers.transformers_on(self.args, self.base)
+        return peers.new_lora(model) if kind == PEFT else model
+
+    def shape(self, kind: str) -> Transformer:
+        """Build, without weights, the model of ours that does the same work."""
+        kind = {PEFT: "lora", TRANSFORMERS: BASE}.get(kind, kind)
+        return meta_model(self.args, models.config_of(kind, self.args.n_layers), self.bf16)
+
+    def peak_bytes(self, kind: str) -> int:
+        """Return the largest memory, less the weights that a peer's model has twice beside ours."""
+        return peak_memory(self.device) - peers.copied_bytes(self.base) * (kind in PEERS)
+
+    def trainer(self, kind: str, n_steps: int, mode: str = "none", full: bool = False) -> models.Trainer:
+        """Return what trains a kind of model on random rows, enough for so many steps."""
+        model, rows = self.model(kind), self.flags.rows
+        examples = random_rows(rows * n_steps, self.args.vocab_size, full)
         if kind == PEFT:
-            model = peers.lora_on(peers.transformers_on(self.args, self.base), checkpointing=mode != "none")
-            return peers.padded_step(model, self.device)
-        model = common.model_on(self.args, self.base, common.config_of(kind, self.args.n_layers)).train()
-        model.activation_checkpointing, optimizer = mode, make_optimizer(model, 0.02)
+            return peers.trainer(model, examples, rows, self.device)
+        model.activation_checkpointing = mode
+        return models.trainer(model, examples, rows)
 
-        def step(rows: list[Example]) -> float:
-            optimizer.zero_grad(set_to_none=True)
-            (batch,) = micro_batches(rows, len(rows), self.device)
-            losses = forward_backward(model, batch, sum(map(label_count, rows)), len(batch[0]))
-            optimizer.step()
-            return losses.sum().item()
-
-        return step
-
-    def peak_bytes(self, work: Callable[[], object], kind: str) -> int:
-        """Return the largest memory while `work` runs, less the weights that a peer's model has twice beside ours."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        work()
-        return peak_memory(self.device) - peers.copied_bytes(self.base) * (kind in (PEFT, TRANSFORMERS))
-
-    def train(self, kind: str) -> dict[str, Any]:
-        """Measure training steps."""
-        step, flags, seconds = self.step(kind), self.flags, []
-        batches = [random_rows(flags.rows, self.args.vocab_size, seed) for seed in range(flags.repeats)]
-        step(batches[0])
-        for batch in batches:
-            seconds.append(timed(partial(step, batch), self.device)[0])
-        tokens = [sum(len(row.tokens) for row in batch) for batch in batches]
-        model = common.model_on(self.args, self.base, common.config_of(self.ours(kind), self.args.n_layers))
-        labels = sum(label_count(row) for batch in batches for row in batch)
-        share = common.training_flops(model, sum(tokens), labels) / sum(seconds) / self.machine.flops
-        memory = self.peak_bytes(lambda: step(batches[0]), kind)
+    def step(self, kind: str) -> Figures:
+        """Measure training steps, after a first one."""
+        n = self.flags.repeats
+        train = self.trainer(kind, 1 + n)
+        train(1)
+        seconds, entries = timed(lambda: train(n), self.device)
+        tokens, labels = (sum(entry[name] for entry in entries) for name in ("tokens", "label_tokens"))
+        flops = models.training_flops(self.shape(kind), tokens, labels)
         return {
-            "seconds": seconds,
-            "tokens": tokens,
-            "tokens_per_second": sum(tokens) / sum(seconds),
-            "share_of_flops": share,
-            "peak_memory_bytes": memory,
+            "seconds": seconds / n,
+            "tokens_per_second": tokens / seconds,
+            "share_of_flops": flops / seconds / self.machine.flops,
+            "peak_memory_bytes": self.peak_bytes(kind),
         }
 
-    def ours(self, kind: str) -> str:
-        return {PEFT: "lora", TRANSFORMERS: BASE}.get(kind, kind)
-
-    def memory(self, kind: str, mode: str) -> dict[str, Any]:
-        """Measure a step of rows that are all of LONGEST tokens."""
-        step = self.step(kind, mode)
-        batch = random_rows(self.flags.rows, self.args.vocab_size, 0, full=True)
-        return {"peak_memory_bytes": self.peak_bytes(lambda: step(batch), kind)}
+    def memory(self, kind: str, mode: str) -> Figures:
+        """Measure the memory of a step of rows that are all of LONGEST tokens."""
+        self.trainer(kind, 1, mode, full=True)(1)
+        return {"peak_memory_bytes": self.peak_bytes(kind)}
 
     def answerer(self, kind: str, n_rows: int, graphs: bool, context: int) -> Callable[[int], object]:
         """Return what answers so many prompts by a number of tokens each."""
-        prompts = [row.tokens[:context] for row in random_rows(n_rows, self.args.vocab_size, 0, full=True)]
-        if kind in (PEFT, TRANSFORMERS):
-            model = peers.transformers_on(self.args, self.base)
-            model = peers.lora_on(model) if kind == PEFT else model
+        model = self.model(kind)
+        prompts = [row.tokens[:context] for row in random_rows(n_rows, self.args.vocab_size, full=True)]
+        if kind in PEERS:
             return lambda n: peers.padded_answers(model, [0], prompts, n, n, n_rows, self.device)
-        model = common.model_on(self.args, self.base, common.config_of(kind, self.args.n_layers))
-        llm = common.llm_on(model, LONGEST, n_rows, graphs)
+        llm = models.llm_on(model, LONGEST, n_rows, graphs)
         return lambda n: llm.generate(prompts, n, n)
 
-    def decode(self, kind: str, n_rows: int, graphs: bool) -> dict[str, Any]:
+    def decode(self, kind: str, n_rows: int, graphs: bool) -> Figures:
         """Measure a decode step: what a run of 2 * EARLY tokens takes longer than one of EARLY, by their difference."""
         context = self.flags.context
         answer, seconds = self.answerer(kind, n_rows, graphs, context), []
@@ -160,106 +160,109 @@ class Bench:
         for _ in range(self.flags.repeats):
             longer, shorter = (timed(lambda n=n: answer(n), self.device)[0] for n in (2 * EARLY, EARLY))
             seconds.append((longer - shorter) / EARLY)
-        model = common.model_on(self.args, self.base, common.config_of(self.ours(kind), self.args.n_layers))
-        step_bytes = common.decode_bytes(model, n_rows, context + 3 * EARLY // 2)
+        step_bytes = models.decode_bytes(self.shape(kind), n_rows, context + 3 * EARLY // 2)
         share = step_bytes / statistics.median(seconds) / self.machine.bandwidth
-        memory = self.peak_bytes(lambda: answer(EARLY), kind)
-        return {"seconds": seconds, "share_of_bandwidth": share, "peak_memory_bytes": memory}
+        return {
+            "seconds": statistics.median(seconds),
+            "share_of_bandwidth": share,
+            "peak_memory_bytes": self.peak_bytes(kind),
+        }
 
-    def trace(self, kind: str, training: bool) -> dict[str, Any]:
-        """Profile a training step, or EARLY decode steps of one row after a prompt of one token."""
-        if training:
-            step, batch = self.step(kind), random_rows(self.flags.rows, self.args.vocab_size, 0)
-            work = partial(step, batch)
-        else:
-            work = partial(self.answerer(kind, 1, False, 1), EARLY)
-        work()
+    def trace(self, kind: str, training: bool) -> Figures:
+        """Profile training steps, or decode steps of one row after a prompt of one token."""
+        n = TRACED // 2 if training else TRACED
+        work = self.trainer(kind, 1 + n) if training else self.answerer(kind, 1, False, 1)
+        work(1 if training else n)
         gpu = self.device.type == "cuda"
-        activity = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * gpu) as profiler:
-            seconds = timed(work, self.device)[0]
+        activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            seconds = timed(lambda: work(n), self.device)[0]
         kernels = []
         for event in profiler.key_averages():
             on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
             taken = event.self_device_time_total if gpu else event.self_cpu_time_total  # microseconds
             if on_gpu == gpu and taken > 0 and not getattr(event, "is_user_annotation", False):
-                kernels.append({"name": event.key[:90], "seconds": taken / 1e6, "count": event.count})
+                kernels.append({"name": event.key[:90], "seconds": taken / 1e6 / n, "count": event.count / n})
         kernels.sort(key=lambda kernel: -kernel["seconds"])
         total, busy = sum(k["count"] for k in kernels), sum(k["seconds"] for k in kernels)
-        return {"seconds": seconds, "kernels": total, "device_seconds": busy, "top": kernels[:15]}
+        return {"seconds": seconds / n, "kernels": total, "device_seconds": busy, "top": kernels[:15]}
 
 
-def measurements(bench: Bench) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+def measurements(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Figures]]]:
     """Yield (part, name, work) of all that can be measured, the most wanted first."""
-    flags, gpu = bench.flags, bench.device.type == "cuda"
+    flags, graphs = bench.flags, (False, True) if bench.device.type == "cuda" else (False,)
     methods = common.methods_named(flags.methods)
-    transformers = [TRANSFORMERS] if find_spec("transformers") else []
-    peft = [PEFT] if transformers and find_spec("peft") else []
-    for kind in [*methods, *peft]:
-        yield "step", kind, partial(bench.train, kind)
-    for n_rows in common.numbers_of("decode_rows", flags.decode_rows):
-        for kind in [*methods, BASE, *transformers, *peft]:
-            yield "decode", f"{kind}, {n_rows} rows", partial(bench.decode, kind, n_rows, False)
-            if gpu and kind not in (TRANSFORMERS, PEFT):
-                yield "decode", f"{kind}, {n_rows} rows, graphs", partial(bench.decode, kind, n_rows, True)
-    for kind in [*methods, *peft]:
-        for mode in CHECKPOINTING_MODES if kind != PEFT else ("none", "full"):
-            yield "memory", f"{kind}, {mode}", partial(bench.memory, kind, mode)
+    decode_rows = list(map(int, flags.decode_rows.split(",")))
+    yield "machine", "machine", lambda: bench.machine._asdict()
+    for kind in methods:
+        yield "step", f"step, {kind}", partial(bench.step, kind)
+    for n_rows in decode_rows:
+        for kind in [*methods, BASE]:
+            for graph in graphs:
+                name = f"decode, {kind}, {n_rows} rows" + ", graphs" * graph
+                yield "decode", name, partial(bench.decode, kind, n_rows, graph)
+    for kind in methods:
+        for mode in CHECKPOINTING_MODES:
+            yield "memory", f"memory, {kind}, {mode}", partial(bench.memory, kind, mode)
     for kind in [*methods, BASE]:
         for training in (True, False) if kind != BASE else (False,):
-            yield "trace", f"{kind}, {'step' if training else 'decode'}", partial(bench.trace, kind, training)
+            yield "trace", f"trace, {kind}, {'step' if training else 'decode'}", partial(bench.trace, kind, training)
+    installed = [kind for kind, package in zip(PEERS, ("transformers", "peft"), strict=True) if find_spec(package)]
+    if PEFT in installed:
+        yield "peers", f"step, {PEFT}", partial(bench.step, PEFT)
+    for n_rows in decode_rows:
+        for kind in installed:
+            yield "peers", f"decode, {kind}, {n_rows} rows", partial(bench.decode, kind, n_rows, False)
 
 
-def line(part: str, name: str, result: dict[str, Any]) -> str:
-    """Describe a result in a line; of a trace, in a line for each kernel too."""
-    words = [f"{part}, {name}:"]
-    if "seconds" in result:
-        seconds = result["seconds"]
-        words.append(f"{1000 * (statistics.median(seconds) if isinstance(seconds, list) else seconds):,.2f} ms,")
-    if "tokens_per_second" in result:
-        words.append(f"{result['tokens_per_second']:,.0f} tokens/s, {result['share_of_flops']:.0%} of the FLOP/s,")
-    if "share_of_bandwidth" in result:
-        words.append(f"{result['share_of_bandwidth']:.0%} of the bandwidth,")
-    if "peak_memory_bytes" in result:
-        words.append(f"peak {figure(result['peak_memory_bytes'] / 2**30)} GiB")
-    if "top" in result:
-        words.append(f"{result['kernels']} kernels that take {1000 * result['device_seconds']:,.2f} ms")
-        words += [f"\n  {1000 * k['seconds']:9.3f} ms {k['count']:6d} x {k['name']}" for k in result["top"]]
-    return " ".join(words)
+FORMATS = {
+    "flops": lambda rate: f"{rate / 1e12:,.3g} TFLOP/s",
+    "bandwidth": lambda rate: f"{rate / 1e9:,.0f} GB/s",
+    "seconds": lambda seconds: f"{1000 * seconds:,.2f} ms",
+    "tokens_per_second": lambda rate: f"{rate:,.0f} tokens/s",
+    "share_of_flops": lambda share: f"{share:.0%} of the FLOP/s",
+    "share_of_bandwidth": lambda share: f"{share:.0%} of the bandwidth",
+    "peak_memory_bytes": lambda size: f"peak {size / 2**30:,.2f} GiB",
+    "kernels": lambda count: f"{count:,.0f} kernels",
+    "device_seconds": lambda seconds: f"that take {1000 * seconds:,.2f} ms",
+    "top": lambda top: "".join(f"\n  {1000 * k['seconds']:9.3f} ms {k['count']:6.0f} x {k['name']}" for k in top),
+}
 
 
-def run(flags: Flags, device: torch.device) -> dict[str, Any]:
-    """Measure all parts that are asked for, as long as there is time -> all results, with "failed" and "left_out"."""
+def run(flags: Flags, device: torch.device) -> Figures:
+    """Measure the parts that were chosen, as long as there is time -> all results, with "failed" and "left_out"."""
     begin, bench = time.monotonic(), Bench(flags, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    task = {"shape": flags.shape, "device": name, "torch": torch.__version__, "machine": bench.machine._asdict()}
-    results: dict[str, Any] = {"task": task, "failed": {}, "left_out": []}
-    print(f"{flags.shape} on {name}, torch {torch.__version__}; {bench.machine}", flush=True)
-    for part, name, work in measurements(bench):
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else "cpu"
+    results: Figures = {"task": {"shape": flags.shape, "device": name, "torch": torch.__version__}}
+    results |= {"failed": {}, "left_out": []}
+    print(f"{flags.shape} on {name}, torch {torch.__version__}", flush=True)
+    for part, key, work in measurements(bench):
         if part not in flags.parts.split(","):
             continue
-        key = f"{part}, {name}"
         try:
             if time.monotonic() - begin > 60 * flags.minutes:
                 results["left_out"].append(key)
-            else:
-                results[key] = work()
-                print(line(part, name, results[key]), flush=True)
+                continue
+            gc.collect()  # a model's modules refer to one another in circles
+            if gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            results[key] = work()
+            print(f"{key}: {', '.join(FORMATS[name](value) for name, value in results[key].items())}", flush=True)
         except Exception as error:  # whatever it is, the other results are still wanted
             traceback.print_exc()
             results["failed"][key] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{key} failed: {results['failed'][key]}", file=sys.stderr, flush=True)
-        gc.collect()  # a model's modules refer to one another in circles
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if flags.json:
-            write_json(Path(flags.json), results)
+        finally:
+            if flags.json:
+                write_json(Path(flags.json), results)
     if results["left_out"]:
         print(f"left out after {flags.minutes:g} minutes: {'; '.join(results['left_out'])}", flush=True)
     return results
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.gpu", description=__doc__)
     with cli_errors():
         results = run(flags, get_device(flags.device))

@@ -7,21 +7,21 @@ Training as in the published runs on math_14k: bf16 base, rows of 300 tokens, 32
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import LLAMA_3_1, table
+from benchmarks.common import LLAMA_3_1, Cell, Figures, number, table
+from benchmarks.models import config_of
 from cli import cli_errors, flag, parse
 from llama import ModelArgs, Transformer
 from llama.engine import decode
-from moa.config import AdapterConfig
 from moa.files import write_json
-from training.config import CHECKPOINTING_MODES
+from training.config import CHECKPOINTING_MODES as MODES
 from training.estimate import (
     Message,
     cache_bytes,
@@ -39,7 +39,8 @@ from training.estimate import (
 METHODS = ("soft_moa", "molora")
 LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
 ANSWERS, ANSWER_LENGTH = 32, 512  # generated at once: generate.py's defaults
-RESERVED = 2 * 2**30  # of a GPU's memory: for CUDA, NCCL and what the allocator cannot use
+MIB, GIB = 2**20, 2**30
+RESERVED = 2 * GIB  # of a GPU's memory: for CUDA, NCCL and what the allocator cannot use
 MOST_ROWS = 4096  # of a micro-batch, in search of the most that fit
 GPU = torch.device("cuda")
 
@@ -53,8 +54,7 @@ class Layout(NamedTuple):
     share: int
 
     def __str__(self) -> str:
-        replicas = self.gpus // self.share
-        return f"{self.model} on {self.gpus} x {self.card} GB, {replicas} x {self.share}"
+        return f"{self.model} on {self.gpus} x {self.card} GB, {self.gpus // self.share} x {self.share}"
 
 
 LAYOUTS = (
@@ -68,33 +68,31 @@ LAYOUTS = (
 )
 
 
-@dataclass(frozen=True)
-class Flags:
-    """Flags of this command."""
-
-    json: str | None = flag(None, help="write the figures, in bytes, to this file too")
-
-
 class Memory(NamedTuple):
-    """Of one GPU, in bytes. activations: of two rows and of three, by choice of --activation_checkpointing; a row more
+    """Of one GPU, in bytes. activations: of two rows and of three, by mode of --activation_checkpointing; a row more
     takes the same again."""
 
     held: dict[str, int]
     activations: dict[str, tuple[int, int]]
     temporary: Callable[[list[int]], int]  # of rows of these lengths
-    cache: int
+    kv_cache: int
 
-    def of(self, n_rows: int, name: str) -> int:
+    def of(self, n_rows: int, mode: str) -> int:
         """Activations of so many rows of LENGTH tokens; a single one counts as half of two."""
-        two, three = self.activations[name]
+        two, three = self.activations[mode]
         return two + (n_rows - 2) * (three - two)
 
-    def total(self, n_rows: int, name: str) -> int:
-        return sum(self.held.values()) + self.of(n_rows, name) + self.temporary([LENGTH] * n_rows)
+    def total(self, n_rows: int, mode: str) -> int:
+        return sum(self.held.values()) + self.of(n_rows, mode) + self.temporary([LENGTH] * n_rows)
 
-    def largest_batch_size(self, name: str, card: int) -> int:
+    def largest_batch_size(self, mode: str, card: int) -> int:
         """Return the most rows whose step fits `card` bytes; 0 where a single one does not."""
-        return bisect_left(range(1, MOST_ROWS), True, key=lambda n: self.total(n, name) > card)
+        return bisect_left(range(1, MOST_ROWS), True, key=lambda n: self.total(n, mode) > card)
+
+
+def model_of(model: str, method: str) -> Transformer:
+    args = ModelArgs(**LLAMA_3_1[model])
+    return meta_model(args, config_of(method, args.n_layers), bf16=True)
 
 
 @cache
@@ -103,14 +101,9 @@ def memory_of(model: str, share: int, method: str) -> Memory:
     with fake_rank(share, share):
         rank = model_of(model, method)
         rows = [saved_activation_bytes(rank, longest_batch(n, LENGTH), GPU) for n in (2, 3)]
-        activations = {choice: tuple(k.total(choice) for k in rows) for choice in CHECKPOINTING_MODES}
+        activations = {mode: tuple(k.total(mode) for k in rows) for mode in MODES}
         temporary = partial(peak_temporary_bytes, rank, device=GPU)
         return Memory(static_bytes(rank), activations, temporary, cache_bytes(rank, ANSWERS, ANSWER_LENGTH))
-
-
-def model_of(model: str, method: str) -> Transformer:
-    args = ModelArgs(**LLAMA_3_1[model])
-    return meta_model(args, AdapterConfig.from_dict({"method": method}, args.n_layers), bf16=True)
 
 
 @torch.no_grad()
@@ -122,96 +115,94 @@ def decode_messages(model: Transformer, messages: list[Message]) -> list[Message
     return messages[begin:]
 
 
-def compute(layout: Layout, method: str) -> dict[str, Any]:
-    """All figures of one GPU, in bytes."""
+def compute(layout: Layout, method: str) -> Figures:
+    """All figures of one GPU, in bytes; messages within a model are those of a micro-batch without checkpointing."""
     memory = memory_of(layout.model, layout.share, method)
     micro_batches = ROWS_PER_STEP // (BATCH_SIZE * layout.gpus // layout.share)
-    figures: dict[str, Any] = {
-        **layout._asdict(),
-        "method": method,
-        "batch_size": BATCH_SIZE,
-        "micro_batches": micro_batches,
-        "held": memory.held,
-        "temporary": memory.temporary([LENGTH] * BATCH_SIZE),
-    }
-    with fake_rank(layout.gpus, layout.share) as notes:
+    steps = {}
+    with fake_rank(layout.gpus, layout.share) as messages:
         model = model_of(layout.model, method)
-        for name in CHECKPOINTING_MODES:
-            model.activation_checkpointing = name
-            figures[name] = {
-                "activations": memory.of(BATCH_SIZE, name),
-                "total": memory.total(BATCH_SIZE, name),
-                "largest_batch_size": memory.largest_batch_size(name, layout.card * 2**30 - RESERVED),
-                "step": comm_bytes_of_step(trace_step(model, longest_batch(BATCH_SIZE, LENGTH), notes), micro_batches),
-            }
-        figures["generation"] = {
-            "rows": ANSWERS,
-            "length": ANSWER_LENGTH,
-            "kv_cache": memory.cache,
-            "total": memory.held["base"] + memory.held["adapters"] + memory.cache,
-            "decode_step": comm_bytes(decode_messages(model, notes)),
-        }
-    return figures
+        for mode in MODES:
+            model.activation_checkpointing = mode
+            trace = trace_step(model, longest_batch(BATCH_SIZE, LENGTH), messages)
+            steps[mode] = comm_bytes_of_step(trace, micro_batches)
+        decode_step = comm_bytes(decode_messages(model, messages))
+    room = layout.card * GIB - RESERVED
+    return {
+        **{"layout": str(layout), "method": method, "card": layout.card, "micro_batches": micro_batches},
+        **memory.held,
+        "temporary": memory.temporary([LENGTH] * BATCH_SIZE),
+        "activations": {mode: memory.of(BATCH_SIZE, mode) for mode in MODES},
+        "total": {mode: memory.total(BATCH_SIZE, mode) for mode in MODES},
+        "largest_batch_size": {mode: memory.largest_batch_size(mode, room) for mode in MODES},
+        **{f"gradients_{name}": size for name, size in steps["none"]["gradients"].items()},
+        "micro_batch": steps["none"]["micro_batch"],
+        "sent": {mode: step["sent_bytes"] for mode, step in steps.items()},
+        "kv_cache": memory.kv_cache,
+        "generation": memory.held["base"] + memory.held["adapters"] + memory.kv_cache,
+        **{f"decode_{name}": size for name, size in decode_step.items()},
+    }
 
 
-def _gb(n: float) -> str:
-    return f"{n / 2**30:.2f}"
+def by_mode(name: str, digits: int = 0, unit: float = 1) -> Cell:
+    """Return what makes a cell of a figure of each mode."""
+    return lambda figures: " / ".join(f"{n / unit:,.{digits}f}" if n else "-" for n in figures[name].values())
 
 
-def _mb(n: float) -> str:
-    return f"{n / 2**20:,.1f}" if n else "-"
+def exchanged(part: str) -> Cell:
+    """Return what makes a cell of the messages and bytes of a part of a micro-batch."""
+
+    def cell(figures: Figures) -> str:
+        messages = figures["micro_batch"][part]
+        return f"{messages['messages']}, {messages['bytes'] / MIB:,.1f}" if messages["messages"] else "-"
+
+    return cell
 
 
-def markdown(figures: list[dict[str, Any]]) -> str:
+HEAD = [("layout", lambda figures: figures["layout"]), ("method", lambda figures: figures["method"])]
+MEMORY = [
+    *[(name, number(name, 2, GIB)) for name in ("base", "adapters", "gradients", "optimizer")],
+    ("activations", by_mode("activations", 2, GIB)),
+    ("temporary", number("temporary", 2, GIB)),
+    ("total", by_mode("total", 2, GIB)),
+    ("card", number("card", 0)),
+    ("largest batch_size", by_mode("largest_batch_size")),
+]
+SENT = [
+    ("gradients: messages", number("gradients_messages", 0)),
+    ("size", number("gradients_bytes", 1, MIB)),
+    ("micro-batches", number("micro_batches", 0)),
+    *[(part, exchanged(part)) for part in ("forward", "loss", "backward")],
+    ("sent by a GPU", by_mode("sent", 1, MIB)),
+]
+GENERATION = [
+    ("KV cache", number("kv_cache", 2, GIB)),
+    ("base, adapters and cache", number("generation", 2, GIB)),
+    ("messages", number("decode_messages", 0)),
+    ("sent", number("decode_sent_bytes", 1, MIB)),
+]
+TABLES = {
+    f"Training, GiB of one GPU, batch_size {BATCH_SIZE}. 2 x 4: two replicas, each shared by four GPUs. With slashes: "
+    "--activation_checkpointing none / selective / full. The largest batch_size is the most rows that fit when "
+    f"{RESERVED / GIB:.0f} GiB of a card are left to the libraries.": MEMORY,
+    f"Sent in an optimizer step of {ROWS_PER_STEP} rows, MiB: between replicas, once; within a model, in each "
+    "micro-batch (messages, size). The last column is all that a GPU sends, in a ring.": SENT,
+    f"Generation, {ANSWERS} rows of up to {ANSWER_LENGTH} tokens at once: GiB of one GPU, and MiB that it sends for "
+    "one more token of each row.": GENERATION,
+}
+
+
+def markdown(figures: list[Figures]) -> str:
     """Three tables: memory in training, what is sent in a step, generation."""
-
-    def rows(cells: Callable[[dict[str, Any]], list[str]]) -> list[list[str]]:
-        layouts = [str(Layout(**{name: f[name] for name in Layout._fields})) for f in figures]
-        return [[layout, f["method"], *cells(f)] for layout, f in zip(layouts, figures, strict=True)]
-
-    def by_choice(f: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
-        return " / ".join(cell(f[choice]) for choice in CHECKPOINTING_MODES)
-
-    def memory(f: dict[str, Any]) -> list[str]:
-        held = [_gb(size) for size in f["held"].values()]
-        activations = by_choice(f, lambda mode: _gb(mode["activations"]))
-        totals = by_choice(f, lambda mode: _gb(mode["total"]))
-        largest = by_choice(f, lambda mode: f"{mode['largest_batch_size'] or 'none'}")
-        return [*held, activations, _gb(f["temporary"]), totals, f"{f['card']}", largest]
-
-    def sent(f: dict[str, Any]) -> list[str]:
-        step = f["none"]["step"]
-        once = [f"{step['gradients']['messages'] or '-'}", _mb(step["gradients"]["bytes"])]
-        parts = step["micro_batch"].values()
-        inside = [f"{part['messages']}, {_mb(part['bytes'])}" if part["messages"] else "-" for part in parts]
-        in_all = by_choice(f, lambda mode: _mb(mode["step"]["sent_bytes"]))
-        return [*once, f"{f['micro_batches']}", *inside, in_all]
-
-    def generation(f: dict[str, Any]) -> list[str]:
-        g, decode = f["generation"], f["generation"]["decode_step"]
-        return [_gb(g["kv_cache"]), _gb(g["total"]), f"{decode['messages'] or '-'}", _mb(decode["sent_bytes"])]
-
-    heads = ["layout", "method"]
-    memory_heads = ["base", "adapters", "gradients", "optimizer", "activations", "temporary", "total", "card"]
-    memory_heads.append("largest batch_size")
-    sent_heads = ["gradients: messages", "size", "micro-batches", "forward", "loss", "backward", "sent by a GPU"]
-    return "\n\n".join(
-        [
-            f"Training, GiB of one GPU, batch_size {BATCH_SIZE}. 2 x 4: two replicas, each shared by four GPUs. With "
-            "slashes: --activation_checkpointing none / selective / full. The largest batch_size is the most rows that "
-            f"fit when {RESERVED / 2**30:.0f} GiB of a card are left to the libraries.",
-            table([*heads, *memory_heads], rows(memory)),
-            f"Sent in an optimizer step of {ROWS_PER_STEP} rows, MiB: between replicas, once; within a model, in each "
-            "micro-batch (messages, size). The last column is all that a GPU sends, in a ring.",
-            table([*heads, *sent_heads], rows(sent)),
-            f"Generation, {ANSWERS} rows of up to {ANSWER_LENGTH} tokens at once: GiB of one GPU, and MiB that it "
-            "sends for one more token of each row.",
-            table([*heads, "KV cache", "base, adapters and cache", "messages", "sent"], rows(generation)),
-        ]
-    )
+    return "\n\n".join(f"{title}\n\n{table([*HEAD, *columns], figures)}" for title, columns in TABLES.items())
 
 
-def main(argv: list[str] | None = None) -> None:
+@dataclass(frozen=True)
+class Flags:
+    json: str | None = flag(None, help="write the figures, in bytes, to this file too")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m benchmarks.layouts", description=__doc__)
     with cli_errors():
         figures = [compute(layout, method) for layout in LAYOUTS for method in METHODS]

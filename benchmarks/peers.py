@@ -4,26 +4,31 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.common import CPU
-from convert.hf import GLOBAL_KEYS, LAYER_KEYS, unpermute_rope
-from convert.meta_format import source_names
+from benchmarks.common import CPU, timed
+from benchmarks.models import Trainer, schedule_of
+from convert.hf import unpermute_rope
+from convert.meta_format import HF, source_names
 from convert.peft import to_peft
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer, open_shard, shard_files
 from llama.data import IGNORE_INDEX, Example
+from training.data import label_count
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]  # as Q, K, V, O, FFN_DOWN
 PERMUTED = ("wq.weight", "wk.weight")  # their rows stand in another order
 
 
-def require_package(name: str) -> None:
-    """Raise ValueError where the package is not installed."""
+def require_package(name: str) -> ModuleType:
+    """Return a package. ValueError where it is not installed."""
     try:
-        import_module(name)
+        return import_module(name)
     except ImportError:
         raise ValueError(f"{name} is not installed (pip install -r requirements-dev.txt)") from None
 
@@ -33,15 +38,13 @@ def transformers_on(args: ModelArgs, base: Mapping[str, Tensor]) -> nn.Module:
 
     ValueError without transformers.
     """
-    require_package("transformers")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    transformers = require_package("transformers")
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.use_scaled_rope:
         rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor}
         rope |= {"low_freq_factor": args.rope_low_freq_factor, "high_freq_factor": args.rope_high_freq_factor}
         rope |= {"original_max_position_embeddings": args.rope_original_max_seq_len}
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         hidden_size=args.dim,
         num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads,
@@ -54,8 +57,8 @@ def transformers_on(args: ModelArgs, base: Mapping[str, Tensor]) -> nn.Module:
         tie_word_embeddings=False,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    names = source_names(args.n_layers, GLOBAL_KEYS, LAYER_KEYS, "model.layers.")
+        model = transformers.LlamaForCausalLM(config)
+    names = source_names(args.n_layers, HF)
     state = {
         name: unpermute_rope(base[key], args.head_dim) if key.endswith(PERMUTED) else base[key]
         for key, name in names.items()
@@ -71,22 +74,7 @@ def copied_bytes(base: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for key, tensor in base.items() if key.endswith(PERMUTED))
 
 
-def lora_on(model: nn.Module, rank: int = 16, checkpointing: bool = False) -> nn.Module:
-    """Put PEFT's LoRA of this rank at the published targets of a model of transformers; adapters are float32.
-
-    checkpointing: the backward pass recomputes every block. ValueError without peft.
-    """
-    require_package("peft")
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, lora_dropout=0.0, bias="none")
-    model = get_peft_model(model, config)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def transformers_model(ckpt_dir: str | Path, bf16: bool) -> nn.Module:
+def transformers_model(ckpt_dir: str, bf16: bool) -> nn.Module:
     """Load the base of a checkpoint of one shard as transformers' model. ValueError without transformers."""
     args, _ = load_params_and_tokenizer(ckpt_dir)
     shards = [open_shard(file) for file in shard_files(Path(ckpt_dir))]
@@ -96,16 +84,27 @@ def transformers_model(ckpt_dir: str | Path, bf16: bool) -> nn.Module:
     return transformers_on(args, {key: tensor.to(dtype) for key, tensor in shards[0].items()})
 
 
-def peft_lora(ckpt_dir: str | Path, bf16: bool, adapter_path: str | Path | None = None) -> nn.Module:
-    """Load the same with a new LoRA of rank 16, or with a trained adapter of ours, which must be plain LoRA."""
-    if adapter_path is None:
-        return lora_on(transformers_model(ckpt_dir, bf16))
-    require_package("peft")
-    from peft import PeftModel
+def new_lora(model: nn.Module, rank: int = 16) -> nn.Module:
+    """Put PEFT's LoRA of this rank at the published targets of a model of transformers; adapters are float32.
 
+    ValueError without peft.
+    """
+    peft = require_package("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, lora_dropout=0.0, bias="none")
+    return peft.get_peft_model(model, config)
+
+
+def trained_lora(model: nn.Module, adapter_path: str, ckpt_dir: str) -> nn.Module:
+    """Put a trained adapter of ours, which must be plain LoRA, on its base as a model of transformers."""
+    peft = require_package("peft")
     with tempfile.TemporaryDirectory() as folder:
-        converted = to_peft(adapter_path, Path(folder, "peft"), ckpt_dir=ckpt_dir)
-        return PeftModel.from_pretrained(transformers_model(ckpt_dir, bf16), converted)
+        return peft.PeftModel.from_pretrained(model, to_peft(adapter_path, Path(folder, "peft"), ckpt_dir=ckpt_dir))
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device, side: str = "right") -> Tensor:
+    """Return rows as a matrix (rows, longest), filled up on one side."""
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side).to(device)
 
 
 def padded_step(model: nn.Module, device: torch.device = CPU) -> Callable[[list[Example]], float]:
@@ -114,15 +113,10 @@ def padded_step(model: nn.Module, device: torch.device = CPU) -> Callable[[list[
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), fused=True)
 
-    def step(examples: list[Example]) -> float:
-        longest = max(len(e.tokens) for e in examples)
-
-        def padded(rows: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
-
-        tokens = padded([e.tokens for e in examples], 0)
-        labels = padded([e.labels for e in examples], IGNORE_INDEX)
-        mask = padded([[1] * len(e.tokens) for e in examples], 0)
+    def step(rows: list[Example]) -> float:
+        tokens = padded([row.tokens for row in rows], 0, device)
+        labels = padded([row.labels for row in rows], IGNORE_INDEX, device)
+        mask = padded([[1] * len(row.tokens) for row in rows], 0, device)
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()
@@ -130,6 +124,24 @@ def padded_step(model: nn.Module, device: torch.device = CPU) -> Callable[[list[
         return loss.item()
 
     return step
+
+
+def trainer(model: nn.Module, examples: list[Example], rows: int, device: torch.device = CPU) -> Trainer:
+    """Return what trains a model by `padded_step`, on the rows of `benchmarks.models.trainer` in the same order."""
+    step, done = padded_step(model, device), 0
+
+    def train(steps: int) -> list[dict[str, Any]]:
+        nonlocal done
+        entries, schedule = [], schedule_of(examples, rows, done + steps)
+        for i in range(done, done + steps):
+            batch = [examples[row] for row in schedule.rows(i, seed=0)]
+            seconds, loss = timed(lambda batch=batch: step(batch), device)
+            tokens, label_tokens = sum(len(row.tokens) for row in batch), sum(map(label_count, batch))
+            entries.append({"seconds": seconds, "loss": loss, "tokens": tokens, "label_tokens": label_tokens})
+        done += steps
+        return entries
+
+    return train
 
 
 @torch.inference_mode()
@@ -150,13 +162,10 @@ def padded_answers(
     stop_ids, answers = list(stop_ids), {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
-        longest = max(len(prompts[i]) for i in chosen)
-        rows = [[stop_ids[0]] * (longest - len(prompts[i])) + prompts[i] for i in chosen]
-        mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
+        batch = [prompts[i] for i in order[begin : begin + batch_size]]
         output = model.generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
+            input_ids=padded(batch, stop_ids[0], device, "left"),
+            attention_mask=padded([[1] * len(row) for row in batch], 0, device, "left"),
             max_new_tokens=max_gen_len,
             min_new_tokens=min_new_tokens,
             do_sample=False,
@@ -164,7 +173,7 @@ def padded_answers(
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
         )
-        for i, row in zip(chosen, output[:, longest:].tolist(), strict=True):
-            stops = [position for position, token in enumerate(row) if token in stop_ids]
-            answers[i] = row[: stops[0]] if stops else row
+        for i, row in zip(order[begin:], output[:, len(batch[0]) :].tolist(), strict=False):
+            end = next((position for position, token in enumerate(row) if token in stop_ids), None)
+            answers[i] = row[:end]
     return [answers[i] for i in range(len(prompts))]
