@@ -16,7 +16,9 @@ from evaluate.sandbox import SECONDS, Sandbox
 from evaluate.scoring import score_file
 from evaluate.tasks import TASKS, Task, task_named, task_of_file
 
-_SCORES = """\
+_DESCRIPTION = """\
+Score predictions of one suite or of several.
+
 Two scores, always both: `published` follows the rule behind the paper's tables, `robust` reads the stated final
 answer ("The answer is ...", "#### ...", a box), else the last number, letter or keyword (true, answer2, option1) that
 stands alone; see docs/scoring.md. Suites are averaged within their family: math, commonsense, code.
@@ -35,9 +37,13 @@ _ALIASES = "".join(f", or {alias} for {task.name}" for task in TASKS.values() fo
 
 @dataclass
 class Flags:
-    """The flags of `python -m evaluate.<suite>`."""
+    """The flags of `python -m evaluate`."""
 
+    suite: str | None = flag(
+        None, help=f"{', '.join(TASKS)}, in any case{_ALIASES}; None: from the file's name", positional=True
+    )
     predict_file: str | None = flag(None, help="prediction file: JSONL, or a JSON list, of test rows with `generate`")
+    predict_files: str | None = flag(None, help="one FILE per suite, several after one another, each named after it")
     save_path: str | None = flag(None, help="write the scores there, as JSON")
     verdicts: str | None = flag(None, help="write each row there, with its text and both verdicts, as JSONL")
     show: int = flag(0, help="print the first N such rows of each file")
@@ -49,7 +55,9 @@ class Flags:
     allow_code_execution: bool = flag(
         False, help="run generated programs; nothing generated is ever run without it", group=_CODE
     )
-    timeout: float | None = flag(None, help=f"time limit of each program in seconds; None: {SECONDS:g}", group=_CODE)
+    timeout: float | None = flag(
+        None, help=f"CPU seconds of a program under the robust rule; None: {SECONDS:g}", group=_CODE
+    )
     jobs: int | None = flag(None, help="programs run at once; None: one per CPU", group=_CODE)
     weak_sandbox: bool = flag(
         False, help="where the kernel cannot keep programs in, do with guards inside their interpreter", group=_CODE
@@ -62,46 +70,56 @@ class Flags:
             raise ValueError(f"--jobs: expected at least 1, got {self.jobs}")
         if self.timeout is not None and not 0 < self.timeout <= _MAX_SECONDS:
             raise ValueError(f"--timeout: expected seconds above 0, at most {_MAX_SECONDS}, got {self.timeout}")
+        if (self.predict_file is None) == (self.predict_files is None):
+            raise ValueError("give --predict_file or --predict_files, not both")
+        if self.predict_files and self.suite:
+            raise ValueError(f"--predict_files takes each suite from its file's name: leave out {self.suite[:80]!r}")
+        self.files()
+
+    def files(self) -> list[tuple[str, Task]]:
+        """Return the files to score, each with its task; ValueError for wrong flags, before any file is read."""
+        paths = self.predict_files.split("\n") if self.predict_files else [str(self.predict_file)]
+        files = [(path, task_named(self.suite) if self.suite else task_of_file(path)) for path in paths]
+        code = [task.name for _, task in files if task.runs_code]
+        if code and not self.allow_code_execution:
+            raise ValueError(f"{code[0]} runs generated programs on this machine: allow it with --allow_code_execution")
+        for name in ("timeout", "jobs", "weak_sandbox"):
+            if getattr(self, name) and not code:
+                raise ValueError(f"--{name} is for {_CODE}")
+        if len({task.name for _, task in files}) < len(files):
+            raise ValueError("--predict_files: two files of one suite; the mean takes each suite once")
+        outputs = [path for path in (self.save_path, self.verdicts) if path is not None]
+        real = [os.path.realpath(path) for path in [*outputs, *paths]]
+        for path in outputs:
+            if not path or real.count(os.path.realpath(path)) > 1:
+                raise ValueError(f"--save_path and --verdicts need files of their own, got {path[:80]!r}")
+        return files
 
 
-@dataclass
-class AllFlags(Flags):
-    """The flags of `python -m evaluate`."""
-
-    suite: str | None = flag(
-        None, help=f"{', '.join(TASKS)}, in any case{_ALIASES}; None: from the file's name", positional=True
-    )
-    predict_files: str | None = flag(None, help="one FILE per suite, several after one another, each named after it")
-
-
-def main(argv: list[str] | None = None, task: str | None = None) -> None:
-    """Run the command line of one task, or, without a task, the one that takes it as an argument."""
+def main(argv: list[str] | None = None, suite: str | None = None) -> None:
+    """Run the command line; `suite` stands before its words."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a text may hold what the terminal's encoding lacks
-    argv = sys.argv[1:] if argv is None else argv
-    if task:
-        prog, what = f"python -m evaluate.{TASKS[task].module}", f"Score the predictions of {task}."
-        flags = parse(Flags, argv, prog=prog, description=f"{what}\n\n{_SCORES}")
-    else:
-        what = "Score predictions of one suite or of several."
-        flags = parse(AllFlags, _join_files(argv), prog="python -m evaluate", description=f"{what}\n\n{_SCORES}")
-    with cli_errors(status=2):
-        files = _files(flags, TASKS[task] if task else None)
+    words = _join_files(sys.argv[1:] if argv is None else argv)
+    prog = f"python -m evaluate.{TASKS[suite].module}" if suite else "python -m evaluate"
+    flags = parse(Flags, [suite, *words] if suite else words, prog=prog, description=_DESCRIPTION)
+    files = flags.files()
     with cli_errors():
-        runs_code = any(task.program for _, task in files)
+        runs_code = any(task.runs_code for _, task in files)
         sandbox = Sandbox(flags.timeout or SECONDS, flags.jobs, flags.weak_sandbox) if runs_code else None
         scores = [score_file(path, task, sandbox) for path, task in files]
         if flags.verdicts:
             report.write(flags.verdicts, report.verdict_lines(scores))
         if flags.save_path:
             report.write(flags.save_path, [report.scores_json(scores)])
-        blocks = []
-        for score in scores if flags.show else ():
-            rows = [row for row in score.rows if getattr(row, flags.show_rows)]
-            blocks += [report.show(score, rows[: flags.show]) + "\n"] if rows else []
-        blocks += [report.table(scores)] + ([sandbox.note] if sandbox and sandbox.note else [])
-        print("\n".join(blocks))
+        for score in scores:
+            rows = [row for row in score.rows if getattr(row, flags.show_rows)][: flags.show]
+            if rows:
+                print(report.show(score, rows) + "\n")
+        print(report.table(scores))
+        if sandbox and sandbox.note:
+            print(sandbox.note)
 
 
 def _join_files(argv: list[str]) -> list[str]:
@@ -111,34 +129,6 @@ def _join_files(argv: list[str]) -> list[str]:
     start = argv.index("--predict_files") + 1
     end = next((n for n in range(start, len(argv)) if argv[n].startswith("--")), len(argv))
     return [*argv[:start], *(["\n".join(argv[start:end])] if end > start else []), *argv[end:]]
-
-
-def _files(flags: Flags, task: Task | None) -> list[tuple[str, Task]]:
-    """Return the files to score, each with its task; ValueError for wrong flags, before any file is read."""
-    several = flags.predict_files if isinstance(flags, AllFlags) else None
-    suite = flags.suite if isinstance(flags, AllFlags) else None
-    if (flags.predict_file is None) == (several is None):
-        raise ValueError("give --predict_file" + ("" if task else " or --predict_files, not both"))
-    if several and suite:
-        raise ValueError(f"--predict_files takes each suite from its file's name: leave out {suite[:80]!r}")
-    if suite:
-        task = task_named(suite)
-    paths = several.split("\n") if several else [str(flags.predict_file)]
-    files = [(path, task or task_of_file(path)) for path in paths]
-    code = [task.name for _, task in files if task.program]
-    if code and not flags.allow_code_execution:
-        raise ValueError(f"{code[0]} runs generated programs on this machine: allow it with --allow_code_execution")
-    for name in ("timeout", "jobs", "weak_sandbox"):
-        if getattr(flags, name) and not code:
-            raise ValueError(f"--{name} is for suites that run code: HumanEval, MBPP")
-    if len({task.name for _, task in files}) < len(files):
-        raise ValueError("--predict_files: two files of one suite; the mean takes each suite once")
-    outputs = [path for path in (flags.save_path, flags.verdicts) if path is not None]
-    real = [os.path.realpath(path) for path in [*outputs, *paths]]
-    for path in outputs:
-        if not path or real.count(os.path.realpath(path)) > 1:
-            raise ValueError(f"--save_path and --verdicts need files of their own, got {path[:80]!r}")
-    return files
 
 
 if __name__ == "__main__":

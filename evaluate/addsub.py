@@ -2,4 +2,4 @@
 
 from evaluate.__main__ import main
 
-main(task="AddSub")
+main(suite="AddSub")

@@ -2,4 +2,4 @@
 
 from evaluate.__main__ import main
 
-main(task="ARC-c")
+main(suite="ARC-c")

@@ -2,4 +2,4 @@
 
 from evaluate.__main__ import main
 
-main(task="ARC-e")
+main(suite="ARC-e")

@@ -2,4 +2,4 @@
 
 from evaluate.__main__ import main
 
-main(task="BoolQ")
+main(suite="BoolQ")

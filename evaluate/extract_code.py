@@ -6,6 +6,7 @@ a whole program. `name` is the function that the tests call, None where that is 
 
 import ast
 import re
+import symtable
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,18 +17,17 @@ from evaluate.answer_statements import truncate_run_on
 from evaluate.metrics import Extraction, Metric, Program
 from evaluate.rows import text_field, texts_field
 
+PUBLISHED_SECONDS = 3.0  # the time limit behind the paper's tables
+Sources = tuple[str, ...]  # of one program, run one after another; none where a text holds no program
+
 
 @dataclass(frozen=True)
 class CodeProblem:
-    """names: what the tests are about, so that the program has to define it. setup: runs before the program."""
+    """names: what the tests are about, so that the program has to define it; the last is the function they call."""
 
     prompt: str
     names: tuple[str, ...]
     tests: tuple[str, ...]
-    setup: tuple[str, ...] = ()
-
-    def program(self, extraction: Extraction) -> Program:
-        return Program((*self.setup, *extraction.candidates[0]), self.tests, self.names)
 
 
 def read_humaneval(fields: dict[str, Any]) -> CodeProblem:
@@ -42,81 +42,80 @@ _DEFINED = re.compile(r"^(?:def|class) +(\w+)", re.M)
 
 
 def read_mbpp(fields: dict[str, Any]) -> CodeProblem:
-    """Read a row of MBPP; `names` are what the reference defines and the tests use."""
-    tests = texts_field(fields, "test_list")
-    used = set(re.findall(r"\w+", "\n".join(tests)))
-    names = tuple(name for name in _DEFINED.findall(text_field(fields, "code")) if name in used)
+    """Read a row of MBPP. Its set-up code runs before the tests and may use what the program defines.
+
+    `names` are what the reference defines and the tests use.
+    """
     setup = [text_field(fields, "test_setup_code")] if "test_setup_code" in fields else []
     setup += texts_field(fields, "test_imports") if fields.get("test_imports", []) != [] else []
-    return CodeProblem("", names, tests, tuple(setup))
+    tests = (*setup, *texts_field(fields, "test_list"))
+    used = set(re.findall(r"\w+", "\n".join(tests)))
+    names = tuple(name for name in _DEFINED.findall(text_field(fields, "code")) if name in used)
+    return CodeProblem("", names, tests)
 
 
-def code_metrics(read_problem: Callable[[dict[str, Any]], CodeProblem]) -> tuple[Any, Metric, Metric, Any]:
-    """Return how a task's rows are read, the published and the robust metric, and how a program to run is made."""
+def code_metrics(read_problem: Callable[[dict[str, Any]], CodeProblem]) -> tuple[Any, Metric, Metric]:
+    """Return how a task's rows are read, and the published and the robust metric, whose candidates are Programs."""
 
-    def metric(extract: Callable[[str, str, str | None], Extraction | None]) -> Metric:
-        def of_row(text: str, row: dict[str, Any]) -> Extraction | None:
+    def metric(read_sources: Callable[[str, str, str | None], Sources], seconds: float | None) -> Metric:
+        def extract(text: str, row: dict[str, Any]) -> Extraction | None:
             problem = read_problem(row)
-            return extract(text, problem.prompt, problem.names[-1] if problem.names else None)
+            sources = read_sources(text, problem.prompt, problem.names[-1] if problem.names else None)
+            program = Program(sources, problem.tests, problem.names, seconds)
+            return Extraction("\n\n".join(sources), (program,)) if sources else None
 
-        return Metric(of_row)
+        return Metric(extract)
 
-    return read_problem, metric(published), metric(robust), lambda extraction, problem: problem.program(extraction)
+    return read_problem, metric(published, PUBLISHED_SECONDS), metric(robust, None)
 
 
-_STOP = re.compile(r"\n(?:class|def|#|if|print)")  # where a continuation ends: code that is not indented
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
-_INDENT = "    "
+def published(text: str, prompt: str, name: str | None) -> Sources:
+    """Take the prompt with the text behind it, untouched: comparable with the paper's tables."""
+    return (prompt + text,) if text.strip() else ()
+
+
+_FENCE = re.compile(r"```(?:[ \t]*[\w+#.-]*[ \t]*\n)?(.*?)(```|\Z)", re.S)  # it may close on a line of code
 _RUN_ON = re.compile(r"^### ?(?:Instruction|Input|Response)\b|Below is an instruction", re.M)  # others are comments
 # How much the robust metric looks at, so that every text is read in a few seconds.
-_MAX_CHARACTERS, _MAX_STARTS, _MAX_CUTS = 20_000, 20, 10
+_MAX_CHARACTERS, _MAX_BLOCKS, _MAX_STARTS, _MAX_CUTS = 20_000, 20, 20, 10
 
 
-def published(text: str, prompt: str, name: str | None) -> Extraction | None:
-    """Take the first fenced block, else the text; if that does not define the function, as a continuation of `prompt`
-    up to a stop word."""
-    block = _FENCE.search(text)
-    code = block[2] if block else text
-    if not code.strip():
-        return None
-    if prompt and not _defines(code, name):
-        body = _STOP.split(code, maxsplit=1)[0]
-        if body[:1].strip():  # predictions are stripped, which takes a continuation's first indentation away
-            body = _INDENT + body
-        code = prompt + ("" if prompt.endswith("\n") or body.startswith("\n") else "\n") + body
-    return _extraction(code)
+def robust(text: str, prompt: str, name: str | None) -> Sources:
+    """Take the last block that defines the function, else the text, else the best reading as a continuation.
 
-
-def robust(text: str, prompt: str, name: str | None) -> Extraction | None:
-    """Take the definition of the function in any block, else in the text; else the best reading as a continuation."""
-    cut = truncate_run_on(text[:_MAX_CHARACTERS].replace("\r\n", "\n"), _RUN_ON)
-    blocks = sorted(_FENCE.finditer(cut), key=lambda block: not block[1].lower().startswith("py"))
-    pieces = [*(block[2] for block in blocks), cut.partition("```")[0], cut]
+    A block that was closed comes before one that was not, a function with a body before a stub.
+    """
+    answer = text[:_MAX_CHARACTERS].replace("\r\n", "\n").rpartition("</think>")[2]
+    if "<think>" in answer:  # not closed: no answer yet
+        return ()
+    answer = truncate_run_on(answer, _RUN_ON)
+    blocks = sorted(list(_FENCE.finditer(answer))[-_MAX_BLOCKS:], key=lambda block: (block[2] == "", -block.start()))
+    pieces = [*(block[1] for block in blocks), answer.partition("```")[0], answer]
     pieces = [piece for piece in dict.fromkeys(pieces) if piece.strip()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler, about the program: "\d" in a text
-        for piece in pieces:
-            if code := _definition(piece, name):
-                before = _preamble(prompt, name)
-                return _extraction("" if before in code else before, code)
+        definitions = [code for piece in pieces if (code := _definition(piece, name))]
+        for code in definitions:
+            if not _is_stub(code, name):
+                return _behind_preamble(code, prompt, name)
         for piece in pieces if prompt else ():
-            if code := _continuation(piece, prompt, name):
-                return _extraction(code)
-    return published(cut, prompt, name)
-
-
-def _extraction(*sources: str) -> Extraction:
-    kept = tuple(source.strip("\n") + "\n" for source in sources if source)
-    return Extraction("\n\n".join(kept), (kept,))
-
-
-def _defines(code: str, name: str | None) -> bool:
-    function = r"\w+" if name is None else re.escape(name)
-    return bool(re.search(rf"^(?:(?:async +)?def +{function}\b|{function} *=[^=])", code, re.M))
+            if not _defines(piece, name) and (code := _continuation(piece, prompt, name)):
+                return (code,)
+    return _behind_preamble(definitions[0], prompt, name) if definitions else published(answer, prompt, name)
 
 
 _CODE = re.compile(r"^(?:import|from|def|class|async|@|[A-Za-z_]\w*(?: *:[^=\n]+)? *=[^=])", re.M)
 _IMPORT = re.compile(r"^(?:import [\w., ]+|from [\w.]+ import [\w., *]+)$", re.M)
+
+
+def _definition_of(name: str | None) -> str:
+    """Return a pattern of the first line of a function's definition."""
+    function = r"\w+" if name is None else re.escape(name)
+    return rf"(?:(?:async +)?def +{function}\b|{function} *= *(?:lambda\b|[\w.]*partial\(|[A-Za-z_]\w* *$))"
+
+
+def _defines(code: str, name: str | None) -> bool:
+    return bool(re.search(f"^{_definition_of(name)}", code, re.M))
 
 
 def _definition(piece: str, name: str | None) -> str:
@@ -124,11 +123,11 @@ def _definition(piece: str, name: str | None) -> str:
 
     Returns "" if the piece does not define it.
     """
-    if not _defines(piece, name):
-        piece = textwrap.dedent(piece)
-    if not _defines(piece, name):
-        return ""
-    for match in list(_CODE.finditer(piece))[:_MAX_STARTS]:
+    indented = re.search(f"^([ \t>]+){_definition_of(name)}", piece, re.M)
+    if indented and not _defines(piece, name):  # Markdown's block by indentation, or a quoted one
+        lines = [line for line in piece.split("\n") if line.startswith(indented[1]) or not line.strip()]
+        piece = "\n".join(line.removeprefix(indented[1]) for line in lines)
+    for match in list(_CODE.finditer(piece))[:_MAX_STARTS] if _defines(piece, name) else ():
         lines = piece[match.start() :].split("\n")
         code = "\n".join(lines[: _count_compiling(lines)])
         if _defines(code, name):
@@ -137,11 +136,20 @@ def _definition(piece: str, name: str | None) -> str:
     return ""
 
 
-def _preamble(prompt: str, name: str | None) -> str:
-    """Return what stands before the function in `prompt`: imports and functions that it or the tests may call."""
-    match = re.search(rf"^(?:async +)?def +{re.escape(name)}\b", prompt, re.M) if name else None
-    before = prompt[: match.start()].strip("\n") if match else ""
-    return before if before and _tree(before)[0] else ""
+_STUB = re.compile(r"pass|\.\.\.|return( None)?|raise NotImplementedError.*|(import|from) .*|[rb]*['\"].*", re.S)
+
+
+def _is_stub(code: str, name: str | None) -> bool:
+    """Whether the function does nothing: its body, but for a docstring, is `pass`, `...`, `return None` or the like."""
+    functions = _functions(code, name)
+    return bool(functions) and all(_STUB.fullmatch(ast.unparse(node)) for node in functions[-1].body)
+
+
+def _behind_preamble(code: str, prompt: str, name: str | None) -> Sources:
+    """Return what stands before the function in `prompt`, imports and functions that it or the tests may call, then
+    the code."""
+    before = re.split(f"^{_definition_of(name)}", prompt, maxsplit=1, flags=re.M)[0].strip("\n") if name else ""
+    return (code,) if not before or before in code or not _tree(before)[0] else (before + "\n", code)
 
 
 def _continuation(piece: str, prompt: str, name: str | None) -> str:
@@ -150,12 +158,12 @@ def _continuation(piece: str, prompt: str, name: str | None) -> str:
     Returns "" if no way gives the function a body.
     """
     before = prompt.rstrip("\n").split("\n")
-    best: tuple[int, tuple[str, ...]] = (0, ())
+    best = before
     for lines in dict.fromkeys(_indentations(piece)):
-        kept = _count_compiling([*before, *lines], len(before))
-        if kept - len(before) > best[0] and _has_body("\n".join([*before, *lines][:kept]), name):
-            best = (kept - len(before), lines[: kept - len(before)])
-    return _without_demonstration("\n".join([*before, *best[1]]), name) if best[0] else ""
+        kept = _count_compiling([*before, *lines], len(best))
+        if kept > len(best) and not _is_stub("\n".join([*before, *lines][:kept]), name):
+            best = [*before, *lines][:kept]
+    return _without_demonstration("\n".join(best), name) if best is not before else ""
 
 
 def _indentations(piece: str) -> Iterator[tuple[str, ...]]:
@@ -166,7 +174,7 @@ def _indentations(piece: str) -> Iterator[tuple[str, ...]]:
     lines = piece.strip("\n").split("\n")
     indented = next((n for n, line in enumerate(lines) if line[:1] in (" ", "\t") and line.strip()), 0)
     for part in (lines, lines[indented:]):
-        first, rest = _INDENT + part[0].lstrip(), part[1:]
+        first, rest = "    " + part[0].lstrip(), part[1:]
         yield tuple(part)
         yield first, *rest
         yield tuple(_moved(part))
@@ -174,7 +182,7 @@ def _indentations(piece: str) -> Iterator[tuple[str, ...]]:
 
 
 def _moved(lines: list[str]) -> list[str]:
-    return textwrap.indent(textwrap.dedent("\n".join(lines)), _INDENT).split("\n")
+    return textwrap.indent(textwrap.dedent("\n".join(lines)), "    ").split("\n")
 
 
 def _tree(code: str) -> tuple[ast.Module | None, int]:
@@ -202,33 +210,45 @@ def _count_compiling(lines: list[str], least: int = 0) -> int:
     return least
 
 
-def _functions(tree: ast.Module, name: str | None) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and name in (None, node.name):
-            yield node
-
-
-def _has_body(code: str, name: str | None) -> bool:
+def _functions(code: str, name: str | None) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Return the definitions of the function in a program; none where it does not compile."""
     tree, _ = _tree(code)
-    functions = _functions(tree, name) if tree else ()
-    return tree is not None and all(len(node.body) > (ast.get_docstring(node) is not None) for node in functions)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)] if tree else []
+    return [node for node in functions if name in (None, node.name)]
 
 
-_ALWAYS_KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def _without_demonstration(code: str, name: str | None) -> str:
-    """Return the program without what shows it at work: calls, prints and assertions beside the definitions."""
-    tree, _ = _tree(code)
-    assert tree is not None
-    last = max((node.end_lineno or 0 for node in _functions(tree, name)), default=len(code))
-    lines = code.split("\n")
-    kept: set[int] = set()
-    for node in tree.body:
-        after = node.lineno > last
-        calls = any(isinstance(child, ast.Call) for child in ast.walk(node))
-        shows = isinstance(node, ast.Expr | ast.Assert) or "__name__" in lines[node.lineno - 1]
-        if isinstance(node, _ALWAYS_KEPT) or not (shows or after and calls):
+    """Return a program that compiles without what shows it at work: calls, prints, assertions beside the definitions.
+
+    Statements about variables that a function uses stay.
+    """
+    last = max((node.end_lineno or 0 for node in _functions(code, name)), default=len(code))
+    variables, kept = _variables(code), set()
+    for node in ast.parse(code).body:
+        parts = list(ast.walk(node))
+        shows = (
+            isinstance(node, ast.Expr | ast.Assert)
+            or node.lineno > last
+            and any(isinstance(part, ast.Call) for part in parts)
+        )
+        used = not isinstance(node, ast.Assert) and any(getattr(part, "id", None) in variables for part in parts)
+        if isinstance(node, _DEFINITIONS) or used or not shows:
             first = min(part.lineno for part in (node, *getattr(node, "decorator_list", [])))
             kept.update(range(first, (node.end_lineno or node.lineno) + 1))
-    return "\n".join(line for number, line in enumerate(lines, 1) if number in kept or not line.strip()).strip("\n")
+    lines = enumerate(code.split("\n"), 1)
+    return "\n".join(line for number, line in lines if number in kept or not line.strip()).strip("\n")
+
+
+def _variables(code: str) -> set[str]:
+    """Return the names of the module's variables (not its functions) that functions in it use."""
+    module = symtable.symtable(code, "<text>", "exec")
+    symbols = [symbol for symbol in module.get_symbols() if symbol.is_local() and not symbol.is_namespace()]
+    tables = [module]
+    for table in tables:  # which grows
+        tables += table.get_children()
+    functions = [table for table in tables if isinstance(table, symtable.Function)]
+    used = {symbol.get_name() for table in functions for symbol in table.get_symbols() if symbol.is_global()}
+    return used & {symbol.get_name() for symbol in symbols}

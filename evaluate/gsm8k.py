@@ -2,4 +2,4 @@
 
 from evaluate.__main__ import main
 
-main(task="GSM8K")
+main(suite="GSM8K")

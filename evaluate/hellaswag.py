@@ -2,4 +2,4 @@
 
 from evaluate.__main__ import main
 
-main(task="HellaSwag")
+main(suite="HellaSwag")

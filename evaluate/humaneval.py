@@ -2,4 +2,4 @@
 
 from evaluate.__main__ import main
 
-main(task="HumanEval")
+main(suite="HumanEval")

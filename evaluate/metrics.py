@@ -37,10 +37,11 @@ class Program:
     """Sources in Python, and the tests that they must pass.
 
     candidate: run one after another in one module. tests: run after it, in a copy of its variables without those that
-    hide a built-in function, except `names`, which the tests are about. A program passes if nothing raises an error up
-    to the end of the last test.
+    hide a built-in function, except `names`, which the tests are about. seconds: of CPU time that it may take; None:
+    the sandbox's limit. A program passes if nothing raises an error up to the end of the last test.
     """
 
     candidate: tuple[str, ...]
     tests: tuple[str, ...]
     names: tuple[str, ...] = ()
+    seconds: float | None = None

@@ -1,9 +1,8 @@
 """Scores for people (a table, single rows) and for programs (JSON)."""
 
-import contextlib
 import json
 import math
-import os
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from evaluate.scoring import METRICS, SampleScore, Score, ScoredRow
+from moa.reading import short_repr
 
 _SHOWN_CHARACTERS = 1500
 _HEADER = ("suite", "rows", "published %", "", "robust %", "", "no answer")
@@ -34,7 +34,7 @@ def table(scores: list[Score]) -> str:
         cells = [cell for s in (score.published, score.robust) for cell in _cells(s.percent, s.half_width)]
         missing = f"{score.published.missing} / {score.robust.missing}"
         lines.append([score.task.name, f"{len(score.rows)} of {score.task.problems}", *cells, missing])
-        if score.task.program:
+        if score.task.runs_code:
             published, robust = (score.pass_at(metric) for metric in METRICS)
             lines += [[f"  pass@{k}", "", f"{published[k]:.2f}", "", f"{robust[k]:.2f}", "", ""] for k in published]
     families = _families(scores)
@@ -67,7 +67,7 @@ def _notes(score: Score) -> Iterable[str]:
         yield f"note: {score.path}: only {rows} of the {problems} problems of {name}"
     if rows > problems:
         yield f"note: {score.path}: {rows} rows, more than the {problems} problems of {name}: are some written twice?"
-    if score.task.program and not score.same_samples:
+    if score.task.runs_code and not score.same_samples:
         yield f"note: {score.path}: not as many samples in every row, so that only pass@1 is known"
     if score.samples > rows:
         yield f"note: {score.path}: {score.samples} samples; a row's score is the mean over its samples"
@@ -77,45 +77,28 @@ def show(score: Score, rows: list[ScoredRow]) -> str:
     """Return single rows for a look: both scores beside the text, and the programs that were run."""
     blocks = []
     for row in rows:
-        fields = row.row.fields
-        answer = f"task {fields.get('task_id')}" if score.task.program else f"answer {fields.get('answer')}"
+        name = "task_id" if score.task.runs_code else "answer"
         for number, (text, *both) in enumerate(zip(row.row.texts, row.published, row.robust, strict=True), 1):
             sample = f", sample {number}" if row.row.has_samples else ""
             results = ", ".join(f"{metric} {_result(s)}" for metric, s in zip(METRICS, both, strict=True))
-            blocks.append(f"--- {score.task.name} {row.row.line}{sample}: {_printable(answer)}; {results}")
-            blocks.append(_indented(text))
-            if score.task.program:
-                blocks += _programs(both)
+            answer = short_repr(row.row.fields.get(name))
+            blocks += [f"--- {score.task.name} {row.row.line}{sample}: {name} {answer}; {results}", _indented(text)]
+            programs = {s.extraction.text: None for s in both if s.extraction} if score.task.runs_code else ()
+            blocks += [f"  ran\n{_indented(program)}" for program in programs]
     return "\n".join(blocks)
 
 
-def _programs(both: list[SampleScore]) -> list[str]:
-    """Return the programs that were run, one where both metrics ran the same."""
-    metrics: dict[str, list[str]] = {}
-    for metric, score in zip(METRICS, both, strict=True):
-        if score.extraction:
-            metrics.setdefault(score.extraction.text, []).append(metric)
-    return [f"  {' and '.join(names)} ran\n{_indented(code)}" for code, names in metrics.items()]
-
-
 def _result(score: SampleScore) -> str:
-    shown = "found nothing"
-    if score.extraction:
-        shown = _printable(score.why, 200) if score.why else f"found {_printable(score.extraction.text)}"
-    return f"{shown} ({'right' if score.is_correct else 'wrong'})"
-
-
-def _printable(text: str, length: int = 80) -> str:
-    """Cut a text and show unprintable characters as their codes: a generated text may hold terminal escapes."""
-    cut = text if len(text) <= length else text[:length] + f"... ({len(text) - length} characters more)"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    extracted = f"found {short_repr(score.extraction.text)}" if score.extraction else "found nothing"
+    return f"{score.why or extracted} ({'right' if score.is_correct else 'wrong'})"
 
 
 def _indented(text: str) -> str:
-    cut = text.strip("\n").rstrip()
-    more = len(cut) - _SHOWN_CHARACTERS
-    lines = [_printable(line, _SHOWN_CHARACTERS) for line in cut[:_SHOWN_CHARACTERS].split("\n")]
-    return "\n".join(f"    {line}" for line in lines + ([f"... ({more} characters more)"] if more > 0 else []))
+    """Indent a text, cut and with unprintable characters as their codes: it may hold terminal escapes."""
+    text = text.strip("\n").rstrip()
+    more = len(text) - _SHOWN_CHARACTERS
+    cut = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[:_SHOWN_CHARACTERS])
+    return textwrap.indent(cut + (f"\n... ({more} characters more)" if more > 0 else ""), "    ")
 
 
 def scores_json(scores: list[Score]) -> str:
@@ -128,7 +111,7 @@ def scores_json(scores: list[Score]) -> str:
         rows, problems = len(score.rows), score.task.problems
         suites[score.task.name] = {"file": score.path, "rows": rows, "problems": problems, "samples": score.samples}
         suites[score.task.name] |= {metric: asdict(getattr(score, metric)) for metric in METRICS}
-        if score.task.program:
+        if score.task.runs_code:
             suites[score.task.name]["pass_at"] = {metric: score.pass_at(metric) for metric in METRICS}
     families = {
         family: {"suites": [score.task.name for score in members], "mean": _means(members)}
@@ -148,7 +131,7 @@ def verdict_lines(scores: list[Score]) -> Iterable[str]:
     Where "generate" is a list, so are these. A program comes with why it failed.
     """
     for score in scores:
-        name = "task_id" if score.task.program else "answer"
+        name = "task_id" if score.task.runs_code else "answer"
         for row in score.rows:
             fields = row.row.fields
             line: dict[str, Any] = {"suite": score.task.name, "index": row.row.index, name: fields.get(name)}
@@ -164,16 +147,8 @@ def _verdict(score: SampleScore) -> dict[str, Any]:
     return {"found": score.extraction.text if score.extraction else None, "right": score.is_correct} | why
 
 
-def write(path: str | Path, pieces: Iterable[str]) -> None:
-    """Write a text file whole or not at all."""
-    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        # backslashreplace writes half a surrogate pair as \udXXX, which is how JSON spells it
-        with open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(pieces)
-        os.replace(beside, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+def write(path: str, pieces: Iterable[str]) -> None:
+    """Write a text file whole or not at all. Half a surrogate pair is written as JSON spells it."""
+    from moa.files import atomic_write  # late: it loads torch
+
+    atomic_write(Path(path), "".join(pieces).encode("utf-8", "backslashreplace"))

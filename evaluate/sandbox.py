@@ -26,10 +26,11 @@ from evaluate.metrics import Program
 from evaluate.sandbox_kernel import policy, readable_folders
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
-SECONDS = 10.0  # a program's time limit, where none is given
+SECONDS = 10.0  # of CPU time that a program may take, where nothing else is given
+_WALL = 10  # times that, as wall time, in which it has to end: on a busy machine, or if it sleeps
 _MEMORY = 1 << 30  # bytes of address space
 _FILE_SIZE = 16 << 20
-_MOST_SAID = 4096  # bytes of a result that are looked at
+_RESULT_SIZE = 4096  # bytes of a result that are read
 
 _WEAK = "note: generated code was kept in by guards inside its own interpreter, not by this machine's kernel"
 
@@ -43,7 +44,9 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs programs, each at most `timeout` seconds, `jobs` at once (None: one per CPU).
+    """Runs programs, `jobs` at once (None: one per CPU), each at most `timeout` seconds of CPU time, rounded up.
+
+    CPU time, since a verdict must not depend on what else the machine does.
 
     weak: where this machine's kernel offers no filter of system calls, do with guards inside the interpreter. OSError
     where it offers none and `weak` is not set, and where a process cannot be set up as it should be.
@@ -73,11 +76,11 @@ class Sandbox:
 
     @property
     def note(self) -> str:
-        """What there is to be said about the protection: empty where the kernel gives it."""
+        """A note on the protection for whoever reads the scores; empty where the kernel gives it."""
         return "" if self._policy else _WEAK
 
     def run(self, programs: Sequence[Program]) -> list[Outcome]:
-        """The outcome of each program, in their order. However this ends, none of their processes is left."""
+        """Return the outcome of each program, in their order. However this ends, none of their processes is left."""
         self._stopped.clear()
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
@@ -85,12 +88,12 @@ class Sandbox:
                 left = set(futures)
                 while left:  # in short waits: Ctrl-C can be missed by a thread that is just about to wait
                     done, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
-                    for one in done:
-                        one.result()  # or what went wrong with it
+                    for future in done:
+                        future.result()  # or what went wrong with it
                     if len(programs) > 1 and sys.stderr.isatty():
                         end = "\r" if left else "\n"
                         print(f"{len(programs) - len(left)} of {len(programs)} programs run", end=end, file=sys.stderr)
-                return [one.result() for one in futures]
+                return [future.result() for future in futures]
             except BaseException:
                 self._stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -107,9 +110,12 @@ class Sandbox:
             folder, token = os.path.realpath(name), secrets.token_hex(16)
             task.write(json.dumps(self._task(program, folder, token)).encode())
             task.seek(0)
-            ended = self._wait_for(folder, task, result)
+            ended = self._wait_for(folder, task, result, _WALL * self._seconds(program))
             result.seek(0)
-            return _outcome(result.read(_MOST_SAID), token, ended)
+            return _outcome(result.read(_RESULT_SIZE), token, ended)
+
+    def _seconds(self, program: Program) -> int:
+        return math.ceil(program.seconds or self.timeout)
 
     def _task(self, program: Program, folder: str, token: str) -> dict[str, Any]:
         task = {
@@ -119,7 +125,7 @@ class Sandbox:
             "folder": folder,
             "readable": [path + "/" for path in readable_folders()],
             "token": token,
-            "timeout": self.timeout,
+            "seconds": self._seconds(program),
             "memory": _MEMORY,
             "file_size": _FILE_SIZE,
             "policy": None,
@@ -130,8 +136,8 @@ class Sandbox:
             task["policy"] = {"filter": code, "handled": handled, "paths": paths, "parent": os.getpid()}
         return task
 
-    def _wait_for(self, folder: str, task: Any, result: Any) -> int | None:
-        """The exit status of the process, None if its time ran out. It and its group are gone on return."""
+    def _wait_for(self, folder: str, task: Any, result: Any, wall: int) -> int | None:
+        """Return the exit status of the process, None after `wall` seconds. It and its group are gone on return."""
         # -s -S -P: the standard library alone. The seed makes the order of sets, and so a verdict, the same every time.
         command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(_CHILD)]
         process = subprocess.Popen(
@@ -147,7 +153,7 @@ class Sandbox:
         try:
             if self._stopped.is_set():
                 process.kill()
-            return process.wait(self.timeout)
+            return process.wait(wall)
         except subprocess.TimeoutExpired:
             return None
         finally:
@@ -157,9 +163,9 @@ class Sandbox:
             self._running.discard(process)
 
 
-def _outcome(said: bytes, token: str, ended: int | None) -> Outcome:
-    start, _, rest = said.decode("utf-8", "replace").partition("\n")
-    if ended is None:
+def _outcome(result: bytes, token: str, ended: int | None) -> Outcome:
+    start, _, rest = result.decode("utf-8", "replace").partition("\n")
+    if ended in (None, -signal.SIGXCPU):
         return Outcome(False, "timeout")
     if start != "ready":
         raise OSError(f"cannot set up a process for generated code: {start or f'exit status {ended}'}")
@@ -169,4 +175,4 @@ def _outcome(said: bytes, token: str, ended: int | None) -> Outcome:
         how = f"signal {signal.Signals(-ended).name}" if ended < 0 else f"exit status {ended}"
         return Outcome(False, f"ended before the tests did: {how}")
     line = rest.split("\n")[0][:200]
-    return Outcome(False, "".join(one if one.isprintable() else "?" for one in line))
+    return Outcome(False, "".join(c if c.isprintable() else "?" for c in line))

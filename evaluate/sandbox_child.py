@@ -79,28 +79,29 @@ def main() -> None:
 
 
 def _limit(task: dict[str, Any]) -> None:
-    """The limits that POSIX has. Without a policy for the kernel, one that this system cannot set is done without."""
-    seconds = int(task["timeout"]) + 1
-    limits = {"CPU": seconds, "AS": task["memory"], "FSIZE": task["file_size"], "NOFILE": 64, "CORE": 0}
+    """Set the limits that POSIX has. Without a policy for the kernel, a limit that this system lacks is left out."""
+    limits = {"CPU": task["seconds"], "AS": task["memory"], "FSIZE": task["file_size"], "NOFILE": 64, "CORE": 0}
     if task["policy"] is None:
-        limits["NPROC"] = 0  # root is above this one
+        limits["NPROC"] = 0  # root is above this limit
     for name, limit in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(number)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        hard = limit + 1 if name == "CPU" else limit  # a second more for a program that ignores the signal
+        most = resource.getrlimit(number)[1]
+        if most != resource.RLIM_INFINITY:
+            limit, hard = min(limit, most), min(hard, most)
         try:
-            resource.setrlimit(number, (limit, limit))
+            resource.setrlimit(number, (limit, hard))
         except (ValueError, OSError):
             if task["policy"] is not None:
                 raise
 
 
 def _seal(filter: str, handled: int, paths: list[tuple[str, int]], parent: int) -> None:
-    """From here on the kernel refuses whatever the policy does not allow, to root as well."""
+    """Have the kernel refuse from here on whatever the policy does not allow, to root as well."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(name: str, *arguments: int | bytes) -> int:
-        values = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
+        values = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
         answer = getattr(libc, name)(*values)
         if answer < 0:
             raise OSError(f"{name} {arguments[0]!r}: {os.strerror(ctypes.get_errno())}")
@@ -113,9 +114,9 @@ def _seal(filter: str, handled: int, paths: list[tuple[str, int]], parent: int) 
     if handled:
         rules = call("syscall", 444, struct.pack("Q", handled), 8, 0)  # landlock_create_ruleset
         for path, rights in paths:
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            call("syscall", 445, rules, 1, struct.pack("=Qi", rights & handled, place), 0)  # landlock_add_rule
-            os.close(place)
+            folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            call("syscall", 445, rules, 1, struct.pack("=Qi", rights & handled, folder), 0)  # landlock_add_rule
+            os.close(folder)
         call("syscall", 446, rules, 0)  # landlock_restrict_self
         os.close(rules)
     code = ctypes.create_string_buffer(bytes.fromhex(filter))
@@ -138,12 +139,12 @@ def _run(task: dict[str, Any], result: int) -> NoReturn:
         names = set(task["names"])
         sys.addaudithook(_guard(task.pop("folder"), tuple(task.pop("readable")), task.pop("token"), result, own))
         task.clear()
-        for one in code:
-            execute(one, variables)
+        for source in code:
+            execute(source, variables)
         kept = {name: value for name, value in variables.items() if name in names or name not in builtins}
         kept |= {"__builtins__": builtins, "__name__": "tests"}
-        for one in tests:
-            execute(one, kept)
+        for source in tests:
+            execute(source, kept)
         audit("evaluate.end")
     except BaseException as error:
         write(result, reason(error))
@@ -151,8 +152,8 @@ def _run(task: dict[str, Any], result: int) -> NoReturn:
 
 
 def _reason(error: BaseException) -> bytes:
-    said = str(error).strip().split("\n")[0][:160]
-    return (type(error).__name__ + (f": {said}" if said else "")).encode("utf-8", "backslashreplace")
+    message = str(error).strip().split("\n")[0][:160]
+    return (type(error).__name__ + (f": {message}" if message else "")).encode("utf-8", "backslashreplace")
 
 
 def _guard(
@@ -193,8 +194,8 @@ def _guard(
             elif path is None or not (within(path) or (mode is not None and path.startswith(readable))):
                 raise refused(1, "only the working folder can be read", path)
         elif event in changing:
-            for one in arguments[: changing[event]]:
-                change(event, plain(one))
+            for path in arguments[: changing[event]]:
+                change(event, plain(path))
         elif event == "import":
             if kind(arguments[0]) is not text or arguments[0] in imports:
                 stop("import ctypes")

@@ -120,8 +120,8 @@ _ALLOW, _KILL, _NOT_PERMITTED, _NO_SUCH_CALL = 0x7FFF0000, 0x80000000, 0x0005000
 _Instruction = tuple[int, int, int, int]  # code, skip if true, skip if false, k
 
 
-def _argument(place: int, high: bool = False) -> _Instruction:
-    return (_LOAD, 0, 0, 16 + 8 * place + 4 * high)
+def _argument(index: int, high: bool = False) -> _Instruction:
+    return (_LOAD, 0, 0, 16 + 8 * index + 4 * high)
 
 
 def _return(value: int) -> _Instruction:
@@ -129,7 +129,7 @@ def _return(value: int) -> _Instruction:
 
 
 def _filter(architecture: str, writable: bool) -> bytes:
-    """The seccomp filter as an array of `struct sock_filter`. writable: files may be opened for writing, because
+    """Return the seccomp filter as an array of `struct sock_filter`. writable: files may be opened for writing, because
     Landlock says where."""
     audit, column = _ARCHITECTURES[architecture]
     code: list[_Instruction] = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, audit), _return(_KILL), (_LOAD, 0, 0, 0)]
@@ -139,8 +139,8 @@ def _filter(architecture: str, writable: bool) -> bytes:
         if number is not None:
             code.extend([(_EQUAL, 0, len(block), number), *block])
 
-    def one_of(place: int, values: tuple[int, ...]) -> Iterator[_Instruction]:
-        yield _argument(place)
+    def one_of(index: int, values: tuple[int, ...]) -> Iterator[_Instruction]:
+        yield _argument(index)
         for value in values:
             yield from ((_EQUAL, 0, 1, value), _return(_ALLOW))
         yield _return(_NOT_PERMITTED)
@@ -157,7 +157,7 @@ def _filter(architecture: str, writable: bool) -> bytes:
     no_new_limit = [_argument(2), (_EQUAL, 0, 3, 0), _argument(2, high=True), (_EQUAL, 0, 1, 0), _return(_ALLOW)]
     rule(_PRLIMIT64, [*no_new_limit, _return(_NOT_PERMITTED)])
     code.append(_return(_NOT_PERMITTED))
-    return b"".join(struct.pack("<HBBI", *one) for one in code)
+    return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
 
 
 # Landlock's rights: bits of LANDLOCK_ACCESS_FS_*. The first 13 are of version 1, then one each of versions 2 and 3.
@@ -182,7 +182,7 @@ class Policy:
 
 
 def readable_folders() -> list[str]:
-    """What Python itself needs to read: its installation and the system's libraries and time zones."""
+    """List what Python itself needs to read: its installation and the system's libraries and time zones."""
     own = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.base_prefix, sys.base_exec_prefix]
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
     folders = {*own, *map(os.path.realpath, own), *system} - {"/"}
@@ -191,7 +191,7 @@ def readable_folders() -> list[str]:
 
 @functools.cache
 def policy() -> Policy | None:
-    """What this machine's kernel can be told; None where it offers no filter that is known here."""
+    """Return what this machine's kernel can be told; None where it offers no filter that is known here."""
     architecture = platform.machine()
     if sys.platform != "linux" or architecture not in _ARCHITECTURES or struct.calcsize("P") != 8:
         return None
@@ -202,5 +202,7 @@ def policy() -> Policy | None:
     read = _READ_FILE | _READ_FOLDER
     files = [("/etc/ld.so.cache", _READ_FILE), ("/etc/localtime", _READ_FILE), ("/dev/urandom", _READ_FILE)]
     files.append(("/dev/null", _READ_FILE | _WRITE_FILE))
-    paths = [(path, read) for path in readable_folders()] + [one for one in files if os.path.exists(one[0])]
+    paths = [(path, read) for path in readable_folders()] + [
+        (path, rights) for path, rights in files if os.path.exists(path)
+    ]
     return Policy(_filter(architecture, writable), handled, tuple(paths), handled & (read | _CHANGE))

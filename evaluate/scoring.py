@@ -3,9 +3,11 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from evaluate.metrics import Extraction
+from evaluate.metrics import Extraction, Metric
 from evaluate.rows import Row, read_rows
 from evaluate.sandbox import Sandbox
 from evaluate.tasks import Task, task_named, task_of_file
@@ -126,31 +128,27 @@ def score_file(path: str | Path, task: Task | str | None = None, sandbox: Sandbo
     """
     if not isinstance(task, Task):
         task = task_of_file(path) if task is None else task_named(task)
-    if task.program and sandbox is None:
+    if task.runs_code and sandbox is None:
         raise ValueError(f"{task.name} runs generated code: allow it by score_file(path, sandbox=Sandbox())")
     rows = read_rows(path, task.answer_of)
-    extractions = {
-        metric: [[getattr(task, metric).extract(text, row.fields) for text in row.texts] for row in rows]
-        for metric in METRICS
-    }
+    metrics = [getattr(task, name) for name in METRICS]
+    extractions = [[[metric.extract(text, row.fields) for text in row.texts] for metric in metrics] for row in rows]
     outcomes = {}
-    if task.program and sandbox:
-        pairs = [(row.answer, each) for metric in METRICS for row, each in zip(rows, extractions[metric], strict=True)]
-        programs = list(
-            {task.program(extraction, answer) for answer, each in pairs for extraction in each if extraction}
-        )
-        outcomes = dict(zip(programs, sandbox.run(programs), strict=True))
+    if task.runs_code and sandbox:
+        programs = {extraction.candidates[0]: None for extraction in chain(*chain(*extractions)) if extraction}
+        outcomes = dict(zip(programs, sandbox.run(list(programs)), strict=True))
 
-    def scored(metric: str, extraction: Extraction | None, row: Row) -> SampleScore:
+    def scored(extraction: Extraction | None, metric: Metric, answer: Any) -> SampleScore:
         if extraction is None:
             return SampleScore(None, False)
-        if task.program:
-            outcome = outcomes[task.program(extraction, row.answer)]
+        if task.runs_code:
+            outcome = outcomes[extraction.candidates[0]]
             return SampleScore(extraction, outcome.passed, outcome.why)
-        return SampleScore(extraction, getattr(task, metric).is_correct(extraction, row.answer))
+        return SampleScore(extraction, metric.is_correct(extraction, answer))
 
-    def scored_row(row: Row) -> ScoredRow:
-        both = [tuple(scored(metric, each, row) for each in extractions[metric][row.index]) for metric in METRICS]
-        return ScoredRow(row, *both)
-
-    return Score(task, str(path), [scored_row(row) for row in rows])
+    scored_rows = []
+    for row, both in zip(rows, extractions, strict=True):
+        pairs = zip(metrics, both, strict=True)
+        published, robust = (tuple(scored(each, metric, row.answer) for each in samples) for metric, samples in pairs)
+        scored_rows.append(ScoredRow(row, published, robust))
+    return Score(task, str(path), scored_rows)

@@ -1,15 +1,15 @@
 """All tasks in one table: the paper's suites in the order of its tables, then the demo's."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cli import nearest
 from evaluate import extract_choice, extract_number
 from evaluate.extract_code import code_metrics, read_humaneval, read_mbpp
 from evaluate.extract_keyword import keyword_metrics
-from evaluate.metrics import Extraction, Metric, Program
+from evaluate.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Task:
 
     name: the paper's spelling. problems: rows in the published test file. family: the suites that the paper averages
     together. read_answer: makes a row's "answer" (all the row's fields, where answers are programs) what the metrics
-    compare with; its ValueError says what was expected. published, robust: the two scores, always both. program: makes
-    an extraction and that answer a program to run. aliases: other names that choose the task, in any case.
+    compare with; its ValueError says what was expected. published, robust: the two scores, always both. aliases: other
+    names that choose the task, in any case.
     """
 
     name: str
@@ -28,7 +28,6 @@ class Task:
     read_answer: Callable[[Any], Any]
     published: Metric
     robust: Metric
-    program: Callable[[Extraction, Any], Program] | None = None
     aliases: tuple[str, ...] = ()
 
     @property
@@ -36,9 +35,14 @@ class Task:
         """The name of its entry module in `evaluate`."""
         return self.name.lower().replace("-", "_")
 
+    @property
+    def runs_code(self) -> bool:
+        """Whether answers are programs, which are run to be judged."""
+        return self.family == "code"
+
     def answer_of(self, fields: dict[str, Any]) -> Any:
         """Read what a row's texts are compared with; ValueError names the field that is missing or wrong."""
-        if self.program:
+        if self.runs_code:
             return self.read_answer(fields)
         if "answer" not in fields:
             raise ValueError("field 'answer' is missing")
@@ -72,18 +76,17 @@ _TABLE = (
 TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
 
 
-def _letters(name: str) -> str:
-    return "".join(character for character in name.casefold() if character.isalnum())
-
-
 def task_named(name: str) -> Task:
     """Return the task of that name or alias, in any case ("addsub"). ValueError names the nearest if there is none."""
-    tasks = {_letters(spelling): task for task in TASKS.values() for spelling in (task.name, *task.aliases)}
-    if _letters(name) in tasks:
-        return tasks[_letters(name)]
-    near = difflib.get_close_matches(_letters(name), tasks, n=1)
-    hint = f" (nearest: {tasks[near[0]].name})" if near else ""
-    raise ValueError(f"no suite is named {name[:80]!r}{hint}; there are {', '.join(TASKS)}")
+
+    def letters(name: str) -> str:
+        return "".join(character for character in name.casefold() if character.isalnum())
+
+    tasks = {letters(spelling): task for task in TASKS.values() for spelling in (task.name, *task.aliases)}
+    if letters(name) not in tasks:
+        near = tasks[nearest(letters(name), tasks)].name
+        raise ValueError(f"no suite is named {name[:80]!r} (nearest: {near}); there are {', '.join(TASKS)}")
+    return tasks[letters(name)]
 
 
 def task_of_file(path: str | Path) -> Task:

@@ -45,22 +45,29 @@ def read_rows(path: str | Path, fields: Sequence[str] = ()) -> list[dict[str, An
 
 def parse_rows(text: str, where: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a text as `read_rows` reads them from a file; messages begin with `where`."""
-    if text.lstrip().startswith("["):
-        numbered = [(f"{where}: row {i}", row) for i, row in enumerate(parse_json(text, where), 1)]
-    else:  # split("\n"), since splitlines() also cuts at characters that JSON allows in a text
-        lines = [(f"{where}: line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        numbered = [(location, parse_json(line, location)) for location, line in lines]
-    if not numbered:
-        raise ValueError(f"{where}: empty, expected rows" + (f" of {', '.join(fields)}" if fields else ""))
-    for location, row in numbered:
-        if not isinstance(row, dict):
-            raise ValueError(f"{location}: expected an object, found {type(row).__name__}")
+    rows = numbered_rows(text, where)
+    for number, row in rows:
         for field in fields:
             if field not in row:
-                raise ValueError(f"{location}: field {field!r} is missing")
+                raise ValueError(f"{where}: {number}: field {field!r} is missing")
             if not isinstance(row[field], str):
-                raise ValueError(f"{location}: field {field!r} must be text, not {type(row[field]).__name__}")
-    return [row for _, row in numbered]
+                raise ValueError(f"{where}: {number}: field {field!r} must be text, not {type(row[field]).__name__}")
+    return [row for _, row in rows]
+
+
+def numbered_rows(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a text, each with its number for people: "row 3" of a JSON list, "line 3" of JSON lines."""
+    if text.lstrip().startswith("["):
+        rows = [(f"row {i}", row) for i, row in enumerate(parse_json(text, where), 1)]
+    else:  # split("\n"), since splitlines() also cuts at characters that JSON allows in a text
+        lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(number, parse_json(line, f"{where}: {number}")) for number, line in lines]
+    if not rows:
+        raise ValueError(f"{where}: empty, expected rows")
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: {number}: expected an object, found {type(row).__name__}")
+    return rows
 
 
 def _refuse_constant(name: str) -> NoReturn:

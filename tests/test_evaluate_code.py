@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from code_rows import MBPP, PROBLEMS, predicted, write_rows
 from evaluate import TASKS, Sandbox, extract_code, score_file
 from evaluate.__main__ import main
-from evaluate.scoring import pass_at
+from evaluate.scoring import Score, pass_at
+from evaluate.tasks import Task
 
 ROOT = Path(__file__).resolve().parent.parent
+RUN = ["--allow_code_execution", "--weak_sandbox"]
 Problem = dict[str, Any]
 
 
@@ -28,9 +30,16 @@ def box() -> Sandbox:
     return Sandbox(timeout=20, jobs=2, weak=True)
 
 
-def scored(box: Sandbox, path: Path, rows: list[Problem], suite: str = "HumanEval") -> list[tuple[bool, bool]]:
+@pytest.fixture
+def scored(box: Sandbox, tmp_path: Path) -> Callable[..., Score]:
+    def score(*rows: Problem, suite: str = "HumanEval") -> Score:
+        return score_file(write_rows(tmp_path / "x.jsonl", list(rows)), suite, box)
+
+    return score
+
+
+def verdicts(score: Score) -> list[tuple[bool, bool]]:
     """(published, robust) of each row's first sample."""
-    score = score_file(write_rows(path, rows), suite, box)
     return [(row.published[0].is_correct, row.robust[0].is_correct) for row in score.rows]
 
 
@@ -43,105 +52,128 @@ def without_imports(problem: Problem) -> str:
     return whole(problem)[whole(problem).index(f"def {problem['entry_point']}(") :]
 
 
-FORMS: dict[str, tuple[Callable[[Problem], str], bool]] = {  # name: (text, right under the published rule)
-    "whole": (whole, True),
-    "whole, stripped": (lambda p: whole(p).strip(), True),
-    "continuation": (lambda p: p["canonical_solution"], True),
-    "continuation, stripped": (lambda p: p["canonical_solution"].strip(), True),
-    "block": (lambda p: f"Here it is:\n\n```python\n{whole(p)}```\nIt works.", True),
-    "block of a continuation": (lambda p: f"```\n{p['canonical_solution']}```", True),
-    "unclosed block": (lambda p: f"Sure!\n```py\n{whole(p)}", True),
-    "continuation, then another function": (lambda p: p["canonical_solution"] + "\ndef g(:\n", True),
-    "continuation, then a call": (lambda p: p["canonical_solution"] + "\nprint(1 / 0)\n", True),
-    "second block": (lambda p: f"```bash\npip install x\n```\n```python\n{whole(p)}```", False),
-    "words around": (lambda p: f"Sure! That's it:\n\n{whole(p)}\nIt isn't hard.", False),
-    "words after a continuation": (lambda p: f"{p['canonical_solution']}\nThat's it.", False),
-    "continuation, then a fence": (lambda p: f"{p['canonical_solution']}```\nThat's it.", False),
-    "dedented": (lambda p: textwrap.dedent(p["canonical_solution"]), False),
-    "other indentation": (lambda p: textwrap.indent(textwrap.dedent(p["canonical_solution"]), " "), False),
-    "run-on": (lambda p: f"{whole(p)}\n### Instruction:\nAdd.\n\n### Response:\nx = 1 +", False),
-    "run-on of a continuation": (lambda p: p["canonical_solution"] + "\n### Input:\nprint(", True),
-    "a demonstration": (lambda p: f"{whole(p)}\nprint({p['entry_point']}(input()))\nassert False\n", False),
-    "cut off": (lambda p: f"{whole(p)}\n\ndef main():\n    print('a", False),
-    "windows": (lambda p: f"```python\r\n{whole(p)}```".replace("\n", "\r\n").replace("\r\r", "\r"), True),
+def block(code: str) -> str:
+    return f"```python\n{code}```\n"
+
+
+# Right answers under the robust rule. The published one takes the text untouched: these four alone are right there.
+RAW = ("whole", "whole, stripped", "without imports", "continuation")
+FORMS: dict[str, Callable[[Problem], str]] = {
+    "whole": whole,
+    "whole, stripped": lambda p: whole(p).strip(),
+    "without imports": without_imports,
+    "continuation": lambda p: p["canonical_solution"],
+    "continuation, stripped": lambda p: p["canonical_solution"].strip(),
+    "block": lambda p: f"Here it is:\n\n{block(whole(p))}It works.",
+    "block without imports": lambda p: block(without_imports(p)),
+    "block of a continuation": lambda p: f"```\n{p['canonical_solution']}```",
+    "unclosed block": lambda p: f"Sure!\n```py\n{whole(p)}",
+    "continuation, then another function": lambda p: p["canonical_solution"] + "\ndef g(:\n",
+    "continuation, then a call": lambda p: p["canonical_solution"] + "\nprint(1 / 0)\n",
+    "second block": lambda p: f"```bash\npip install x\n```\n{block(whole(p))}",
+    "words around": lambda p: f"Sure! That's it:\n\n{whole(p)}\nIt isn't hard.",
+    "words after a continuation": lambda p: f"{p['canonical_solution']}\nThat's it.",
+    "continuation, then a fence": lambda p: f"{p['canonical_solution']}```\nThat's it.",
+    "dedented": lambda p: textwrap.dedent(p["canonical_solution"]),
+    "other indentation": lambda p: textwrap.indent(textwrap.dedent(p["canonical_solution"]), " "),
+    "run-on": lambda p: f"{whole(p)}\n### Instruction:\nAdd.\n\n### Response:\nx = 1 +",
+    "run-on of a continuation": lambda p: p["canonical_solution"] + "\n### Input:\nprint(",
+    "a demonstration": lambda p: f"{whole(p)}\nprint({p['entry_point']}(input()))\nassert False\n",
+    "cut off": lambda p: f"{whole(p)}\n\ndef main():\n    print('a",
+    "windows": lambda p: block(whole(p)).replace("\n", "\r\n").replace("\r\r", "\r"),
+    "stub": lambda p: f"{block(p['prompt'] + '    pass')}Filled in:\n{block(whole(p))}",
+    "dots": lambda p: block(p["prompt"] + "    ...") + block(whole(p)),
+    "docstring": lambda p: block(p["prompt"]) + block(whole(p)),
+    "docstring, then a continuation": lambda p: block(p["prompt"]) + block(p["canonical_solution"]),
+    "not implemented": lambda p: block(p["prompt"] + "    raise NotImplementedError('yet')") + block(whole(p)),
+    "stub behind": lambda p: block(whole(p)) + f"for\n{block(p['prompt'])}",
+    "stub in the same block": lambda p: block(f"{p['prompt']}    pass\n\n\n{whole(p)}"),
+    "correction": lambda p: f"{block(broken(p['prompt'] + p['canonical_solution']))}No:\n{block(whole(p))}",
+    "correction, then cut off": lambda p: block(whole(p)) + f"Shorter:\n```\n{p['prompt']}    return 1 +",
+    "thinking": lambda p: f"<think>\n{block(broken(whole(p)))}no</think>\n<think></think>{block(whole(p))}",
+    "indented block": lambda p: f"Solution:\n\n{textwrap.indent(whole(p), '    ')}\nIt works.",
+    "quoted block": lambda p: "Solution:\n" + textwrap.indent(whole(p), "> ", lambda line: True),
+    "a fence on a code line": lambda p: f"```python\n{whole(p).rstrip()}```\nIt works.",
+    "fences on code lines": lambda p: f"It is ```{whole(p).strip()}```.",
 }
 
 
+def broken(code: str) -> str:
+    """A function whose last line raises an error instead of returning."""
+    return code.rpartition("return")[0] + "raise KeyError('broken')\n"
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_a_right_answer(box: Sandbox, tmp_path: Path, form: str) -> None:
-    text, published = FORMS[form]
-    got = scored(box, tmp_path / "x.jsonl", [predicted(problem, text(problem)) for problem in PROBLEMS[:3]])
-    # a body of one line cannot be indented wrongly
-    assert got == [(published or form == "dedented" and index == 1, True) for index in range(3)]
+def test_forms_of_a_right_answer(scored: Callable[..., Score], form: str) -> None:
+    score = scored(*(predicted(problem, FORMS[form](problem)) for problem in PROBLEMS[:3]))
+    assert verdicts(score) == [(form in RAW, True)] * 3
 
 
-def test_the_prompts_imports_and_functions_are_the_robust_rules(box: Sandbox, tmp_path: Path) -> None:
-    rows = [predicted(problem, without_imports(problem)) for problem in PROBLEMS]
-    # List is missing in the first, shift in the second, math in the third
-    expected = [(False, True)] * 3 + [(True, True)] * 2
-    assert scored(box, tmp_path / "x.jsonl", rows) == expected
-
-
-def broken(problem: Problem) -> str:
-    head, _, _ = problem["canonical_solution"].rpartition("return")
-    return head + "raise KeyError('broken')\n"
-
-
-def test_broken_answers(box: Sandbox, tmp_path: Path) -> None:
-    texts = [(p, text) for p in PROBLEMS for text in (broken(p), p["prompt"] + broken(p))]
-    rows = [predicted(p, text) for p, text in texts]
-    score = score_file(write_rows(tmp_path / "x.jsonl", rows), "HumanEval", box)
+def test_broken_answers(scored: Callable[..., Score]) -> None:
+    texts = [(p, text) for p in PROBLEMS for text in (broken(p["canonical_solution"]), broken(whole(p)))]
+    score = scored(*(predicted(problem, text) for problem, text in texts))
     assert (score.published.percent, score.robust.percent, score.robust.missing) == (0, 0, 0)
     assert {row.robust[0].why for row in score.rows} == {"KeyError: 'broken'"}
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),  # of both rules, or of each
+    ("text", "why"),  # under the robust rule; "" where no answer is seen
     [
-        ("", ("",)),
-        (" \n\t", ("",)),
-        ("I cannot do that.", ("SyntaxError: invalid syntax",)),
-        ("    return None", ("AssertionError",)),
-        ("pass", ("AssertionError",)),
-        ("return None or", ("SyntaxError: invalid syntax",)),
-        ("def other(values):\n    return 6", ("IndentationError: expected an indented block", "AssertionError")),
-        ("    import os\n    os._exit(0)", ("ended before the tests did: exit status 0",)),
-        ("import sys\nsys.exit()", ("NameError: name 'sys' is not defined", "AssertionError")),
-        ("def check(candidate):\n    pass\ndef total(values):\n    return 0", ("AssertionError",)),
-        ("def total(values):\n    return Total()\nclass Total:\n    pass", ("AssertionError",)),
-        ("\0", ("SyntaxError: source code string cannot contain null bytes",)),
-        ("\ud800", ("UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800'",)),
+        ("", ""),
+        (" \n\t", ""),
+        ("<think>\n    return 6", ""),
+        ("I cannot do that.", "SyntaxError: "),
+        ("    return None", "AssertionError"),
+        ("pass", "AssertionError"),
+        ("return None or", "SyntaxError: invalid syntax"),
+        ("def other(values):\n    return 6", "AssertionError"),
+        ("    import os\n    os._exit(0)", "ended before the tests did: exit status 0"),
+        ("import sys\nsys.exit()", "SystemExit"),
+        ("def check(candidate):\n    pass\ndef total(values):\n    return 0", "AssertionError"),
+        ("def total(values):\n    return Total()\nclass Total:\n    pass", "AssertionError"),
+        ("\0", "SyntaxError: source code string cannot contain null bytes"),
+        ("\ud800", "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800'"),
     ],
 )
-def test_wrong_answers(box: Sandbox, tmp_path: Path, text: str, why: tuple[str, ...]) -> None:
-    score = score_file(write_rows(tmp_path / "x.jsonl", [predicted(PROBLEMS[0], text)]), "HumanEval", box)
-    for sample, reason in zip((score.rows[0].published[0], score.rows[0].robust[0]), why * 2, strict=False):
-        assert not sample.is_correct and sample.why.startswith(reason)
-        assert (sample.extraction is None) == (reason == "")
-    assert score.robust.missing == score.published.missing == (why[0] == "")
+def test_wrong_answers(scored: Callable[..., Score], text: str, why: str) -> None:
+    score = scored(predicted(PROBLEMS[0], text))
+    assert verdicts(score) == [(False, False)] and score.rows[0].robust[0].why.startswith(why)
+    assert (score.robust.missing, score.published.missing) == (why == "", not text.strip())
 
 
-def test_what_is_run(box: Sandbox) -> None:
+def test_what_is_run() -> None:
     total = PROBLEMS[0]
     text = f"Sure:\n{without_imports(total)}\nresult = total([2])\nprint(result)\n### Response:\nmore"
-    published = extract_code.published(text, total["prompt"], "total")
-    robust = extract_code.robust(text, total["prompt"], "total")
-    assert published is not None and robust is not None
-    assert published.text == text.rstrip("\n") + "\n"
-    assert robust.text == f"from typing import List\n\n\n{without_imports(total)}"
-    body = extract_code.published("return 1\nprint(2)", total["prompt"], "total")
-    assert body is not None and body.text == total["prompt"] + "    return 1\n"
+    assert extract_code.published(text, total["prompt"], "total") == (total["prompt"] + text,)
+    assert extract_code.robust(text, total["prompt"], "total") == (
+        "from typing import List\n",
+        without_imports(total).rstrip("\n"),
+    )
+    # What a function uses stays, calls included.
+    text = "import random\ndef f(x):\n    return TABLE[x] + random.random()\n"
+    used = "random.seed(3)\nTABLE = dict()\nfor n in range(9):\n    TABLE[n] = f(n)\n"
+    shown = "print(f(3))\nassert TABLE\nresult = f(1)\n"
+    assert extract_code.robust(text + used + shown, "", "f") == ((text + used).rstrip("\n"),)
 
 
-def test_mbpp(box: Sandbox, tmp_path: Path) -> None:
-    rows = [predicted(problem, problem["code"]) for problem in MBPP]
-    assert scored(box, tmp_path / "MBPP.jsonl", rows, "MBPP") == [(True, True)] * 3
-    rows = [predicted(problem, f"Sure!\n```python\n{problem['code']}\nprint(input())\n```") for problem in MBPP]
-    assert scored(box, tmp_path / "MBPP.jsonl", rows, "MBPP") == [(False, True)] * 3
-    rows = [predicted(problem, f"Here:\n{problem['code']}\nThat's all.\n### Instruction:\nx") for problem in MBPP]
-    assert scored(box, tmp_path / "MBPP.jsonl", rows, "MBPP") == [(False, True)] * 3
-    rows = [predicted(problem, problem["code"].replace("def ", "def x")) for problem in MBPP]
-    assert scored(box, tmp_path / "MBPP.jsonl", rows, "MBPP") == [(False, False)] * 3
+def test_mbpp(scored: Callable[..., Score]) -> None:
+    answers: dict[tuple[bool, bool], Callable[[str], str]] = {
+        (True, True): lambda code: code,
+        (False, True): lambda code: f"Sure!\n{block(f'{code}print(input())')}",
+        (False, False): lambda code: code.replace("def ", "def x"),
+    }
+    for expected, answer in answers.items():
+        rows = [predicted(problem, answer(problem["code"])) for problem in MBPP]
+        assert verdicts(scored(*rows, suite="MBPP")) == [expected] * 3
+
+
+def test_the_published_time_limit(scored: Callable[..., Score], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TASKS["HumanEval"].published.extract("x", PROBLEMS[0]).candidates[0].seconds == 3
+    slow = "import time\nwhile time.process_time() < 1.5:\n    pass\n" + MBPP[0]["code"]
+    monkeypatch.setattr(extract_code, "PUBLISHED_SECONDS", 1)
+    monkeypatch.setitem(TASKS, "MBPP", Task("MBPP", 500, "code", *extract_code.code_metrics(extract_code.read_mbpp)))
+    score = scored(predicted(MBPP[0], slow), suite="MBPP")
+    assert verdicts(score) == [(False, True)] and score.rows[0].published[0].why == "timeout"
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_passing_sample() -> None:
@@ -152,11 +184,11 @@ def test_pass_at_k_is_the_share_of_draws_with_a_passing_sample() -> None:
             assert pass_at(k, samples, passed) == pytest.approx(share)
 
 
-def test_samples(box: Sandbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples(scored: Callable[..., Score], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     right, wrong = "    return max(words, key=len) if words else None", "    return 1"
     rows = [predicted(PROBLEMS[3], [right] * n + [wrong] * (10 - n)) for n in (0, 1, 10)]
     path, saved = write_rows(tmp_path / "HumanEval.jsonl", rows), tmp_path / "scores.json"
-    main(["--predict_file", str(path), "--allow_code_execution", "--weak_sandbox", "--save_path", str(saved)])
+    main(["--predict_file", str(path), *RUN, "--save_path", str(saved)])
     suite = json.loads(saved.read_text())["suites"]["HumanEval"]
     expected = {"1": 1.1 / 3, "5": 1.5 / 3, "10": 2 / 3}
     for rule in ("published", "robust"):
@@ -164,30 +196,26 @@ def test_samples(box: Sandbox, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert suite[rule]["percent"] == pytest.approx(suite["pass_at"][rule]["1"])
         assert set(suite[rule]) == {"percent", "half_width", "missing"}
     out = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in out[2:5]] == [
-        ["pass@1", "36.67", "36.67"],
-        ["pass@5", "50.00", "50.00"],
-        ["pass@10", "66.67", "66.67"],
-    ]
+    shares = [line.split() for line in out[2:5]]
+    assert shares == [[f"pass@{k}", f"{100 * share:.2f}", f"{100 * share:.2f}"] for k, share in expected.items()]
     assert out[2].index("36.67") == out[1].index("36.67")
-    uneven = write_rows(tmp_path / "x.jsonl", [predicted(PROBLEMS[3], [right] * n) for n in (5, 6)])
-    assert score_file(uneven, "HumanEval", box).pass_at("robust") == {1: 100.0}
-    main(["--predict_file", str(uneven), "--allow_code_execution", "--weak_sandbox"], "HumanEval")
+    uneven = [predicted(PROBLEMS[3], [right] * n) for n in (5, 6)]
+    assert scored(*uneven).pass_at("robust") == {1: 100.0}
+    main(["--predict_file", str(write_rows(tmp_path / "x.jsonl", uneven)), *RUN], "HumanEval")
     assert "not as many samples in every row, so that only pass@1 is known" in capsys.readouterr().out
 
 
 def test_verdicts_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [predicted(PROBLEMS[3], "return 1"), predicted(PROBLEMS[0], [whole(PROBLEMS[0]), ""])]
+    rows = [predicted(PROBLEMS[3], "    return 1"), predicted(PROBLEMS[0], [whole(PROBLEMS[0]), ""])]
     path, saved = write_rows(tmp_path / "humaneval.jsonl", rows), tmp_path / "verdicts.jsonl"
-    flags = ["--allow_code_execution", "true", "--weak_sandbox", "--show", "2", "--verdicts", str(saved)]
-    main(["--predict_file", str(path), *flags])
+    main(["--predict_file", str(path), *RUN, "--show", "2", "--verdicts", str(saved)])
     out = capsys.readouterr().out
-    assert "--- HumanEval line 1: task Made/3; published AssertionError (wrong), robust AssertionError (wrong)\n" in out
-    assert "  published and robust ran\n    def longest(words):\n" in out and "        return 1\n" in out
-    assert "sample 1: task Made/0; published passed (right), robust passed (right)" in out
+    assert "--- HumanEval line 1: task_id 'Made/3'; published AssertionError (wrong), robust AssertionError (w" in out
+    assert "  ran\n    def longest(words):\n" in out and "        return 1\n" in out
+    assert "sample 1: task_id 'Made/0'; published passed (right), robust passed (right)" in out
     first, second = [json.loads(line) for line in saved.read_text().splitlines()]
-    assert first["task_id"] == "Made/3" and "answer" not in first and first["generate"] == "return 1"
-    code = PROBLEMS[3]["prompt"].lstrip() + "    return 1\n"
+    assert first["task_id"] == "Made/3" and "answer" not in first and first["generate"] == "    return 1"
+    code = PROBLEMS[3]["prompt"] + "    return 1"
     assert first["published"] == {"found": code, "right": False, "why": "AssertionError"}
     assert second["robust"][1] == {"found": None, "right": False}
     assert (second["robust"][0]["right"], second["robust"][0]["why"]) == (True, "passed")
@@ -197,99 +225,73 @@ def test_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = write_rows(tmp_path / "HumanEval.jsonl", [predicted(problem, whole(problem)) for problem in PROBLEMS[:2]])
     mbpp = write_rows(tmp_path / "MBPP.jsonl", [predicted(MBPP[0], "")])
     sums = write_rows(tmp_path / "AddSub.jsonl", [{"answer": "4", "generate": "4"}])
-    files = ["--predict_files", str(sums), str(code), str(mbpp)]
-    main([*files, "--allow_code_execution", "--jobs", "1", "--timeout", "30", "--weak_sandbox"])
+    main(["--predict_files", str(sums), str(code), str(mbpp), *RUN, "--jobs", "1", "--timeout", "30"])
     out = capsys.readouterr().out
     assert "mean, code" in out and "mean, math" not in out
     assert out.splitlines()[2].split()[:5] == ["HumanEval", "2", "of", "164", "100.00"]
     assert "MBPP" in out and "1 of 500" in out
 
 
-def test_nothing_is_run_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_rows(tmp_path / "HumanEval.jsonl", [predicted(PROBLEMS[0], "")])
+def test_nothing_is_run_without_consent(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "HumanEval.jsonl", [predicted(problem, whole(problem)) for problem in PROBLEMS])
     with pytest.raises(ValueError, match="HumanEval runs generated code: allow it by score_file.*sandbox=Sandbox"):
         score_file(path)
-    # the word on a suite that runs nothing is no mistake: one command line serves all
+    # Consent on a suite that runs nothing is no mistake: one command line serves all.
     sums = write_rows(tmp_path / "AddSub.jsonl", [{"answer": "4", "generate": "4"}])
     main(["--predict_file", str(sums), "--allow_code_execution"], "AddSub")
-
-
-def test_as_a_module(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "HumanEval.jsonl", [predicted(problem, whole(problem)) for problem in PROBLEMS])
     command = [sys.executable, "-W", "error", "-m", "evaluate.humaneval", "--predict_file", str(path)]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
-    command += ["--allow_code_execution", "--weak_sandbox"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"X": "1"}, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, refused.stdout) == (2, "") and "allow it with --allow_code" in refused.stderr
+    done = subprocess.run([*command, *RUN], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1].split()[:5] == ["HumanEval", "5", "of", "164", "100.00"]
 
 
+TEXT, TEXTS = "expected a text, got", "expected a list of at least one text, got"
+
+
 @pytest.mark.parametrize(
-    ("suite", "change", "message"),
+    ("suite", "field", "value", "message"),  # a value of ... : the field is missing
     [
-        ("HumanEval", {"prompt": None}, "field 'prompt': expected a text, got None"),
-        ("HumanEval", {"test": 3}, "field 'test': expected a text, got 3"),
-        (
-            "HumanEval",
-            {"entry_point": "f(x); import os"},
-            "field 'entry_point': expected the name of a function, got 'f(",
-        ),
-        ("HumanEval", {"generate": 4}, "field 'generate': expected a text, got 4"),
-        (
-            "MBPP",
-            {"test_list": "assert True"},
-            "field 'test_list': expected a list of at least one text, got 'assert True'",
-        ),
-        ("MBPP", {"test_list": []}, "field 'test_list': expected a list of at least one text, got []"),
-        ("MBPP", {"test_imports": "import re"}, "field 'test_imports': expected a list of at least one text, got"),
-        ("MBPP", {"test_setup_code": []}, "field 'test_setup_code': expected a text, got []"),
+        ("HumanEval", "prompt", None, f"{TEXT} None"),
+        ("HumanEval", "prompt", ..., "is missing"),
+        ("HumanEval", "test", 3, f"{TEXT} 3"),
+        ("HumanEval", "entry_point", "f(x); import os", "expected the name of a function, got 'f("),
+        ("HumanEval", "generate", 4, f"{TEXT} 4"),
+        ("MBPP", "code", ..., "is missing"),
+        ("MBPP", "test_list", "assert True", f"{TEXTS} 'assert True'"),
+        ("MBPP", "test_list", [], f"{TEXTS} []"),
+        ("MBPP", "test_list", ..., f"{TEXTS} None"),
+        ("MBPP", "test_imports", "import re", f"{TEXTS} 'import re'"),
+        ("MBPP", "test_setup_code", [], f"{TEXT} []"),
     ],
 )
-def test_bad_rows_are_named(box: Sandbox, tmp_path: Path, suite: str, change: dict[str, Any], message: str) -> None:
+def test_bad_rows_are_named(scored: Callable[..., Score], suite: str, field: str, value: Any, message: str) -> None:
     good = predicted((PROBLEMS if suite == "HumanEval" else MBPP)[0], "")
-    path = write_rows(tmp_path / "x.jsonl", [good, good | change])
-    with pytest.raises(ValueError) as refused:
-        score_file(path, suite, box)
-    assert str(refused.value).startswith(f"{path}: line 2: {message}")
-
-
-@pytest.mark.parametrize(
-    ("suite", "field"), [("HumanEval", "prompt"), ("HumanEval", "test"), ("MBPP", "code"), ("MBPP", "test_list")]
-)
-def test_missing_fields_are_named(box: Sandbox, tmp_path: Path, suite: str, field: str) -> None:
-    row = predicted((PROBLEMS if suite == "HumanEval" else MBPP)[0], "")
-    del row[field]
-    with pytest.raises(ValueError, match=f"line 1: field '{field}' is missing"):
-        score_file(write_rows(tmp_path / "x.jsonl", [row]), suite, box)
-
-
-def test_the_code_suites_are_the_papers() -> None:
-    sizes = {name: task.problems for name, task in TASKS.items() if task.family == "code"}
-    assert sizes == {"HumanEval": 164, "MBPP": 500}
+    bad = {name: value for name, value in (good | {field: value}).items() if value is not ...}
+    with pytest.raises(ValueError, match=rf"x\.jsonl: line 2: field '{field}'.* {re.escape(message)}"):
+        scored(good, bad, suite=suite)
 
 
 PIECES = (
     "def total(x):\n|    return x\n|return x|```|```python\n|\n| |    |\t|print(1)\n|### Response:\n|class A:\n|'''"
 )
-PIECES += "|\"|(|#|\\|\r\n|\0|import os\n|x = 1\n|if __name__ == '__main__':\n|@x\n"
-PIECES += "|for i in x:\n|from x|async |½|Here it is:\n|total = 1"
+PIECES += "|\"|(|#|\\|\r\n|\0|import os\n|x = 1\n|if __name__ == '__main__':\n|@x\n|\ud800|<think>|</think>|> "
+PIECES += "|for i in x:\n|from x|async |½|Here it is:\n|total = 1|total = lambda x: x\n|global y\n|pass"
 
 
 @settings(deadline=None)
-@given(st.one_of(st.text(), st.lists(st.sampled_from([*PIECES.split("|"), "\ud800"])).map("".join)))
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES.split("|"))).map("".join)))
 def test_every_text_is_read(text: str) -> None:
-    for start, name in ((PROBLEMS[0]["prompt"], "total"), ("", "total"), ("", None)):
-        published, robust = extract_code.published(text, start, name), extract_code.robust(text, start, name)
-        assert (published is None) == (not text.strip() or "```" in text and published is None)
-        assert robust is not None or published is None or "```" in text or "###" in text
+    for prompt, name in ((PROBLEMS[0]["prompt"], "total"), ("", "total"), ("", None)):
+        assert extract_code.published(text, prompt, name) == ((prompt + text,) if text.strip() else ())
+        assert extract_code.robust(text, prompt, name) or not text.strip() or "<" in text or "#" in text
 
 
 @pytest.mark.parametrize(
     "piece",
-    ["(", "[", "-", "x.", "```\n", " ", "\n", "def f(x):\n", "a = 1\n", "'''", "lambda:", "@x\n", "x = 1\n@x\n"],
+    ["(", "[", "-", "x.", "```\n", "```\nx\n", " ", "\n", "def f(x):\n", "a = 1\n", "'''", "lambda:", "@x\n", "> "],
 )
 def test_long_texts_are_read(piece: str) -> None:
     for name in ("f", "g", None):
-        extract_code.published(piece * (50_000 // len(piece)), "def f(x):\n", name)
         extract_code.robust(piece * (50_000 // len(piece)), "def f(x):\n", name)

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -84,88 +86,86 @@ def test_forms_of_a_file(tmp_path: Path, form: str) -> None:
 
 
 GOOD = json.dumps(row("4", "4"))
+TEXTS = "field 'generate': expected a list of at least one text, got"
+NUMBER = "line 1: field 'answer': AddSub expects a finite number, got"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected prediction rows, the file is empty"),
-        (" \n\n", "expected prediction rows, the file is empty"),
-        ("[]", "expected prediction rows, the file is empty"),
-        (f"{GOOD}\n{GOOD[:-3]}", "line 2: not valid JSON: "),
-        (f"{GOOD}\n[4]", "line 2: expected an object with the row's fields, got [4]"),
-        (f"[{GOOD}, 4]", "row 2: expected an object with the row's fields, got 4"),
-        (f"[{GOOD},", "not valid JSON: "),
+        (" \n\n", "empty, expected rows"),
+        ("[]", "empty, expected rows"),
+        (f"{GOOD}\n{GOOD[:-3]}", "line 2: not valid JSON ("),
+        (f"{GOOD}\n[4]", "line 2: expected an object"),
+        (f"[{GOOD}, 4]", "row 2: expected an object"),
+        (f"[{GOOD},", "not valid JSON ("),
         ('{"generate": "4"}', "line 1: field 'answer' is missing"),
         (f'{GOOD}\n\n{{"answer": "4"}}', "line 3: field 'generate' is missing"),
         ('{"answer": "4", "generate": null}', "field 'generate': expected a text, got None"),
-        (
-            '{"answer": "4", "generate": ["4", 4]}',
-            "field 'generate': expected a list of at least one text, got ['4', 4]",
-        ),
-        ('{"answer": "4", "generate": []}', "field 'generate': expected a list of at least one text, got []"),
+        ('{"answer": "4", "generate": ["4", 4]}', f"{TEXTS} ['4', 4]"),
+        ('{"answer": "4", "generate": []}', f"{TEXTS} []"),
         ('{"answer": "4", "generate": "4", "instruction": 3}', "field 'instruction': expected a text, got 3"),
-        ('{"answer": "four", "generate": "4"}', "line 1: field 'answer': AddSub expects a finite number, got 'four'"),
-        ('{"answer": NaN, "generate": "4"}', "line 1: not valid JSON: NaN"),
-        ('{"answer": -Infinity, "generate": "4"}', "line 1: not valid JSON: -Infinity"),
-        ('{"answer": 1e999, "generate": "4"}', "field 'answer': AddSub expects a finite number, got inf"),
-        ('{"answer": ' + "9" * 5000 + ', "generate": "4"}', "AddSub expects a finite number, got inf"),
-        ('{"a": ' + "[" * 200_000 + "}", "line 1: not valid JSON: nested too deep"),
+        ('{"answer": "four", "generate": "4"}', f"{NUMBER} 'four'"),
+        ('{"answer": 1e999, "generate": "4"}', f"{NUMBER} inf"),
+        ('{"answer": NaN, "generate": "4"}', "line 1: not valid JSON (NaN"),
+        ('{"answer": ' + "9" * 400 + ', "generate": "4"}', "line 1: int too large"),
+        ('{"answer": ' + "9" * 5000 + ', "generate": "4"}', "line 1: not valid JSON ("),
+        ('{"a": ' + "[" * 200_000 + "}", "line 1: not valid JSON ("),
+        (b'{"answer": "4", "generate": "\xff"}', "not UTF-8 text (byte 29)"),
     ],
 )
-def test_bad_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+def test_bad_input_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | bytes, message: str
+) -> None:
     path = tmp_path / "predictions.jsonl"
-    path.write_text(text, encoding="utf-8")
-    shown = refusal(capsys, 1, "--predict_file", path, task="AddSub")
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    shown = refusal(capsys, 1, "--predict_file", path, suite="AddSub")
     assert shown.startswith(f"error: {path}: ") and message in shown and shown.count("\n") == 1 and len(shown) < 400
 
 
-def test_other_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "AddSub.jsonl"
-    assert refusal(capsys, 1, "--predict_file", path) == f"error: {path}: No such file or directory\n"
+    assert refusal(capsys, 1, "--predict_file", path) == f"error: {path}: no such file\n"
     assert refusal(capsys, 1, "addsub", "--predict_file", tmp_path).startswith(f"error: {tmp_path}: ")
-    path.write_bytes(b'{"answer": "4", "generate": "\xff"}')
-    assert "not UTF-8 text (byte 29)" in refusal(capsys, 1, "--predict_file", path)
-    write_rows(path, [row("A", "4")])
-    assert "field 'answer': AddSub expects a finite number, got 'A'" in refusal(capsys, 1, "--predict_file", path)
+
+
+SUMS = "--predict_file AddSub.jsonl"
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("line", "message"),
     [
-        ([], "give --predict_file or --predict_files"),
-        (["--predict_fil", "x"], "--predict_file"),
-        (["--predict_file=x", "--verdict=y"], "--verdicts"),
-        (["adsub", "--predict_file", "x"], "no suite is named 'adsub' (nearest: AddSub)"),
-        (["--predict_file", "x.jsonl"], "x.jsonl: cannot tell the suite from the file's name"),
-        (["--predict_files", "AddSub.jsonl", "x.jsonl"], "x.jsonl: cannot tell the suite"),
-        (["--predict_files", "AddSub.jsonl", "addsub.2.jsonl"], "two files of one suite"),
-        (["aqua", "--predict_files", "AddSub.jsonl"], "leave out 'aqua'"),
-        (["--predict_file", "AddSub.jsonl", "--predict_files", "AQuA.jsonl"], "not both"),
-        (["--predict_file", "AddSub.jsonl", "--show", "-1"], "--show: expected a whole number from 0, got -1"),
-        (["--predict_file", "AddSub.jsonl", "--show", "many"], "--show: expected "),
-        (["--predict_file", "AddSub.jsonl", "--show_rows", "right"], "wrong, disagree"),
-        (["--predict_file", "AddSub.jsonl", "--save_path", "./AddSub.jsonl"], "need files of their own"),
-        (["--predict_file", "AddSub.jsonl", "--save_path", "x", "--verdicts", "x"], "need files of their own"),
-        (["--predict_file", "HumanEval.jsonl"], "HumanEval runs generated programs on this machine: allow it with "),
-        (["--predict_files", "AddSub.jsonl", "mbpp.jsonl"], "MBPP runs generated programs"),
-        (["MBPP", "--predict_file", "x"], "MBPP runs generated programs"),
-        (["mbpp", "--predict_file", "x", "--allow_code_execution", "False"], "allow it with --allow_code_execution"),
-        (["mbpp", "--predict_file", "x", "--allow_code_execution=perhaps"], "expected True or False, got 'perhaps'"),
-        (["mbpp", "--predict_file", "x", "--allow_code"], "--allow_code_execution"),
-        (["addsub", "--predict_file", "x", "--timeout", "3"], "--timeout is for suites that run code"),
-        (["addsub", "--predict_file", "x", "--jobs", "3"], "--jobs is for suites that run code"),
-        (["addsub", "--predict_file", "x", "--weak_sandbox"], "--weak_sandbox is for suites that run code"),
-        (["mbpp", "--predict_file", "x", "--timeout", "0"], "--timeout: expected seconds above 0"),
-        (["mbpp", "--predict_file", "x", "--timeout", "nan"], "--timeout: expected "),
-        (["mbpp", "--predict_file", "x", "--timeout", "1e9"], "--timeout: expected seconds above 0, at most 3600"),
-        (["mbpp", "--predict_file", "x", "--jobs", "0"], "--jobs: expected at least 1"),
+        ("", "give --predict_file or --predict_files"),
+        (f"{SUMS} --predict_files AQuA.jsonl", "not both"),
+        ("--predict_fil x", "--predict_file"),
+        (f"{SUMS} --verdict=y", "--verdicts"),
+        ("adsub --predict_file x", "no suite is named 'adsub' (nearest: AddSub)"),
+        ("--predict_file x.jsonl", "x.jsonl: cannot tell the suite from the file's name"),
+        ("--predict_files AddSub.jsonl x.jsonl", "x.jsonl: cannot tell the suite"),
+        ("--predict_files AddSub.jsonl addsub.2.jsonl", "two files of one suite"),
+        ("aqua --predict_files AddSub.jsonl", "leave out 'aqua'"),
+        (f"{SUMS} --show -1", "--show: expected a whole number from 0, got -1"),
+        (f"{SUMS} --show many", "--show: expected "),
+        (f"{SUMS} --show_rows right", "wrong, disagree"),
+        (f"{SUMS} --save_path ./AddSub.jsonl", "need files of their own"),
+        (f"{SUMS} --save_path x --verdicts x", "need files of their own"),
+        (f"{SUMS} --timeout 3", "--timeout is for suites that run code"),
+        (f"{SUMS} --jobs 3", "--jobs is for suites that run code"),
+        (f"{SUMS} --weak_sandbox", "--weak_sandbox is for suites that run code"),
+        ("--predict_file HumanEval.jsonl", "HumanEval runs generated programs on this machine: allow it with "),
+        ("--predict_files AddSub.jsonl mbpp.jsonl", "MBPP runs generated programs"),
+        ("mbpp --predict_file x --allow_code_execution False", "allow it with --allow_code_execution"),
+        ("mbpp --predict_file x --allow_code_execution=perhaps", "expected True or False, got 'perhaps'"),
+        ("mbpp --predict_file x --timeout 0", "--timeout: expected seconds above 0"),
+        ("mbpp --predict_file x --timeout nan", "--timeout: expected "),
+        ("mbpp --predict_file x --timeout 1e9", "--timeout: expected seconds above 0, at most 3600"),
+        ("mbpp --predict_file x --jobs 0", "--jobs: expected at least 1"),
     ],
 )
 def test_bad_flags_are_refused_before_any_file_is_read(
-    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+    capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
-    assert message in refusal(capsys, 2, *argv)  # none of these files exists
+    assert message in refusal(capsys, 2, *line.split())  # none of these files exists
 
 
 def test_one_suite_as_a_module(tmp_path: Path) -> None:
@@ -178,10 +178,17 @@ def test_one_suite_as_a_module(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_each_suite_has_its_module(name: str) -> None:
-    done = run(f"evaluate.{TASKS[name].module}", "--help")
-    assert done.returncode == 0 and name in done.stdout and "Wilson" in done.stdout
-    assert f"python -m evaluate.{TASKS[name].module} " in done.stdout
+def test_each_suite_has_its_module(name: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    module = f"evaluate.{TASKS[name].module}"
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(module, run_name="__main__")
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and f"usage: python -m {module} " in out and "Wilson" in out
+    monkeypatch.setattr(sys, "argv", [module, "--predict_files", "x.jsonl"])
+    with pytest.raises(SystemExit):
+        runpy.run_module(module, run_name="__main__")
+    assert f"leave out {name!r}" in capsys.readouterr().err
 
 
 def test_several_files_in_one_table(tmp_path: Path) -> None:
@@ -201,40 +208,20 @@ def test_a_terminal_that_lacks_a_character(tmp_path: Path) -> None:
     assert "f\\xfcnf" in done.stdout and "1 of 395" in done.stdout
 
 
-def test_bad_input_at_the_command_line_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "AQuA.jsonl"
-    path.write_text("{", encoding="utf-8")
-    done = run("evaluate", "AQUA", "--predict_file", path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith(f"error: {path}: line 1: not valid JSON")
-
-
 def test_json_and_verdicts(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "AQuA.jsonl", [row("B", "Answer: B"), row("A", ["(B)", "e\ud800\u00e9"])])
     scores, verdicts = tmp_path / "scores.json", tmp_path / "verdicts.jsonl"
     scores.write_text("old", encoding="utf-8")
     main(["--predict_file", str(path), "--save_path", str(scores), "--verdicts", str(verdicts)])
     saved = json.loads(scores.read_text(encoding="utf-8"))
-    assert saved["suites"]["AQuA"] | {"published": 0, "robust": 0} == {
-        "file": str(path),
-        "rows": 2,
-        "problems": 254,
-        "samples": 3,
-        "published": 0,
-        "robust": 0,
-    }
-    assert saved["suites"]["AQuA"]["published"]["percent"] == 0.0
-    assert saved["suites"]["AQuA"]["robust"]["percent"] == saved["mean"]["robust"]["percent"] == 50.0
+    suite = saved["suites"]["AQuA"]
+    assert suite == suite | {"file": str(path), "rows": 2, "problems": 254, "samples": 3}
+    assert suite["published"]["percent"] == 0.0
+    assert suite["robust"]["percent"] == saved["mean"]["robust"]["percent"] == 50.0
     first, second = [json.loads(line) for line in verdicts.read_text(encoding="utf-8").splitlines()]
-    assert first == {
-        "suite": "AQuA",
-        "index": 0,
-        "answer": "B",
-        "instruction": "How many?",
-        "generate": "Answer: B",
-        "published": {"found": "A", "right": False},
-        "robust": {"found": "B", "right": True},
-    }
+    expected = {"suite": "AQuA", "index": 0, "answer": "B", "instruction": "How many?", "generate": "Answer: B"}
+    expected |= {"published": {"found": "A", "right": False}, "robust": {"found": "B", "right": True}}
+    assert first == expected
     assert second["generate"] == ["(B)", "e\ud800\u00e9"]
     assert second["published"] == second["robust"] == [{"found": "B", "right": False}, {"found": None, "right": False}]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["AQuA.jsonl", "scores.json", "verdicts.jsonl"]
@@ -253,12 +240,8 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_rows(tmp_path / "AddSub.jsonl", rows)
     main(["--predict_file", str(path), "--show", "3"])
     out = capsys.readouterr().out
-    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("---")] == [
-        "--- AddSub line 2",
-        "--- AddSub line 3",
-        "--- AddSub line 4",
-    ]
-    assert "line 2: answer 4; published found 2 (wrong), robust found 4 (right)\n    The answer is 4. 2 steps\n" in out
+    assert re.findall("^--- (.*?):", out, re.M) == ["AddSub line 2", "AddSub line 3", "AddSub line 4"]
+    assert "line 2: answer '4'; published found '2' (wrong), robust found '4' (right)\n    The answer is 4. 2" in out
     assert "robust found nothing (wrong)\n    none\\x1b[K\n" in out
     main(["--predict_file", str(path), "--show", "3", "--show_rows", "disagree"])
     assert capsys.readouterr().out.count("---") == 1

@@ -34,7 +34,7 @@ RULES = {
     "training": allowed("llama moa cli corpus", libraries="torch numpy fairscale tqdm tensorboard"),
     "convert": allowed("llama moa cli", libraries="torch numpy tqdm gguf safetensors"),
     "demo": allowed("convert llama moa cli", libraries="filelock torch numpy tqdm"),
-    "evaluate": allowed("cli", libraries="tabulate"),
+    "evaluate": allowed("moa cli", libraries="tabulate"),
     "inspection": allowed(
         "training llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib jinja2"
     ),
@@ -78,7 +78,7 @@ def test_nobody_imports_an_entry_script() -> None:
         assert not names & set(ENTRY_SCRIPTS), f"{script}.py imports an entry script"
 
 
-@pytest.mark.parametrize("module", ["cli", "moa.config", "convert.__main__"])
+@pytest.mark.parametrize("module", ["cli", "moa.config", "convert.__main__", "evaluate.__main__"])
 def test_flags_and_configuration_load_without_torch(module: str) -> None:
     # A bad flag is refused at once, and torch alone takes seconds to load.
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

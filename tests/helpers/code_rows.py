@@ -71,11 +71,11 @@ MBPP = [
     },
     {
         "task_id": 2,
-        "text": "Write a function to count the leaves of a tree.",
-        "code": "def leaves(tree):\n    if tree is None:\n        return 0\n"
+        "text": "Write a function to count the leaves of a tree of Nodes.",
+        "code": "class Node:\n    left = right = None\n\ndef leaves(tree):\n    if tree is None:\n        return 0\n"
         "    return leaves(tree.left) + leaves(tree.right) or 1\n",
         "test_list": ["assert leaves(root) == 1"],
-        "test_setup_code": "class Node:\n    left = right = None\n\nroot = Node()\n",
+        "test_setup_code": "root = Node()\nroot.left = Node()\n",
         "challenge_test_list": [],
     },
     {
@@ -107,10 +107,10 @@ def extracted(task: str, metric: str, text: str, instruction: str) -> Any:
     return extraction.candidates[0] if extraction else None
 
 
-def refusal(capsys: pytest.CaptureFixture[str], status: int, *argv: object, task: str | None = None) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], status: int, *argv: object, suite: str | None = None) -> str:
     """What a command that must fail with that status says on stderr."""
     with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in argv], task)
+        main([str(argument) for argument in argv], suite)
     out, err = capsys.readouterr()
     assert stopped.value.code == status
     assert out == "" and err.startswith("error: ") and err.count("error: ") == 1
