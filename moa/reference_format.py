@@ -18,12 +18,25 @@ from moa.state import require_same_keys
 
 PREFIX = "llama."
 
+LAYERS = ("lora_layers", "p_adapter_layers", "prompt_layers")
+# The settings of ours that each type of adapter has in their file, and each method beside them.
+OPTIONS = {
+    "lora_layers": ("lora_targets", "lora_rank", "lora_alpha", "lora_hydra"),
+    "p_adapter_layers": ("p_adapter_size", "p_adapter_hydra"),
+    "prompt_layers": ("prompt_len",),
+    "soft_moa": ("swi_x",),
+    "sparse_moa": ("swi_x", "max_threshold", "const_threshold"),
+    "topk_moelora": ("top_k", "noisy_router", "lb_loss_coeff"),
+    "adamole": ("lb_loss_coeff",),
+}
+THEIR_NAMES = {"lora_hydra": "hydra_moe", "train_bias_norm": "w_bias"}
+YES_NO = ("lora_hydra", "p_adapter_hydra", "train_bias_norm", "const_threshold", "noisy_router", "adamole")
+DEFAULTS = {"expert_num": 1, "lb_loss_coeff": 0.0, **dict.fromkeys(YES_NO, False)}
+SETTINGS = {*LAYERS, *(name for names in OPTIONS.values() for name in names), "expert_num", "train_bias_norm"}
+
 # Our settings that their format can express, and the values that it has for each (None: all).
 EXPRESSIBLE: dict[str, Collection | None] = {
-    **dict.fromkeys(("lora_layers", "lora_targets", "lora_rank", "lora_alpha", "lora_hydra")),
-    **dict.fromkeys(("p_adapter_layers", "p_adapter_size", "p_adapter_hydra")),
-    **dict.fromkeys(("prompt_layers", "prompt_len", "train_bias_norm", "expert_num")),
-    **dict.fromkeys(("swi_x", "max_threshold", "const_threshold", "top_k", "noisy_router", "lb_loss_coeff")),
+    **dict.fromkeys(SETTINGS),
     "p_adapter_activation": ("silu",),
     "block_router": ("none", "soft", "sparse", "instance", "unipelt"),
     "gate_activation": ("sigmoid",),
@@ -32,10 +45,8 @@ EXPRESSIBLE: dict[str, Collection | None] = {
 }
 # Their flags. The last six do not change what a trained adapter computes.
 KNOWN_FLAGS = {
-    *("lora_layers", "lora_targets", "lora_rank", "lora_alpha", "hydra_moe"),
-    *("p_adapter_layers", "p_adapter_size", "p_adapter_hydra", "prompt_layers", "prompt_len", "w_bias", "swi_x"),
-    *("max_threshold", "const_threshold", "expert_num", "adamole", "top_k", "noisy_router", "lb_loss_coeff"),
-    *("bf16", "max_seq_len", "flash_attention2", "expert_weight", "bool_weights", "adapter_noisy"),
+    *(THEIR_NAMES.get(name, name) for name in SETTINGS),
+    *("adamole", "bf16", "max_seq_len", "flash_attention2", "expert_weight", "bool_weights", "adapter_noisy"),
 }
 
 
@@ -65,49 +76,40 @@ def from_reference_params(params: Mapping[str, Any], keys: Collection[str]) -> d
         if params[name]:
             value = short_repr(params[name])
             raise ValueError(f"{safe_name(name)} is {value}, a setting that is not known of the authors' format")
-    flat = {name: params[name] for name in ("lora_layers", "p_adapter_layers", "prompt_layers")}
-    flat |= {"train_bias_norm": _flag(params, "w_bias"), "expert_num": params.get("expert_num", 1)}
-    used = [name for name, layers in flat.items() if name.endswith("_layers") and not _is_empty(layers)]
-    if "lora_layers" in used:
-        flat |= {name: params[name] for name in ("lora_targets", "lora_rank", "lora_alpha")}
-        flat["lora_hydra"] = _flag(params, "hydra_moe")
-    if "p_adapter_layers" in used:
-        flat |= {"p_adapter_size": params["p_adapter_size"], "p_adapter_hydra": _flag(params, "p_adapter_hydra")}
-    if "prompt_layers" in used:
-        flat["prompt_len"] = params["prompt_len"]
+    used = [name for name in LAYERS if not _is_empty(params[name])]
+    method = _method(params, keys, used)
+    names = [*LAYERS, "train_bias_norm", "expert_num"]
+    for name in (*used, method):
+        names += OPTIONS.get(name, ())
+    return {"method": method, **{name: _setting(params, name) for name in names}}
+
+
+def _method(params: Mapping[str, Any], keys: Collection[str], used: list[str]) -> str:
     # A unipeft gate has a weight; the scale of the prompt's heads is `attention.prompt_gate`, without one.
     if any(key.endswith((".lora_gate.weight", ".prompt_gate.weight", ".p_adapter_gate.weight")) for key in keys):
-        return flat | {"method": "unipeft"}
+        return "unipeft"
     if any("adapter_type_router" in key for key in keys):
-        flat["swi_x"] = params["swi_x"]
-        if "max_threshold" not in params:
-            return flat | {"method": "soft_moa"}
-        const = _flag(params, "const_threshold")
-        return flat | {"method": "sparse_moa", "max_threshold": params["max_threshold"], "const_threshold": const}
-    several = flat["expert_num"] != 1
-    if "top_k" in params and used == ["lora_layers"] and several:
-        flat["lb_loss_coeff"] = params.get("lb_loss_coeff", 0.0)
-        if _flag(params, "adamole"):
-            return flat | {"method": "adamole"}
-        noisy = _flag(params, "noisy_router")
-        return flat | {"method": "topk_moelora", "top_k": params["top_k"], "noisy_router": noisy}
-    if not used and not flat["train_bias_norm"]:
+        return "sparse_moa" if "max_threshold" in params else "soft_moa"
+    if not used and not _setting(params, "train_bias_norm"):
         raise ValueError("no layer is selected for any adapter")
     if len(used) != 1:
-        return flat | {"method": "custom"}
-    single, mixture = {
-        "lora_layers": ("lora", "hydralora" if flat.get("lora_hydra") else "molora"),
-        "p_adapter_layers": ("parallel_adapter", "parallel_adapter_moe"),
-        "prompt_layers": ("prompt", "prompt_moe"),
-    }[used[0]]
-    return flat | {"method": mixture if several else single}
+        return "custom"
+    if _setting(params, "expert_num") == 1:
+        return {"lora_layers": "lora", "p_adapter_layers": "parallel_adapter", "prompt_layers": "prompt"}[used[0]]
+    if used == ["lora_layers"] and "top_k" in params:
+        return "adamole" if _setting(params, "adamole") else "topk_moelora"
+    molora = "hydralora" if _setting(params, "lora_hydra") else "molora"
+    return {"lora_layers": molora, "p_adapter_layers": "parallel_adapter_moe", "prompt_layers": "prompt_moe"}[used[0]]
 
 
-def _flag(params: Mapping[str, Any], name: str) -> bool:
-    """One of their yes-or-no flags; left out is no. ValueError naming it where it is neither."""
-    value = params.get(name, False)
+def _setting(params: Mapping[str, Any], name: str) -> Any:
+    """A setting of ours by its name. KeyError where it is missing, ValueError where it should be a yes or a no."""
+    theirs = THEIR_NAMES.get(name, name)
+    value = params.get(theirs, DEFAULTS[name]) if name in DEFAULTS else params[theirs]
+    if name not in YES_NO:
+        return value
     if value not in (False, True, "False", "True"):
-        raise ValueError(f"{name} must be true or false, not {short_repr(value)}")
+        raise ValueError(f"{theirs} must be true or false, not {short_repr(value)}")
     return value in (True, "True")
 
 
@@ -122,60 +124,57 @@ def to_reference_params(config: AdapterConfig) -> dict[str, Any]:
     unsupported = unsupported_settings(config, EXPRESSIBLE)
     if unsupported:
         raise ValueError(f"the authors' format cannot express {', '.join(unsupported)}")
-    lora, p_adapter, prompt = (config.adapters[name] for name in ("lora", "p_adapter", "prompt"))
-    router, experts = config.router, config.experts
-    has_expert_router = experts.expert_num > 1 and experts.expert_router != "soft"
-    if has_expert_router and (p_adapter.layers or prompt.layers or router.block_router != "none" or lora.hydra):
+    flat, router, experts = config.to_dict(), config.router, config.experts
+    soft = experts.expert_num == 1 or experts.expert_router == "soft"
+    beside = [flat["p_adapter_layers"], flat["prompt_layers"], flat["lora_hydra"], router.block_router != "none"]
+    if not soft and any(beside):
         raise ValueError(f"expert_router {experts.expert_router}: the authors' has it for LoRA alone, without hydra")
     if router.block_router == "sparse" and experts.expert_num > 1:
         raise ValueError(f"expert_num {experts.expert_num}: the authors' sparse_moa has one")
-    params = {
-        **{"bf16": False, "max_seq_len": 300, "flash_attention2": False, "w_bias": config.bias_norm.train_bias_norm},
-        **{"lora_layers": lora.layers or "0-0", "lora_rank": lora.rank, "lora_targets": lora.targets},
-        **{"lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha},
-        **{"p_adapter_layers": p_adapter.layers or "0-0", "p_adapter_size": p_adapter.size},
-        **{"p_adapter_hydra": p_adapter.hydra, "prompt_layers": prompt.layers or "0-0", "prompt_len": prompt.len},
-    }
-    if router.block_router != "none":
-        params["swi_x"] = 0 if router.block_router == "unipelt" else router.swi_x
+    flat |= {name: flat[name] or "0-0" for name in LAYERS}
+    flat["lora_alpha"] = int(flat["lora_alpha"]) if flat["lora_alpha"].is_integer() else flat["lora_alpha"]
+    names = ["train_bias_norm", *LAYERS, *(option for name in LAYERS for option in OPTIONS[name])]
+    params = {"bf16": False, "max_seq_len": 300, "flash_attention2": False}
+    if router.block_router == "unipelt":
+        params["swi_x"] = 0
+    elif router.block_router != "none":
+        names += OPTIONS["sparse_moa" if router.block_router == "sparse" else "soft_moa"]
     if router.block_router == "sparse":
-        sparse = {"max_threshold": router.max_threshold, "const_threshold": router.const_threshold}
-        return params | sparse | {"bool_weights": False, "adapter_noisy": False}
-    params |= {"expert_num": experts.expert_num, "expert_weight": False}
-    if not has_expert_router:
-        return params | {"hydra_moe": lora.hydra}
-    adamole = experts.expert_router == "adamole"
-    params |= {"top_k": 1 if adamole else experts.top_k, "adamole": adamole}
-    return params | {"noisy_router": experts.noisy_router and not adamole, "lb_loss_coeff": experts.lb_loss_coeff}
+        params |= {"bool_weights": False, "adapter_noisy": False}
+    else:
+        params |= {"expert_num": experts.expert_num, "expert_weight": False}
+    if not soft:
+        params["adamole"] = experts.expert_router == "adamole"
+        flat |= {"top_k": 1, "noisy_router": False} if params["adamole"] else {}
+        names += OPTIONS["topk_moelora"]
+    if not soft or router.block_router == "sparse":
+        names.remove("lora_hydra")
+    return params | {THEIR_NAMES.get(name, name): flat[name] for name in names}
 
 
 class _Name(NamedTuple):
-    """Their names of one of our tensors, which holds theirs side by side along `dim`. shape: of each of theirs, where
-    it is not ours (-1: the rest)."""
+    """Their names of one of our tensors, which holds theirs side by side along `dim`; and the shape of each as they
+    have it and as we do, where those differ (-1: the rest)."""
 
     theirs: list[str]
     dim: int = 0
-    shape: tuple[int, ...] | None = None
+    their_shape: tuple[int, ...] | None = None
+    our_shape: tuple[int, ...] | None = None
 
 
 def from_reference_state(state: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """Return their tensors under our keys, in our shapes. ValueError naming what is missing, left over or of shapes
     that do not fit together."""
-    names = _names(config)
+    names, ours = _names(config), {}
     expected = [key for name in names.values() for key in name.theirs]
     require_same_keys(expected, state, "tensors of the authors' format", "tensor")
-    ours = {}
-    for key, (keys, dim, shape) in names.items():
-        parts = [state[k] for k in keys]
-        if key.endswith(".up_proj_bias"):  # one row per expert
-            parts = [part[None] for part in parts]
-        elif shape is not None:
-            parts = [part.flatten() for part in parts]
+    for key, name in names.items():
+        parts = [state[k] for k in name.theirs]
         try:
-            ours[key] = torch.cat(parts, dim)
+            ours[key] = torch.cat([p if name.our_shape is None else p.reshape(name.our_shape) for p in parts], name.dim)
         except (RuntimeError, IndexError):
             shapes = [tuple(part.shape) for part in parts]
-            raise ValueError(f"{keys[0]} and its fellow experts have the shapes {shapes}") from None
+            raise ValueError(f"{name.theirs[0]} and its fellow experts have the shapes {shapes}") from None
     return ours
 
 
@@ -183,9 +182,9 @@ def to_reference_state(state: Mapping[str, Tensor], config: AdapterConfig) -> di
     """Invert `from_reference_state`. ValueError naming a tensor that has no place in their format."""
     names, theirs = _names(config), {}
     require_same_keys(names, state, "the authors' format", "tensor")
-    for key, (keys, dim, shape) in names.items():
-        for their_key, part in zip(keys, state[key].chunk(len(keys), dim), strict=True):
-            theirs[their_key] = (part if shape is None else part.reshape(shape)).clone()
+    for key, name in names.items():
+        for their_key, part in zip(name.theirs, state[key].chunk(len(name.theirs), name.dim), strict=True):
+            theirs[their_key] = (part if name.their_shape is None else part.reshape(name.their_shape)).clone()
     return theirs
 
 
@@ -193,8 +192,8 @@ def _names(config: AdapterConfig) -> dict[str, _Name]:
     """Our key -> their names, for all tensors of the configuration."""
     names = {}
     for layer in range(config.n_layers):
-        for key, (theirs, dim, shape) in _block_names(config, layer).items():
-            names[f"layers.{layer}.{key}"] = _Name([f"{PREFIX}layers.{layer}.{t}" for t in theirs], dim, shape)
+        for key, name in _block_names(config, layer).items():
+            names[f"layers.{layer}.{key}"] = name._replace(theirs=[f"{PREFIX}layers.{layer}.{t}" for t in name.theirs])
     if config.bias_norm.train_bias_norm:
         names["norm.adapters.norm.weight"] = _Name([f"{PREFIX}norm.weight"])
     return names
@@ -209,7 +208,7 @@ def _block_names(config: AdapterConfig, layer: int) -> dict[str, _Name]:
             names |= _lora_names(config, f"{part}.adapters.{slot.name}", theirs)
         elif slot.type == "prompt":
             names["attention.adapters.prompt.prompt"] = _Name(["attention.prompt.weight"])
-            names["attention.adapters.prompt.gate"] = _Name(["attention.prompt_gate"], shape=(1, -1, 1, 1))
+            names["attention.adapters.prompt.gate"] = _Name(["attention.prompt_gate"], 0, (1, -1, 1, 1), (-1,))
             names |= _expert_router_names(config, "attention.adapters.prompt", "attention.prompt_router")
         elif slot.type == "p_adapter":
             names |= _parallel_adapter_names(config)
@@ -256,7 +255,7 @@ def _parallel_adapter_names(config: AdapterConfig) -> dict[str, _Name]:
         f"{ours}.down_proj": _Name([f"{layer}.weight" for layer in down]),
         f"{ours}.down_proj_bias": _Name([f"{layer}.bias" for layer in down]),
         f"{ours}.up_proj": _Name([f"{layer}.weight" for layer in up], 1),
-        f"{ours}.up_proj_bias": _Name([f"{layer}.bias" for layer in up], shape=(-1,)),
+        f"{ours}.up_proj_bias": _Name([f"{layer}.bias" for layer in up], 0, (-1,), (1, -1)),
     }
     return names | _expert_router_names(config, ours, "p_adapter.router")
 
