@@ -29,8 +29,7 @@ class CapturedGraph:
 class CUDAGraphRunner:
     """The decode steps of one run of generation, in which nothing else may change or move."""
 
-    def __init__(self, model: Transformer):
-        self._model = model
+    def __init__(self) -> None:
         self._captured: dict[tuple[int, int], CapturedGraph] = {}
 
     def decode(self, model: Transformer, cache: KVCache, tokens: Tensor) -> Tensor:
@@ -42,16 +41,16 @@ class CUDAGraphRunner:
         seq_lens = async_to_device(lengths + [1] * idle, tokens.device)
         if (rows, max_seqlen) not in self._captured:
             inputs = torch.stack([torch.zeros_like(seq_lens), seq_lens])
-            self._captured[rows, max_seqlen] = self._capture(cache, inputs, max_seqlen)
+            self._captured[rows, max_seqlen] = self._capture(model, cache, inputs, max_seqlen)
         captured = self._captured[rows, max_seqlen]
         captured.static_inputs[0, : len(tokens)] = tokens
         captured.static_inputs[1] = seq_lens
         captured.graph.replay()
         return captured.logits[: len(tokens)]
 
-    def _capture(self, cache: KVCache, inputs: Tensor, max_seqlen: int) -> CapturedGraph:
+    def _capture(self, model: Transformer, cache: KVCache, inputs: Tensor, max_seqlen: int) -> CapturedGraph:
         def step() -> Tensor:
-            return self._model.decode(inputs[0], cache, inputs[1], max_seqlen, equal_lengths=False)
+            return model.decode(inputs[0], cache, inputs[1], max_seqlen, equal_lengths=False)
 
         # Once without recording: what is cached for the run must not lie in a graph's memory
         stream = side_stream()

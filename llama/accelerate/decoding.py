@@ -52,7 +52,7 @@ class FastDecoding:
         cache.prepack = cache.prepack or self._prepack_pays(steps)
         cache.frozen = True
         try:
-            yield CUDAGraphRunner(model).decode if self._cuda_graphs and not hooked else decode
+            yield CUDAGraphRunner().decode if self._cuda_graphs and not hooked else decode
         finally:
             cache.frozen = False
             if versions is None:
