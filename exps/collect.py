@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file is 
 from tabulate import tabulate  # noqa: E402
 
 from cli import cli_errors, die, flag, parse  # noqa: E402
-from inspection.runs import COUNTS, RULES, Run, RunGroup, Spread, columns_of, find_runs, group_runs  # noqa: E402
+from inspection import runs  # noqa: E402
+from inspection.runs import COUNTS, QUANTITIES, RULES, Run, RunGroup, Spread  # noqa: E402
 from moa.files import atomic_write  # noqa: E402
 
 TRAINING = ("seconds", "tokens_per_s", "peak_memory_bytes")
@@ -40,13 +41,9 @@ class Flags:
 
 def markdown(groups: list[RunGroup]) -> str:
     """A table per data set, under its name where there are several."""
-    datasets = dict.fromkeys(group.dataset for group in groups)
-    tables = []
-    for dataset in datasets:
-        members = [group for group in groups if group.dataset == dataset]
-        rows = [_cells(group, columns_of(members)) for group in members]
-        if all(len(group.runs) == 1 for group in members):
-            rows = [{name: cell for name, cell in row.items() if name != "seeds"} for row in rows]
+    tables, datasets = [], runs.by_dataset(groups)
+    for dataset, members in datasets.items():
+        rows = [_cells(group, runs.columns_of(members)) for group in members]
         rows = [{name.replace("|", r"\|"): cell.replace("|", r"\|") for name, cell in row.items()} for row in rows]
         table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
         tables.append(f"## {dataset}\n\n{table}\n" if len(datasets) > 1 else f"{table}\n")
@@ -54,48 +51,34 @@ def markdown(groups: list[RunGroup]) -> str:
 
 
 def _cells(group: RunGroup, columns: list[str]) -> dict[str, str]:
-    steps, rows, parameters = (group.runs[0].numbers.get(name) for name in COUNTS)
-    training, speed = group.over("seconds"), group.over("tokens_per_s")
-    unit, name = (3600, " h") if training and training.mean >= 2 * 3600 else (60, " min")
-    peak = _peak(group)
-    cells = {
-        "model": group.name,
-        "seeds": str(len(group.runs)),
-        "trained": f"{parameters:,}" if group.trained else "-",
-        "steps": f"{steps} x {rows} rows" if group.trained else "-",
-        "training": _plus_minus(training, unit, name),
-        "tokens/s": f"{speed.mean:,.0f}" if speed else "-",
-        "memory": "-" if peak is None else f"{peak / 2**30:.1f} GiB",
-    }
+    steps, rows, _ = (group.runs[0].numbers.get(name) for name in COUNTS)
+    cells = {"model": group.name, "seeds": str(len(group.runs)), "steps": f"{steps} x {rows} rows" if steps else "-"}
+    for name in ("trainable_parameters", *TRAINING):
+        cells[QUANTITIES[name].label] = _cell(group.over(name), name)
     for column in columns:
         both = [group.score(column, rule) for rule in RULES]
-        cells[column] = " / ".join(map(_plus_minus, both)) if all(both) else "-"
+        cells[column] = " / ".join(_cell(score, "percent") for score in both) if all(both) else "-"
     return cells
 
 
-def _plus_minus(spread: Spread | None, unit: float = 1, name: str = "") -> str:
+def _cell(spread: Spread | None, name: str) -> str:
     if spread is None:
         return "-"
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation / unit:.1f}"
-    return f"{spread.mean / unit:.1f}{deviation}{name}"
-
-
-def _peak(group: RunGroup) -> int | None:
-    spread = group.over("peak_memory_bytes")
-    return int(max(spread.values)) if spread else None
+    show = QUANTITIES[name].show
+    return show(spread.mean) + (f" ± {show(spread.deviation)}" if spread.deviation else "")
 
 
 def as_csv(groups: list[RunGroup]) -> str:
     """One row per row of all tables; sd is empty where there is one seed."""
-    rows = []
+    rows, columns = [], runs.columns_of(groups)
     for group in groups:
         row: dict[str, Any] = {"dataset": group.dataset, "model": group.name, "seeds": len(group.runs)}
         row |= {name: group.runs[0].numbers.get(name) for name in COUNTS}
-        spreads = {name: group.over(name) for name in TRAINING[:2]}
-        spreads |= {f"{column} {rule}": group.score(column, rule) for column in columns_of(groups) for rule in RULES}
+        spreads = {name: group.over(name) for name in TRAINING}
+        spreads |= {f"{column} {rule}": group.score(column, rule) for column in columns for rule in RULES}
         for name, spread in spreads.items():
             row[f"{name} mean"], row[f"{name} sd"] = spread[:2] if spread else (None, None)
-        rows.append(row | {"peak_memory_bytes": _peak(group)})
+        rows.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -116,8 +99,7 @@ def as_json(groups: list[RunGroup], unfinished: list[Run]) -> str:
             "differs": group.differs,
             "seeds": [run.seed for run in group.runs],
             **{name: group.runs[0].numbers.get(name) for name in COUNTS},
-            **{name: spread(group.over(name)) for name in TRAINING[:2]},
-            "peak_memory_bytes": _peak(group),
+            **{name: spread(group.over(name)) for name in TRAINING},
             "scores": {c: {rule: spread(group.score(c, rule)) for rule in RULES} for c in group.runs[0].scores},
             "runs": [
                 {
@@ -141,15 +123,14 @@ def notes(groups: list[RunGroup]) -> list[str]:
     """What a reader of the tables should know: runs that are not averaged, groups that cannot be compared, leaks."""
     lines = []
     for group in groups:
+        model = f"{group.dataset}/{group.method}"
         if group.differs:
             folders = ", ".join(run.path.name for run in group.runs)
-            lines.append(f"{group.dataset}/{group.method}: other settings, not averaged: {group.name}: {folders}")
-        names = dict.fromkeys(name for run in group.runs for name in run.settings)
-        partly = [name for name in names if any(name not in run.settings for run in group.runs)]
+            lines.append(f"{model}: other settings, not averaged: {group.name}: {folders}")
+        partly = [name for name in group.settings if any(name not in run.settings for run in group.runs)]
         if partly:
-            lines.append(f"{group.dataset}/{group.method}: not every run has {', '.join(partly)}: not compared")
-    for dataset in dict.fromkeys(group.dataset for group in groups):
-        members = [group for group in groups if group.dataset == dataset]
+            lines.append(f"{model}: not every run has {', '.join(partly)}: not compared")
+    for dataset, members in runs.by_dataset(groups).items():
         settings = [group.settings for group in members]
         names = dict.fromkeys(name for own in settings for name in own)
         names = [name for name in names if ": " in name or name in ("base_fingerprint", "data_sha256")]
@@ -157,18 +138,17 @@ def notes(groups: list[RunGroup]) -> list[str]:
         if unlike:
             listed = ", ".join(dict.fromkeys(name.split(": ")[-1] for name in unlike))
             lines.append(f"{dataset}: the rows do not all have the same {listed}")
-        leaks = dict.fromkeys(leak for group in members for run in group.runs for leak in _leaks(run))
-        lines += [f"{dataset}: {leak}" for leak in leaks]
+        records = [run.record or {} for group in members for run in group.runs]
+        lines += dict.fromkeys(f"{dataset}: {leak}" for record in records for leak in _leaks(record))
     return lines
 
 
-def _leaks(run: Run) -> list[str]:
+def _leaks(record: dict[str, Any]) -> list[str]:
     """Tests of which rows stand in the training rows, as finetune.py recorded it."""
-    tests = ((run.record or {}).get("leaks") or {}).get("tests", [])
     return [
         f"{test['exact'] + test['near']} of {test['rows']} rows of {'/'.join(Path(test['file']).parts[-2:])} stand in "
         "the training rows"
-        for test in tests
+        for test in record.get("leaks", {}).get("tests", [])
         if test["exact"] + test["near"]
     ]
 
@@ -191,11 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     if not folders:
         die("FOLDER is required: a run, or a folder with runs under it", status=2)
     with cli_errors():
-        runs = find_runs(folders)
-        unfinished = [run for run in runs if run.unfinished and not run.damaged]
+        every_run = runs.find_runs(folders)
+        unfinished = [run for run in every_run if run.unfinished and not run.damaged]
         for run in unfinished:
             print(f"left out, not finished: {run.path}: {run.unfinished[0]}", file=sys.stderr)
-        groups = group_runs(run for run in runs if run not in unfinished)
+        groups = runs.group_runs(run for run in every_run if run not in unfinished)
         require_sound(groups)
         if not groups:
             raise ValueError(f"no finished run (a folder with scores.json) in {', '.join(folders)}")

@@ -2,15 +2,19 @@
 vision (viridis; Okabe and Ito's palette, each line with a dash and a mark)."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moa.files import atomic_write
+
 WIDTH, DPI = 6.5, 150  # inches
 TEXT, SMALL = 8.0, 7.0  # points
-GRID = {"linewidth": 0.4, "color": "#cccccc"}
 # Okabe and Ito's colours, without their yellow, which is too light for a line on white paper
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
@@ -27,6 +31,8 @@ SETTINGS = {
     "lines.markersize": 3.5,
     "legend.handlelength": 3.5,
     "axes.axisbelow": True,
+    "grid.color": "#cccccc",
+    "grid.linewidth": 0.4,
     "svg.hashsalt": "moa",  # the same file for the same data
     "svg.fonttype": "path",
     "figure.constrained_layout.use": True,
@@ -55,15 +61,13 @@ def image(figure: Any, kind: str) -> bytes:
 
 def save(figure: Any, path: str | Path) -> list[Path]:
     """Write PATH.svg and PATH.png."""
-    from moa.files import atomic_write
-
     path = Path(path)
     path = path.with_suffix("") if path.suffix in (".svg", ".png") else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {kind: path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png")}
-    for kind, file in files.items():
-        atomic_write(file, image(figure, kind))
-    return list(files.values())
+    files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png")]
+    for file in files:
+        atomic_write(file, image(figure, file.suffix[1:]))
+    return files
 
 
 def new_figure(height: float) -> Any:
@@ -73,35 +77,32 @@ def new_figure(height: float) -> Any:
     return Figure(figsize=(WIDTH, height))
 
 
-def colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
+def panels(figure: Any, count: int, columns: int, **how: Any) -> list[Any]:
+    """`count` axes in rows of `columns`, that share their y axis."""
+    grid = figure.subplots(math.ceil(count / columns), columns, sharey=True, squeeze=False, **how)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return list(grid.flat[:count])
 
 
 def look(i: int) -> dict[str, Any]:
     """Colour, dash and mark of the i-th line; the first 55 differ in dash or mark too."""
-    dash = DASHES[(i + i // len(MARKS)) % len(DASHES)]
-    return {"color": colour(i), "linestyle": dash, "marker": MARKS[i % len(MARKS)]}
+    parts = {"color": COLOURS, "linestyle": DASHES, "marker": MARKS}
+    return {name: values[i % len(values)] for name, values in parts.items()}
 
 
-def heatmap(axes: Any, rows: Sequence[Sequence[float | None]], limits: tuple[float, float]) -> Any:
-    """Draw rows of layers from top to bottom, a cell per number; None is left grey. Returns what a colour bar needs.
+def heatmap(axes: Any, rows: Sequence[Sequence[float]], limits: tuple[float, float], title: str) -> Any:
+    """Draw rows of layers from top to bottom, a cell per number; NaN is left grey. Returns what a colour bar needs.
     Also in an SVG the cells are one image: as a thousand shapes they would be most of the file."""
-    import numpy as np
-
-    cells = np.ma.masked_invalid(np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float))
     axes.set_facecolor("#dddddd")
+    cells = np.ma.masked_invalid(np.array(rows, dtype=float))
     mesh = axes.pcolormesh(cells, cmap="viridis", vmin=limits[0], vmax=limits[1], rasterized=True)
-    axes.set_ylim(len(rows), 0)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    layer_ticks(axes, len(rows))
-    return mesh
-
-
-def layer_ticks(axes: Any, n_layers: int) -> None:
-    """Number the rows of a heat map (layer i is at i + 0.5), as many as there is room for."""
-    layers = range(0, n_layers, max(1, round(n_layers / 10)))
+    axes.set(title=title, ylim=(len(rows), 0))
+    layers = range(0, len(rows), max(1, round(len(rows) / 10)))  # as many as there is room for
     axes.set_yticks([layer + 0.5 for layer in layers], list(map(str, layers)))
+    return mesh
 
 
 def colour_bar(figure: Any, mesh: Any, axes: Sequence[Any], label: str) -> None:

@@ -14,7 +14,6 @@ Statistics are what `python -m inspection gates` writes, runs the folders of fin
 what `python -m benchmarks.step --json` writes. docs/inspection.md tells how to read each chart.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from cli import flag
 from inspection import chart_style, plots
 from inspection.model import check_positive
 from inspection.router_file import PARTS, read_statistics
-from inspection.runs import RULES, Run, columns_of, find_runs, group_runs, headlines, is_number
+from inspection.runs import RULES, columns_of, expecting, find_runs, group_runs, headlines
+from moa.reading import parse_json, read_text
 
 SOURCES = {"gates": "statistics", "spread": "statistics", "loads": "statistics"}
 SOURCES |= {"losses": "runs", "tradeoff": "runs", "cost": "costs"}
@@ -81,28 +81,28 @@ def draw(flags: Flags) -> Any:
 
 
 def _losses(flags: Flags) -> Any:
-    runs = [run for run in _runs(flags) if run.trained]
+    runs = [run for run in find_runs(flags.runs.split(",")) if run.trained]
     _note(f"{run.path}: left out, no step in its log.jsonl" for run in runs if not run.losses)
-    runs = [run for run in runs if run.losses]
-    if not runs:
+    groups = group_runs(run for run in runs if run.losses)
+    if not groups:
         raise ValueError(f"--runs {flags.runs}: no run with a loss in its log.jsonl")
-    short = len({run.dataset for run in runs}) == 1
-    curves = [(run.name if short else f"{run.dataset}, {run.name}", i, run.losses) for i, run in enumerate(runs)]
+    several = len({group.dataset for group in groups}) > 1
+    named = [(group.dataset, group.run_name(run), run) for group in groups for run in group.runs]
+    curves = [(f"{data}, {name}" if several else name, i, run.losses) for i, (data, name, run) in enumerate(named)]
     return plots.losses(curves, flags.smooth)
 
 
 def _tradeoff(flags: Flags) -> Any:
-    runs = _runs(flags)
+    runs = find_runs(flags.runs.split(","))
     _note(f"{run.path}: left out, {run.problems[0]}" for run in runs if run.problems)
-    runs = [run for run in runs if not run.problems]
-    if not any(run.trained for run in runs):
+    groups = group_runs(run for run in runs if not run.problems)
+    if not any(group.trained for group in groups):
         raise ValueError(f"--runs {flags.runs}: no finished run that trained anything")
-    datasets = sorted({run.dataset for run in runs})
+    datasets = sorted({group.dataset for group in groups})
     if len(datasets) > 1:
         raise ValueError(f"--runs {flags.runs}: runs of several data sets ({', '.join(datasets)}); give those of one")
-    groups = group_runs(runs)
     column = headlines(columns_of(groups))[0]
-    lacking = [run.path for run in runs if column not in run.scores]
+    lacking = [run.path for group in groups for run in group.runs if column not in run.scores]
     if lacking:
         raise ValueError(f"{lacking[0]}: scores.json has no score for {column}, as other runs have")
     return plots.tradeoff(groups, flags.rule, column)
@@ -110,40 +110,30 @@ def _tradeoff(flags: Flags) -> Any:
 
 def read_costs(path: Path) -> dict[str, dict[str, float]]:
     """Costs by method from what `python -m benchmarks.step --json` wrote. ValueError naming the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        methods = {"base": content.get("base") or {}} | content["methods"] | (content.get("peers") or {})
+    with expecting(path, "what `python -m benchmarks.step --json` writes"):
+        content = parse_json(read_text(path), str(path))
+        methods = {"base": content.get("base", {})} | content["methods"] | content.get("peers", {})
         costs = {
-            str(name): {cost: float(v) for cost, v in numbers.items() if is_number(v) and v > 0}
+            name: {cost: float(numbers[cost]) for cost in plots.COSTS if cost in numbers}
             for name, numbers in methods.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not what `python -m benchmarks.step --json` writes ({why})") from None
-    costs = {name: numbers for name, numbers in costs.items() if numbers.keys() & plots.COSTS.keys()}
-    if not costs:
-        raise ValueError(f"{path}: methods have none of {', '.join(plots.COSTS)}")
-    return costs
+        if not any(costs.values()):
+            raise ValueError(f"methods have none of {', '.join(plots.COSTS)}")
+    return {name: numbers for name, numbers in costs.items() if numbers}
 
 
 def _statistics(flags: Flags, needed: str, lack: str) -> list[plots.Named]:
     """Names and statistics of the files, each of which has what is needed, for the tokens that are asked for."""
     files, named = flags.statistics.split(","), []
-    for name, file in zip(flags.names.split(",") if flags.names else files, files, strict=True):
-        statistics = read_statistics(file)
+    names = flags.names.split(",") if flags.names else [Path(file).stem for file in files]
+    for name, file in zip(names, files, strict=True):
+        statistics = read_statistics(Path(file))
         if not statistics[needed]:
             raise ValueError(f"{file}: method {statistics['method']} has {lack}")
         if any(flags.part not in entry["parts"] and entry.get("unit") != "row" for entry in statistics[needed]):
             raise ValueError(f"{file}: it has no tokens of {flags.part}s")
-        named.append((name if flags.names else Path(file).stem, statistics))
+        named.append((name, statistics))
     return named
-
-
-def _runs(flags: Flags) -> list[Run]:
-    runs = find_runs(flags.runs.split(","))
-    if not runs:
-        raise ValueError(f"{flags.runs}: no run in it (config.json, log.jsonl or scores.json)")
-    return runs
 
 
 def _note(lines: Iterable[str]) -> None:

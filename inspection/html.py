@@ -1,25 +1,30 @@
 """HTML pages from Jinja2 templates, in which no text from a file or a model can become markup."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from moa.files import atomic_write
+
+
+class Table(NamedTuple):
+    """A table of texts, which may have several lines. The first cell of a row is its header."""
+
+    caption: str
+    head: Sequence[str]
+    rows: list[list[str]]
 
 
 def visible(text: str) -> str:
     """Spell characters that have no look of their own as Python does: control characters, marks that turn the
-    direction of writing, halves of surrogate pairs. Lines and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char in "\n\t" else _spell(char) for char in text)
+    direction of writing, halves of surrogate pairs. Every kind of space becomes a plain one; lines and tabs stay."""
+    shown = (c if c.isprintable() or c in "\n\t" else " " if c.isspace() else repr(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(shown)
 
 
-def _spell(char: str) -> str:
-    # Line separators, no-break and thin spaces are spaces, though not "printable"
-    return " " if char.isspace() and ord(char) > 0x7F else char.encode("unicode_escape").decode()
-
-
-def render(template: str, **values: Any) -> str:
-    """The page of a template beside this file. Every text in it is escaped and made visible. ValueError where Jinja2
-    is not installed."""
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Fill a template beside this file. Every text in it is escaped and made visible. ValueError where Jinja2 is not
+    installed."""
     try:
         import jinja2
     except ImportError:
@@ -32,12 +37,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    return environment.get_template(template).render(values)
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page whole or not at all."""
-    from moa.files import atomic_write
-
+    page = environment.get_template(template).render(values)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, page.encode("utf-8", "backslashreplace"))

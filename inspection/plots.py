@@ -2,93 +2,70 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, combinations
-from statistics import StatisticsError, correlation
-from typing import Any, NamedTuple
+from itertools import combinations
+from typing import Any
 
-from inspection.chart_style import (
-    DASHES,
-    GRID,
-    MARKS,
-    SMALL,
-    colour,
-    colour_bar,
-    heatmap,
-    layer_ticks,
-    look,
-    new_figure,
-)
+import numpy as np
+
+from inspection.chart_style import COLOURS, DASHES, MARKS, SMALL, colour_bar, heatmap, look, new_figure, panels
 from inspection.router_file import part_of, slots_of
-from inspection.runs import RULES, RunGroup
+from inspection.runs import QUANTITIES, RULES, RunGroup
 
 Named = tuple[str, dict[str, Any]]  # a name to show, and router statistics
 Curve = tuple[str, int, list[tuple[int, float]]]  # a name for the legend ("": none), number of its look, (step, loss)
 
 
-class Panel(NamedTuple):
-    """Axes of the figure of gates. kind: gates, or what stands beside those of a sparse router."""
-
-    kind: str
-    name: str
-    statistics: dict[str, Any]
-    width: float
-
-
 def gates(all_named: Sequence[Named], part: str) -> Any:
     """Mean gates, layer by slot, on one scale, two of the statistics side by side; beside those of a sparse router its
     mean threshold, within the 5 to 95 % of the tokens' thresholds, and the adapters used per token."""
-    bands = [[p for named in all_named[i : i + 2] for p in _panels(*named, part)] for i in range(0, len(all_named), 2)]
-    widest = max(sum(panel.width for panel in band) for band in bands)
-    n_layers = max(statistics["n_layers"] for _, statistics in all_named)
-    figure = new_figure(0.45 + (1.25 + 0.1 * max(n_layers, 12)) * len(bands))
+    bands = [all_named[i : i + 2] for i in range(0, len(all_named), 2)]
+    widths = [[width for _, statistics in band for width in _widths(statistics)] for band in bands]
+    widest, n_layers = max(map(sum, widths)), max(statistics["n_layers"] for _, statistics in all_named)
     means = [m for _, s in all_named for block in s["blocks"] for m in part_of(block, part)["mean"]]
-    low, high = math.floor(min(means) * 20 + 1e-9) / 20, math.ceil(max(means) * 20 - 1e-9) / 20  # round ends
-    limits = (low, high) if high > low else (low, low + 0.05)
-    for subfigure, band in zip(figure.subfigures(len(bands), 1, squeeze=False)[:, 0], bands, strict=True):
-        room = widest - sum(panel.width for panel in band)
-        widths = [panel.width for panel in band] + [room] * (room > 0)
-        grid = subfigure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        for axes in grid[len(band) :]:
+    figure = new_figure(0.45 + (1.25 + 0.1 * max(n_layers, 12)) * len(bands))
+    for subfigure, band, columns in zip(
+        figure.subfigures(len(bands), 1, squeeze=False).flat, bands, widths, strict=True
+    ):
+        columns += [widest - sum(columns)] if sum(columns) < widest else []  # empty
+        grid = panels(subfigure, len(columns), len(columns), width_ratios=columns)
+        rest = iter(grid)
+        for name, statistics in band:
+            slots = slots_of(statistics)
+            cells = np.full((n_layers, len(slots)), np.nan)
+            for block in statistics["blocks"]:
+                cells[block["layer"], [slots.index(slot) for slot in block["slots"]]] = part_of(block, part)["mean"]
+            axes = next(rest)
+            mesh = heatmap(axes, cells, (min(means), max(means)), name)
+            axes.set_xticks(np.arange(len(slots)) + 0.5, slots, rotation=90)
+            if _is_sparse(statistics):
+                _threshold_and_use(next(rest), next(rest), statistics, part)
+        for axes in rest:
             axes.set_visible(False)
-        for axes, panel in zip(grid, band, strict=False):
-            _draw_panel(axes, panel, part, limits)
-            axes.tick_params(labelleft=axes is grid[0])
         grid[0].set_ylabel("layer")
-    label = "mean gate" if part == "all" else f"mean gate, tokens of {part}s"
-    colour_bar(figure, grid[0].collections[0], grid, label)  # on the last band, whose first panel is of gates
+    colour_bar(figure, mesh, grid, "mean gate" if part == "all" else f"mean gate, tokens of {part}s")
     return figure
 
 
-def _panels(name: str, statistics: dict[str, Any], part: str) -> list[Panel]:
-    panels = [Panel("gates", name, statistics, 0.3 + 0.14 * len(slots_of(statistics)))]
-    if any("threshold" in part_of(block, part) for block in statistics["blocks"]):
-        panels += [Panel(kind, name, statistics, 0.42) for kind in ("threshold", "used")]
-    return panels
+def _is_sparse(statistics: dict[str, Any]) -> bool:
+    return any("threshold" in block["parts"]["all"] for block in statistics["blocks"])
 
 
-def _draw_panel(axes: Any, panel: Panel, part: str, limits: tuple[float, float]) -> None:
-    n_layers, slots = panel.statistics["n_layers"], slots_of(panel.statistics)
-    blocks = sorted(panel.statistics["blocks"], key=lambda block: block["layer"])
-    if panel.kind == "gates":
-        gates = {
-            block["layer"]: dict(zip(block["slots"], part_of(block, part)["mean"], strict=True)) for block in blocks
-        }
-        heatmap(axes, [[gates.get(layer, {}).get(slot) for slot in slots] for layer in range(n_layers)], limits)
-        axes.set_title(panel.name)
-        axes.set_xticks([i + 0.5 for i in range(len(slots))], slots, rotation=90)
-        return
-    parts, layers = [part_of(block, part) for block in blocks], [block["layer"] + 0.5 for block in blocks]
-    axes.set_title("threshold" if panel.kind == "threshold" else "adapters\nused")
-    if panel.kind == "threshold":
-        low, high = ([numbers["threshold"]["quantiles"][i] for numbers in parts] for i in (0, -1))
-        axes.fill_betweenx(layers, low, high, color=colour(0), alpha=0.25, linewidth=0)
-    else:
-        axes.set_xlim(0, len(slots) + 0.3)
-    axes.plot([numbers[panel.kind]["mean"] for numbers in parts], layers, color=colour(0), marker="o", markersize=2)
-    axes.grid(axis="x", **GRID)
-    axes.locator_params(axis="x", nbins=3, integer=panel.kind == "used")
-    axes.set_ylim(n_layers, 0)
-    layer_ticks(axes, n_layers)
+def _widths(statistics: dict[str, Any]) -> list[float]:
+    """Of the heat map, and of what stands beside that of a sparse router."""
+    return [0.3 + 0.14 * len(slots_of(statistics)), *[0.42] * 2 * _is_sparse(statistics)]
+
+
+def _threshold_and_use(threshold: Any, used: Any, statistics: dict[str, Any], part: str) -> None:
+    layers = [block["layer"] + 0.5 for block in statistics["blocks"]]
+    parts = [part_of(block, part) for block in statistics["blocks"]]
+    low, *_, high = zip(*(numbers["threshold"]["quantiles"] for numbers in parts), strict=True)
+    threshold.fill_betweenx(layers, low, high, color=COLOURS[0], alpha=0.25, linewidth=0)
+    for axes, name, title in ((threshold, "threshold", "threshold"), (used, "used", "adapters\nused")):
+        axes.plot([numbers[name]["mean"] for numbers in parts], layers, color=COLOURS[0], marker="o", markersize=2)
+        axes.grid(axis="x")
+        axes.locator_params(axis="x", nbins=3, integer=axes is used)
+        axes.set_title(title)
+    used.set_xlim(0, len(slots_of(statistics)) + 0.3)
 
 
 def spread(all_named: Sequence[Named], part: str) -> Any:
@@ -96,27 +73,22 @@ def spread(all_named: Sequence[Named], part: str) -> Any:
     says, a line for each of the statistics. A line begins at the share of gates that are off."""
     slots = list(dict.fromkeys(slot for _, statistics in all_named for slot in slots_of(statistics)))
     columns = min(4, len(slots))
-    rows = math.ceil(len(slots) / columns)
-    figure = new_figure(0.6 + 1.35 * rows + 0.16 * math.ceil(len(all_named) / 3))
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure = new_figure(0.6 + 1.35 * math.ceil(len(slots) / columns) + 0.16 * math.ceil(len(all_named) / 3))
     handles: dict[str, Any] = {}
-    for axes, slot in zip(grid.flat, slots, strict=False):
-        axes.set_title(slot, pad=3)
+    for axes, slot in zip(panels(figure, len(slots), columns), slots, strict=True):
         for i, (name, statistics) in enumerate(all_named):
             parts = [(b["slots"].index(slot), part_of(b, part)) for b in statistics["blocks"] if slot in b["slots"]]
             count = sum(numbers["count"] for _, numbers in parts)
             if count:
-                on = sum(numbers["active"][j] * numbers["count"] for j, numbers in parts) / count
-                bins = map(sum, zip(*(numbers["histogram"][j] for j, numbers in parts), strict=True))
-                shares = [total / count for total in accumulate(bins)]
-                ends = [k / len(shares) for k in range(len(shares) + 1)]
-                (handles[name],) = axes.plot(ends, [1 - on, *shares], **look(i), markevery=(3 + 4 * i, 12))
+                on = sum(numbers["active"][j] * numbers["count"] for j, numbers in parts)
+                shares = np.cumsum(sum(np.array(numbers["histogram"][j]) for j, numbers in parts)) / count
+                heights = [1 - on / count, *shares]
+                ends = np.linspace(0, 1, len(heights))
+                (handles[name],) = axes.plot(ends, heights, **look(i), markevery=(3 + 4 * i, 12))
+        axes.set_title(slot, pad=3)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), yticks=[0, 0.5, 1])
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-        axes.grid(**GRID)
-    for i, axes in enumerate(grid.flat):
-        axes.set_visible(i < len(slots))
-        axes.tick_params(labelbottom=i + columns >= len(slots))
+        axes.grid()
     figure.supxlabel("gate" if part == "all" else f"gate, tokens of {part}s")
     figure.supylabel("share of gates up to it")
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(3, len(handles)))
@@ -125,23 +97,24 @@ def spread(all_named: Sequence[Named], part: str) -> Any:
 
 def agreement(all_named: Sequence[Named], part: str) -> list[str]:
     """How alike two of the statistics route: Pearson's correlation of their mean gates over layers and slots."""
-    means = {
-        name: {
-            (block["layer"], slot): mean
-            for block in statistics["blocks"]
-            for slot, mean in zip(block["slots"], part_of(block, part)["mean"], strict=True)
-        }
-        for name, statistics in all_named
-    }
     lines = []
-    for (first, a), (second, b) in combinations(means.items(), 2):
+    means = [(name, _mean_gates(statistics, part)) for name, statistics in all_named]
+    for (first, a), (second, b) in combinations(means, 2):
         both = sorted(a.keys() & b.keys())
-        try:
-            r = correlation([a[key] for key in both], [b[key] for key in both])
-        except StatisticsError:  # fewer than two numbers, or all the same
-            continue
-        lines.append(f"mean gates of {first} and {second}: correlation {r:.3f} over {len(both)} layers and slots")
+        x, y = ([gates[key] for key in both] for gates in (a, b))
+        if len(set(x)) > 1 and len(set(y)) > 1:
+            r = np.corrcoef(x, y)[0, 1]
+            lines.append(f"mean gates of {first} and {second}: correlation {r:.3f} over {len(both)} layers and slots")
     return lines
+
+
+def _mean_gates(statistics: dict[str, Any], part: str) -> dict[tuple[int, str], float]:
+    """Mean gates by layer and slot."""
+    return {
+        (block["layer"], slot): mean
+        for block in statistics["blocks"]
+        for slot, mean in zip(block["slots"], part_of(block, part)["mean"], strict=True)
+    }
 
 
 def chooses(statistics: dict[str, Any]) -> bool:
@@ -153,52 +126,48 @@ def loads(name: str, statistics: dict[str, Any], part: str, show: str) -> Any:
     """A heat map per slot, layer by expert, of the share of tokens that chose each expert (show: load) or of its mean
     weight (mean); beside it the balance of the mean weights (solid) and the entropy of a token's own (dashed)."""
     slots = list(dict.fromkeys(mixture["slot"] for mixture in statistics["experts"]))
-    parts = {(mixture["layer"], mixture["slot"]): mixture["parts"][part] for mixture in statistics["experts"]}
     n, n_layers = max(mixture["experts"] for mixture in statistics["experts"]), statistics["n_layers"]
+    high = max(value for mixture in statistics["experts"] for value in mixture["parts"][part][show])
     columns = min(5, len(slots))
-    rows = math.ceil(len(slots) / columns)
-    figure = new_figure(1.2 + rows * (0.4 + 0.09 * max(n_layers, 12)))
-    grid = figure.subplots(rows, 2 * columns, width_ratios=[2, 1] * columns, sharey=True, squeeze=False)
-    flat, high = list(grid.flat), max(value for numbers in parts.values() for value in numbers[show])
-    for axes in flat[2 * len(slots) :]:
-        axes.set_visible(False)
-    for slot, heat, lines in zip(slots, flat[::2], flat[1::2], strict=False):
-        layers = [layer for layer in range(n_layers) if (layer, slot) in parts]
-        cells = [parts[layer, slot][show] if layer in layers else [None] * n for layer in range(n_layers)]
-        mesh = heatmap(heat, cells, (0, high))
-        heat.set(title=slot, xlabel="expert")
-        heat.set_xticks([i + 0.5 for i in sorted({0, n - 1})], [str(i) for i in sorted({0, n - 1})])
+    figure = new_figure(1.2 + math.ceil(len(slots) / columns) * (0.4 + 0.09 * max(n_layers, 12)))
+    grid = panels(figure, 2 * len(slots), 2 * columns, width_ratios=[2, 1] * columns)
+    for slot, heat, lines in zip(slots, grid[::2], grid[1::2], strict=True):
+        parts = {
+            mixture["layer"]: mixture["parts"][part] for mixture in statistics["experts"] if mixture["slot"] == slot
+        }
+        cells = np.full((n_layers, n), np.nan)
+        cells[list(parts)] = [numbers[show] for numbers in parts.values()]
+        mesh = heatmap(heat, cells, (0, high), slot)
+        heat.set(xlabel="expert", ylabel="layer" if heat.get_subplotspec().is_first_col() else "")
+        heat.set_xticks([0.5, n - 0.5], ["0", str(n - 1)])
         for i, measure in enumerate(("balance", "entropy")):
-            values = [parts[layer, slot][measure] for layer in layers]
-            lines.plot(values, [layer + 0.5 for layer in layers], color=colour(i), linestyle=DASHES[i], label=measure)
-        lines.set(xlim=(-0.05, 1.05), xticks=[0, 1], ylim=(n_layers, 0))
+            values = [numbers[measure] for numbers in parts.values()]
+            lines.plot(values, np.array(list(parts)) + 0.5, color=COLOURS[i], linestyle=DASHES[i], label=measure)
+        lines.set(xlim=(-0.05, 1.05), xticks=[0, 1])
         lines.tick_params(left=False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("layer")
-    figure.legend(*flat[1].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.legend(*grid[1].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.suptitle(name, x=0.02, ha="left")
-    colour_bar(figure, mesh, flat, "share of tokens that chose the expert" if show == "load" else "mean weight of it")
+    colour_bar(figure, mesh, grid, "share of tokens that chose the expert" if show == "load" else "mean weight of it")
     return figure
 
 
 def losses(curves: Sequence[Curve], smooth: int) -> Any:
     """Loss by step: the mean of the last `smooth` steps as a line, the steps themselves faint behind it."""
     figure = new_figure(3.2)
-    axes, ends, last = figure.subplots(), [], 1
+    axes, settled = figure.subplots(), []
     for i, (name, style, points) in enumerate(curves):
         steps, values = zip(*points, strict=True)
-        sums = [0.0, *accumulate(values)]
-        means = [(sums[k + 1] - sums[max(0, k + 1 - smooth)]) / min(k + 1, smooth) for k in range(len(values))]
-        axes.plot(steps, values, color=colour(style), alpha=0.15, linewidth=0.6)
+        means = [np.mean(values[max(0, k - smooth) : k]) for k in range(1, len(values) + 1)]
         every = max(1, len(steps) // 8)
+        axes.plot(steps, values, color=look(style)["color"], alpha=0.15, linewidth=0.6)
         axes.plot(steps, means, label=name or None, **look(style), markevery=(i * every // len(curves), every))
-        ends, last = ends + means[len(means) // 10 :], max(last, steps[-1])
+        settled += means[len(means) // 10 :]
     axes.set_xlabel("step")
     axes.set_ylabel("training loss" if smooth == 1 else f"training loss, mean of the last {smooth} steps")
-    room = (max(ends) - min(ends)) * 0.25 or 0.1
-    axes.set_ylim(min(ends) - room, max(ends) + room)  # single steps may go beyond
-    axes.set_xlim(0, last + 1)
-    axes.grid(axis="y", **GRID)
+    room = (max(settled) - min(settled)) * 0.25 or 0.1
+    axes.set_ylim(min(settled) - room, max(settled) + room)  # single steps may go beyond
+    axes.set_xlim(left=0)
+    axes.grid(axis="y")
     figure.legend(loc="outside right center")
     return figure
 
@@ -207,11 +176,9 @@ def scores(groups: Sequence[RunGroup], columns: Sequence[str]) -> Any:
     """Scores by both rules, a panel per column, a row per group: means over seeds with the 95 % intervals over the test
     rows, and single seeds as upright ticks."""
     across = min(3, len(columns))
-    rows = math.ceil(len(columns) / across)
-    figure = new_figure(0.35 + rows * (0.5 + 0.22 * len(groups)))
-    grid = figure.subplots(rows, across, sharey=True, squeeze=False)
-    handles = {}
-    for axes, column in zip(grid.flat, columns, strict=False):
+    figure = new_figure(0.35 + math.ceil(len(columns) / across) * (0.5 + 0.22 * len(groups)))
+    grid, handles = panels(figure, len(columns), across), {}
+    for axes, column in zip(grid, columns, strict=True):
         axes.set_title(column if len(columns) == 1 or len(column) < 36 else column[:35] + "…")
         for y, group in enumerate(groups):
             for i, rule in enumerate(RULES):
@@ -220,33 +187,19 @@ def scores(groups: Sequence[RunGroup], columns: Sequence[str]) -> Any:
                     continue
                 half = score.half_width or 0.0
                 ends = [[min(half, score.mean)], [min(half, 100 - score.mean)]]
-                style = {"color": colour(i), "marker": MARKS[i], "linestyle": "none", "elinewidth": 0.8}
+                style = {"color": COLOURS[i], "marker": MARKS[i], "linestyle": "none", "elinewidth": 0.8}
                 handles[rule] = axes.errorbar(score.mean, height, xerr=ends, capsize=1.5, **style)
                 if score.deviation is not None:
-                    axes.plot(score.values, [height] * len(score.values), "|", color=colour(i), markersize=5)
-        axes.grid(axis="x", **GRID)
-    grid[0, 0].set_yticks(range(len(groups)), [group.name for group in groups])
-    grid[0, 0].set_ylim(len(groups) - 0.5, -0.5)
-    for axes in list(grid.flat)[len(columns) :]:
-        axes.set_visible(False)
+                    axes.plot(score.values, [height] * len(score.values), "|", color=COLOURS[i], markersize=5)
+        axes.grid(axis="x")
+    grid[0].set_yticks(range(len(groups)), [group.name for group in groups])
+    grid[0].set_ylim(len(groups) - 0.5, -0.5)
     figure.supxlabel("percent right")
     figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=2)
     return figure
 
 
-class Measure(NamedTuple):
-    """A number on an axis: its name, and how far to divide it to get the axis's unit."""
-
-    label: str
-    unit: float
-    log: bool = False
-
-
-MEASURES = {
-    "trainable_parameters": Measure("trainable parameters", 1, log=True),
-    "seconds": Measure("time of training, minutes", 60),
-    "peak_memory_bytes": Measure("peak memory, GB", 1e9),
-}
+PRICES = ("trainable_parameters", "seconds", "peak_memory_bytes")
 
 
 def tradeoff(groups: Sequence[RunGroup], rule: str, column: str) -> Any:
@@ -254,26 +207,28 @@ def tradeoff(groups: Sequence[RunGroup], rule: str, column: str) -> Any:
     deviation over the seeds to both sides; with one seed it is the 95 % interval that the number of test problems
     leaves. Groups that trained nothing are a dashed line."""
     figure = new_figure(3.1)
-    grid = figure.subplots(1, len(MEASURES), sharey=True)
+    grid = panels(figure, len(PRICES), len(PRICES))
     tuned = [group for group in groups if group.trained]
-    for axes, (name, measure) in zip(grid, MEASURES.items(), strict=True):
+    for axes, name in zip(grid, PRICES, strict=True):
         for group in groups:
             score = group.score(column, rule)
             if not group.trained:
                 axes.axhline(score.mean, color="#555555", linestyle=(0, (2, 2)), linewidth=0.8, label=group.name)
                 continue
-            i, x = tuned.index(group), group.over(name).mean / measure.unit
+            style, x = look(tuned.index(group)), group.over(name).mean / QUANTITIES[name].unit
             half = score.deviation if score.deviation is not None else score.half_width or 0.0
-            axes.vlines(x, max(0.0, score.mean - half), score.mean + half, color=colour(i), alpha=0.3, linewidth=0.8)
-            axes.plot(x, score.mean, label=group.name, **look(i) | {"linestyle": "none", "markersize": 5})
+            axes.vlines(
+                x, max(0.0, score.mean - half), score.mean + half, color=style["color"], alpha=0.3, linewidth=0.8
+            )
+            axes.plot(x, score.mean, label=group.name, **style | {"linestyle": "none", "markersize": 5})
         sizes = [group.over(name).mean for group in tuned]
-        if measure.log and max(sizes) > 3 * min(sizes) > 0:
+        if max(sizes) > 10 * min(sizes) > 0:
             axes.set_xscale("log")
         else:
             axes.locator_params(axis="x", nbins=3)
         axes.margins(0.12)
-        axes.set_xlabel(measure.label)
-        axes.grid(**GRID)
+        axes.set_xlabel(QUANTITIES[name].label)
+        axes.grid()
     grid[0].set_ylabel(f"{column}, {rule} rule, %")
     columns = 5 if max(len(group.name) for group in groups) < 22 else 2
     legend = {"ncols": columns, "columnspacing": 1.2, "handletextpad": 0.4}
@@ -281,12 +236,7 @@ def tradeoff(groups: Sequence[RunGroup], rule: str, column: str) -> Any:
     return figure
 
 
-COSTS = {
-    "seconds_per_epoch": Measure("an epoch, hours", 3600),
-    "seconds_per_step": Measure("a step, seconds", 1),
-    "peak_memory_bytes": Measure("peak memory, GB", 1e9),
-    "seconds_per_answer": Measure("an answer, seconds", 1),
-}
+COSTS = ("seconds_per_epoch", "seconds_per_step", "peak_memory_bytes", "seconds_per_answer")
 
 
 def costs(methods: Mapping[str, Mapping[str, float]]) -> Any:
@@ -294,17 +244,14 @@ def costs(methods: Mapping[str, Mapping[str, float]]) -> Any:
     shown = [name for name in COSTS if any(name in numbers for numbers in methods.values())]
     shown = [name for name in shown if name != "seconds_per_step" or "seconds_per_epoch" not in shown]
     figure = new_figure(0.7 + 0.19 * len(methods))
-    grid = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    grid = panels(figure, len(shown), len(shown))
     for i, (axes, name) in enumerate(zip(grid, shown, strict=True)):
-        measure = COSTS[name]
-        if name == "seconds_per_epoch" and max(numbers.get(name, 0) for numbers in methods.values()) < 3 * 3600:
-            measure = Measure("an epoch, minutes", 60)
-        widths = {y: numbers[name] / measure.unit for y, numbers in enumerate(methods.values()) if name in numbers}
-        bars = axes.barh(list(widths), list(widths.values()), height=0.65, color=colour(i))
-        for y in set(range(len(methods))) - set(widths):
-            axes.text(0, y, " not measured", va="center", fontsize=SMALL, color="#555555")
-        axes.bar_label(bars, [f"{width:#.3g}".rstrip(".") for width in widths.values()], padding=2, fontsize=SMALL)
-        axes.set(xlim=(0, 1.25 * max(widths.values())), xlabel=measure.label)
+        quantity, values = QUANTITIES[name], [numbers.get(name) for numbers in methods.values()]
+        bars = axes.barh(range(len(values)), [(v or 0) / quantity.unit for v in values], height=0.65, color=COLOURS[i])
+        texts = ["not measured" if value is None else quantity.show(value) for value in values]
+        axes.bar_label(bars, texts, padding=2, fontsize=SMALL)
+        axes.set(xlabel=quantity.label)
+        axes.margins(x=0.25)
         axes.locator_params(axis="x", nbins=4)
     grid[0].set_yticks(range(len(methods)), list(methods))
     grid[0].invert_yaxis()

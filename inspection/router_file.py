@@ -23,61 +23,52 @@ and has the part "all" only. A gate is the weight of its adapter: 0 where a spar
 Standard deviations divide by the count. The outer bins also hold what lies beyond 0 and 1.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from inspection.runs import is_number
+import numpy as np
+
+from inspection.runs import expecting
+from moa.reading import parse_json, read_text
 
 FORMAT, VERSION = "moa-router-statistics", 1
 PARTS = ("prompt", "answer", "all")
 
 
-def read_statistics(path: str | Path) -> dict[str, Any]:
+def read_statistics(path: Path) -> dict[str, Any]:
     """Statistics from a file. ValueError naming the file and what is wrong with it."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not router statistics as `python -m inspection gates` writes them")
-    if content.get("version") != VERSION:
-        raise ValueError(f"{path}: statistics of version {content.get('version')!r:.40}, expected {VERSION}")
-    try:
+    content = parse_json(read_text(path), str(path))
+    with expecting(path, "router statistics as `python -m inspection gates` writes them"):
+        if (content["format"], content["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"{content['format']} of version {content['version']}, not {FORMAT} of version {VERSION}")
         _check(content)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged router statistics ({type(error).__name__}: {error!s:.200})") from None
     return content
 
 
 def _check(content: dict[str, Any]) -> None:
-    """Raise KeyError, TypeError, AttributeError or ValueError unless figures and tables can use the content."""
+    """Raise unless figures and tables can use the content."""
     content["source"].items(), content["counts"].items()
-    layers, bins = range(content["n_layers"]), content["bins"]
     for block in content["blocks"]:
+        n = len(block["slots"])
         for part in block["parts"].values():
-            n = len(block["slots"])
-            for name in ("mean", "std", "active"):
-                _check_numbers(name, part[name], n)
-            _check_numbers("histogram", [count for slot in part["histogram"] for count in slot], n * bins)
-            _check_numbers("used and count", [part["used"]["mean"], part["count"]], 2)
+            _require([part[name] for name in ("mean", "std", "active")], 3, n)
+            _require(part["histogram"], n, content["bins"])
+            _require([part["used"]["mean"], part["count"]], 2)
             if "threshold" in part:
-                _check_numbers("threshold", [part["threshold"]["mean"], *part["threshold"]["quantiles"]], 6)
+                _require([part["threshold"]["mean"], *part["threshold"]["quantiles"]], 6)
     for mixture in content["experts"]:
         for part in mixture["parts"].values():
-            for name in ("mean", "load"):
-                _check_numbers(name, part[name], mixture["experts"])
-            _check_numbers("used, balance and entropy", [part["used"]["mean"], part["balance"], part["entropy"]], 3)
+            _require([part["mean"], part["load"]], 2, mixture["experts"])
+            _require([part["used"]["mean"], part["balance"], part["entropy"]], 3)
     for entry in (*content["blocks"], *content["experts"]):
-        if entry["layer"] not in layers or "all" not in entry["parts"] or not set(entry["parts"]) <= set(PARTS):
-            raise ValueError(f"layer {entry['layer']!r:.20} of {len(layers)}, or its parts")
+        if entry["layer"] not in range(content["n_layers"]) or "all" not in entry["parts"]:
+            raise ValueError(f"layer {entry['layer']} of {content['n_layers']}, or its parts")
 
 
-def _check_numbers(name: str, values: list[Any], count: int) -> None:
-    if len(values) != count or not all(map(is_number, values)):
-        raise ValueError(f"{name}: expected {count} numbers")
+def _require(numbers: Any, *shape: int) -> None:
+    array = np.array(numbers, dtype=float)
+    if array.shape != shape or not np.isfinite(array).all():
+        raise ValueError(f"expected {shape} numbers")
 
 
 def part_of(block: dict[str, Any], part: str) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from typing import Any
 
 from cli import cli_errors, die, flag, parse_into
 from inspection.model import ModelFlags, check_positive, running
+from inspection.router_recorder import read_answers
+from inspection.running_stats import RouterStatistics
+from llama.checkpoint import fingerprint
+from llama.data import encode_prompt
+from llama.distributed import dp_rank, dp_size, is_rank0
 from llama.machine import check_sampling
+from moa.files import file_hash, write_json
+from moa.reading import read_rows
 
 ROWS = "rows and answers"
 
@@ -58,8 +65,6 @@ def main(argv: Sequence[str], prog: str) -> None:
 
 def read_rows_with_answers(flags: Flags) -> list[dict[str, Any]]:
     """Rows with an instruction and an input, and (--predict_file) an answer as `generate`: one row per sample."""
-    from moa.reading import read_rows
-
     if flags.prompt is not None:
         return [{"instruction": flags.prompt, "input": ""}]
     file = flags.data_path or flags.predict_file
@@ -78,14 +83,8 @@ def read_rows_with_answers(flags: Flags) -> list[dict[str, Any]]:
 
 def count_and_save(flags: Flags, llm: Any, rows: list[dict[str, Any]], model_flags: ModelFlags) -> None:
     """Read this process's share of the rows; then the main process writes the sums of all."""
-    from inspection.running_stats import RouterStatistics
-    from llama.data import encode_prompt
-    from llama.distributed import dp_rank, dp_size, is_rank0
-    from moa.files import write_json
-
     statistics = RouterStatistics(llm.model)
-    room = llm.max_seq_len - flags.max_gen_len
-    prompts = [encode_prompt(llm.tokenizer, row, room) for row in rows]
+    prompts = [encode_prompt(llm.tokenizer, row, llm.max_seq_len - flags.max_gen_len) for row in rows]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < llm.max_seq_len]
     if not fitting:
         raise ValueError(f"no row leaves room for an answer within --max_seq_len {llm.max_seq_len}")
@@ -98,65 +97,54 @@ def count_and_save(flags: Flags, llm: Any, rows: list[dict[str, Any]], model_fla
         else:
             llm.generate([prompts[i] for i in share], flags.max_gen_len, **sampling)
     statistics.reduce()
-    if is_rank0():
-        source = {"rows": len(fitting), "rows_left_out": len(rows) - len(fitting)} | describe_source(flags, model_flags)
-        source |= {"max_seq_len": llm.max_seq_len, "adapter": llm.model.config.to_dict()}
-        source |= sampling if flags.predict_file is None else {}
-        source |= {"dtype": str(llm.model.output.weight.dtype).removeprefix("torch."), "processes": dp_size()}
-        result = statistics.result(source)
-        Path(flags.save_path).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(flags.save_path), result)
-        print("\n".join(summary(result)))
-
-
-def read_answers(llm: Any, prompts: list[list[int]], answers: list[list[int]]) -> None:
-    """Run one forward pass over each prompt with its answer, cut at max_seq_len, `max_batch_size` rows at a time."""
-    import torch
-
-    from llama.packing import PackedBatch
-
-    device = llm.model.output.weight.device
-    for begin in range(0, len(prompts), llm.max_batch_size):
-        part = slice(begin, begin + llm.max_batch_size)
-        rows = [(p + a)[: llm.max_seq_len] for p, a in zip(prompts[part], answers[part], strict=True)]
-        batch = PackedBatch([len(tokens) for tokens in rows], device, [len(prompt) for prompt in prompts[part]])
-        with torch.inference_mode():
-            llm.model.forward_hidden(torch.tensor([token for tokens in rows for token in tokens], device=device), batch)
-
-
-def describe_source(flags: Flags, model_flags: ModelFlags) -> dict[str, Any]:
-    """What was read; files by name and content, not by where they lie."""
-    from llama.checkpoint import fingerprint
-    from moa.files import file_hash
-
+    if not is_rank0():
+        return
+    # What was read; files by name and content, not by where they lie
     file, adapter = flags.data_path or flags.predict_file, Path(model_flags.adapter_path)
-    return {
-        "answers": "generated" if flags.predict_file is None else "given",
-        "data": Path(file).name if file else None,
-        "data_sha256": file_hash(file) if file else None,
-        "prompt": flags.prompt,
-        "max_gen_len": flags.max_gen_len,
-        "base_fingerprint": fingerprint(model_flags.ckpt_dir),
-        "adapter_sha256": file_hash(adapter / "adapter.pth" if adapter.is_dir() else adapter),
-    }
+    result = statistics.result(
+        {
+            "rows": len(fitting),
+            "rows_left_out": len(rows) - len(fitting),
+            "answers": "generated" if flags.predict_file is None else "given",
+            "data": Path(file).name if file else None,
+            "data_sha256": file_hash(file) if file else None,
+            "prompt": flags.prompt,
+            "max_gen_len": flags.max_gen_len,
+            "base_fingerprint": fingerprint(model_flags.ckpt_dir),
+            "adapter_sha256": file_hash(adapter / "adapter.pth" if adapter.is_dir() else adapter),
+            "max_seq_len": llm.max_seq_len,
+            "adapter": llm.model.config.to_dict(),
+            **(sampling if flags.predict_file is None else {}),
+            "dtype": str(llm.model.output.weight.dtype).removeprefix("torch."),
+            "processes": dp_size(),
+        }
+    )
+    Path(flags.save_path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(flags.save_path), result)
+    print("\n".join(summary(result)))
 
 
 def summary(result: dict[str, Any]) -> list[str]:
     """Lines for the terminal: means over the layers."""
     counts = result["counts"]
     lines = [f"{result['method']}: {counts['prompt']} tokens of prompts, {counts['answer']} of answers"]
-    blocks = [(block["slots"], block["parts"]["all"]) for block in result["blocks"]]
-    for slot in dict.fromkeys(slot for slots, _ in blocks for slot in slots):
-        columns = [(part, slots.index(slot)) for slots, part in blocks if slot in slots]
-        gate, active = (mean([part[name][i] for part, i in columns]) for name in ("mean", "active"))
+    gates: dict[str, list[tuple[float, float]]] = {}
+    parts = [block["parts"]["all"] for block in result["blocks"]]
+    for block, part in zip(result["blocks"], parts, strict=True):
+        for slot, *numbers in zip(block["slots"], part["mean"], part["active"], strict=True):
+            gates.setdefault(slot, []).append(numbers)
+    for slot, numbers in gates.items():
+        gate, active = map(mean, zip(*numbers, strict=True))
         lines.append(f"  {slot:14} mean gate {gate:.3f}, above 0 in {active:.1%}")
-    if blocks:
-        used, there = mean([part["used"]["mean"] for _, part in blocks]), mean([len(slots) for slots, _ in blocks])
-        lines.append(f"  adapters used per layer: {used:.2f} of {there:.2f}")
-    mixtures = [(mixture["slot"], mixture["parts"]["all"]) for mixture in result["experts"]]
-    for slot in dict.fromkeys(slot for slot, _ in mixtures):
-        parts = [part for other, part in mixtures if other == slot]
-        balance, entropy = (mean([part[name] for part in parts]) for name in ("balance", "entropy"))
-        used = mean([part["used"]["mean"] for part in parts])
+    if parts:
+        used, slots = mean(part["used"]["mean"] for part in parts), mean(len(part["mean"]) for part in parts)
+        lines.append(f"  adapters used per layer: {used:.2f} of {slots:.2f}")
+    experts: dict[str, list[tuple[float, float, float]]] = {}
+    for mixture in result["experts"]:
+        part = mixture["parts"]["all"]
+        numbers = (part["used"]["mean"], part["balance"], part["entropy"])
+        experts.setdefault(mixture["slot"], []).append(numbers)
+    for slot, numbers in experts.items():
+        used, balance, entropy = map(mean, zip(*numbers, strict=True))
         lines.append(f"  {slot:14} experts used {used:.2f}, balance {balance:.3f}, entropy {entropy:.3f}")
     return lines

@@ -9,17 +9,19 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from inspection.html import visible
+from moa.reading import parse_json, read_text
 from training.config import RESUMABLE_FIELDS
 
 RULES = ("published", "robust")
 MARKS = ("config.json", "log.jsonl", "scores.json", "*.jsonl.settings.json")  # a folder with one of these is a run
-LOGGED = ("seconds", "tokens", "peak_memory_bytes")
+SETTINGS = ".jsonl.settings.json"
 
 # Runs of one group may differ in what a resumed run may change, in their seed, and in how the length and the learning
 # rate were given: RESOLVED holds what those came to.
@@ -27,6 +29,32 @@ NOT_COMPARED = RESUMABLE_FIELDS | {"seed", "flash_attention2", "epochs", "max_st
 NOT_COMPARED |= {"adapter_sha256", "adapter_params_sha256"}
 COUNTS = ("steps", "rows_per_step", "trainable_parameters")
 RESOLVED = (*COUNTS, "base_fingerprint", "data_sha256", "rows", "warmup_steps", "lr")
+
+
+class Quantity(NamedTuple):
+    """How a number is shown: its name, how far to divide it to get the unit in the name, its format."""
+
+    label: str
+    unit: float
+    form: str
+
+    def show(self, value: float) -> str:
+        return format(value / self.unit, self.form)
+
+
+QUANTITIES = {
+    "percent": Quantity("%", 1, ".1f"),
+    "trainable_parameters": Quantity("trained parameters", 1, ",.0f"),
+    "rows_per_step": Quantity("rows per step", 1, ",.0f"),
+    "final_loss": Quantity("final loss", 1, ".2f"),
+    "seconds": Quantity("training, min", 60, ",.1f"),
+    "seconds_per_epoch": Quantity("an epoch, min", 60, ",.1f"),
+    "seconds_per_step": Quantity("a step, s", 1, ",.2f"),
+    "tokens_per_s": Quantity("tokens/s", 1, ",.0f"),
+    "peak_memory_bytes": Quantity("peak memory, GiB", 2**30, ",.2f"),
+    "adapter_bytes": Quantity("adapter file, MB", 1e6, ",.1f"),
+    "seconds_per_answer": Quantity("an answer, s", 1, ",.3f"),
+}
 
 
 class Score(NamedTuple):
@@ -68,17 +96,13 @@ class Run:
     losses: list[tuple[int, float]] = field(default_factory=list)
     scores_file: dict[str, Any] | None = None
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)
-    means: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    means: dict[str, list[str]] = field(default_factory=dict)
     answers: dict[str, Path] = field(default_factory=dict)
     answer_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return brief(self.method if self.seed is None else f"{self.method} s{self.seed}", 80)
 
     @property
     def trained(self) -> bool:
@@ -102,11 +126,11 @@ class RunGroup:
 
     @property
     def name(self) -> str:
-        differs = ", ".join(f"{name} {_short(value)}" for name, value in self.differs.items())
+        differs = ", ".join(f"{name} {brief(value, 32)}" for name, value in self.differs.items())
         return brief(f"{self.method} ({differs})" if differs else self.method, 80)
 
     def run_name(self, run: Run) -> str:
-        return self.name if run.seed is None else f"{self.name} s{brief(run.seed, 12)}"
+        return self.name if run.seed is None else f"{self.name} s{run.seed}"
 
     @property
     def trained(self) -> bool:
@@ -118,9 +142,9 @@ class RunGroup:
 
     def score(self, column: str, rule: str) -> Spread | None:
         scores = [run.scores[column][rule] for run in self.runs if column in run.scores]
-        widths = _spread([score.half_width for score in scores if score.half_width is not None])
+        widths = [score.half_width for score in scores if score.half_width is not None]
         spread = _spread([score.percent for score in scores])
-        return spread and spread._replace(half_width=widths and widths.mean)
+        return spread and spread._replace(half_width=statistics.fmean(widths) if widths else None)
 
 
 def _spread(values: list[float]) -> Spread | None:
@@ -131,140 +155,145 @@ def _spread(values: list[float]) -> Spread | None:
 
 def find_runs(folders: Iterable[str | Path]) -> list[Run]:
     """The runs at and under the folders, each once, by path (s10 behind s9), untuned models first. ValueError where
-    there is no such folder."""
+    there is none, or no such folder."""
     paths: dict[Path, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
         inside = {path.parent for mark in MARKS for path in folder.rglob(mark)}
         paths |= {path.resolve(): path for path in sorted(inside, key=_natural)}
+    if not paths:
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"{names}: no run in it (a folder with config.json, log.jsonl or scores.json)")
     return sorted(map(read_run, paths.values()), key=lambda run: run.trained)
 
 
+@contextmanager
+def expecting(path: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever reading a damaged file raises into a ValueError that names it and what was expected."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise ValueError(f"{path}: not {what} ({brief(f'{type(error).__name__}: {error}')})") from None
+
+
 def read_run(folder: Path) -> Run:
-    """The run in a folder. Nothing in its files makes this fail."""
+    """The run in a folder. What is wrong with one of its files stands in `damaged`."""
     run = Run(folder, *_names(folder.resolve()))
-    for file in sorted(folder.glob("*.jsonl"), key=_natural):
-        if file.name not in ("log.jsonl", "verdicts.jsonl"):
-            run.answers[file.stem] = file
-    for file in sorted(folder.glob("*.jsonl.settings.json"), key=_natural):
-        run.answer_settings[file.name.removesuffix(".jsonl.settings.json")] = _read_object(run, file.name) or {}
-    _read_record(run)
-    _read_log(run)
-    _read_scores(run)
-    for test, settings in run.answer_settings.items():
-        run.settings |= {f"{test}: {name}": value for name, value in settings.items() if name not in NOT_COMPARED}
-    if run.scores:
-        run.settings["tests"] = ", ".join(sorted(run.scores))
-    files = [file for name in ("adapter.pth", "adapter.safetensors") if (file := folder / name).is_file()]
-    if files:
-        run.numbers["adapter_bytes"] = files[0].stat().st_size
-    elif run.trained:
-        run.missing.append("no adapter file")
-    if not run.answers:
-        run.missing.append("no test was answered")
-    parts = {re.sub(r"\.jsonl\.part\d+$", "", file.name) for file in folder.glob("*.jsonl.part*")}
-    run.missing += [f"the answers to {name} are not complete" for name in sorted(parts)]
+    logs = ("log.jsonl", "verdicts.jsonl")
+    run.answers = {file.stem: file for file in sorted(folder.glob("*.jsonl")) if file.name not in logs}
+    readers = [("config.json", "the record of finetune.py", _read_record)]
+    readers += [("log.jsonl", "the log of finetune.py", _read_log)]
+    readers += [("scores.json", "scores of `python -m evaluate --save_path`", _read_scores)]
+    for file in sorted(folder.glob(f"*{SETTINGS}")):
+        readers.append((file.name, "the settings of generate.py", _read_answer_settings))
+    for name, what, read in readers:
+        try:
+            if (folder / name).exists():
+                with expecting(name, what):
+                    read(run, name, read_text(folder / name))
+        except (ValueError, OSError) as error:
+            run.damaged.append(str(error))
+    _find_missing(run)
     return run
 
 
 def _names(folder: Path) -> tuple[str, str, int | None]:
     """Method, data set and seed of DATASET/METHOD/sSEED, DATASET/METHOD-sSEED or DATASET/METHOD."""
-    seeded = re.fullmatch(r"(?:(.+)-)?s(\d{1,9})", folder.name)
-    if seeded is None:
-        return folder.name, folder.parent.name, None
-    if seeded[1]:
-        return seeded[1], folder.parent.name, int(seeded[2])
-    return folder.parent.name, folder.parent.parent.name, int(seeded[2])
+    dataset, method, seed = re.search(r"([^/]*)/([^/]+?)(?:[-/]s(\d+))?$", str(folder)).groups()
+    return method, dataset, None if seed is None else int(seed)
 
 
-def _read_record(run: Run) -> None:
-    run.record = record = _read_object(run, "config.json")
-    if record is None:
-        if not (run.path / "config.json").exists() and (run.path / "log.jsonl").exists():
-            run.damaged.append("config.json: no such file, so the settings are not known")
-        return
-    settings, adapter = (record[name] if isinstance(record.get(name), dict) else {} for name in ("settings", "adapter"))
-    run.numbers |= {name: record[name] for name in COUNTS if type(record.get(name)) is int and is_number(record[name])}
-    run.damaged += [f"config.json: no whole number {name!r}" for name in COUNTS if name not in run.numbers]
-    method, seed = adapter.get("method"), settings.get("seed")
-    if not isinstance(method, str) or type(seed) is not int:
-        run.damaged.append("config.json: no settings with a seed, or no adapter with a method")
-    if isinstance(method, str) and not run.method.startswith(method):
-        run.method = f"{run.method}: {method}"
-    run.seed = seed if type(seed) is int else run.seed
-    run.settings = {name: value for name, value in settings.items() if name not in NOT_COMPARED} | adapter
+def _read_record(run: Run, name: str, text: str) -> None:
+    record = parse_json(text, name)
+    settings, adapter, counts = record["settings"], record["adapter"], {name: record[name] for name in COUNTS}
+    if not all(type(number) is int for number in (settings["seed"], *counts.values())):
+        raise ValueError(f"seed, {', '.join(COUNTS)}: expected whole numbers")
+    if not run.method.startswith(adapter["method"]):
+        run.method = f"{run.method}: {adapter['method']}"
+    run.record, run.seed, run.numbers = record, settings["seed"], counts
+    run.settings |= {name: value for name, value in settings.items() if name not in NOT_COMPARED} | adapter
     run.settings |= {name: record[name] for name in RESOLVED if name in record}
 
 
-def _read_log(run: Run) -> None:
-    """A last line that was cut short is left out."""
-    lines, entries = (_read_text(run, "log.jsonl") or "").splitlines(), []
+def _read_log(run: Run, name: str, text: str) -> None:
+    lines, entries = text.splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        absent = [n for n in ("step", *LOGGED) if not isinstance(entry, dict) or not is_number(entry.get(n))]
-        if absent and number < len(lines):
-            run.damaged.append(f"log.jsonl: line {number} is not a step of a run: no number {absent[0]!r}")
-        if not absent:
-            entries.append(entry)
+            with expecting(f"line {number}", "a step"):
+                entry = parse_json(line, f"line {number}")
+                seconds, tokens, peak = (float(entry[name]) for name in ("seconds", "tokens", "peak_memory_bytes"))
+                loss = None if entry.get("loss") is None else float(entry["loss"])
+                entries.append((int(entry["step"]), loss, seconds, tokens, peak))
+        except ValueError as error:
+            if number < len(lines):  # the last one may have been cut short
+                run.damaged.append(f"{name}: {error}")
     run.logged_steps = len(entries)
-    run.losses = [(entry["step"], float(entry["loss"])) for entry in entries if is_number(entry.get("loss"))]
-    if not run.trained:
-        return
-    steps = run.numbers.get("steps")
-    if steps != len(entries) or [entry["step"] for entry in entries] != list(range(1, len(entries) + 1)):
-        run.unfinished.append(f"{len(entries)} of {'unknown' if steps is None else steps} steps in log.jsonl")
-    if len(run.losses) < len(entries):
-        run.missing.append(f"{len(entries) - len(run.losses)} of {len(entries)} steps have no loss that is a number")
+    run.losses = [(step, loss) for step, loss, *_ in entries if loss is not None]
     if entries:
-        seconds, tokens, peaks = ([float(entry[name]) for entry in entries] for name in LOGGED)
+        _, _, seconds, tokens, peaks = zip(*entries, strict=True)
         run.numbers |= {"seconds": math.fsum(seconds), "seconds_per_step": statistics.median(seconds)}
-        run.numbers["tokens_per_s"] = math.fsum(tokens) / max(math.fsum(seconds), 1e-9)
-        run.numbers["peak_memory_bytes"] = max(peaks)
+        run.numbers |= {"tokens_per_s": sum(tokens) / max(sum(seconds), 1e-9), "peak_memory_bytes": max(peaks)}
     if run.losses:
         last = [loss for _, loss in run.losses[-max(len(run.losses) // 10, 1) :]]
         run.numbers["final_loss"] = statistics.fmean(last)
 
 
-def _read_scores(run: Run) -> None:
-    if not (run.path / "scores.json").exists():
-        run.unfinished.append("no scores.json")
-        return
-    run.scores_file = _read_object(run, "scores.json")
-    try:
-        run.scores, run.means = _scores(run.scores_file) if run.scores_file is not None else ({}, {})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = brief(f"{type(error).__name__}: {error}")
-        run.damaged.append(f"scores.json: not scores of `python -m evaluate --save_path` ({why})")
-
-
-def _scores(content: dict[str, Any]) -> tuple[dict[str, dict[str, Score]], dict[str, tuple[str, ...]]]:
-    """Scores by column and rule, and the tests that columns of means are over. A column is a test, or its pass@k where
-    several samples were drawn, or the mean over a family of several tests."""
-    scores, means, names = {}, {}, {}
+def _read_scores(run: Run, name: str, text: str) -> None:
+    """A column is a test, or its pass@k where several samples were drawn, or the mean over a family of tests."""
+    content, scores, means, columns = parse_json(text, name), {}, {}, {}
     for test, part in content["suites"].items():
         rows, problems = part["rows"], part["problems"]
-        names[test] = f"{test} ({rows})" if rows == problems else f"{test} ({rows} of {problems})"
+        count = f"({rows})" if rows == problems else f"({rows} of {problems})"
+        columns[test] = f"{test} {count}"
         if "pass_at" not in part:
-            scores[names[test]] = {rule: _score(part[rule]) for rule in RULES}
+            scores[columns[test]] = {rule: _score(part[rule]) for rule in RULES}
         for k in part.get("pass_at", {}).get("published", {}):
             by_rule = {rule: _score({"percent": part["pass_at"][rule][k]}) for rule in RULES}
-            scores[names[test].replace(" (", f" pass@{k} (", 1)] = by_rule
+            scores[f"{test} pass@{k} {count}"] = by_rule
     for family, part in content["families"].items():
         if len(part["suites"]) > 1:
             scores[f"mean, {family}"] = {rule: _score(part["mean"][rule]) for rule in RULES}
-            means[f"mean, {family}"] = tuple(names[test] for test in part["suites"])
-    return scores, means
+            means[f"mean, {family}"] = [columns[test] for test in part["suites"]]
+    run.scores_file, run.scores, run.means = content, scores, means
+    run.settings["tests"] = ", ".join(sorted(scores))
 
 
 def _score(part: dict[str, Any]) -> Score:
-    percent, half_width = part["percent"], part.get("half_width")
-    if not is_number(percent) or not 0 <= percent <= 100:
-        raise ValueError(f"{percent!r} is no percentage")
-    return Score(float(percent), float(half_width) if is_number(half_width) else None)
+    if not 0 <= part["percent"] <= 100:
+        raise ValueError(f"{part['percent']} is no percentage")
+    return Score(part["percent"], part.get("half_width"))
+
+
+def _read_answer_settings(run: Run, name: str, text: str) -> None:
+    test, settings = name.removesuffix(SETTINGS), dict(parse_json(text, name))
+    run.answer_settings[test] = settings
+    run.settings |= {f"{test}: {name}": value for name, value in settings.items() if name not in NOT_COMPARED}
+
+
+def _find_missing(run: Run) -> None:
+    if run.trained:
+        steps = run.numbers.get("steps", "unknown")
+        if steps != run.logged_steps:
+            run.unfinished.append(f"{run.logged_steps} of {steps} steps in log.jsonl")
+        if run.record is None and not (run.path / "config.json").exists():
+            run.damaged.append("config.json: no such file, so the settings are not known")
+        if len(run.losses) < run.logged_steps:
+            lacking = run.logged_steps - len(run.losses)
+            run.missing.append(f"{lacking} of {run.logged_steps} steps have no loss that is a number")
+        files = [file for name in ("adapter.pth", "adapter.safetensors") if (file := run.path / name).is_file()]
+        if files:
+            run.numbers["adapter_bytes"] = files[0].stat().st_size
+        else:
+            run.missing.append("no adapter file")
+    if not (run.path / "scores.json").exists():
+        run.unfinished.append("no scores.json")
+    if not run.answers:
+        run.missing.append("no test was answered")
+    parts = {re.sub(r"\.jsonl\.part\d+$", "", file.name) for file in run.path.glob("*.jsonl.part*")}
+    run.missing += [f"the answers to {name} are not complete" for name in sorted(parts)]
 
 
 def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
@@ -280,13 +309,14 @@ def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
             fitting[0].settings |= run.settings
             continue
         group = RunGroup(run.dataset, run.method, [run], dict(run.settings))
-        differs = {name: run.settings[name] for name in _differing(alike[0].settings, run.settings)} if alike else {}
-        group.differs = _merge_tests(differs, run)
+        # What holds for the answers to every test is named once
+        differing = _differing(alike[0].settings, run.settings) if alike else []
+        group.differs = {name.split(": ")[-1]: run.settings[name] for name in differing}
         if group.name in {other.name for other in alike}:
             group.differs["run"] = len(alike) + 1
         groups.append(group)
-    for dataset in dict.fromkeys(group.dataset for group in groups):
-        _rename_means([run for group in groups if group.dataset == dataset for run in group.runs])
+    for members in by_dataset(groups).values():
+        _rename_means([run for group in members for run in group.runs])
     return groups
 
 
@@ -294,23 +324,20 @@ def _differing(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
     return [name for name, value in settings.items() if name in others and others[name] != value]
 
 
-def _merge_tests(settings: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Say once what holds for the answers to every test."""
-    merged: dict[str, Any] = {}
-    for name, value in settings.items():
-        _, colon, setting = name.partition(": ")
-        alike = colon and all(settings.get(f"{test}: {setting}") == value for test in run.answer_settings)
-        merged[f"generate: {setting}" if alike else name] = value
-    return merged
-
-
 def _rename_means(runs: list[Run]) -> None:
     """Give a mean over other tests than another run's a column of its own."""
     for column in {column for run in runs for column in run.means}:
-        if len({run.means[column] for run in runs if column in run.means}) > 1:
-            for run in runs:
-                if column in run.means:
-                    run.scores[f"{column}: {', '.join(run.means.pop(column))}"] = run.scores.pop(column)
+        with_it = [run for run in runs if column in run.means]
+        if any(run.means[column] != with_it[0].means[column] for run in with_it):
+            for run in with_it:
+                run.scores[f"{column}: {', '.join(run.means.pop(column))}"] = run.scores.pop(column)
+
+
+def by_dataset(groups: Iterable[RunGroup]) -> dict[str, list[RunGroup]]:
+    datasets: dict[str, list[RunGroup]] = {}
+    for group in groups:
+        datasets.setdefault(group.dataset, []).append(group)
+    return datasets
 
 
 def columns_of(groups: Iterable[RunGroup]) -> list[str]:
@@ -324,51 +351,12 @@ def headlines(columns: list[str]) -> list[str]:
     return [column for column in columns if column.startswith("mean, ")] or columns
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def brief(value: Any, length: int = 200) -> str:
     """A value from a file as visible text of at most about `length` characters."""
-    try:
-        text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        text = type(value).__name__
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
     return visible(text if len(text) <= length else text[: length - 1] + "…")
 
 
-def _short(value: Any) -> str:
-    """Of a hash its first ten digits."""
-    return str(value)[:10] if re.fullmatch("[0-9a-f]{32,}", str(value)) else brief(value, 60)
-
-
-def _read_text(run: Run, name: str) -> str | None:
-    try:
-        return (run.path / name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        run.damaged.append(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})")
-        return None
-
-
-def _read_object(run: Run, name: str) -> dict[str, Any] | None:
-    text = _read_text(run, name)
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        run.damaged.append(f"{name}: not valid JSON ({error})")
-        return None
-    if not isinstance(value, dict):
-        run.damaged.append(f"{name}: expected a JSON object")
-        return None
-    return value
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
+def _natural(path: Path) -> list[str | int]:
     """A sorting key that puts s10 behind s9."""
-    parts = re.split(r"(?a:(\d{1,9}))", str(path))
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d{1,9})", str(path)))]

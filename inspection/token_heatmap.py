@@ -18,13 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
 from cli import cli_errors, flag, parse_into
-from inspection.html import render, visible, write_page
+from inspection.html import visible, write_page
 from inspection.model import ModelFlags, check_positive, running
+from inspection.router_recorder import RouterBatch, RouterKey, RouterRecorder, multi_expert_adapters, read_answers
+from llama.data import encode_prompt
+from llama.distributed import is_rank0
+from moa.reading import read_rows
 
 TEXT, VIEW = "prompt and answer", "what is shown"
 # Cividis, from dark blue to yellow: brighter as a value grows, and the same for all kinds of colour vision
 CIVIDIS = ("00224e", "1a386f", "434e6c", "61656f", "7d7c78", "9b9476", "bcae6c", "dec958", "fee838")
+DARK = 0.465  # below this share of the scale white letters can be read better than black ones (WCAG 2)
 
 
 @dataclass(frozen=True)
@@ -66,14 +74,13 @@ class View(NamedTuple):
 
     def marks(self) -> list[float]:
         """Values that a legend shows."""
-        steps = round(self.high - self.low) if self.is_count else 10
-        return [self.low + (self.high - self.low) * i / steps for i in range(steps + 1)]
+        return np.linspace(self.low, self.high, round(self.high - self.low) + 1 if self.is_count else 11).tolist()
 
     def number(self, value: float) -> str:
         return f"{value:.0f}" if self.is_count else f"{value:.2f}"
 
-    def colours(self, value: float) -> tuple[bytes, bytes]:
-        """Background and text colour (red, green, blue) of a value."""
+    def colours(self, value: float) -> tuple[str, str]:
+        """Background and text colour of a value, in hex."""
         return colours((value - self.low) / (self.high - self.low))
 
 
@@ -85,45 +92,32 @@ class TokenHeatmap(NamedTuple):
     prompt_len: int
     views: list[View]
 
-    def parts(self) -> list[tuple[str, int, int]]:
-        return [("prompt", 0, self.prompt_len), ("answer", self.prompt_len, len(self.tokens))]
+    def parts(self) -> list[tuple[str, range]]:
+        return [("prompt", range(self.prompt_len)), ("answer", range(self.prompt_len, len(self.tokens)))]
 
 
 def main(argv: Sequence[str], prog: str) -> None:
     (flags, model_flags), _ = parse_into([Flags, ModelFlags], argv, prog=prog, description=__doc__)
     with cli_errors():
-        from llama.distributed import is_rank0
-
-        row = _read_row(flags)
+        row = {"instruction": flags.prompt, "input": ""}
+        if flags.data_path is not None:
+            rows = read_rows(flags.data_path, ("instruction", "input"))
+            if flags.row > len(rows):
+                raise ValueError(f"--row {flags.row}: {flags.data_path} has {len(rows)} rows")
+            row = rows[flags.row - 1]
         with running(model_flags) as llm:
             heatmap = make_heatmap(flags, llm, row)
             if not is_rank0():
                 return
-            coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every sign
-            print(terminal(heatmap, coloured))
+            print(terminal(heatmap, coloured=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
             if flags.save_path is not None:
-                write_page(Path(flags.save_path), page(heatmap))
+                write_page(Path(flags.save_path), "token_heatmap.html.j2", heatmap=heatmap, one_line=one_line)
                 print(f"wrote {flags.save_path}", file=sys.stderr)
-
-
-def _read_row(flags: Flags) -> dict[str, Any]:
-    from moa.reading import read_rows
-
-    if flags.data_path is None:
-        return {"instruction": flags.prompt, "input": ""}
-    rows = read_rows(flags.data_path, ("instruction", "input"))
-    if flags.row > len(rows):
-        raise ValueError(f"--row {flags.row}: {flags.data_path} has {len(rows)} rows")
-    return rows[flags.row - 1]
 
 
 def make_heatmap(flags: Flags, llm: Any, row: dict[str, Any]) -> TokenHeatmap:
     """The row's tokens and views. ValueError naming a flag that asks for what this model does not have."""
-    from inspection.router_recorder import RouterBatch, RouterRecorder
-    from inspection.router_stats import read_answers
-    from llama.data import encode_prompt
-
     selections = _select(flags, llm.model)
     prompt = encode_prompt(llm.tokenizer, row, llm.max_seq_len - 1)
     if len(prompt) >= llm.max_seq_len:
@@ -132,74 +126,69 @@ def make_heatmap(flags: Flags, llm: Any, row: dict[str, Any]) -> TokenHeatmap:
         (answer,) = llm.generate([prompt], flags.max_gen_len)
     else:
         answer = llm.tokenizer.encode(flags.answer)
-    tokens = (prompt + answer)[: llm.max_seq_len]
     batches: list[RouterBatch] = []
     with RouterRecorder(llm.model, batches.append):
         read_answers(llm, [prompt], [answer])
-    views = [_view(flags, batches[0], layers, slot, len(tokens)) for layers, slot in selections]
+    views = [_view(flags, llm.model.config, batches[0], layers, slot) for slot, layers in selections]
+    tokens = (prompt + answer)[: llm.max_seq_len]
     return TokenHeatmap(llm.model.config.method, token_texts(llm.tokenizer, tokens), len(prompt), views)
 
 
-def _select(flags: Flags, model: Any) -> list[tuple[list[int], str | None]]:
-    """(layers to take the mean over, slot or None for all of a block) of each view that the flags ask for."""
-    from inspection.router_recorder import multi_expert_adapters
-
-    config = model.config
-    if config is None or not any(config.slots(layer) for layer in range(config.n_layers)):
-        raise ValueError("--adapter_path: it has no adapter with a gate")
-    experts = [(layer, slot) for layer, slot, _ in multi_expert_adapters(model)]
-    routed = [block.layer for block in model.layers if block.router is not None]
-    gates = [(layer, slot.name) for layer in routed for slot in config.slots(layer)]
-    by_block = flags.show == "used" and bool(gates) and flags.slots is None
-    available = gates if flags.show == "gate" else experts
-    if not available and not by_block:
+def _select(flags: Flags, model: Any) -> list[tuple[str | None, list[int]]]:
+    """(slot, or None for all of a block; layers to take the mean over) of each view that the flags ask for."""
+    config, routed = model.config, [block.layer for block in model.layers if block.router is not None]
+    experts = [(slot, layer) for layer, slot, _ in multi_expert_adapters(model)]
+    if not routed and not experts:
+        raise ValueError("--adapter_path: it has no router, of a block's adapters or of experts")
+    if flags.show == "gate":
+        available = [(slot.name, layer) for layer in routed for slot in config.slots(layer)]
+    elif flags.show == "used" and routed and flags.slots is None:
+        available = [(None, layer) for layer in routed]
+    else:
+        available = experts
+    if not available:
         lacks = "no router of a block's adapters" if flags.show == "gate" else "no adapter with several experts"
         other = "--show used or weight" if experts else "--show gate or used without --slots"
         raise ValueError(f"--show {flags.show}: method {config.method} has {lacks}; try {other}")
-    if flags.expert is not None and not 0 <= flags.expert < config.experts.expert_num:
+    if flags.expert is not None and flags.expert not in range(config.experts.expert_num):
         raise ValueError(f"--expert must be from 0 to {config.experts.expert_num - 1}, not {flags.expert}")
-    layers_of: dict[str | None, list[int]] = {None: routed} if by_block else {}
-    for layer, slot in [] if by_block else available:
+    layers_of: dict[str | None, list[int]] = {}
+    for slot, layer in available:
         layers_of.setdefault(slot, []).append(layer)
-    selections: list[tuple[list[int], str | None]] = []
-    for slot in flags.slots.split(",") if flags.slots else layers_of:
+    slots = flags.slots.split(",") if flags.slots else list(layers_of)
+    selections = []
+    for slot in slots:
         if slot not in layers_of:
             raise ValueError(f"--slots: {slot!r} is none of {', '.join(map(str, layers_of))}")
-        layers = layers_of[slot]
-        if flags.layers == "mean":
-            selections.append((layers, slot))
-            continue
-        for layer in map(int, flags.layers.split(",")):
-            if layer not in layers:
-                listed = ", ".join(map(str, layers))
+        layers = layers_of[slot] if flags.layers == "mean" else [int(layer) for layer in flags.layers.split(",")]
+        for layer in layers:
+            if layer not in layers_of[slot]:
+                listed = ", ".join(map(str, layers_of[slot]))
                 raise ValueError(f"--layers: layer {layer} has no {slot or 'router'} (it is in {listed})")
-            selections.append(([layer], slot))
+        selections += [(slot, layers)] if flags.layers == "mean" else [(slot, [layer]) for layer in layers]
     return selections
 
 
-def _view(flags: Flags, batch: Any, layers: list[int], slot: str | None, n_tokens: int) -> View:
-    import torch
-
-    values, high = [], 1
+def _view(flags: Flags, config: Any, batch: RouterBatch, layers: list[int], slot: str | None) -> View:
+    """The mean over the layers of each token's number; a gate of the whole row is that of all its tokens."""
+    kind = "gates" if slot is None or flags.show == "gate" else "experts"
+    values = []
     for layer in layers:
-        if slot is None:
-            numbers = torch.cat(list(batch.gates[layer].values()), 1) > 0
-        elif flags.show == "gate":
-            numbers = batch.gates[layer][slot]
-        elif flags.show == "used":
-            numbers = batch.experts[layer, slot] > 0
+        numbers = batch.values[RouterKey(kind, layer, slot if kind == "experts" else None)]
+        if flags.show == "gate":
+            numbers = numbers[:, [[slot.name for slot in config.slots(layer)].index(slot)]]
+        elif flags.show == "weight":
+            numbers = numbers[:, [flags.expert]]
         else:
-            numbers = batch.experts[layer, slot][:, flags.expert, None]
-        high = max(high, numbers.shape[1])
-        values.append(numbers.double().sum(1).expand(n_tokens))  # a gate of the whole row is that of all its tokens
-    means = torch.stack(values).mean(0).tolist()
+            numbers = numbers > 0
+        values.append(numbers.double().sum(1).expand(len(batch.is_answer)))
+    means, low, high = torch.stack(values).mean(0).tolist(), 0, 1
+    is_count = flags.show == "used" and len(layers) == 1
+    if flags.show == "used":  # means over layers lie close together
+        low, high = (0, numbers.shape[1]) if is_count else (math.floor(min(means)), math.floor(max(means)) + 1)
     titles = {"gate": f"gate of {slot}", "weight": f"weight of expert {flags.expert} of {slot}"}
     titles["used"] = "adapters used" if slot is None else f"experts of {slot} used"
     where = f"layer {layers[0]}" if flags.layers != "mean" else f"mean over {len(layers)} layers"
-    is_count, low = flags.show == "used" and len(layers) == 1, 0
-    if flags.show == "used" and not is_count:  # means over layers lie close together
-        low = min(math.floor(min(means)), high - 1)
-        high = max(math.ceil(max(means)), low + 1)
     return View(f"{titles[flags.show]}, {where}", means, low, high, is_count)
 
 
@@ -216,15 +205,12 @@ def token_texts(tokenizer: Any, tokens: list[int]) -> list[str]:
     return texts
 
 
-def colours(share: float) -> tuple[bytes, bytes]:
-    """Background colour of 0 to 1 on the scale, and black or white, whichever can be read better on it (WCAG 2)."""
-    x = min(max(share, 0.0), 1.0) * (len(CIVIDIS) - 1)
-    i = min(int(x), len(CIVIDIS) - 2)
-    low, high = (bytes.fromhex(CIVIDIS[j]) for j in (i, i + 1))
-    back = bytes(round(a + (b - a) * (x - i)) for a, b in zip(low, high, strict=True))
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in back)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return back, bytes(3) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else b"\xff\xff\xff"
+def colours(share: float) -> tuple[str, str]:
+    """Background colour of 0 to 1 on the scale, and white or black for the letters on it, in hex."""
+    ends = np.linspace(0, 1, len(CIVIDIS))
+    channels = zip(*map(bytes.fromhex, CIVIDIS), strict=True)
+    back = bytes(round(np.interp(share, ends, channel)) for channel in channels)
+    return back.hex(), "ffffff" if share < DARK else "000000"
 
 
 def one_line(token: str) -> str:
@@ -239,28 +225,17 @@ def terminal(heatmap: TokenHeatmap, coloured: bool) -> str:
         legend = "".join(_on_colour(f" {view.number(value)} ", view, value) for value in view.marks())
         plain = f"[number behind each token, {view.low:g} to {view.high:g}]"
         lines += [f"{heatmap.method}: {view.title}", legend if coloured else plain]
-        for name, begin, end in heatmap.parts():
+        for name, tokens in heatmap.parts():
             text = ""
-            for token, value in zip(heatmap.tokens[begin:end], view.values[begin:end], strict=True):
-                number = f"{one_line(token)}[{view.number(value)}]"
-                text += _on_colour(one_line(token), view, value) if coloured else number
-                text += "\n" * token.count("\n")
+            for i in tokens:
+                token, value = one_line(heatmap.tokens[i]), view.values[i]
+                text += _on_colour(token, view, value) if coloured else f"{token}[{view.number(value)}]"
+                text += "\n" * heatmap.tokens[i].count("\n")
             lines += [f"{name}:", text.rstrip("\n")]
         lines.append("")
     return "\n".join(lines)
 
 
 def _on_colour(text: str, view: View, value: float) -> str:
-    back, ink = view.colours(value)
-    codes = ";".join(map(str, (48, 2, *back, 38, 2, *ink)))
-    return f"\x1b[{codes}m{text}\x1b[0m"
-
-
-def page(heatmap: TokenHeatmap) -> str:
-    """A page that needs no other file. A token shows its number when pointed at; a table below has all of them."""
-    return render("token_heatmap.html.j2", heatmap=heatmap, css=_css, one_line=one_line)
-
-
-def _css(view: View, value: float) -> str:
-    back, ink = view.colours(value)
-    return f"background:#{back.hex()};color:#{ink.hex()}"
+    back, letters = (";".join(map(str, bytes.fromhex(colour))) for colour in view.colours(value))
+    return f"\x1b[48;2;{back};38;2;{letters}m{text}\x1b[0m"

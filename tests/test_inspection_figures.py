@@ -12,7 +12,7 @@ from inspection import chart_style, plots
 from inspection import figures as command
 from inspection.running_stats import RouterStatistics
 from inspection.runs import NOT_COMPARED, find_runs, group_runs
-from run_folders import loss, write_run
+from run_folders import log, loss, write_run
 from tiny import shared, tokens
 from training import config
 
@@ -41,11 +41,11 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_a_finished_run_and_an_untuned_base(runs: Path) -> None:
-    found = find_runs([runs, runs / "lora"])
-    assert [run.name for run in found][:2] == ["base s0", "a_method_with_a_long_name s0"] and len(found) == 7
-    assert all(run.problems == [] and run.dataset == "math" for run in found)
-    run = next(run for run in found if run.name == "lora s1")
-    assert (run.method, run.seed, run.logged_steps, run.numbers["trainable_parameters"]) == ("lora", 1, 30, 1_000_004)
+    read = find_runs([runs, runs / "lora"])
+    assert [run.method for run in read][:2] == ["base", "a_method_with_a_long_name"] and len(read) == 7
+    assert all(run.problems == [] and run.dataset == "math" for run in read)
+    run = next(run for run in read if (run.method, run.seed) == ("lora", 1))
+    assert (run.logged_steps, run.numbers["trainable_parameters"]) == (30, 1_000_004)
     assert run.numbers["seconds"] == 30 * 21 and run.numbers["peak_memory_bytes"] == 30 * 2**29
     assert run.scores["AddSub (100 of 395)"]["robust"] == (42, 5)
     assert run.answers == {"AddSub": runs / "lora" / "s1" / "AddSub.jsonl"}
@@ -54,28 +54,34 @@ def test_a_finished_run_and_an_untuned_base(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "sentences"),
     [
-        ({"log.jsonl": '{"step": 1, "seconds": 1, "tokens": 1, "peak_memory_bytes": 1}\n{"st'}, ["1 of 4 steps"]),
+        ({"log.jsonl": log(1, 3) + '{"st'}, ["1 of 4 steps"]),
         ({"log.jsonl": None}, ["0 of 4 steps in log.jsonl"]),
         ({"adapter.pth": None}, ["no adapter file"]),
         ({"scores.json": None}, ["no scores.json"]),
         ({"scores.json": "{"}, ["scores.json: not valid JSON"]),
-        ({"scores.json": "[]"}, ["scores.json: expected a JSON object"]),
+        ({"scores.json": "[]"}, ["scores.json: not scores of `python -m evaluate"]),
         ({"AddSub.jsonl": None, "AddSub.jsonl.part0": ""}, ["no test was answered", "the answers to AddSub are not"]),
         ({"config.json": "nonsense"}, ["config.json: not valid JSON", "4 of unknown steps"]),
-        ({"config.json": "{}"}, ["no settings with a seed", "'trainable_parameters'", "'steps'"]),
+        ({"config.json": "{}"}, ["config.json: not the record of finetune.py (KeyError: 'settings')"]),
     ],
 )
-def test_what_a_run_lacks_is_told(tmp_path: Path, files: dict[str, Any], sentences: list[str]) -> None:
+def test_what_a_run_lacks_is_a_sentence(tmp_path: Path, files: dict[str, Any], sentences: list[str]) -> None:
     (run,) = find_runs([write_run(tmp_path / "d" / "lora" / "s3", files=files)])
     assert run.method == "lora" and run.seed == 3
     for words in sentences:
         assert any(words in problem for problem in run.problems), (words, run.problems)
 
 
-def test_folders(tmp_path: Path) -> None:
-    assert find_runs([tmp_path]) == []
-    with pytest.raises(ValueError, match="nothing: no such folder"):
-        find_runs([tmp_path / "nothing"])
+@pytest.mark.parametrize("folder", ["d/lora/s9", "d/lora-s9", "d/lora-x"])
+def test_method_data_set_and_seed_are_in_the_path(tmp_path: Path, folder: str) -> None:
+    write_run(tmp_path / "lora" / "s9").rename(tmp_path / "run")
+    (tmp_path / folder).parent.mkdir(parents=True)
+    (tmp_path / "run").rename(tmp_path / folder)
+    (run,) = find_runs([tmp_path])
+    assert (run.dataset, run.method, run.seed) == ("d", "lora-x" if "x" in folder else "lora", 9)
+
+
+def test_seed_10_stands_behind_seed_9(tmp_path: Path) -> None:
     for name in ("s10", "s9"):
         write_run(tmp_path / "lora" / name)
     assert [run.seed for run in find_runs([tmp_path])] == [9, 10]
@@ -141,7 +147,7 @@ def test_more_than_two_heat_maps_stand_below_each_other(names: list[str]) -> Non
     assert first.y1 == second.y1 and max(box.y1 for box in rest) < min(first.y0, second.y0)
 
 
-@pytest.mark.parametrize("names", [METHODS, ["custom"], ["sparse_moa_const_threshold", "soft_moa_linear_router"]])
+@pytest.mark.parametrize("names", [METHODS, ["custom"]])
 def test_spread(names: list[str]) -> None:
     named = [(name, statistics_of(name)) for name in names]
     figure = plots.spread(named, "all")
@@ -163,10 +169,10 @@ def test_agreement_of_mean_gates() -> None:
     assert len(plots.agreement([("a", soft), ("b", sparse), ("c", soft)], "all")) == 3
 
 
-@pytest.mark.parametrize("name", ["adamole", "topk_moelora", "molora", "prompt_moe", "soft_moa_experts"])
+@pytest.mark.parametrize("name", ["adamole", "molora", "prompt_moe", "soft_moa_experts"])
 def test_loads(name: str) -> None:
     statistics = statistics_of(name)
-    assert plots.chooses(statistics) == (name in ("adamole", "topk_moelora"))
+    assert plots.chooses(statistics) == (name == "adamole")
     show = "load" if plots.chooses(statistics) else "mean"
     figure = plots.loads(name, statistics, "all", show)
     require_legible(figure)
@@ -179,11 +185,11 @@ def test_loads(name: str) -> None:
 
 
 def test_losses(runs: Path) -> None:
-    trained = [run for run in find_runs([runs]) if run.losses]
-    figure = plots.losses([(run.name, i, run.losses) for i, run in enumerate(trained)], 5)
+    curves = [(f"{run.method} s{run.seed}", i, run.losses) for i, run in enumerate(find_runs([runs])[1:])]
+    figure = plots.losses(curves, 5)
     require_legible(figure)
     lines = figure.axes[0].lines[1::2]
-    assert [line.get_label() for line in lines] == [run.name for run in trained]
+    assert [line.get_label() for line in lines] == [name for name, _, _ in curves]
     assert lines[0].get_ydata()[0] == loss(0, 0)
     assert lines[0].get_ydata()[6] == pytest.approx(sum(loss(i, 0) for i in range(2, 7)) / 5)
 
@@ -207,15 +213,14 @@ def test_tradeoff_and_scores(runs: Path, rule: str, extra: int) -> None:
 
 
 def test_cost() -> None:
-    hours = {f"method_number_{i}": i + 1 for i in range(13)}
-    methods = {name: {"seconds_per_epoch": 3600.0 * n, "seconds_per_answer": 0.5} for name, n in hours.items()}
-    methods["method_number_0"] = {"peak_memory_bytes": 2e9}
+    minutes = {f"method_number_{i}": i + 1 for i in range(13)}
+    methods = {name: {"seconds_per_epoch": 60.0 * n, "seconds_per_answer": 0.5} for name, n in minutes.items()}
+    methods["method_number_0"] = {"peak_memory_bytes": 2**31, "seconds_per_step": 1.0}
     figure = plots.costs(methods)
     require_legible(figure)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["an epoch, hours", "peak memory, GB", "an answer, seconds"]
-    assert [bar.get_width() for bar in figure.axes[0].patches] == list(range(2, 14))
-    (minutes,) = plots.costs({"lora": {"seconds_per_epoch": 90.0, "seconds_per_step": 1.0}}).axes
-    assert minutes.get_xlabel() == "an epoch, minutes" and minutes.patches[0].get_width() == 1.5
+    assert [axes.get_xlabel() for axes in figure.axes] == ["an epoch, min", "peak memory, GiB", "an answer, s"]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [0, *range(2, 14)]
+    assert [text.get_text() for text in figure.axes[0].texts][:2] == ["not measured", "2.0"]
 
 
 # The command

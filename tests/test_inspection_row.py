@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from inspection import token_heatmap as command
-from inspection.token_heatmap import Flags, TokenHeatmap, View, colours, make_heatmap, page, terminal, token_texts
+from inspection.html import write_page
+from inspection.token_heatmap import Flags, TokenHeatmap, View, colours, make_heatmap, one_line, terminal, token_texts
 from llama.distributed import init_distributed
 from llama.packing import PackedBatch
 from tiny import BASE, build, save, shared
@@ -16,21 +17,21 @@ from tiny import BASE, build, save, shared
 HOSTILE = 'a <b>&amp; "\x1b[31m\u202e\x00 \n\n\té🙂</script>'
 
 
-def look(name: str, answer: str | None = "two", prompt: str = "one", **flags: object) -> TokenHeatmap:
+def look(name: str, answer: str | None = "two", **flags: object) -> TokenHeatmap:
     llm = build(name, max_seq_len=400)
-    asked = Flags(**{"prompt": prompt, "answer": answer, "max_gen_len": 5} | flags)
-    return make_heatmap(asked, llm, {"instruction": prompt, "input": ""})
+    parsed = Flags(**{"prompt": "one", "answer": answer, "max_gen_len": 5} | flags)
+    return make_heatmap(parsed, llm, {"instruction": "one", "input": ""})
 
 
-def router_says(name: str, found: TokenHeatmap) -> dict[str, torch.Tensor]:
+def gates_of(name: str, heatmap: TokenHeatmap) -> dict[str, torch.Tensor]:
     """The gates of layer 0, slot by slot, of the tokens of a row."""
     llm = shared(name)
-    tokens = llm.tokenizer.encode("".join(found.tokens).removeprefix("<|begin_of_text|>"), bos=True)
-    assert len(tokens) == len(found.tokens)
+    tokens = llm.tokenizer.encode("".join(heatmap.tokens).removeprefix("<|begin_of_text|>"), bos=True)
+    assert len(tokens) == len(heatmap.tokens)
     x = llm.model.tok_embeddings(torch.tensor(tokens))
     router = llm.model.layers[0].router
     if router.per_sequence:
-        x = PackedBatch([len(tokens)], "cpu", [found.prompt_len]).mean_over_prompt(x)
+        x = PackedBatch([len(tokens)], "cpu", [heatmap.prompt_len]).mean_over_prompt(x)
     with torch.no_grad():
         gates = router(x)
     return {slot: gate.squeeze(1).expand(len(tokens)) for slot, gate in gates.items()}
@@ -38,18 +39,18 @@ def router_says(name: str, found: TokenHeatmap) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "soft_moa_instance", "unipeft"])
 def test_gates_are_the_routers(name: str) -> None:
-    found = look(name, layers="0", slots="p_adapter,lora_Q")
-    said = router_says(name, found)
-    assert [view.title for view in found.views] == ["gate of p_adapter, layer 0", "gate of lora_Q, layer 0"]
-    for view, slot in zip(found.views, ("p_adapter", "lora_Q"), strict=True):
-        assert view.values == pytest.approx(said[slot].tolist(), abs=1e-6)
+    heatmap = look(name, layers="0", slots="p_adapter,lora_Q")
+    gates = gates_of(name, heatmap)
+    assert [view.title for view in heatmap.views] == ["gate of p_adapter, layer 0", "gate of lora_Q, layer 0"]
+    for view, slot in zip(heatmap.views, ("p_adapter", "lora_Q"), strict=True):
+        assert view.values == pytest.approx(gates[slot].tolist(), abs=1e-6)
 
 
 def test_adapters_used_and_means_over_layers() -> None:
     (used,) = look("sparse_moa", layers="0", show="used").views
-    said = router_says("sparse_moa", look("sparse_moa"))
-    assert used.values == [sum(float(said[slot][i]) > 0 for slot in said) for i in range(len(used.values))]
-    assert used.is_count and used.high == len(said) and used.marks() == list(range(len(said) + 1))
+    gates = gates_of("sparse_moa", look("sparse_moa"))
+    assert used.values == [sum(float(gates[slot][i]) > 0 for slot in gates) for i in range(len(used.values))]
+    assert used.is_count and used.marks() == list(range(len(gates) + 1))
     first, second = look("sparse_moa", layers="0,1", slots="lora_K").views
     (mean,) = look("sparse_moa", slots="lora_K").views
     both = [(a + b) / 2 for a, b in zip(first.values, second.values, strict=True)]
@@ -60,20 +61,19 @@ def test_experts() -> None:
     (used,) = look("topk_moelora", show="used", slots="lora_V", layers="2").views
     assert set(used.values) == {2.0} and used.high == 4
     weights = [look("topk_moelora", show="weight", expert=e, slots="lora_V", layers="2").views[0] for e in range(4)]
-    assert [sum(values) for values in zip(*(view.values for view in weights), strict=True)] == pytest.approx(
-        [1.0] * len(used.values)
-    )
+    sums = [sum(values) for values in zip(*(view.values for view in weights), strict=True)]
+    assert sums == pytest.approx([1.0] * len(used.values))
 
 
 def test_an_answer_is_generated_where_none_is_given() -> None:
-    llm, found = shared("soft_moa"), look("soft_moa", answer=None)
-    prompt = llm.tokenizer.encode("".join(found.tokens[: found.prompt_len]).removeprefix("<|begin_of_text|>"), bos=True)
-    answer = build("soft_moa", max_seq_len=400).generate([prompt], 5)[0]
-    assert found.tokens[found.prompt_len :] == token_texts(llm.tokenizer, answer)
+    llm, heatmap = shared("soft_moa"), look("soft_moa", answer=None)
+    text = "".join(heatmap.tokens[: heatmap.prompt_len]).removeprefix("<|begin_of_text|>")
+    answer = build("soft_moa", max_seq_len=400).generate([llm.tokenizer.encode(text, bos=True)], 5)[0]
+    assert heatmap.tokens[heatmap.prompt_len :] == token_texts(llm.tokenizer, answer)
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "told"),
+    ("name", "flags", "message"),
     [
         ("soft_moa", {"slots": "lora_X"}, "--slots: 'lora_X' is none of lora_Q"),
         ("soft_moa", {"slots": "prompt", "layers": "0"}, "--layers: layer 0 has no prompt"),
@@ -84,16 +84,16 @@ def test_an_answer_is_generated_where_none_is_given() -> None:
         ("lora", {}, "no router"),
     ],
 )
-def test_what_is_not_there_is_refused(name: str, flags: dict, told: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_what_is_not_there_is_refused(name: str, flags: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         look(name, **flags)
 
 
 def test_tokens_say_the_text_whatever_their_bytes() -> None:
     tokenizer = shared(None).tokenizer
     for text in (HOSTILE, "é🙂é", "plain"):
-        found = token_texts(tokenizer, tokenizer.encode(text))
-        assert "".join(found) == text and len(found) == len(tokenizer.encode(text))
+        texts = token_texts(tokenizer, tokenizer.encode(text))
+        assert "".join(texts) == text and len(texts) == len(tokenizer.encode(text))
     broken = [0xF0, 0x9F, 0x41, 0xE2, 0x42, 0xFF]  # ids of the golden tokenizer are bytes
     assert token_texts(tokenizer, broken) == ["\ufffd", "", "A", "\ufffd", "B", "\ufffd"]
 
@@ -127,27 +127,30 @@ class Text(HTMLParser):
         self.text.append(data)
 
 
-def test_page_is_whole_and_nothing_in_it_becomes_markup() -> None:
-    shown, parser = page(some_look()), Text()
+def test_page_is_whole_and_nothing_in_it_becomes_markup(tmp_path: Path) -> None:
+    file, parser = tmp_path / "row.html", Text()
+    write_page(file, "token_heatmap.html.j2", heatmap=some_look(), one_line=one_line)
+    shown = file.read_text()
     parser.feed(shown)
     assert not {"b", "script", "link", "img"} & set(parser.tags)
     assert "http" not in shown and "\x1b" not in shown and "\u202e" not in shown
     assert parser.titles == [f"{value:.2f}" for value in some_look().views[0].values]
     assert parser.tags.count("br") == 2
     assert parser.tags.count("tr") == 1 + len(some_look().tokens)
+    assert 'style="background:#00224e;color:#ffffff"' in shown
 
 
-def luminance(rgb: tuple[int, int, int]) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)]
+def luminance(colour: str) -> float:
+    shares = (value / 255 for value in bytes.fromhex(colour))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_the_scale_grows_lighter_and_can_be_read() -> None:
-    lights = [luminance(colours(i / 100)[0]) for i in range(101)]
+    pairs = [[luminance(colour) for colour in colours(i / 100)] for i in range(101)]
+    lights = [back for back, _ in pairs]
     assert lights == sorted(lights) and lights[-1] > 10 * lights[0]
-    for i in range(101):
-        low, high = sorted((luminance(colours(i / 100)[0]), luminance(colours(i / 100)[1])))
-        assert (high + 0.05) / (low + 0.05) >= 4.5
+    assert all((max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5 for pair in pairs)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -157,7 +160,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     init_distributed(torch.device("cpu"))
     assert "adapters used, mean over 3 layers" in capsys.readouterr().out
     assert html.read_text().startswith("<!doctype html>")
-    for wrong, told in ((["--layers", "0-3"], "--layers must be"), (["--row", "3"], "--data_path and --row")):
+    for wrong, message in ((["--layers", "0-3"], "--layers must be"), (["--row", "3"], "--data_path and --row")):
         with pytest.raises(SystemExit) as end:
             command.main([str(w) for w in (*words, "--prompt", "Hi", *wrong)], "row")
-        assert end.value.code == 2 and told in capsys.readouterr().err
+        assert end.value.code == 2 and message in capsys.readouterr().err

@@ -18,47 +18,46 @@ LAYERS, SLOTS = 3, ("lora_Q", "lora_FFN_DOWN", "prompt", "p_adapter")
 def write_run(
     folder: Path,
     percents: tuple[float, ...] = (10.0,),
-    method: str | None = None,
-    seed: int | None = None,
     steps: int = 4,
     suites: tuple[str, ...] = ("AddSub",),
+    rows: int = 100,
+    settings: dict[str, Any] | None = None,
+    answers: dict[str, Any] | None = None,
+    files: dict[str, str | None] | None = None,
     **changes: Any,
 ) -> Path:
-    """A finished run in DATASET/METHOD/sSEED. changes: of config.json's entries, `settings` (the typed ones),
-    `answers` (how the rows were answered), `rows` (answered), `files` (name -> text, None: left out)."""
+    """A finished run in DATASET/METHOD/sSEED. settings: typed ones; answers: how the rows were answered, so many rows;
+    files: name -> text, None: left out; changes: of config.json's entries."""
     folder.mkdir(parents=True)
-    method = method or folder.parent.name.partition("-")[0]
-    seed = int(folder.name[1:]) if seed is None else seed
-    files = changes.pop("files", {})
-    how = {"temperature": 0, "data_sha256": "ab" * 32, "seed": 0, "adapter_sha256": str(folder)}
-    how |= changes.pop("answers", {})
-    rows, scores = changes.pop("rows", 100), {}
-    content = {f"{suite}.jsonl": "{}\n" for suite in suites}
+    method, seed = folder.parent.name.partition("-")[0], int(folder.name[1:])
+    how = {"temperature": 0, "data_sha256": "ab" * 32, "seed": 0, "adapter_sha256": str(folder)} | (answers or {})
+    content, scores = {f"{suite}.jsonl": "{}\n" for suite in suites}, {}
     for suite, percent in zip(suites, percents, strict=True):
         both = {rule: {"percent": percent + i, "half_width": 5.0} for i, rule in enumerate(("published", "robust"))}
         scores[suite] = {"file": f"x/{suite}.jsonl", "rows": rows, "problems": 395, "samples": rows, **both}
         content[f"{suite}.jsonl.settings.json"] = json.dumps(how)
     mean = {rule: {"percent": sum(s[rule]["percent"] for s in scores.values()) / len(scores)} for rule in both}
-    content["scores.json"] = json.dumps(
-        {"suites": scores, "families": {"math": {"suites": list(suites), "mean": mean}}}
-    )
+    families = {"math": {"suites": list(suites), "mean": mean}}
+    content["scores.json"] = json.dumps({"suites": scores, "families": families})
     if method != "base":
         typed = {"seed": seed, "output_dir": str(folder), "batch_size": seed + 1, "weight_decay": 0.02, "lr": None}
-        record = {"settings": typed | changes.pop("settings", {}), "adapter": {"method": method, "lora_rank": 8}}
+        record = {"settings": typed | (settings or {}), "adapter": {"method": method, "lora_rank": 8}}
         record |= {"steps": steps, "rows_per_step": 32, "trainable_parameters": 1_000_000 + len(method), "lr": 1e-3}
         record |= {"base_fingerprint": "cd" * 32, "data_sha256": "ef" * 32, "rows": 99, "warmup_steps": 1} | changes
-        content |= {"config.json": json.dumps(record), "adapter.pth": "tensors"}
-        content["log.jsonl"] = "".join(json.dumps(log_entry(i, seed)) + "\n" for i in range(steps))
-    for name, text in (content | files).items():
+        content |= {"config.json": json.dumps(record), "adapter.pth": "tensors", "log.jsonl": log(steps, seed)}
+    for name, text in (content | (files or {})).items():
         if text is not None:
             (folder / name).write_text(text)
     return folder
 
 
-def log_entry(i: int, seed: int) -> dict[str, Any]:
-    return {"step": i + 1, "loss": loss(i, seed), "seconds": 15.0 + 6 * seed, "tokens": 300} | {
-        "peak_memory_bytes": (i + 1) * 2**29
-    }
+def log(steps: int, seed: int) -> str:
+    entries = [
+        {"step": i + 1, "loss": loss(i, seed), "seconds": 15.0 + 6 * seed, "tokens": 300}
+        | {"peak_memory_bytes": (i + 1) * 2**29}
+        for i in range(steps)
+    ]
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def loss(step: int, seed: int) -> float:
@@ -99,7 +98,7 @@ def write_gates(folder: Path, threshold: bool = False, experts: int = 0) -> Path
 
 
 def ten_runs(root: Path) -> Path:
-    """Ten runs and an empty folder where an eleventh should be."""
+    """Ten runs of nine methods, three of them incomplete, one full of hostile texts."""
     data = root / "runs" / "gsm8k"
     for method in ("base", "lora", "soft_moa", "sparse_moa", "adamole", "molora", "hydralora"):
         score(write_run(data / method / "s0", steps=20))
@@ -107,13 +106,11 @@ def ten_runs(root: Path) -> Path:
     write_gates(data / "soft_moa" / "s0")
     write_gates(data / "sparse_moa" / "s0", threshold=True)
     write_gates(data / "adamole" / "s0", experts=4)
-    short = "".join(json.dumps(log_entry(i, 0)) + "\n" for i in range(7))
-    files = {"log.jsonl": short, "adapter.pth": None, "scores.json": None, "AddSub.jsonl": None}
+    files = {"log.jsonl": log(7, 0), "adapter.pth": None, "scores.json": None, "AddSub.jsonl": None}
     write_run(data / "prompt" / "s0", steps=20, files=files)
     (data / "molora" / "s0" / "scores.json").unlink()
     (data / "hydralora" / "s0" / "MultiArith.jsonl.part0").write_text('{"index": 0, "generate": "4"}\n')
     hostile = (HOSTILE + " The answer is 4.", HALF, "very long " * 200_000 + "5", "مرحبا 5")
     bad = score(write_run(data / "unipeft" / "s0", steps=20, settings={HOSTILE: HOSTILE}), hostile)
     write_answers(bad / "SVAMP.jsonl", ["4"], instruction=HOSTILE, answer="4")
-    (data / "topk_moelora" / "s0").mkdir(parents=True)
     return data
