@@ -145,7 +145,7 @@ def answer_rows(flags: Flags, llm, rows: list[dict], share: list[int], predictio
 
         def on_finish(job: int, tokens: list[int]) -> None:
             i, sample = jobs[job]
-            answers[i][sample] = llm.tokenizer.decode(tokens).strip()
+            answers[i][sample] = llm.tokenizer.decode(tokens)
             if None not in answers[i]:
                 keep(i, answers[i])
 

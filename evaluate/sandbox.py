@@ -44,9 +44,9 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs programs, `jobs` at once (None: one per CPU), each at most `timeout` seconds of CPU time, rounded up.
+    """Runs programs, `jobs` at once (None: one per CPU), each at most `timeout` seconds of CPU time.
 
-    CPU time, since a verdict must not depend on what else the machine does.
+    CPU time, since a verdict must not depend on what else the machine does; rounded up, and a second for Python itself.
 
     weak: where this machine's kernel offers no filter of system calls, do with guards inside the interpreter. OSError
     where it offers none and `weak` is not set, and where a process cannot be set up as it should be.
@@ -115,7 +115,7 @@ class Sandbox:
             return _outcome(result.read(_RESULT_SIZE), token, ended)
 
     def _seconds(self, program: Program) -> int:
-        return math.ceil(program.seconds or self.timeout)
+        return math.ceil(program.seconds or self.timeout) + 1
 
     def _task(self, program: Program, folder: str, token: str) -> dict[str, Any]:
         task = {
