@@ -2,8 +2,8 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cli import nearest
 
@@ -12,8 +12,7 @@ from cli import nearest
 SOURCE = "https://github.com"
 
 
-@dataclass(frozen=True)
-class DataSet:
+class DataSet(NamedTuple):
     """One file of rows, DATA/`name`/`split`.json.
 
     split: "train" or "test". task: its name in `evaluate`, "" for training rows. rows: how many it has at its origin.
@@ -45,20 +44,18 @@ class DataSet:
         """Where it lies below the folder of all data."""
         return Path(folder) / self.name / f"{self.split}.json"
 
+    def address(self, source: str = SOURCE) -> str:
+        """The URL or path of its origin."""
+        return f"{source.rstrip('/')}/{self.origin}"
+
 
 def _read_catalogue() -> tuple[DataSet, ...]:
+    def data_set(line: dict[str, str]) -> DataSet:
+        numbers = {"rows": int(line["rows"]), "partial": float(line["partial"])}
+        return DataSet(**line | numbers | {"fields": tuple(line["fields"].split())})
+
     with Path(__file__).with_name("catalogue.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(
-            DataSet(
-                **line
-                | {
-                    "rows": int(line["rows"]),
-                    "partial": float(line["partial"]),
-                    "fields": tuple(line["fields"].split()),
-                }
-            )
-            for line in csv.DictReader(file)
-        )
+        return tuple(map(data_set, csv.DictReader(file)))
 
 
 CATALOGUE = _read_catalogue()
@@ -70,17 +67,17 @@ def select(names: Sequence[str]) -> list[DataSet]:
     A name is a folder's (gsm8k), one file's (gsm8k/train), a task's (SIQA) or a family's (math), in any case.
     ValueError gives the nearest name where there is none.
     """
-    known: dict[str, set[DataSet]] = {}
+
+    def plain(name: str) -> str:
+        return "".join(character for character in name.casefold() if character.isalnum() or character == "/")
+
+    known: dict[str, list[DataSet]] = {}
     for data_set in CATALOGUE:
-        for name in filter(None, (data_set.name, data_set.label, data_set.task, data_set.family)):
-            known.setdefault(_plain(name), set()).add(data_set)
+        for name in {plain(name) for name in (data_set.name, data_set.label, data_set.task, data_set.family)} - {""}:
+            known.setdefault(name, []).append(data_set)
     for name in names:
-        if _plain(name) not in known:
-            near = nearest(_plain(name), known)
+        if plain(name) not in known:
+            near = nearest(plain(name), known)
             raise ValueError(f"no data set is named {name!r} (nearest: {near}); `python -m corpus list` shows them")
-    chosen = {data_set for name in names for data_set in known[_plain(name)]}
+    chosen = [data_set for name in names for data_set in known[plain(name)]]
     return [data_set for data_set in CATALOGUE if data_set in chosen or not names]
-
-
-def _plain(name: str) -> str:
-    return "".join(character for character in name.casefold() if character.isalnum() or character == "/")

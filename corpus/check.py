@@ -5,9 +5,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from corpus.catalogue import DataSet
 from moa.reading import read_rows, short_repr
@@ -19,39 +18,41 @@ ANSWERS = {
 }
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """rows: how many, 0 where the file cannot be read. repeated: rows whose instruction and input stand earlier in the
     file. unanswered: rows without an output. faults: what is wrong, a sentence each. sha256: of the file, in hex."""
 
-    data_set: DataSet
-    rows: int
-    repeated: int
-    unanswered: int
-    sha256: str
-    faults: tuple[str, ...]
+    rows: int = 0
+    repeated: int = 0
+    unanswered: int = 0
+    faults: tuple[str, ...] = ()
+    sha256: str = ""
 
 
-def check_file(data_set: DataSet, path: str | Path) -> Checked:
+def check_file(data_set: DataSet, path: Path) -> Checked:
     """Check one file. `faults` has what is wrong with it, also that it cannot be read; OSError."""
     try:
         rows = read_rows(path)
     except ValueError as error:
-        return Checked(data_set, 0, 0, 0, "", (str(error).removeprefix(f"{path}: "),))
-    return check_rows(data_set, rows, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+        return Checked(faults=(str(error).removeprefix(f"{path}: "),))
+    return check_rows(data_set, rows)._replace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def check_rows(data_set: DataSet, rows: Sequence[dict[str, Any]], sha256: str = "") -> Checked:
-    numbers: dict[str, list[int]] = {}  # fault -> the rows that have it
+def check_rows(data_set: DataSet, rows: Sequence[dict[str, Any]]) -> Checked:
+    """Check rows as they are to stand in the file."""
+    faulty: dict[str, list[str]] = {}  # fault -> the numbers of the rows that have it
     for number, row in enumerate(rows, 1):
         for fault in _faults(data_set, row):
-            numbers.setdefault(fault, []).append(number)
-    faults = [fault + _where(found) for fault, found in numbers.items()]
+            faulty.setdefault(fault, []).append(str(number))
+    faults = []
     if not data_set.rows * (1 - data_set.partial) <= len(rows) <= data_set.rows:
-        faults.insert(0, f"{len(rows)} rows, expected {data_set.rows}")
+        faults.append(f"{len(rows)} rows, expected {data_set.rows}")
+    for fault, numbers in faulty.items():
+        count = "row" if len(numbers) == 1 else f"{len(numbers)} rows:"
+        faults.append(f"{fault} ({count} {', '.join(numbers[:3] + ['...'] * (len(numbers) > 3))})")
     questions = {json.dumps([row.get("instruction"), row.get("input")]) for row in rows}
     unanswered = sum(is_blank(row.get("output")) for row in rows)
-    return Checked(data_set, len(rows), len(rows) - len(questions), unanswered, sha256, tuple(faults))
+    return Checked(len(rows), len(rows) - len(questions), unanswered, tuple(faults))
 
 
 def is_blank(value: Any) -> bool:
@@ -59,28 +60,21 @@ def is_blank(value: Any) -> bool:
 
 
 def _faults(data_set: DataSet, row: dict[str, Any]) -> Iterator[str]:
-    for name in ("instruction", "input", "output", *data_set.fields):
+    for name in ("instruction", "input", "output", *data_set.fields, *["answer"] * bool(data_set.answer)):
         if name not in row:
             yield f"field {name!r} is missing"
-        elif not isinstance(row[name], str):
+        elif name != "answer" and not isinstance(row[name], str):
             yield f"field {name!r} must be text, not {type(row[name]).__name__}"
-    # Some published tests have no worked answer, and nothing reads it.
+    # Some published tests have no worked answer, and nothing reads it
     for name in ("instruction", "output") if data_set.split == "train" else ("instruction",):
         if is_blank(row.get(name)):
             yield f"{name} is empty"
-    if data_set.answer and "answer" not in row:
-        yield "field 'answer' is missing"
-    elif data_set.answer:
+    if data_set.answer and "answer" in row:
         pattern, expected = ANSWERS.get(data_set.answer, (data_set.answer, data_set.answer))
         answer = row["answer"]
-        if isinstance(answer, int | float) and not isinstance(answer, bool):
-            right = data_set.answer == "number" and math.isfinite(answer)
+        if data_set.answer == "number" and type(answer) in (int, float):
+            right = math.isfinite(answer)
         else:
-            right = isinstance(answer, str) and re.fullmatch(pattern, answer, re.ASCII) is not None
+            right = isinstance(answer, str) and re.fullmatch(pattern, answer, re.ASCII)
         if not right:
             yield f"answer {short_repr(answer, 40)}, expected {expected}"
-
-
-def _where(numbers: Sequence[int]) -> str:
-    listed = ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "")
-    return f" (row {listed})" if len(numbers) == 1 else f" ({len(numbers)} rows: {listed})"

@@ -221,14 +221,14 @@ class Contamination(NamedTuple):
         """Both texts of every match, as JSON can hold them, best first; rows count from 1."""
         return [
             {
-                "kind": match.kind,
-                "overlap": round(match.overlap, 4),
-                "row": match.test + 1,
-                "in_row": match.other + 1,
-                "text": self.test.texts[match.test],
-                "in_text": self.other.texts[match.other],
+                "kind": kind,
+                "overlap": round(overlap, 4),
+                "row": row + 1,
+                "in_row": other_row + 1,
+                "text": self.test.texts[row],
+                "in_text": self.other.texts[other_row],
             }
-            for match in sorted(self.matches, key=lambda match: match.rank[:2])
+            for kind, overlap, row, other_row in sorted(self.matches, key=lambda match: match.rank[:2])
         ]
 
 
@@ -252,7 +252,7 @@ def list_test_files(listed: str) -> list[Path]:
             raise ValueError(f"{path}: no such file or folder")
         inside = [path]
         if path.is_dir():
-            tests = [file for pattern in ("test.json*", "*/test.json*") for file in path.glob(pattern)]
+            tests = [*path.glob("test.json*"), *path.glob("*/test.json*")]
             inside = sorted(file for file in tests or path.iterdir() if file.suffix in (".json", ".jsonl"))
         if not inside:
             raise ValueError(f"{path}: no test.json in this folder or in its folders, and no other file of rows")
@@ -293,13 +293,13 @@ def check_contamination(data_path: str | Path, tests: str) -> dict[str, Any]:
 def summary(compared: Sequence[Contamination]) -> str:
     """One sentence about the test rows among the training rows."""
     parts = []
-    for result in compared:
-        rows, exact, near = (result.record()[name] for name in ("rows", *KINDS))
-        if exact + near:
-            counts = f"{exact + near} of {rows} rows of {result.test.name}"
-            parts.append(f"{counts} are in the training rows ({exact} exactly, {near} nearly)")
+    for test, _, matches in compared:
+        exact = sum(match.kind == "exact" for match in matches)
+        if matches:
+            kinds = f"{exact} exactly, {len(matches) - exact} nearly"
+            parts.append(f"{len(matches)} of {len(test.texts)} rows of {test.name} are in the training rows ({kinds})")
     if parts:
         return "; ".join([*parts, "`python -m corpus contamination` shows them"])
-    rows = sum(len(result.test.texts) for result in compared)
+    rows = sum(len(test.texts) for test, *_ in compared)
     files = compared[0].test.name if len(compared) == 1 else f"{len(compared)} files"
     return f"none of the {rows} rows of {files} is in the training rows"

@@ -13,11 +13,6 @@ MBPP_TEST = range(11, 511)  # task ids of the published test problems; the other
 CALCULATOR = re.compile(r"<<[^<>]*>>")  # what GSM8K's solutions ask a calculator: 48/2 = <<48/2=24>>24
 
 
-def _rows(row: Row) -> Row:
-    """LLM-Adapters and CodeAlpaca publish such rows."""
-    return row
-
-
 def _gsm8k(row: Row) -> Row:
     """Question and solution; the calculator's marks go, "#### 72" becomes "The answer is 72."."""
     solution, mark, answer = row["answer"].rpartition("####")
@@ -42,7 +37,7 @@ def _mbpp(row: Row) -> Row | None:
 
 
 CONVERTERS: dict[str, Callable[[Row], Row | None]] = {
-    "rows": _rows,
+    "rows": lambda row: row,  # LLM-Adapters and CodeAlpaca publish such rows
     "gsm8k": _gsm8k,
     "humaneval": _humaneval,
     "mbpp": _mbpp,

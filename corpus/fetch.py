@@ -3,22 +3,21 @@
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from corpus.catalogue import SOURCE, DataSet
 from corpus.check import check_file, check_rows, is_blank
 from corpus.converters import convert
 
 
-@dataclass(frozen=True)
-class Fetched:
+class Fetched(NamedTuple):
     """file: where the rows lie. left_out: training rows without an instruction or output. new: not there before."""
 
     file: Path
     rows: int
-    left_out: int
-    new: bool
+    left_out: int = 0
+    new: bool = True
 
 
 def fetch(
@@ -37,16 +36,14 @@ def fetch(
     """
     from moa.files import atomic_write  # late: it loads torch
 
-    file = data_set.file(folder)
+    file, url = data_set.file(folder), data_set.address(source)
     if file.exists():
         present = check_file(data_set, file)
         if not present.faults:
-            return Fetched(file, present.rows, 0, new=False)
+            return Fetched(file, present.rows, new=False)
         if not overwrite:
             raise ValueError(f"{file} is there already, and not right: {present.faults[0]}; --overwrite replaces it")
-    url = address(data_set, source)
-    rows = convert(download(url, data_set.sha256, timeout, retries), data_set.format, url)
-    kept = rows
+    rows = kept = convert(download(url, data_set.sha256, timeout, retries), data_set.format, url)
     if data_set.split == "train":  # nothing is to be learned from a row without an instruction or output
         kept = [row for row in rows if not is_blank(row.get("instruction")) and not is_blank(row.get("output"))]
     checked = check_rows(data_set, kept)
@@ -54,12 +51,7 @@ def fetch(
         raise ValueError(f"{url}: not what was expected: {checked.faults[0]}")
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, ("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n").encode())
-    return Fetched(file, len(kept), len(rows) - len(kept), new=True)
-
-
-def address(data_set: DataSet, source: str = SOURCE) -> str:
-    """The URL or path of a data set's origin."""
-    return f"{source.rstrip('/')}/{data_set.origin}"
+    return Fetched(file, len(kept), len(rows) - len(kept))
 
 
 def download(url: str, sha256: str, timeout: float, retries: int) -> bytes:
@@ -78,7 +70,8 @@ def download(url: str, sha256: str, timeout: float, retries: int) -> bytes:
             pooch.HTTPDownloader(timeout=timeout)(address, output, None)
         except requests.HTTPError as error:
             status = error.response.status_code
-            raise (requests.HTTPError if status >= 500 or status == 429 else OSError)(f"HTTP status {status}") from None
+            passing = status >= 500 or status == 429  # pooch tries again after an error of `requests`
+            raise (requests.HTTPError if passing else OSError)(f"HTTP status {status}") from None
         except requests.ConnectionError:
             raise OSError("the server cannot be reached; is there a network?") from None
 

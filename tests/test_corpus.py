@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import threading
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import corpus.__main__ as command
 from commands import refused, run
 from corpus.catalogue import CATALOGUE, select
 from corpus.check import check_file, check_rows
-from corpus.fetch import address, fetch
+from corpus.fetch import fetch
 from evaluate import TASKS
 
 
@@ -52,9 +51,9 @@ ORIGINS = {
 
 def data_set(name, content=None):
     """A data set of the catalogue, with the hash of this content instead of the published file's."""
-    found = select([name])[0]
-    content = ORIGINS.get(found.label, b"") if content is None else content
-    return replace(found, sha256=hashlib.sha256(content).hexdigest())
+    entry = select([name])[0]
+    content = ORIGINS.get(entry.label, b"") if content is None else content
+    return entry._replace(sha256=hashlib.sha256(content).hexdigest())
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def source(tmp_path):
 
 
 def put(folder, name, content):
-    path = Path(address(data_set(name), str(folder)))
+    path = Path(data_set(name).address(str(folder)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
@@ -136,12 +135,16 @@ def test_names_select_data_sets():
         select(["gsm9k"])
 
 
-def test_what_is_published_becomes_rows(source, tmp_path):
+def test_what_is_published_becomes_rows(server, source, tmp_path):
+    """The same from a folder and from a server, which is not asked for what is there already."""
     read = {}
     for name in ORIGINS:
         fetched = fetch(data_set(name), tmp_path / "data", str(source))
         assert fetched.new and check_file(data_set(name), fetched.file).faults == ()
+        by_web = fetch(data_set(name), tmp_path / "web", server.url)
+        assert by_web.file.read_bytes() == fetched.file.read_bytes()
         read[name] = json.loads(fetched.file.read_text())
+    assert not fetch(data_set("AddSub"), tmp_path / "web", server.url).new and len(server.requests) == len(ORIGINS)
     assert read["AddSub/test"] == rows_of("AddSub")
     assert read["gsm8k/train"][1499] == {
         "instruction": "Add 1499 and 1",
@@ -158,14 +161,6 @@ def test_what_is_published_becomes_rows(source, tmp_path):
     assert row["output"] == MBPP[10]["code"] and row["input"] == ""
 
 
-def test_a_server_gives_the_same_and_what_is_there_is_not_fetched_again(server, source, tmp_path):
-    for name in ORIGINS:
-        by_web = fetch(data_set(name), tmp_path / "web", server.url)
-        assert by_web.file.read_bytes() == fetch(data_set(name), tmp_path / "copy", str(source)).file.read_bytes()
-    assert not fetch(data_set("AddSub"), tmp_path / "web", server.url).new
-    assert len(server.requests) == len(ORIGINS)
-
-
 @pytest.mark.parametrize("trouble", [503, 429, b"["])
 def test_what_may_pass_is_tried_again(server, tmp_path, trouble):
     server.troubles[:] = [trouble]
@@ -177,7 +172,7 @@ def test_what_may_pass_is_tried_again(server, tmp_path, trouble):
 )
 def test_a_download_that_fails_leaves_nothing(server, tmp_path, trouble, tries, words):
     server.troubles[:] = [trouble] * tries
-    with pytest.raises(OSError, match=f"{address(data_set('AddSub'), server.url)}: .*{words}"):
+    with pytest.raises(OSError, match=f"{server.url}/{data_set('AddSub').origin}: .*{words}"):
         fetch(data_set("AddSub"), tmp_path, server.url, retries=1)
     assert len(server.requests) == tries and not list(tmp_path.iterdir())
 
@@ -243,7 +238,7 @@ def test_the_command_fetches_the_others_where_one_fails(source, tmp_path, capsys
     printed = capsys.readouterr()
     first, last = printed.err.splitlines()
     assert ended.value.code == 1 and first.startswith("error: AQuA/test: ") and "no such file" in first
-    assert address(entries[1], str(source)) in first and last == "error: 1 of 3 data sets could not be fetched"
+    assert entries[1].address(str(source)) in first and last == "error: 1 of 3 data sets could not be fetched"
     assert [line.split(":")[0] for line in printed.out.splitlines()] == ["AddSub/test", "mbpp/test"]
     result = run("-m", "corpus", "check", "--data_path", tmp_path / "data")
     assert result.returncode == 0 and "AQuA/test" in result.stdout
