@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from commands import script, write_rows
 from evaluate.rows import read_rows
 from llama.predictions import Predictions
+from llama.tokenizer import Tokenizer
+from tiny import BASE
 
 ROWS = [{"instruction": f"row {i}", "input": "", "answer": str(i)} for i in range(5)]
 ROWS.append(ROWS[1])  # some suites hold a question twice
@@ -168,3 +171,11 @@ def test_a_folder_that_not_all_processes_see_is_told(path, tmp_path):
     start(path).require_started()
     with pytest.raises(ValueError, match=f"{tmp_path / 'elsewhere'}: not the folder that the first process writes"):
         reopen(tmp_path / "elsewhere" / path.name).require_started()
+
+
+def test_the_raw_text_of_an_answer_is_kept(path, tmp_path, monkeypatch):
+    """A program continues its prompt: without the spaces it begins with it is another one."""
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: "    return x\n")
+    files = ("--ckpt_dir", BASE, "--data_path", write_rows(tmp_path / "test.json", 2), "--save_path", path)
+    script("generate.py", *files, "--max_gen_len", 2, "--device", "cpu", "--bf16", False)
+    assert [row.texts for row in read_rows(path)] == [("    return x\n",)] * 2
