@@ -18,9 +18,10 @@ from convert.meta_format import bare_model
 from convert.reshard import State, sharded_dim
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer, open_shard, require_whole, shard_files, shard_specs
+from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
-PARAMS, TOKENIZER, CHECKLIST = "params.json", "tokenizer.model", "checklist.chk"
+CHECKLIST = "checklist.chk"
 MD5_LINE = re.compile(r"([0-9a-fA-F]{32})[ \t]+\*?(\S.*)")  # as md5sum writes it
 CHUNK = 1 << 22  # bytes read at a time
 
@@ -43,78 +44,67 @@ class _Problems(list[str]):
         return None
 
 
-def check(ckpt_dir: str | Path, progress: Callable[[int], object] = lambda n: None) -> Iterator[Verdict]:
-    """Yield a verdict on each file of a checkpoint: params.json, the tokenizer, the shards, and the list of MD5 sums
-    that Meta's downloads have (`checklist.chk`, where there is one).
+def check(ckpt_dir: str | Path) -> list[Verdict]:
+    """Return a verdict on each file of a checkpoint: params.json, the tokenizer, the shards, and the list of MD5 sums
+    that Meta's downloads have (`checklist.chk`, where there is one) with all that it lists.
 
     Of a shard: names, shapes and types of its tensors (against params.json, and against the other shards once all can
-    be opened), the CRC-32 of each, and numbers that are not finite.
-    progress: is told how many bytes of the shards were read. ValueError where there is no such folder.
+    be opened), the CRC-32 of each, and numbers that are not finite. ValueError where there is no such folder.
     """
-    folder = Path(ckpt_dir)
+    folder, problems = Path(ckpt_dir), _Problems()
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder (expected {PARAMS}, {TOKENIZER} and consolidated.NN.pth)")
-    md5_sums, checklist_verdict = _read_checklist(folder)
-
-    problems = _Problems()
-    args = problems.attempt(ModelArgs.from_file, folder / PARAMS)
-    problems += _md5_problems(folder / PARAMS, md5_sums)
-    yield Verdict(folder / PARAMS, f"{args.n_layers} layers of width {args.dim}" if args else "", problems)
-
-    problems = _Problems()
-    tokenizer = problems.attempt(Tokenizer, folder / TOKENIZER)
+        raise ValueError(f"{folder}: no such folder (expected params.json, tokenizer.model and consolidated.NN.pth)")
+    params, tokenizer_file = folder / "params.json", folder / "tokenizer.model"
+    args, tokenizer = problems.attempt(ModelArgs.from_file, params), problems.attempt(Tokenizer, tokenizer_file)
+    contents = {
+        params: f"{args.n_layers} layers of width {args.dim}" if args else "",
+        tokenizer_file: f"{tokenizer.n_words} tokens" if tokenizer else "",
+    }
     if args and tokenizer:
         args, _ = problems.attempt(load_params_and_tokenizer, folder) or (args, None)  # now with a vocabulary
-    problems += _md5_problems(folder / TOKENIZER, md5_sums)
-    yield Verdict(folder / TOKENIZER, f"{tokenizer.n_words} tokens" if tokenizer else "", problems)
-
-    yield from _check_shards(folder, args if args and args.vocab_size > 0 else None, md5_sums, progress)
-    if checklist_verdict is not None:
-        yield checklist_verdict
+    model = problems.attempt(bare_model, args) if args and args.vocab_size > 0 else None
+    contents |= _check_shards(folder, model, problems)
+    if (folder / CHECKLIST).is_file():
+        sums = _check_sums(folder / CHECKLIST, problems)
+        contents |= {file: "" for file in sums if file.is_file() and file not in contents}
+        contents[folder / CHECKLIST] = f"{len(sums)} MD5 sums"
+    verdicts = [Verdict(file, content, []) for file, content in contents.items()] + [Verdict(folder, "", [])]
+    for problem in problems:
+        own = (v.problems for v in verdicts if problem.startswith((f"{v.file}:", f"{v.file} of ")))
+        next(own, verdicts[-1].problems).append(problem)
+    return verdicts if verdicts[-1].problems else verdicts[:-1]
 
 
 def print_verdicts(ckpt_dir: str | Path) -> None:
     """Print a line on each file of a checkpoint. ValueError listing all problems of all files."""
-    problems, size = [], sum(file.stat().st_size for file in existing_shards(ckpt_dir))
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
-        for file, content, wrong in check(ckpt_dir, bar.update):
-            verdict = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}" if wrong else "ok"
-            bar.write(f"{file}: {verdict}{f' ({content})' if content else ''}")
-            problems += wrong
-    if problems:
+    verdicts = check(ckpt_dir)
+    for file, content, problems in verdicts:
+        verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "ok"
+        print(f"{file}: {verdict}{f' ({content})' if content else ''}")
+    if problems := [problem for verdict in verdicts for problem in verdict.problems]:
         raise ValueError("\nerror: ".join(problems))
 
 
-def existing_shards(folder: str | Path) -> list[Path]:
-    """List the shards of a folder, whether or not they are all."""
-    return sorted(file for file in Path(folder).glob("consolidated.*.pth") if file.is_file())
-
-
-def _check_shards(
-    folder: Path, args: ModelArgs | None, md5_sums: dict[str, str], progress: Callable[[int], object]
-) -> Iterator[Verdict]:
-    problems = _Problems()  # of all shards, before any is read through
+def _check_shards(folder: Path, model: Transformer | None, problems: _Problems) -> dict[Path, str]:
+    """Add what is wrong with the shards. Returns what is in each."""
     numbered = problems.attempt(shard_files, folder)
-    files = numbered or existing_shards(folder)
+    files = numbered or sorted(file for file in folder.glob("consolidated.*.pth") if file.is_file())
     states = [problems.attempt(open_shard, file) for file in files]
-    model = problems.attempt(bare_model, args) if args else None
-    if model is not None:
-        specs = shard_specs(model)
-        for file, state in zip(files, states, strict=True):
-            if state is not None:
-                problems.attempt(require_whole, file, state, specs)
-        if numbered:
-            for key, spec in specs.items():
-                if all(state is not None and key in state for state in states):
-                    problems.attempt(sharded_dim, model, key, spec, files, states)
+    specs = {} if model is None else shard_specs(model)
     for file, state in zip(files, states, strict=True):
-        own = [p for p in problems if p.startswith(str(file))]
-        own += _content_problems(file, state or {}, progress)
-        own += _md5_problems(file, md5_sums)
-        yield Verdict(file, _describe(file, state or {}), own)
-    others = [p for p in problems if not any(p.startswith(str(file)) for file in files)]
-    if others:
-        yield Verdict(folder, "", others)
+        if specs and state is not None:
+            problems.attempt(require_whole, file, state, specs)
+    for key, spec in specs.items() if numbered else ():
+        if all(state is not None and key in state for state in states):
+            problems.attempt(sharded_dim, model, key, spec, files, states)
+    contents = {}
+    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None) as bar:
+        for file, state in zip(files, states, strict=True):
+            problems += _content_problems(file, state or {}, bar.update)
+            dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in (state or {}).values())
+            counts = [f"{count} tensors of {name}" for name, count in dtypes.most_common()]
+            contents[file] = ", ".join([*counts, tqdm.format_sizeof(file.stat().st_size, "B")])
+    return contents
 
 
 def _content_problems(file: Path, state: State, progress: Callable[[int], object]) -> Iterator[str]:
@@ -159,39 +149,21 @@ def _not_finite(file: Path, key: str, tensor: Tensor) -> Iterator[str]:
         yield f"{file}: {key} has {count} of {tensor.numel()} values that are not finite numbers"
 
 
-def _describe(file: Path, state: State) -> str:
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
-    size = tqdm.format_sizeof(file.stat().st_size, "B")
-    return ", ".join([f"{count} tensors of {name}" for name, count in dtypes.most_common()] + [size])
-
-
-def _read_checklist(folder: Path) -> tuple[dict[str, str], Verdict | None]:
-    """File name -> MD5 sum in hex, and the verdict on the list itself; None where there is no list."""
-    file, sums, problems = folder / CHECKLIST, {}, []
-    if not file.is_file():
-        return {}, None
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+def _check_sums(checklist: Path, problems: _Problems) -> list[Path]:
+    """Add what is wrong with a list of MD5 sums, and files that have others. Returns the files that it lists."""
+    listed = {}
+    for number, line in enumerate(checklist.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         match = MD5_LINE.fullmatch(line.strip())
         if match and Path(match[2]).name == match[2]:
-            sums[match[2]] = match[1].lower()
+            listed[checklist.with_name(match[2])] = match[1].lower()
         elif line.strip():
-            problems.append(f"{file}: line {number} is not an MD5 sum and the name of a file in this folder")
-    with_verdict = {PARAMS, TOKENIZER} | {shard.name for shard in existing_shards(folder)}
-    for name, listed in sums.items():
-        if not (folder / name).is_file():
-            problems.append(f"{file}: lists {name}, which is not there")
-        elif name not in with_verdict and (md5 := _md5(folder / name)) != listed:
-            problems.append(f"{file}: lists {name}, whose MD5 sum is {md5}, not {listed}")
-    return sums, Verdict(file, f"{len(sums)} MD5 sums", problems)
-
-
-def _md5_problems(file: Path, sums: dict[str, str]) -> list[str]:
-    """A sentence where a file is not what the list of MD5 sums says."""
-    if file.name not in sums or not file.is_file() or (md5 := _md5(file)) == sums[file.name]:
-        return []
-    return [f"{file}: its MD5 sum is {md5}, {CHECKLIST} says {sums[file.name]}"]
-
-
-def _md5(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            problems.append(f"{checklist}: line {number} is not an MD5 sum and the name of a file in this folder")
+    for file, expected in listed.items():
+        if not file.is_file():
+            problems.append(f"{checklist}: lists {file.name}, which is not there")
+            continue
+        with open(file, "rb") as content:
+            md5 = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if md5 != expected:
+            problems.append(f"{file}: its MD5 sum is {md5}, {CHECKLIST} says {expected}")
+    return list(listed)

@@ -50,17 +50,15 @@ def problems_of(folder: Path) -> dict[str, list[str]]:
 
 
 def test_a_whole_checkpoint(folder: Path) -> None:
-    read: list[int] = []
-    verdicts = list(check(folder, read.append))
+    verdicts = {verdict.file.name: verdict for verdict in check(folder)}
+    assert not any(verdict.problems for verdict in verdicts.values())
     size = (folder / FIRST).stat().st_size
-    assert [verdict.file.name for verdict in verdicts] == [
-        *("params.json", "tokenizer.model", FIRST, SECOND, "checklist.chk")
-    ]
-    assert not any(verdict.problems for verdict in verdicts)
-    assert verdicts[0].content == "3 layers of width 64" and verdicts[1].content == "512 tokens"
-    assert verdicts[2].content == f"30 tensors of float32, {size / 1e3:.0f}kB"
-    assert verdicts[4].content == "4 MD5 sums"
-    assert sum(read) == size + (folder / SECOND).stat().st_size  # all of it, once
+    assert {name: verdict.content for name, verdict in verdicts.items()} == {
+        "params.json": "3 layers of width 64",
+        "tokenizer.model": "512 tokens",
+        **dict.fromkeys((FIRST, SECOND), f"30 tensors of float32, {size / 1e3:.0f}kB"),
+        "checklist.chk": "4 MD5 sums",
+    }
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -72,7 +70,9 @@ def test_other_whole_checkpoints(shards: int, tmp_path: Path) -> None:
     for file in folder.glob("*.pth"):
         edit_shard(file, lambda s: s.update({"rope.freqs": torch.ones(8)}))
     assert not problems_of(folder)
-    assert list(check(folder))[2].content.startswith("29 tensors of bfloat16, 2 tensors of float32, ")
+    assert {v.file.name: v for v in check(folder)}[FIRST].content.startswith(
+        "29 tensors of bfloat16, 2 tensors of float32, "
+    )
 
 
 @pytest.mark.parametrize("key", [W2, NORM, "output.weight"])
@@ -82,16 +82,6 @@ def test_a_flipped_bit(key: str, folder: Path) -> None:
     problems = problems_of(folder)
     damaged = f"{SECOND}: {key} is damaged: its CRC-32 is not that of what was written"
     assert problems.pop(SECOND)[-1] == damaged and not problems
-
-
-def test_every_byte_of_a_shard_is_guarded(folder: Path) -> None:
-    """By the checksums or, between the members, by the MD5 sum."""
-    content = (folder / FIRST).read_bytes()
-    for place in range(0, len(content), len(content) // 20):
-        changed = bytearray(content)
-        changed[place] ^= 4
-        (folder / FIRST).write_bytes(changed)
-        assert any("its MD5 sum is" in problem for problem in problems_of(folder)[FIRST]), place
 
 
 def test_numbers_that_are_not_finite(folder: Path) -> None:
@@ -122,17 +112,16 @@ def test_sums(folder: Path) -> None:
     (folder / "checklist.chk").write_text("\r\n".join(listed))
     (folder / "params.json").write_text(json.dumps(PARAMS, indent=3))
     problems = problems_of(folder)
-    for name in (FIRST, "params.json"):
+    for name in (FIRST, "params.json", "README"):
         assert len(problems[name]) == 1 and problems[name][0].startswith(f"{name}: its MD5 sum is "), name
     assert problems[FIRST][0].endswith(f", checklist.chk says {'f' * 32}")
     not_a_line = "is not an MD5 sum and the name of a file in this folder"
     assert [p for p in problems["checklist.chk"]] == [
         f"checklist.chk: line 7 {not_a_line}",
         f"checklist.chk: line 8 {not_a_line}",
-        f"checklist.chk: lists README, whose MD5 sum is {lines[0][:32]}, not {wrong[:32]}",
         "checklist.chk: lists gone.pth, which is not there",
     ]
-    assert problems.keys() == {FIRST, "params.json", "checklist.chk"}
+    assert problems.keys() == {FIRST, "params.json", "README", "checklist.chk"}
 
 
 EDITS = {
