@@ -24,15 +24,15 @@ def _gsm8k(row: Row) -> Row:
 
 
 def _humaneval(row: Row) -> Row:
-    instruction = f"Complete the following Python function. Write all of it.\n\n{row['prompt']}"
-    return {"instruction": instruction, "input": "", "output": row["prompt"] + row["canonical_solution"], **row}
+    """The published instruction is the raw prompt."""
+    return {"instruction": row["prompt"], "input": "", "output": row["prompt"] + row["canonical_solution"], **row}
 
 
 def _mbpp(row: Row) -> Row | None:
+    """The published instruction is the text and all its tests."""
     if row["task_id"] not in MBPP_TEST:
         return None
-    tests = "\n".join([*filter(None, [row.get("test_setup_code")]), *row["test_list"]])
-    instruction = f"{row['text']}\nAnswer with a Python function that passes these tests:\n\n{tests}"
+    instruction = "\n".join([row["text"], "Examples:", *row["test_list"]])
     return {"instruction": instruction, "input": "", "output": row["code"], **row}
 
 
