@@ -28,7 +28,7 @@ from moa.adapter import Target
 from moa.bias_norm import TrainableNormWeight
 from moa.block import AdapterDict, Routing, build_router
 from moa.config import AdapterConfig, Slot
-from moa.expert_routers import RouterStats
+from moa.expert_routers import RouterStats, stack_stats
 from moa.parallel import copy_to_model_parallel_region, divide, num_kv_shards
 from moa.routers import Gates
 
@@ -164,6 +164,7 @@ class FeedForward(nn.Module):
             "w1": Target(dim, hidden, "column", args.n_heads, [self.w1]),
             "w2": Target(hidden, dim, "row", args.n_heads, [self.w2]),
             "w3": Target(dim, hidden, "column", args.n_heads, [self.w3]),
+            "FFN": Target(dim, dim, None, args.n_heads, [self.w2]),
         }
         self.adapters = AdapterDict(config, slots, targets)
 
@@ -173,12 +174,14 @@ class FeedForward(nn.Module):
         up = self.adapters.apply("w3", self.w3(shared), x, routing)
         gate = self.adapters.apply("w1", self.w1(shared), x, routing)
         hidden = F.silu(gate) * up  # (N, F)
-        return self.adapters.apply("w2", self.w2(hidden), hidden, routing)
+        out = self.adapters.apply("w2", self.w2(hidden), hidden, routing)
+        return self.adapters.apply("FFN", out, x, routing, gate, up)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, layer: int, args: ModelArgs, config: AdapterConfig | None):
         super().__init__()
+        config = config.at_layer(layer) if config else None
         slots = config.slots(layer) if config else []
         self.layer = layer
         self.attention_norm = build_norm(args, config)
@@ -281,7 +284,7 @@ class Transformer(nn.Module):
         positions = is_label.nonzero().squeeze(1)
         predicting, labels = (async_to_device(t, hidden.device) for t in (positions - 1, labels[positions]))
         ce_loss = self.cross_entropy(hidden[predicting], labels)
-        return Losses(ce_loss, RouterStats(*map(torch.stack, zip(*stats, strict=True))) if stats else None)
+        return Losses(ce_loss, stack_stats(stats) if stats else None)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of -log p(label), float32. hidden (M, D): at the positions that predict labels (M,)."""
