@@ -44,7 +44,7 @@ class FastDecoding:
 
         hooked: modules have hooks, which a recorded step would not call.
         """
-        cache, model = self._cache, self._model
+        cache = self._cache
         versions = self._weight_versions()
         if versions is None or versions != self._versions:
             cache.entries, cache.prepack = {}, False
