@@ -128,28 +128,32 @@ def _definition(piece: str, name: str | None) -> str:
         lines = [line for line in piece.split("\n") if line.startswith(indented[1]) or not line.strip()]
         piece = "\n".join(line.removeprefix(indented[1]) for line in lines)
     for match in list(_CODE.finditer(piece))[:_MAX_STARTS] if _defines(piece, name) else ():
-        lines = piece[match.start() :].split("\n")
-        code = "\n".join(lines[: _count_compiling(lines)])
+        code = _compiling(piece[match.start() :].split("\n"))
         if _defines(code, name):
-            imports = [line for line in _IMPORT.findall(piece[: match.start()]) if _tree(line)[0]]
+            imports = [line for line in _IMPORT.findall(piece[: match.start()]) if not _wrong_line(line)]
             return "\n".join([*imports, _without_demonstration(code, name)])
     return ""
 
 
-_STUB = re.compile(r"pass|\.\.\.|return( None)?|raise NotImplementedError.*|(import|from) .*|[rb]*['\"].*", re.S)
+_DOES_NOTHING = (ast.Pass, ast.Raise, ast.Import, ast.ImportFrom)
 
 
 def _is_stub(code: str, name: str | None) -> bool:
-    """Whether the function does nothing: its body, but for a docstring, is `pass`, `...`, `return None` or the like."""
-    functions = _functions(code, name)
-    return bool(functions) and all(_STUB.fullmatch(ast.unparse(node)) for node in functions[-1].body)
+    """Whether the function does nothing but return a constant or raise an error, or is not there."""
+    return all(
+        isinstance(node, _DOES_NOTHING)
+        or isinstance(node, ast.Expr | ast.Return)
+        and isinstance(node.value, ast.Constant | None)
+        for function in _functions(code, name)[-1:]
+        for node in function.body
+    )
 
 
 def _behind_preamble(code: str, prompt: str, name: str | None) -> Sources:
     """Return what stands before the function in `prompt`, imports and functions that it or the tests may call, then
     the code."""
     before = re.split(f"^{_definition_of(name)}", prompt, maxsplit=1, flags=re.M)[0].strip("\n") if name else ""
-    return (code,) if not before or before in code or not _tree(before)[0] else (before + "\n", code)
+    return (before + "\n", code) if before and before not in code and not _wrong_line(before) else (code,)
 
 
 def _continuation(piece: str, prompt: str, name: str | None) -> str:
@@ -158,12 +162,9 @@ def _continuation(piece: str, prompt: str, name: str | None) -> str:
     Returns "" if no way gives the function a body.
     """
     before = prompt.rstrip("\n").split("\n")
-    best = before
-    for lines in dict.fromkeys(_indentations(piece)):
-        kept = _count_compiling([*before, *lines], len(best))
-        if kept > len(best) and not _is_stub("\n".join([*before, *lines][:kept]), name):
-            best = [*before, *lines][:kept]
-    return _without_demonstration("\n".join(best), name) if best is not before else ""
+    programs = [_compiling([*before, *lines]) for lines in dict.fromkeys(_indentations(piece))]
+    programs = [code for code in programs if not _is_stub(code, name)]
+    return _without_demonstration(max(programs, key=lambda code: code.count("\n")), name) if programs else ""
 
 
 def _indentations(piece: str) -> Iterator[tuple[str, ...]]:
@@ -185,36 +186,31 @@ def _moved(lines: list[str]) -> list[str]:
     return textwrap.indent(textwrap.dedent("\n".join(lines)), "    ").split("\n")
 
 
-def _tree(code: str) -> tuple[ast.Module | None, int]:
-    """Return (the syntax tree, 0) of a program that compiles, else (None, the number of the line at fault)."""
+def _wrong_line(code: str) -> int:
+    """Return the number of the first line at fault, 0 for a program that compiles."""
     try:
-        tree = ast.parse(code)
-        compile(tree, "<text>", "exec", dont_inherit=True)
+        compile(ast.parse(code), "<text>", "exec", dont_inherit=True)
     except SyntaxError as error:
-        return None, error.lineno or 1
+        return error.lineno or 1
     except (ValueError, MemoryError, RecursionError, OverflowError):
-        return None, 1
-    return tree, 0
+        return 1
+    return 0
 
 
-def _count_compiling(lines: list[str], least: int = 0) -> int:
-    """Count the lines, from the first on, that compile as a program; `least` if no more than these do."""
-    kept = len(lines)
+def _compiling(lines: list[str]) -> str:
+    """Return the lines, from the first on, that compile as a program; "" if none were tried that do."""
     for _ in range(_MAX_CUTS):
-        if kept <= least:
-            break
-        tree, wrong = _tree("\n".join(lines[:kept]))
-        if tree:
-            return kept
-        kept = min(kept, wrong) - 1
-    return least
+        wrong = _wrong_line("\n".join(lines))
+        if not wrong:
+            return "\n".join(lines)
+        lines = lines[: min(len(lines), wrong) - 1]
+    return ""
 
 
 def _functions(code: str, name: str | None) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Return the definitions of the function in a program; none where it does not compile."""
-    tree, _ = _tree(code)
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)] if tree else []
-    return [node for node in functions if name in (None, node.name)]
+    """Return the definitions of the function in a program."""
+    functions = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [function for function in functions if name in (None, function.name)]
 
 
 _DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

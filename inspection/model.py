@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli import flag
+from llama import Llama
+from llama.distributed import bf16_is_fast, distributed_run, get_device
 from llama.machine import check_machine
 from moa.methods import METHODS
 
@@ -40,13 +42,8 @@ class ModelFlags:
 
 
 @contextmanager
-def running(flags: ModelFlags) -> Iterator[Any]:
-    """The model, a `llama.Llama`, among the processes of this run."""
-    from llama import Llama
-    from llama.distributed import bf16_is_fast, distributed_run, get_device
-    from llama.machine import prepare_cpu
-
-    prepare_cpu()
+def running(flags: ModelFlags) -> Iterator[Llama]:
+    """The model among the processes of this run."""
     device = get_device(flags.device)
     with distributed_run(device, flags.model_parallel_size):
         yield Llama.build(

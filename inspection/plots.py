@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from inspection.chart_style import COLOURS, DASHES, MARKS, SMALL, colour_bar, heatmap, look, new_figure, panels
-from inspection.router_file import part_of, slots_of
+from inspection.router_file import mean_gates, part_of, slots_of
 from inspection.runs import QUANTITIES, RULES, RunGroup
 
 Named = tuple[str, dict[str, Any]]  # a name to show, and router statistics
@@ -31,11 +31,8 @@ def gates(all_named: Sequence[Named], part: str) -> Any:
         rest = iter(grid)
         for name, statistics in band:
             slots = slots_of(statistics)
-            cells = np.full((n_layers, len(slots)), np.nan)
-            for block in statistics["blocks"]:
-                cells[block["layer"], [slots.index(slot) for slot in block["slots"]]] = part_of(block, part)["mean"]
             axes = next(rest)
-            mesh = heatmap(axes, cells, (min(means), max(means)), name)
+            mesh = heatmap(axes, mean_gates(statistics, part, slots, n_layers), (min(means), max(means)), name)
             axes.set_xticks(np.arange(len(slots)) + 0.5, slots, rotation=90)
             if _is_sparse(statistics):
                 _threshold_and_use(next(rest), next(rest), statistics, part)
@@ -71,7 +68,7 @@ def _threshold_and_use(threshold: Any, used: Any, statistics: dict[str, Any], pa
 def spread(all_named: Sequence[Named], part: str) -> Any:
     """How the gates of each slot are spread over tokens and layers: the share of gates at most as large as the axis
     says, a line for each of the statistics. A line begins at the share of gates that are off."""
-    slots = list(dict.fromkeys(slot for _, statistics in all_named for slot in slots_of(statistics)))
+    slots = slots_of(*(statistics for _, statistics in all_named))
     columns = min(4, len(slots))
     figure = new_figure(0.6 + 1.35 * math.ceil(len(slots) / columns) + 0.16 * math.ceil(len(all_named) / 3))
     handles: dict[str, Any] = {}
@@ -97,24 +94,15 @@ def spread(all_named: Sequence[Named], part: str) -> Any:
 
 def agreement(all_named: Sequence[Named], part: str) -> list[str]:
     """How alike two of the statistics route: Pearson's correlation of their mean gates over layers and slots."""
-    lines = []
-    means = [(name, _mean_gates(statistics, part)) for name, statistics in all_named]
+    lines, slots = [], slots_of(*(statistics for _, statistics in all_named))
+    n_layers = max(statistics["n_layers"] for _, statistics in all_named)
+    means = [(name, mean_gates(statistics, part, slots, n_layers)) for name, statistics in all_named]
     for (first, a), (second, b) in combinations(means, 2):
-        both = sorted(a.keys() & b.keys())
-        x, y = ([gates[key] for key in both] for gates in (a, b))
-        if len(set(x)) > 1 and len(set(y)) > 1:
-            r = np.corrcoef(x, y)[0, 1]
-            lines.append(f"mean gates of {first} and {second}: correlation {r:.3f} over {len(both)} layers and slots")
+        both = np.isfinite(a + b)
+        if both.any() and np.ptp(a[both]) > 0 and np.ptp(b[both]) > 0:
+            r = np.corrcoef(a[both], b[both])[0, 1]
+            lines.append(f"mean gates of {first} and {second}: correlation {r:.3f} over {both.sum()} layers and slots")
     return lines
-
-
-def _mean_gates(statistics: dict[str, Any], part: str) -> dict[tuple[int, str], float]:
-    """Mean gates by layer and slot."""
-    return {
-        (block["layer"], slot): mean
-        for block in statistics["blocks"]
-        for slot, mean in zip(block["slots"], part_of(block, part)["mean"], strict=True)
-    }
 
 
 def chooses(statistics: dict[str, Any]) -> bool:

@@ -76,7 +76,15 @@ def part_of(block: dict[str, Any], part: str) -> dict[str, Any]:
     return block["parts"]["all" if block["unit"] == "row" else part]
 
 
-def slots_of(statistics: dict[str, Any]) -> list[str]:
-    """All slots, in the order of the layer that has most of them and then as they come."""
-    blocks = sorted(statistics["blocks"], key=lambda block: -len(block["slots"]))
+def slots_of(*files: dict[str, Any]) -> list[str]:
+    """All slots of statistics, in the order of the layer that has most of them and then as they come."""
+    blocks = [block for file in files for block in sorted(file["blocks"], key=lambda block: -len(block["slots"]))]
     return list(dict.fromkeys(slot for block in blocks for slot in block["slots"]))
+
+
+def mean_gates(statistics: dict[str, Any], part: str, slots: list[str], n_layers: int) -> np.ndarray:
+    """Mean gates (n_layers, slots), NaN where a layer has no such slot."""
+    gates = np.full((n_layers, len(slots)), np.nan)
+    for block in statistics["blocks"]:
+        gates[block["layer"], [slots.index(slot) for slot in block["slots"]]] = part_of(block, part)["mean"]
+    return gates

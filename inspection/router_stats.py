@@ -9,16 +9,19 @@ entropy of mixtures of experts. Tokens of prompts and of answers are counted apa
 the answers of a file of predictions instead, in one forward pass per row. inspection/router_file.py describes the file.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from cli import cli_errors, die, flag, parse_into
 from inspection.model import ModelFlags, check_positive, running
 from inspection.router_recorder import read_answers
 from inspection.running_stats import RouterStatistics
+from llama import Llama
 from llama.checkpoint import fingerprint
 from llama.data import encode_prompt
 from llama.distributed import dp_rank, dp_size, is_rank0
@@ -81,7 +84,7 @@ def read_rows_with_answers(flags: Flags) -> list[dict[str, Any]]:
     return answered
 
 
-def count_and_save(flags: Flags, llm: Any, rows: list[dict[str, Any]], model_flags: ModelFlags) -> None:
+def count_and_save(flags: Flags, llm: Llama, rows: list[dict[str, Any]], model_flags: ModelFlags) -> None:
     """Read this process's share of the rows; then the main process writes the sums of all."""
     statistics = RouterStatistics(llm.model)
     prompts = [encode_prompt(llm.tokenizer, row, llm.max_seq_len - flags.max_gen_len) for row in rows]
@@ -126,25 +129,20 @@ def count_and_save(flags: Flags, llm: Any, rows: list[dict[str, Any]], model_fla
 
 def summary(result: dict[str, Any]) -> list[str]:
     """Lines for the terminal: means over the layers."""
-    counts = result["counts"]
+    counts, parts = result["counts"], [block["parts"]["all"] for block in result["blocks"]]
     lines = [f"{result['method']}: {counts['prompt']} tokens of prompts, {counts['answer']} of answers"]
-    gates: dict[str, list[tuple[float, float]]] = {}
-    parts = [block["parts"]["all"] for block in result["blocks"]]
+    gates, experts = defaultdict(list), defaultdict(list)
     for block, part in zip(result["blocks"], parts, strict=True):
         for slot, *numbers in zip(block["slots"], part["mean"], part["active"], strict=True):
-            gates.setdefault(slot, []).append(numbers)
-    for slot, numbers in gates.items():
-        gate, active = map(mean, zip(*numbers, strict=True))
+            gates[slot].append(numbers)
+    for slot, (gate, active) in ((slot, np.mean(numbers, 0)) for slot, numbers in gates.items()):
         lines.append(f"  {slot:14} mean gate {gate:.3f}, above 0 in {active:.1%}")
     if parts:
-        used, slots = mean(part["used"]["mean"] for part in parts), mean(len(part["mean"]) for part in parts)
+        used, slots = np.mean([(part["used"]["mean"], len(part["mean"])) for part in parts], 0)
         lines.append(f"  adapters used per layer: {used:.2f} of {slots:.2f}")
-    experts: dict[str, list[tuple[float, float, float]]] = {}
     for mixture in result["experts"]:
         part = mixture["parts"]["all"]
-        numbers = (part["used"]["mean"], part["balance"], part["entropy"])
-        experts.setdefault(mixture["slot"], []).append(numbers)
-    for slot, numbers in experts.items():
-        used, balance, entropy = map(mean, zip(*numbers, strict=True))
+        experts[mixture["slot"]].append((part["used"]["mean"], part["balance"], part["entropy"]))
+    for slot, (used, balance, entropy) in ((slot, np.mean(numbers, 0)) for slot, numbers in experts.items()):
         lines.append(f"  {slot:14} experts used {used:.2f}, balance {balance:.3f}, entropy {entropy:.3f}")
     return lines

@@ -20,13 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cli import cli_errors, flag, parse_into
 from inspection.html import visible, write_page
 from inspection.model import ModelFlags, check_positive, running
-from inspection.router_recorder import RouterBatch, RouterKey, RouterRecorder, multi_expert_adapters, read_answers
+from inspection.router_recorder import RouterBatch, RouterRecorder, read_answers
+from llama import Llama
 from llama.data import encode_prompt
 from llama.distributed import is_rank0
+from moa.config import AdapterConfig
 from moa.reading import read_rows
 
 TEXT, VIEW = "prompt and answer", "what is shown"
@@ -116,9 +119,8 @@ def main(argv: Sequence[str], prog: str) -> None:
                 print(f"wrote {flags.save_path}", file=sys.stderr)
 
 
-def make_heatmap(flags: Flags, llm: Any, row: dict[str, Any]) -> TokenHeatmap:
+def make_heatmap(flags: Flags, llm: Llama, row: dict[str, Any]) -> TokenHeatmap:
     """The row's tokens and views. ValueError naming a flag that asks for what this model does not have."""
-    selections = _select(flags, llm.model)
     prompt = encode_prompt(llm.tokenizer, row, llm.max_seq_len - 1)
     if len(prompt) >= llm.max_seq_len:
         raise ValueError(f"the prompt has {len(prompt)} tokens: no room for an answer within {llm.max_seq_len}")
@@ -129,67 +131,54 @@ def make_heatmap(flags: Flags, llm: Any, row: dict[str, Any]) -> TokenHeatmap:
     batches: list[RouterBatch] = []
     with RouterRecorder(llm.model, batches.append):
         read_answers(llm, [prompt], [answer])
-    views = [_view(flags, llm.model.config, batches[0], layers, slot) for slot, layers in selections]
     tokens = (prompt + answer)[: llm.max_seq_len]
+    views = _views(flags, _numbers(flags, llm.model.config, batches[0]), len(tokens))
     return TokenHeatmap(llm.model.config.method, token_texts(llm.tokenizer, tokens), len(prompt), views)
 
 
-def _select(flags: Flags, model: Any) -> list[tuple[str | None, list[int]]]:
-    """(slot, or None for all of a block; layers to take the mean over) of each view that the flags ask for."""
-    config, routed = model.config, [block.layer for block in model.layers if block.router is not None]
-    experts = [(slot, layer) for layer, slot, _ in multi_expert_adapters(model)]
-    if not routed and not experts:
-        raise ValueError("--adapter_path: it has no router, of a block's adapters or of experts")
-    if flags.show == "gate":
-        available = [(slot.name, layer) for layer in routed for slot in config.slots(layer)]
-    elif flags.show == "used" and routed and flags.slots is None:
-        available = [(None, layer) for layer in routed]
-    else:
-        available = experts
-    if not available:
+def _numbers(flags: Flags, config: AdapterConfig, batch: RouterBatch) -> dict[str, dict[int, Tensor]]:
+    """What --show asks for, (T,) or (1,), by slot and layer; how many adapters a block uses as slot "adapters"."""
+    numbers: dict[str, dict[int, Tensor]] = {}
+    of_block = flags.slots is None and any(key.kind == "gates" for key in batch.values)
+    for (kind, layer, slot), values in batch.values.items():
+        columns = {}
+        if flags.show == "used" and kind == ("gates" if of_block else "experts"):
+            columns = {slot or "adapters": (values > 0).sum(1)}
+        elif flags.show == "gate" and kind == "gates":
+            columns = {slot.name: values[:, i] for i, slot in enumerate(config.slots(layer))}
+        elif flags.show == "weight" and kind == "experts":
+            if flags.expert not in range(values.shape[1]):
+                raise ValueError(f"--expert must be from 0 to {values.shape[1] - 1}, not {flags.expert}")
+            columns = {slot: values[:, flags.expert]}
+        for name, column in columns.items():
+            numbers.setdefault(name, {})[layer] = column
+    if not numbers:
         lacks = "no router of a block's adapters" if flags.show == "gate" else "no adapter with several experts"
-        other = "--show used or weight" if experts else "--show gate or used without --slots"
-        raise ValueError(f"--show {flags.show}: method {config.method} has {lacks}; try {other}")
-    if flags.expert is not None and flags.expert not in range(config.experts.expert_num):
-        raise ValueError(f"--expert must be from 0 to {config.experts.expert_num - 1}, not {flags.expert}")
-    layers_of: dict[str | None, list[int]] = {}
-    for slot, layer in available:
-        layers_of.setdefault(slot, []).append(layer)
-    slots = flags.slots.split(",") if flags.slots else list(layers_of)
-    selections = []
-    for slot in slots:
-        if slot not in layers_of:
-            raise ValueError(f"--slots: {slot!r} is none of {', '.join(map(str, layers_of))}")
-        layers = layers_of[slot] if flags.layers == "mean" else [int(layer) for layer in flags.layers.split(",")]
-        for layer in layers:
-            if layer not in layers_of[slot]:
-                listed = ", ".join(map(str, layers_of[slot]))
-                raise ValueError(f"--layers: layer {layer} has no {slot or 'router'} (it is in {listed})")
-        selections += [(slot, layers)] if flags.layers == "mean" else [(slot, [layer]) for layer in layers]
-    return selections
+        raise ValueError(f"--show {flags.show}: method {config.method} has {lacks}")
+    return numbers
 
 
-def _view(flags: Flags, config: Any, batch: RouterBatch, layers: list[int], slot: str | None) -> View:
-    """The mean over the layers of each token's number; a gate of the whole row is that of all its tokens."""
-    kind = "gates" if slot is None or flags.show == "gate" else "experts"
-    values = []
-    for layer in layers:
-        numbers = batch.values[RouterKey(kind, layer, slot if kind == "experts" else None)]
-        if flags.show == "gate":
-            numbers = numbers[:, [[slot.name for slot in config.slots(layer)].index(slot)]]
-        elif flags.show == "weight":
-            numbers = numbers[:, [flags.expert]]
-        else:
-            numbers = numbers > 0
-        values.append(numbers.double().sum(1).expand(len(batch.is_answer)))
-    means, low, high = torch.stack(values).mean(0).tolist(), 0, 1
-    is_count = flags.show == "used" and len(layers) == 1
-    if flags.show == "used":  # means over layers lie close together
-        low, high = (0, numbers.shape[1]) if is_count else (math.floor(min(means)), math.floor(max(means)) + 1)
-    titles = {"gate": f"gate of {slot}", "weight": f"weight of expert {flags.expert} of {slot}"}
-    titles["used"] = "adapters used" if slot is None else f"experts of {slot} used"
-    where = f"layer {layers[0]}" if flags.layers != "mean" else f"mean over {len(layers)} layers"
-    return View(f"{titles[flags.show]}, {where}", means, low, high, is_count)
+def _views(flags: Flags, numbers: dict[str, dict[int, Tensor]], n_tokens: int) -> list[View]:
+    """A view of each slot and layer, or of each slot with means over the layers."""
+    titles = {"gate": "gate of", "used": "experts used of", "weight": f"weight of expert {flags.expert} of"}
+    views = []
+    for slot in flags.slots.split(",") if flags.slots else numbers:
+        if slot not in numbers:
+            raise ValueError(f"--slots: {slot!r} is none of {', '.join(numbers)}")
+        title = "adapters used" if slot == "adapters" else f"{titles[flags.show]} {slot}"
+        by_layer, is_mean = numbers[slot], flags.layers == "mean"
+        for layers in [list(by_layer)] if is_mean else [[int(layer)] for layer in flags.layers.split(",")]:
+            if layers[0] not in by_layer:
+                listed = ", ".join(map(str, by_layer))
+                raise ValueError(f"--layers: layer {layers[0]} has no {slot} (it is in {listed})")
+            values = torch.stack([by_layer[layer] for layer in layers]).double().mean(0)
+            values = values.expand(n_tokens).tolist()  # a gate of the whole row is that of all its tokens
+            low, high = 0, 1
+            if flags.show == "used":  # means over layers lie close together
+                low, high = math.floor(min(values)), max(math.ceil(max(values)), math.floor(min(values)) + 1)
+            where = f"mean over {len(layers)} layers" if is_mean else f"layer {layers[0]}"
+            views.append(View(f"{title}, {where}", values, low, high, flags.show == "used" and not is_mean))
+    return views
 
 
 def token_texts(tokenizer: Any, tokens: list[int]) -> list[str]:

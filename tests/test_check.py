@@ -205,19 +205,6 @@ def test_another_models_tokenizer(folder: Path) -> None:
     assert problems_of(folder).keys() == {"tokenizer.model"}  # the vocabulary is not known, the rest is looked at
 
 
-def test_nothing_is_executed_or_changed(folder: Path, tmp_path: Path) -> None:
-    class Code:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "executed",)
-
-    torch.save(golden_state() | {"norm.weight": Code()}, folder / SECOND)
-    write_sums(folder)
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
-    assert list(problems_of(folder)) == [SECOND]
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
-    assert not (tmp_path / "executed").exists()
-
-
 def test_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([str(folder)], ["--ckpt_dir", str(folder)]):
         main(["check", *words])

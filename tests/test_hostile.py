@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -176,33 +175,6 @@ def test_the_record_of_a_run(data, made, new_folder: Folders) -> None:
     (folder / "config.json").write_bytes(data.draw(st.sampled_from(kinds)))
     words = ["--data_path", made.data, "--ckpt_dir", BASE, "--output_dir", folder, "--resume", "--device", "cpu"]
     assert unchanged(folder, lambda: refusal(MAINS["finetune"], words, str(folder), "--"))
-
-
-class Code:
-    """Unpickled, it runs a command."""
-
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self) -> tuple:
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("where", ["instead of a tensor", "as a pickle"])
-def test_code_in_a_file_is_never_executed(where: str, made, new_folder: Folders) -> None:
-    folder = new_folder(made.adapter, BASE)
-    trace, adapter, checkpoint = folder / "trace", folder / "adapter" / "adapter.pth", folder / "checkpoint-2.pth"
-    code = Code(f"touch {trace}")
-    for file, content, key in (
-        (adapter, made.state, next(iter(made.state))),
-        (checkpoint, made.checkpoint, "adapter"),
-        (folder / "base" / "consolidated.00.pth", golden_state(), "norm.weight"),
-    ):
-        file.write_bytes(pickle.dumps(code) if where == "as a pickle" else saved(content | {key: code}))
-    assert sentence_of(lambda: load_adapter(adapter, ARGS), str(adapter))
-    assert sentence_of(lambda: Llama.build(folder / "base", device="cpu"), "consolidated.00.pth")
-    assert refusal(MAINS["extract_adapter"], [checkpoint], str(checkpoint))
-    assert not trace.exists()
 
 
 # Rows and predictions

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,51 +28,41 @@ from test_golden import load as golden
 from tiny import BASE, PARAMS, build, save, shared, tokens
 
 # The authors' implementation's adapters on its base, and beside them what no method of theirs combines
-ROUTED = [
-    "soft_moa",
-    "soft_moa_linear_router",
-    "soft_moa_experts",
-    "sparse_moa",
-    "sparse_moa_const_threshold",
-    "soft_moa_instance",
-    "unipeft",
-    "molora",
-    "hydralora",
-    "topk_moelora",
-    "adamole",
-    "parallel_adapter_moe",
-    "prompt_moe",
-    "custom",
-]
+ROUTED = "soft_moa soft_moa_linear_router soft_moa_experts sparse_moa sparse_moa_const_threshold soft_moa_instance "
+ROUTED += "unipeft molora hydralora topk_moelora adamole parallel_adapter_moe prompt_moe custom"
 PROMPTS, ANSWERS = [5, 4, 3], [3, 2, 4]
+IS_ANSWER = np.array([is_answer for p, a in zip(PROMPTS, ANSWERS, strict=True) for is_answer in [0] * p + [1] * a])
 
 
-class Heard:
-    """All gates, thresholds and weights of experts of a plain model, one entry per token (or per row) and place."""
+class Recomputed:
+    """All gates, thresholds and weights of experts of a plain model: a row of numbers per token (or per row)."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.gates: dict[int, list[dict[str, float]]] = {}
-        self.limits: dict[int, list[float]] = {}
-        self.experts: dict[tuple[int, str], list[Tensor]] = {}
-        gates, experts = plain_model.Block.gates, plain_model.Block.experts
+    def __init__(self, llm: Llama, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch):
+        self.gates: dict[int, list[list[float]]] = {}
+        self.limits: dict[int, list[list[float]]] = {}
+        self.experts: dict[tuple[int, str], list[list[float]]] = {}
+        gates_of, experts_of = plain_model.Block.gates, plain_model.Block.experts
 
-        def hear_gates(block: plain_model.Block, x: Tensor) -> dict:
-            found = gates(block, x)
+        def gates(block: plain_model.Block, x: Tensor) -> dict:
+            result, layer = gates_of(block, x), int(block.path.split(".")[1])
             if block.slots and block.flat["block_router"] != "none":
-                layer = int(block.path.split(".")[1])
-                self.gates.setdefault(layer, []).append({slot: float(g) for slot, g in found.items()})
+                self.gates.setdefault(layer, []).append([float(gate) for gate in result.values()])
                 if block.flat["block_router"] == "sparse":
-                    self.limits.setdefault(layer, []).append(limit(block, x))
-            return found
+                    self.limits.setdefault(layer, []).append([limit(block, x)])
+            return result
 
-        def hear_experts(block: plain_model.Block, slot: str, u: Tensor) -> Tensor:
-            found = experts(block, slot, u)
+        def experts(block: plain_model.Block, slot: str, u: Tensor) -> Tensor:
+            weights = experts_of(block, slot, u)
             if block.flat["expert_num"] > 1:
-                self.experts.setdefault((int(block.path.split(".")[1]), slot), []).append(found.detach())
-            return found
+                self.experts.setdefault((int(block.path.split(".")[1]), slot), []).append(weights.tolist())
+            return weights
 
-        monkeypatch.setattr(plain_model.Block, "gates", hear_gates)
-        monkeypatch.setattr(plain_model.Block, "experts", hear_experts)
+        monkeypatch.setattr(plain_model.Block, "gates", gates)
+        monkeypatch.setattr(plain_model.Block, "experts", experts)
+        w = {k: t.detach().double() for k, t in llm.model.named_parameters()}
+        model = PlainModel(PARAMS, llm.model.config.to_dict(), w)
+        for row, prompt_len in zip(rows, PROMPTS, strict=True):
+            model.logits(row, prompt_len)
 
 
 def limit(block: plain_model.Block, x: Tensor) -> float:
@@ -80,22 +71,6 @@ def limit(block: plain_model.Block, x: Tensor) -> float:
         return block.flat["max_threshold"]
     w, b = block.here["router.threshold.weight"], block.here["router.threshold.bias"]
     return block.flat["max_threshold"] / (1 + math.exp(-float(w[0] @ x + b[0])))
-
-
-def model_of(name: str) -> Llama:
-    return shared(name) if name == "custom" else golden(name)
-
-
-def heard(llm: Llama, rows: list[list[int]], prompt_lens: list[int], monkeypatch: pytest.MonkeyPatch) -> Heard:
-    w = {k: t.detach().double() for k, t in llm.model.named_parameters()}
-    by_hand, ears = PlainModel(PARAMS, llm.model.config.to_dict(), w), Heard(monkeypatch)
-    for row, prompt_len in zip(rows, prompt_lens, strict=True):
-        by_hand.logits(row, prompt_len)
-    return ears
-
-
-def some_rows() -> list[list[int]]:
-    return [tokens(p + a, seed=p).tolist() for p, a in zip(PROMPTS, ANSWERS, strict=True)]
 
 
 def whole_pass(llm: Llama, rows: list[list[int]], prompt_lens: list[int]) -> dict[str, Any]:
@@ -107,83 +82,64 @@ def whole_pass(llm: Llama, rows: list[list[int]], prompt_lens: list[int]) -> dic
     return statistics.result({"rows": len(rows)})
 
 
-def parts_of(values: list[Any], per_row: bool = False) -> dict[str, list[Any]]:
-    """Values of all tokens, row by row, by part."""
-    if per_row:
-        return {"all": values}
-    marks = [mark for p, a in zip(PROMPTS, ANSWERS, strict=True) for mark in "p" * p + "a" * a]
-    assert len(marks) == len(values)
-    prompt, answer = ([v for v, m in zip(values, marks, strict=True) if m == mark] for mark in "pa")
-    return {"prompt": prompt, "answer": answer, "all": values}
+def some_rows() -> list[list[int]]:
+    return [tokens(p + a, seed=p).tolist() for p, a in zip(PROMPTS, ANSWERS, strict=True)]
 
 
-def mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+def parts_of(values: list[list[float]], per_row: bool = False) -> dict[str, np.ndarray]:
+    """Numbers of all tokens (T, columns), row by row, by part."""
+    every = np.array(values)
+    return {"all": every} | ({} if per_row else {"prompt": every[IS_ANSWER == 0], "answer": every[IS_ANSWER == 1]})
 
 
-def same_spread(found: dict[str, Any], columns: list[list[float]]) -> None:
-    """Count, means and deviations of columns of numbers, to 1e-6."""
-    assert found["count"] == len(columns[0])
-    assert found["mean"] == pytest.approx([mean(column) for column in columns], abs=1e-6)
-    spread = [math.sqrt(mean([(v - mean(column)) ** 2 for v in column])) for column in columns]
-    assert found["std"] == pytest.approx(spread, abs=1e-6)
+def require_moments(numbers: dict[str, Any], values: np.ndarray) -> None:
+    assert numbers["mean"] == pytest.approx(values.mean(0), abs=1e-6)
+    assert numbers["std"] == pytest.approx(values.std(0), abs=1e-6)
+    if "histogram" in numbers:
+        bins = np.minimum((values * BINS).astype(int), BINS - 1)
+        assert numbers["histogram"] == [np.bincount(column, minlength=BINS).tolist() for column in bins.T]
 
 
-def histogram(values: list[float]) -> list[int]:
-    return [sum(min(int(v * BINS), BINS - 1) == i for v in values) for i in range(BINS)]
+def require_use(numbers: dict[str, Any], share: list[float], values: np.ndarray) -> None:
+    used = (values > 0).sum(1)
+    assert numbers["count"] == len(values) and share == pytest.approx((values > 0).mean(0), abs=1e-6)
+    assert numbers["used"]["mean"] == pytest.approx(used.mean(), abs=1e-6)
+    assert numbers["used"]["histogram"] == np.bincount(used, minlength=values.shape[1] + 1).tolist()
 
 
-def same_use(found: dict[str, Any], columns: list[list[float]]) -> None:
-    used = [sum(v > 0 for v in token) for token in zip(*columns, strict=True)]
-    assert found["mean"] == pytest.approx(mean(used), abs=1e-6)
-    assert found["histogram"] == [used.count(n) for n in range(len(columns) + 1)]
+def entropy(p: np.ndarray) -> float:
+    return -sum(v * math.log(v) for v in p if v > 0) / math.log(len(p))
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", ROUTED.split())
 def test_statistics_equal_the_formulas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm, rows = model_of(name), some_rows()
-    found = whole_pass(llm, rows, PROMPTS)
-    ears = heard(llm, rows, PROMPTS, monkeypatch)
-    total = {"prompt": sum(PROMPTS), "answer": sum(ANSWERS), "all": sum(PROMPTS + ANSWERS)}
-    assert found["counts"] == total
-    assert [block["layer"] for block in found["blocks"]] == sorted(ears.gates)
-    assert {(one["layer"], one["slot"]) for one in found["experts"]} == ears.experts.keys()
-    assert found["blocks"] or found["experts"]
-    for block in found["blocks"]:
-        per_row = found["block_router"] in ("instance", "unipelt")
+    llm, rows = shared(name) if name == "custom" else golden(name), some_rows()
+    result = whole_pass(llm, rows, PROMPTS)
+    wanted = Recomputed(llm, rows, monkeypatch)
+    assert result["counts"] == {"prompt": sum(PROMPTS), "answer": sum(ANSWERS), "all": sum(PROMPTS + ANSWERS)}
+    assert [block["layer"] for block in result["blocks"]] == sorted(wanted.gates)
+    assert {(mixture["layer"], mixture["slot"]) for mixture in result["experts"]} == wanted.experts.keys()
+    assert result["blocks"] or result["experts"]
+    for block in result["blocks"]:
+        per_row = result["block_router"] in ("instance", "unipelt")
         assert block["unit"] == ("row" if per_row else "token")
         assert block["slots"] == [slot.name for slot in llm.model.config.slots(block["layer"])]
-        parts = parts_of(ears.gates[block["layer"]], per_row)
+        parts = parts_of(wanted.gates[block["layer"]], per_row)
         assert block["parts"].keys() == parts.keys()
-        for part, wanted in parts.items():
-            columns = [[gates[slot] for gates in wanted] for slot in block["slots"]]
-            same_spread(block["parts"][part], columns)
-            assert block["parts"][part]["histogram"] == [histogram(column) for column in columns]
-            active = [mean([v > 0 for v in column]) for column in columns]
-            assert block["parts"][part]["active"] == pytest.approx(active, abs=1e-6)
-            same_use(block["parts"][part]["used"], columns)
-        assert ("threshold" in block["parts"]["all"]) == (found["block_router"] == "sparse")
-        for part, wanted in parts_of(ears.limits[block["layer"]]).items() if ears.limits else ():
+        for part, values in parts.items():
+            require_moments(block["parts"][part], values)
+            require_use(block["parts"][part], block["parts"][part]["active"], values)
+        assert ("threshold" in block["parts"]["all"]) == (result["block_router"] == "sparse")
+        for part, values in parts_of(wanted.limits[block["layer"]]).items() if wanted.limits else ():
             threshold = block["parts"][part]["threshold"]
-            same_spread({"count": len(wanted), "mean": [threshold["mean"]], "std": [threshold["std"]]}, [wanted])
-            assert threshold["histogram"] == histogram(wanted)
-    for mixture in found["experts"]:
-        for part, wanted in parts_of(ears.experts[mixture["layer"], mixture["slot"]]).items():
-            same_mixture(mixture["parts"][part], [weights.tolist() for weights in wanted])
-
-
-def same_mixture(found: dict[str, Any], weights: list[list[float]]) -> None:
-    columns, n = [list(column) for column in zip(*weights, strict=True)], len(weights[0])
-    same_spread(found, columns)
-    assert found["load"] == pytest.approx([mean([v > 0 for v in column]) for column in columns], abs=1e-6)
-    same_use(found["used"], columns)
-
-    def entropy(p: list[float]) -> float:
-        return -sum(v * math.log(v) for v in p if v > 0) / math.log(n)
-
-    total = sum(map(sum, columns))
-    assert found["balance"] == pytest.approx(entropy([sum(column) / total for column in columns]), abs=1e-6)
-    assert found["entropy"] == pytest.approx(mean([entropy(p) for p in weights]), abs=1e-6)
+            require_moments({key: [threshold[key]] for key in ("mean", "std", "histogram")}, values)
+    for mixture in result["experts"]:
+        for part, values in parts_of(wanted.experts[mixture["layer"], mixture["slot"]]).items():
+            numbers = mixture["parts"][part]
+            require_moments(numbers, values)
+            require_use(numbers, numbers["load"], values)
+            assert numbers["balance"] == pytest.approx(entropy(values.sum(0) / values.sum()), abs=1e-6)
+            assert numbers["entropy"] == pytest.approx(np.mean([entropy(p) for p in values]), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "unipeft", "adamole", "custom"])
@@ -205,21 +161,17 @@ def test_generating_counts_what_one_pass_over_prompts_and_answers_counts(name: s
     assert_close(statistics.result({"rows": 3}), whole_pass(llm, rows, [len(prompt) for prompt in prompts]))
 
 
-def assert_close(found: Any, wanted: Any, place: str = "") -> None:
+def assert_close(result: Any, wanted: Any) -> None:
     """Equal, but for the last digits of floating-point numbers."""
-    assert type(found) is type(wanted), place
-    if isinstance(found, dict):
-        assert found.keys() == wanted.keys(), place
-        for key in found:
-            assert_close(found[key], wanted[key], f"{place}.{key}")
-    elif isinstance(found, list):
-        assert len(found) == len(wanted), place
-        for i, two in enumerate(zip(found, wanted, strict=True)):
-            assert_close(*two, f"{place}.{i}")
-    elif isinstance(found, float):
-        assert found == pytest.approx(wanted, abs=2e-6), place
+    assert type(result) is type(wanted)
+    if isinstance(result, dict):
+        assert result.keys() == wanted.keys()
+        result, wanted = list(result.values()), [wanted[key] for key in result]
+    if isinstance(result, list):
+        for pair in zip(result, wanted, strict=True):
+            assert_close(*pair)
     else:
-        assert found == wanted, place
+        assert result == (pytest.approx(wanted, abs=2e-6) if isinstance(result, float) else wanted)
 
 
 def hooks(llm: Llama) -> int:
@@ -262,16 +214,12 @@ def test_quantiles_of_a_histogram() -> None:
 
 
 def test_what_was_saved_is_read_again_and_nothing_else(tmp_path: Path) -> None:
-    found, file = whole_pass(shared("sparse_moa"), some_rows(), PROMPTS), tmp_path / "a.json"
-    file.write_text(json.dumps(found, allow_nan=False))
-    assert read_statistics(file) == found
-    for change, told in (
-        ({"format": "x"}, "not router statistics"),
-        ({"version": 2}, "version 2"),
-        ({"blocks": 1}, "not router statistics"),
-    ):
-        file.write_text(json.dumps(found | change))
-        with pytest.raises(ValueError, match=f"a.json: .*{told}"):
+    result, file = whole_pass(shared("sparse_moa"), some_rows(), PROMPTS), tmp_path / "a.json"
+    file.write_text(json.dumps(result, allow_nan=False))
+    assert read_statistics(file) == result
+    for change in ({"format": "x"}, {"version": 2}, {"blocks": 1}):
+        file.write_text(json.dumps(result | change))
+        with pytest.raises(ValueError, match="a.json: not router statistics"):
             read_statistics(file)
 
 
@@ -295,23 +243,23 @@ def gates(tmp_path: Path, name: str, *words: object) -> dict[str, Any]:
 
 def test_gates_of_a_file_and_of_its_answers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data, predictions = write_rows(tmp_path / "test.json", 5), tmp_path / "predictions.jsonl"
-    found = gates(tmp_path, "sparse_moa", "--data_path", data, "--max_rows", 3, "--max_gen_len", 6)
+    result = gates(tmp_path, "sparse_moa", "--data_path", data, "--max_rows", 3, "--max_gen_len", 6)
     assert "adapters used per layer" in capsys.readouterr().out
-    assert found["source"]["rows"] == 3 and found["source"]["answers"] == "generated"
-    assert str(tmp_path) not in json.dumps(found)
+    assert result["source"]["rows"] == 3 and result["source"]["answers"] == "generated"
+    assert str(tmp_path) not in json.dumps(result)
     rows = json.loads(data.read_text())[:3]
     llm = build("sparse_moa", max_seq_len=256)
     prompts = [encode_prompt(llm.tokenizer, row, 250) for row in rows]
     answers = llm.generate(prompts, 6)
-    assert found["counts"]["prompt"] == sum(map(len, prompts))
-    assert found["counts"]["answer"] == sum(min(len(answer), 5) for answer in answers)
+    assert result["counts"]["prompt"] == sum(map(len, prompts))
+    assert result["counts"]["answer"] == sum(min(len(answer), 5) for answer in answers)
     texts = ["An answer", ["two", "samples"], ""]
     lines = [json.dumps(row | {"generate": text}) for row, text in zip(rows, texts, strict=True)]
     predictions.write_text("\n".join(lines))
-    found = gates(tmp_path, "sparse_moa", "--predict_file", predictions, "--max_gen_len", 6)
-    assert found["source"]["rows"] == 4 and found["source"]["answers"] == "given"
+    result = gates(tmp_path, "sparse_moa", "--predict_file", predictions, "--max_gen_len", 6)
+    assert result["source"]["rows"] == 4 and result["source"]["answers"] == "given"
     sizes = [len(prompts[i]) for i in (0, 1, 1, 2)]
-    assert found["counts"] == {"prompt": sum(sizes), "answer": 6 + 3 + 6, "all": sum(sizes) + 15}
+    assert result["counts"] == {"prompt": sum(sizes), "answer": 6 + 3 + 6, "all": sum(sizes) + 15}
 
 
 @pytest.mark.e2e
@@ -328,7 +276,7 @@ def test_two_processes_count_what_one_counts(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told", "status"),
+    ("words", "message", "status"),
     [
         ([], "give one of --data_path, --prompt and --predict_file", 2),
         (["--prompt", "a", "--data_path", "b"], "--data_path and --prompt", 2),
@@ -337,19 +285,19 @@ def test_two_processes_count_what_one_counts(tmp_path: Path, name: str) -> None:
         (["--prompt", "word " * 60], "no row leaves room", 1),
     ],
 )
-def test_gates_refuses(tmp_path: Path, words: list[str], told: str, status: int, capsys) -> None:
+def test_gates_refuses(tmp_path: Path, words: list[str], message: str, status: int, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         command.main(flags(tmp_path, "soft_moa", "--save_path", tmp_path / "x.json", *words), "gates")
     init_distributed(torch.device("cpu"))
-    assert end.value.code == status and told in capsys.readouterr().err
+    assert end.value.code == status and message in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="^0$"):
         inspect(["--help"])
-    told = capsys.readouterr().out
-    assert all(f"python -m inspection {name} " in told for name in MODULES)
+    overview = capsys.readouterr().out
+    assert all(f"python -m inspection {name} " in overview for name in MODULES)
     with pytest.raises(SystemExit):
         inspect(["gate"])
     assert "gates, row, figures" in capsys.readouterr().err
