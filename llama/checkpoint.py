@@ -30,7 +30,7 @@ class ShardSpec(NamedTuple):
 
 
 def shard_specs(model: Transformer) -> dict[str, ShardSpec]:
-    """Key -> whole shape and sharded dimension, for every base tensor."""
+    """Key -> whole shape and sharded dimension, for every base tensor of a checkpoint."""
     specs = {}
     for path, module in model.named_modules():
         if isinstance(module, AdapterModule):
@@ -45,6 +45,8 @@ def shard_specs(model: Transformer) -> dict[str, ShardSpec]:
             else:
                 spec = ShardSpec(tuple(parameter.shape), None)
             specs[f"{path}.{name}"] = spec
+    if model.args.tied_embeddings:
+        del specs["output.weight"]
     return specs
 
 
@@ -88,6 +90,7 @@ def load_base_weights(model: Transformer, ckpt_dir: str | Path, dtype: torch.dty
         index = 0 if spec.dim is None else Shard(spec.dim, n).index(mp_rank())
         state[key] = assemble(spec, file_dim, [shard[key] for shard in shards], index, n).to(device, dtype)
     model.load_state_dict(state, strict=False, assign=True)
+    model.tie_embeddings()
     model.to(device)
     for name, tensor in model.named_parameters():
         assert not tensor.is_meta, name

@@ -116,6 +116,7 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
     k = apply(cache, adapters, "wk", k, x, downs, routing)
     v = apply(cache, adapters, "wv", v, x, downs, routing)
     q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+    q, k = self.q_norm(q), self.k_norm(k)
     freqs_cis = context.freqs_cis
     if torch.is_grad_enabled():
         q, k = RotaryFunction.apply(q, freqs_cis), RotaryFunction.apply(k, freqs_cis)
