@@ -14,14 +14,16 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from convert import gguf as from_gguf
 from convert import hf as from_hf
 from convert.meta_format import Converted
 from convert.vocabulary import MEAN
 from convert_samples import VOCABULARIES, as_gguf, write_gguf, write_hf
-from llama import Llama
+from llama import Llama, ModelArgs
+from llama.model import rope_frequencies
 
 TEXTS = ("in the thin hat", "the\n\n  tin's 12345!", "naïve \u20ac \U0001f600 hein\t")
 Config = dict[str, Any]
@@ -255,6 +257,38 @@ def test_a_gguf_file(name: str, tmp_path: Path) -> None:
             parameter.data = parameter.data if "norm" in key else parameter.data.to(dtype).float()
     same_logits(result, model)
     same_ids(result, tmp_path / "hf" / "tokenizer.json")
+
+
+# Meta's own folders, which say that the rotary embedding is scaled and not by how much
+
+META = {"vocab_size": 128256, "n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 5e5, "use_scaled_rope": True}
+RELEASES = {
+    "3.1-8B": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024}, 8.0),
+    "3.2-1B": ({"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5, "multiple_of": 256}, 32.0),
+    "3.2-3B": ({"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0, "multiple_of": 256}, 32.0),
+}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_metas_params_take_the_published_factor_aloud(release: str, tmp_path: Path, capsys) -> None:
+    sizes, factor = RELEASES[release]
+    (tmp_path / "params.json").write_text(json.dumps(META | sizes))
+    args = ModelArgs.from_file(tmp_path / "params.json")
+    said = f"params.json: no rope_scaling_factor; {factor:g} is taken, as published for LLaMA-{release}"
+    assert said in capsys.readouterr().err
+    head_dim = args.dim // args.n_heads
+    config = LlamaConfig(head_dim=head_dim, rope_parameters=LLAMA31 | {"factor": factor})
+    torch.testing.assert_close(rope_frequencies(args), LlamaRotaryEmbedding(config).inv_freq)
+
+
+def test_a_scaled_shape_that_is_no_release_needs_the_factor(tmp_path: Path, capsys) -> None:
+    params = META | RELEASES["3.2-1B"][0] | {"n_layers": 15}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    with pytest.raises(ValueError, match="params.json: use_scaled_rope needs rope_scaling_factor beside it"):
+        ModelArgs.from_file(tmp_path / "params.json")
+    (tmp_path / "params.json").write_text(json.dumps(params | {"rope_scaling_factor": 16}))
+    assert ModelArgs.from_file(tmp_path / "params.json").rope_scaling_factor == 16
+    assert not capsys.readouterr().err
 
 
 def test_there_are_enough_of_them() -> None:
