@@ -44,9 +44,8 @@ def table(scores: list[Score]) -> str:
             lines.append([f"mean, {family}" if len(families) > 1 else "mean", "", *cells, ""])
     align = ("left", *("right",) * 6)
     text = tabulate(lines, _HEADER, "plain", colalign=align, disable_numparse=True, preserve_whitespace=True)
-    return "\n".join(
-        [line.rstrip() for line in text.split("\n")] + [note for score in scores for note in _notes(score)]
-    )
+    notes = [note for score in scores for note in _notes(score)]
+    return "\n".join([*(line.rstrip() for line in text.split("\n")), *notes])
 
 
 def _cells(percent: float, half_width: float) -> tuple[str, str]:
@@ -54,11 +53,9 @@ def _cells(percent: float, half_width: float) -> tuple[str, str]:
 
 
 def _families(scores: list[Score]) -> dict[str, list[Score]]:
-    """Group the scores by the family of their task, in the order in which the families come."""
-    families: dict[str, list[Score]] = {}
-    for score in scores:
-        families.setdefault(score.task.family, []).append(score)
-    return families
+    """Group the scores by the family of their task."""
+    names = dict.fromkeys(score.task.family for score in scores)
+    return {name: [score for score in scores if score.task.family == name] for name in names}
 
 
 def _notes(score: Score) -> Iterable[str]:
@@ -67,10 +64,10 @@ def _notes(score: Score) -> Iterable[str]:
         yield f"note: {score.path}: only {rows} of the {problems} problems of {name}"
     if rows > problems:
         yield f"note: {score.path}: {rows} rows, more than the {problems} problems of {name}: are some written twice?"
-    if score.task.runs_code and not score.same_samples:
+    if score.task.runs_code and len(set(score.samples)) > 1:
         yield f"note: {score.path}: not as many samples in every row, so that only pass@1 is known"
-    if score.samples > rows:
-        yield f"note: {score.path}: {score.samples} samples; a row's score is the mean over its samples"
+    if sum(score.samples) > rows:
+        yield f"note: {score.path}: {sum(score.samples)} samples; a row's score is the mean over its samples"
 
 
 def show(score: Score, rows: list[ScoredRow]) -> str:
@@ -108,11 +105,10 @@ def scores_json(scores: list[Score]) -> str:
     """
     suites: dict[str, dict[str, Any]] = {}
     for score in scores:
-        rows, problems = len(score.rows), score.task.problems
-        suites[score.task.name] = {"file": score.path, "rows": rows, "problems": problems, "samples": score.samples}
-        suites[score.task.name] |= {metric: asdict(getattr(score, metric)) for metric in METRICS}
-        if score.task.runs_code:
-            suites[score.task.name]["pass_at"] = {metric: score.pass_at(metric) for metric in METRICS}
+        sizes = {"rows": len(score.rows), "problems": score.task.problems, "samples": sum(score.samples)}
+        pass_at = {"pass_at": {metric: score.pass_at(metric) for metric in METRICS}} if score.task.runs_code else {}
+        by_metric = {metric: asdict(getattr(score, metric)) for metric in METRICS}
+        suites[score.task.name] = {"file": score.path} | sizes | by_metric | pass_at
     families = {
         family: {"suites": [score.task.name for score in members], "mean": _means(members)}
         for family, members in _families(scores).items()

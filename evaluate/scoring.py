@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -89,34 +89,23 @@ class Score:
     path: str
     rows: list[ScoredRow]
 
-    @cached_property
-    def published(self) -> MetricScore:
-        return MetricScore.of([row.published for row in self.rows])
-
-    @cached_property
-    def robust(self) -> MetricScore:
-        return MetricScore.of([row.robust for row in self.rows])
+    published: MetricScore
+    robust: MetricScore
 
     @property
-    def samples(self) -> int:
-        return sum(len(row.published) for row in self.rows)
-
-    @property
-    def same_samples(self) -> bool:
-        """Whether every row has as many samples as the others."""
-        return len({len(row.published) for row in self.rows}) == 1
+    def samples(self) -> list[int]:
+        """How many samples each row has."""
+        return [len(row.row.texts) for row in self.rows]
 
     def pass_at(self, metric: str) -> dict[int, float]:
         """Return pass@k in percent, the mean over rows, for each k of 1, 5, 10 that the samples allow.
 
         A k above 1 needs as many samples in every row. metric: "published" or "robust".
         """
-        scored = [getattr(row, metric) for row in self.rows]
-        counts = [(len(scores), sum(score.is_correct for score in scores)) for scores in scored]
-        most = min(samples for samples, _ in counts) if self.same_samples else 1
-        return {
-            k: 100 * math.fsum(pass_at(k, *count) for count in counts) / len(counts) for k in (1, 5, 10) if k <= most
-        }
+        passed = [sum(score.is_correct for score in getattr(row, metric)) for row in self.rows]
+        most = self.samples[0] if len(set(self.samples)) == 1 else 1
+        shares = {k: map(partial(pass_at, k), self.samples, passed) for k in (1, 5, 10) if k <= most}
+        return {k: 100 * math.fsum(share) / len(passed) for k, share in shares.items()}
 
 
 def score_file(path: str | Path, task: Task | str | None = None, sandbox: Sandbox | None = None) -> Score:
@@ -132,13 +121,13 @@ def score_file(path: str | Path, task: Task | str | None = None, sandbox: Sandbo
         raise ValueError(f"{task.name} runs generated code: allow it by score_file(path, sandbox=Sandbox())")
     rows = read_rows(path, task.answer_of)
     metrics = [getattr(task, name) for name in METRICS]
-    extractions = [[[metric.extract(text, row.fields) for text in row.texts] for metric in metrics] for row in rows]
+    extractions = [[[metric.extract(text, row.fields) for text in row.texts] for row in rows] for metric in metrics]
     outcomes = {}
     if task.runs_code and sandbox:
         programs = {extraction.candidates[0]: None for extraction in chain(*chain(*extractions)) if extraction}
         outcomes = dict(zip(programs, sandbox.run(list(programs)), strict=True))
 
-    def scored(extraction: Extraction | None, metric: Metric, answer: Any) -> SampleScore:
+    def score(metric: Metric, extraction: Extraction | None, answer: Any) -> SampleScore:
         if extraction is None:
             return SampleScore(None, False)
         if task.runs_code:
@@ -146,9 +135,9 @@ def score_file(path: str | Path, task: Task | str | None = None, sandbox: Sandbo
             return SampleScore(extraction, outcome.passed, outcome.why)
         return SampleScore(extraction, metric.is_correct(extraction, answer))
 
-    scored_rows = []
-    for row, both in zip(rows, extractions, strict=True):
-        pairs = zip(metrics, both, strict=True)
-        published, robust = (tuple(scored(each, metric, row.answer) for each in samples) for metric, samples in pairs)
-        scored_rows.append(ScoredRow(row, published, robust))
-    return Score(task, str(path), scored_rows)
+    published, robust = (
+        [tuple(score(metric, each, row.answer) for each in of_row) for row, of_row in zip(rows, of_rows, strict=True)]
+        for metric, of_rows in zip(metrics, extractions, strict=True)
+    )
+    scored_rows = [ScoredRow(*scored) for scored in zip(rows, published, robust, strict=True)]
+    return Score(task, str(path), scored_rows, MetricScore.of(published), MetricScore.of(robust))

@@ -27,7 +27,8 @@ from tabulate import tabulate  # noqa: E402
 
 from cli import cli_errors, die, flag, parse  # noqa: E402
 from inspection import runs  # noqa: E402
-from inspection.runs import COUNTS, QUANTITIES, RULES, Run, RunGroup, Spread  # noqa: E402
+from inspection.quantities import NONE, QUANTITIES, Spread, show  # noqa: E402
+from inspection.runs import COUNTS, RULES, Run, RunGroup  # noqa: E402
 from moa.files import atomic_write  # noqa: E402
 
 TRAINING = ("seconds", "tokens_per_s", "peak_memory_bytes")
@@ -52,20 +53,17 @@ def markdown(groups: list[RunGroup]) -> str:
 
 def _cells(group: RunGroup, columns: list[str]) -> dict[str, str]:
     steps, rows, _ = (group.runs[0].numbers.get(name) for name in COUNTS)
-    cells = {"model": group.name, "seeds": str(len(group.runs)), "steps": f"{steps} x {rows} rows" if steps else "-"}
+    cells = {
+        "model": group.name,
+        "seeds": str(len(group.runs)),
+        "steps": f"{steps} x {rows} rows" if steps else NONE,
+    }
     for name in ("trainable_parameters", *TRAINING):
-        cells[QUANTITIES[name].label] = _cell(group.over(name), name)
+        cells[QUANTITIES[name].label] = show(group.over(name), name)
     for column in columns:
         both = [group.score(column, rule) for rule in RULES]
-        cells[column] = " / ".join(_cell(score, "percent") for score in both) if all(both) else "-"
+        cells[column] = " / ".join(show(score, "percent") for score in both) if all(both) else NONE
     return cells
-
-
-def _cell(spread: Spread | None, name: str) -> str:
-    if spread is None:
-        return "-"
-    show = QUANTITIES[name].show
-    return show(spread.mean) + (f" ± {show(spread.deviation)}" if spread.deviation else "")
 
 
 def as_csv(groups: list[RunGroup]) -> str:

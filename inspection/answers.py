@@ -46,7 +46,7 @@ def _changed(run: Run, score: Score) -> list[str]:
     recorded = [scores for column, scores in run.scores.items() if column.startswith(f"{test} (")]
     if run.scores and not recorded:
         return [f"the answers to {test} are not in scores.json"]
-    pairs = [(rule, scores[rule].percent, getattr(score, rule).percent) for scores in recorded for rule in RULES]
+    pairs = [(rule, scores[rule].mean, getattr(score, rule).percent) for scores in recorded for rule in RULES]
     return [
         f"scores.json has {then:.1f} % for {test} ({rule}), its answers give {now:.1f} % now"
         for rule, then, now in pairs

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from inspection.chart_style import COLOURS, DASHES, MARKS, SMALL, colour_bar, heatmap, look, new_figure, panels
+from inspection.quantities import QUANTITIES
 from inspection.router_file import mean_gates, part_of, slots_of
-from inspection.runs import QUANTITIES, RULES, RunGroup
+from inspection.runs import RULES, RunGroup
 
 Named = tuple[str, dict[str, Any]]  # a name to show, and router statistics
 Curve = tuple[str, int, list[tuple[int, float]]]  # a name for the legend ("": none), number of its look, (step, loss)

@@ -21,9 +21,9 @@ from inspection import chart_style, plots
 from inspection.answers import read_samples
 from inspection.figures import read_costs
 from inspection.html import Table, write_page
+from inspection.quantities import NONE, QUANTITIES, show
 from inspection.router_file import read_statistics, slots_of
 from inspection.runs import (
-    QUANTITIES,
     RULES,
     Run,
     RunGroup,
@@ -35,7 +35,7 @@ from inspection.runs import (
     headlines,
 )
 
-NONE = "–"
+SD = "\nsd "
 LOGGED = ("trainable_parameters", "rows_per_step", "seconds_per_step", "seconds", "tokens_per_s")
 LOGGED += ("peak_memory_bytes", "adapter_bytes")
 
@@ -124,7 +124,7 @@ def _overview(groups: list[RunGroup], columns: list[str], problems: dict[str, li
         state = f"{lacking} of {len(group.runs)} incomplete" if lacking else state
         seeds = ", ".join(NONE if run.seed is None else str(run.seed) for run in group.runs)
         steps = {f"{run.logged_steps:,}": None for run in group.runs if group.trained}
-        row = [group.name, seeds, state, ", ".join(steps) or NONE, _spread(group, "final_loss")]
+        row = [group.name, seeds, state, ", ".join(steps) or NONE, show(group.over("final_loss"), "final_loss", SD)]
         rows.append(row + _score_cells(group, columns))
     head = ["method", "seeds", "state", "steps", "final loss", *_score_heads(columns)]
     note = (
@@ -147,13 +147,6 @@ def _score_cells(group: RunGroup, columns: list[str]) -> list[str]:
             text += f"\nseeds {', '.join(f'{value:.1f}' for value in score.values)}; sd {score.deviation:.1f}"
         cells.append(text)
     return cells
-
-
-def _spread(group: RunGroup, name: str) -> str:
-    spread, show = group.over(name), QUANTITIES[name].show
-    if spread is None:
-        return NONE
-    return show(spread.mean) + (f"\nsd {show(spread.deviation)}" if spread.deviation else "")
 
 
 def _untested(run: Run, columns: list[str]) -> list[str]:
@@ -214,7 +207,7 @@ def _costs(groups: list[RunGroup]) -> Section:
     spreads = {group.name: {name: group.over(name) for name in plots.COSTS} for group in groups}
     costs = {method: {name: s.mean for name, s in own.items() if s} for method, own in spreads.items()}
     figure = _figure("Median time of a step, and peak memory of the main process.", plots.costs(costs))
-    rows = [[group.name, *(_spread(group, name) for name in LOGGED)] for group in groups]
+    rows = [[group.name, *(show(group.over(name), name, SD) for name in LOGGED)] for group in groups]
     head = ["method", *(QUANTITIES[name].label for name in LOGGED)]
     note = (
         "The time of a step is the median, and compares methods only where nothing else ran beside them. The memory is "
@@ -241,13 +234,13 @@ def _routers(name: str, run: Run) -> list[Section]:
         caption = f"Gates of {name}: mean, standard deviation, share of tokens with a gate above 0"
         tables.append(Table(caption, ["layer", *slots, "adapters used", "threshold"], rows))
     if statistics["experts"]:
-        show, rows = "load" if plots.chooses(statistics) else "mean", []
+        column, rows = "load" if plots.chooses(statistics) else "mean", []
         caption = f"Experts of {name}, layer by expert; beside them balance and entropy."
-        figures.append(_figure(caption, plots.loads(name, statistics, "all", show)))
+        figures.append(_figure(caption, plots.loads(name, statistics, "all", column)))
         for mixture in statistics["experts"]:
             part = mixture["parts"]["all"]
             row = [f"{mixture['layer']} {mixture['slot']}", f"{part['balance']:.3f}", f"{part['used']['mean']:.2f}"]
-            rows.append(row + [" ".join(f"{value:.2f}" for value in part[column]) for column in ("mean", "load")])
+            rows.append(row + [" ".join(f"{value:.2f}" for value in part[name]) for name in ("mean", "load")])
         head = ["layer and slot", "balance", "experts chosen", "mean weights", "loads"]
         tables.append(Table(f"Experts of {name}", head, rows))
     source = statistics["source"] | {f"tokens of {part}": count for part, count in statistics["counts"].items()}

@@ -2,7 +2,7 @@
 
 A run is what `finetune.py`, `generate.py` and `python -m evaluate --save_path` leave in a folder: config.json,
 log.jsonl, the adapter, one file of predictions per test, scores.json. A folder is read in whatever state it is; what is
-missing or damaged becomes a sentence. A group is the runs that differ in their seed alone. Needs no torch.
+missing or damaged becomes a sentence. A group is the runs that differ in their seed alone.
 """
 
 import json
@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from inspection.html import visible
+from inspection.quantities import Spread, spread_of
 from moa.reading import parse_json, read_text
 from training.config import RESUMABLE_FIELDS
 
@@ -31,49 +32,6 @@ COUNTS = ("steps", "rows_per_step", "trainable_parameters")
 RESOLVED = (*COUNTS, "base_fingerprint", "data_sha256", "rows", "warmup_steps", "lr")
 
 
-class Quantity(NamedTuple):
-    """How a number is shown: its name, how far to divide it to get the unit in the name, its format."""
-
-    label: str
-    unit: float
-    form: str
-
-    def show(self, value: float) -> str:
-        return format(value / self.unit, self.form)
-
-
-QUANTITIES = {
-    "percent": Quantity("%", 1, ".1f"),
-    "trainable_parameters": Quantity("trained parameters", 1, ",.0f"),
-    "rows_per_step": Quantity("rows per step", 1, ",.0f"),
-    "final_loss": Quantity("final loss", 1, ".2f"),
-    "seconds": Quantity("training, min", 60, ",.1f"),
-    "seconds_per_epoch": Quantity("an epoch, min", 60, ",.1f"),
-    "seconds_per_step": Quantity("a step, s", 1, ",.2f"),
-    "tokens_per_s": Quantity("tokens/s", 1, ",.0f"),
-    "peak_memory_bytes": Quantity("peak memory, GiB", 2**30, ",.2f"),
-    "adapter_bytes": Quantity("adapter file, MB", 1e6, ",.1f"),
-    "seconds_per_answer": Quantity("an answer, s", 1, ",.3f"),
-}
-
-
-class Score(NamedTuple):
-    """Percent right, and half the width of its 95 % interval over the test rows (None where it is not known)."""
-
-    percent: float
-    half_width: float | None
-
-
-class Spread(NamedTuple):
-    """Mean and sample standard deviation (None of a single value) of values over seeds. half_width: of scores, the mean
-    of those of their intervals."""
-
-    mean: float
-    deviation: float | None
-    values: list[float]
-    half_width: float | None = None
-
-
 @dataclass
 class Run:
     """One run folder.
@@ -81,7 +39,7 @@ class Run:
     method: the folder's name, with the adapter's method behind it where the name does not begin so.
     record: config.json. numbers: COUNTS, and seconds, seconds_per_step, tokens_per_s, peak_memory_bytes, final_loss
     (mean of the last tenth of the steps) and adapter_bytes, as far as they are known. losses: (step, loss).
-    scores: column -> rule -> Score; means: the tests that a column of means is over. answers: test -> predictions.
+    scores: column -> rule -> Spread; means: the tests that a column of means is over. answers: test -> predictions.
     unfinished: reasons why its scores are not final; damaged: "FILE: what is wrong with it"; missing: the rest that a
     finished run would have.
     """
@@ -95,7 +53,7 @@ class Run:
     logged_steps: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     scores_file: dict[str, Any] | None = None
-    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    scores: dict[str, dict[str, Spread]] = field(default_factory=dict)
     means: dict[str, list[str]] = field(default_factory=dict)
     answers: dict[str, Path] = field(default_factory=dict)
     answer_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -138,19 +96,13 @@ class RunGroup:
 
     def over(self, name: str) -> Spread | None:
         """One of the runs' numbers; None where no run has it."""
-        return _spread([run.numbers[name] for run in self.runs if name in run.numbers])
+        return spread_of([run.numbers[name] for run in self.runs if name in run.numbers])
 
     def score(self, column: str, rule: str) -> Spread | None:
         scores = [run.scores[column][rule] for run in self.runs if column in run.scores]
         widths = [score.half_width for score in scores if score.half_width is not None]
-        spread = _spread([score.percent for score in scores])
+        spread = spread_of([score.mean for score in scores])
         return spread and spread._replace(half_width=statistics.fmean(widths) if widths else None)
-
-
-def _spread(values: list[float]) -> Spread | None:
-    if not values:
-        return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, values)
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Run]:
@@ -261,10 +213,10 @@ def _read_scores(run: Run, name: str, text: str) -> None:
     run.settings["tests"] = ", ".join(sorted(scores))
 
 
-def _score(part: dict[str, Any]) -> Score:
+def _score(part: dict[str, Any]) -> Spread:
     if not 0 <= part["percent"] <= 100:
         raise ValueError(f"{part['percent']} is no percentage")
-    return Score(part["percent"], part.get("half_width"))
+    return Spread(part["percent"], None, [part["percent"]], part.get("half_width"))
 
 
 def _read_answer_settings(run: Run, name: str, text: str) -> None:
@@ -278,12 +230,10 @@ def _find_missing(run: Run) -> None:
         steps = run.numbers.get("steps", "unknown")
         if steps != run.logged_steps:
             run.unfinished.append(f"{run.logged_steps} of {steps} steps in log.jsonl")
-        if run.record is None and not (run.path / "config.json").exists():
-            run.damaged.append("config.json: no such file, so the settings are not known")
         if len(run.losses) < run.logged_steps:
             lacking = run.logged_steps - len(run.losses)
             run.missing.append(f"{lacking} of {run.logged_steps} steps have no loss that is a number")
-        files = [file for name in ("adapter.pth", "adapter.safetensors") if (file := run.path / name).is_file()]
+        files = [file for file in run.path.glob("adapter.*") if file.suffix in (".pth", ".safetensors")]
         if files:
             run.numbers["adapter_bytes"] = files[0].stat().st_size
         else:

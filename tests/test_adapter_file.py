@@ -1,7 +1,7 @@
 """Adapters on disk: ours, saved and loaded; the authors'; and files that do not fit, named in one sentence."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +109,27 @@ def test_bad_adapter_params_are_named(change: dict, words: str, saved: Path) -> 
     with pytest.raises(ValueError, match=f"adapter_params.json: {words}") as error:
         load_adapter(saved, ARGS)
     assert "\n" not in str(error.value)
+
+
+SPELLINGS = [  # of a base, and how it differs (None: not at all)
+    ({"multiple_of": 16}, None),
+    ({"multiple_of": 224, "ffn_dim_multiplier": None}, None),
+    ({"rope_scaling_factor": 32.0}, None),  # without use_scaled_rope it does not count
+    ({"multiple_of": 1}, "ffn_dim 224, this one has 221"),
+    ({"use_scaled_rope": True}, "use_scaled_rope False, this one has True"),
+    ({"rope_theta": 5e5}, "rope_theta 10000.0, this one has 500000.0"),
+    ({"n_kv_heads": 4}, "n_kv_heads 2, this one has 4"),
+]
+
+
+@pytest.mark.parametrize("change, difference", SPELLINGS)
+def test_whether_an_adapter_fits_is_asked_of_the_model(change: dict, difference: str | None, saved: Path) -> None:
+    base = replace(ARGS, **change)
+    if difference is None:
+        assert load_adapter(saved, base)[0].method == "soft_moa"
+    else:
+        with pytest.raises(ValueError, match=f"the adapter was trained on a base with {difference}"):
+            load_adapter(saved, base)
 
 
 def test_settings_that_claim_a_base_of_any_depth_are_refused(tmp_path: Path) -> None:

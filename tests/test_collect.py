@@ -46,8 +46,8 @@ def three(tmp_path):
 
 def test_mean_and_spread_over_seeds(three, collect):
     base, lora = cells(collect(three).out)
-    assert base == {"model": "base", "seeds": "1", "trained parameters": "-", "steps": "-", "training, min": "-"} | {
-        **{"tokens/s": "-", "peak memory, GiB": "-"},
+    assert base == {"model": "base", "seeds": "1", "trained parameters": "–", "steps": "–", "training, min": "–"} | {
+        **{"tokens/s": "–", "peak memory, GiB": "–"},
         **{"AddSub (100 of 395)": "5.0 / 6.0", "MultiArith (100 of 395)": "6.0 / 7.0", "mean, math": "5.5 / 6.5"},
     }
     assert lora == {"model": "lora", "seeds": "3", "trained parameters": "1,000,004", "steps": "4 x 32 rows"} | {
@@ -160,7 +160,7 @@ def test_a_mean_over_other_tests_has_a_column_of_its_own(tmp_path, collect):
         "mean, math: AddSub (100 of 395), MultiArith (100 of 395)",
         "mean, math: AddSub (100 of 395), SVAMP (100 of 395)",
     ]
-    assert lora["SVAMP (100 of 395)"] == "-" and prompt["SVAMP (100 of 395)"] == "40.0 / 41.0"
+    assert lora["SVAMP (100 of 395)"] == "–" and prompt["SVAMP (100 of 395)"] == "40.0 / 41.0"
 
 
 @pytest.mark.parametrize(

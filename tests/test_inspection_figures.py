@@ -47,7 +47,7 @@ def test_a_finished_run_and_an_untuned_base(runs: Path) -> None:
     run = next(run for run in read if (run.method, run.seed) == ("lora", 1))
     assert (run.logged_steps, run.numbers["trainable_parameters"]) == (30, 1_000_004)
     assert run.numbers["seconds"] == 30 * 21 and run.numbers["peak_memory_bytes"] == 30 * 2**29
-    assert run.scores["AddSub (100 of 395)"]["robust"] == (42, 5)
+    assert run.scores["AddSub (100 of 395)"]["robust"] == (42, None, [42], 5)
     assert run.answers == {"AddSub": runs / "lora" / "s1" / "AddSub.jsonl"}
 
 

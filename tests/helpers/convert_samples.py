@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from convert.__main__ import main
-from llama.tokenizer import special_tokens
+from llama.tokenizer import SPLIT_PATTERN, special_tokens
 
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
@@ -25,6 +25,12 @@ SPELLING = {b: chr(b) for b in PRINTABLE} | {b: chr(0x100 + i) for i, b in enume
 MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n")]
 SMOL_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
 SMOL_LACKS = (0xC0, 0xF5, 0xFF)
+HF_TO_GGUF = {
+    **{"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "model.layers": "blk"},
+    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+    **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+}
 
 
 def llama3_vocabulary() -> tuple[list[str], list[int]]:
@@ -39,12 +45,32 @@ def smol_vocabulary() -> tuple[list[str], list[int]]:
     return SMOL_SPECIAL + tokens, list(range(len(SMOL_SPECIAL)))
 
 
-def write_tokenizer_json(folder: Path, tokens: list[str], special: list[int]) -> None:
-    added = [{"id": i, "content": tokens[i], "special": True} for i in special]
+VOCABULARIES = {"llama3": llama3_vocabulary, "smol": smol_vocabulary}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPLITS = {  # how each model cuts a text before it merges
+    "llama3": [
+        {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
+        BYTE_LEVEL | {"use_regex": False},
+    ],
+    "smol": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
+}
+
+
+def write_tokenizer_json(folder: Path, style: str) -> None:
+    tokens, special = VOCABULARIES[style]()
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     # LLaMA-3 keeps its special tokens out of the model's vocabulary, SmolLM2 has them in both places.
-    vocab = {token: i for i, token in enumerate(tokens) if i not in special or special[0] == 0}
-    model = {"type": "BPE", "vocab": vocab, "merges": [list(m) for m in MERGES]}
-    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": model}), encoding="utf-8")
+    vocab = {token: i for i, token in enumerate(tokens) if i not in special or style == "smol"}
+    model = {"type": "BPE", "vocab": vocab, "merges": [list(m) for m in MERGES], "ignore_merges": style == "llama3"}
+    content = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": tokens[i], **flags} for i in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[style]},
+        "decoder": BYTE_LEVEL | {"use_regex": True},
+        "model": model,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
@@ -55,24 +81,40 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
         parameter.data.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.2 * noise)
 
 
-def write_hf(folder: Path, style: str, max_shard_size: str = "1GB") -> LlamaForCausalLM:
+def write_hf(
+    folder: Path, style: str, max_shard_size: str = "1GB", dtype: torch.dtype = torch.float32, **config: Any
+) -> LlamaForCausalLM:
     """A folder as Hugging Face has it, `style` llama3 (scaled rope, untied) or smol (tied); returns its model."""
-    tokens, special = llama3_vocabulary() if style == "llama3" else smol_vocabulary()
-    sizes = {"vocab_size": len(tokens), "hidden_size": 48, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
-    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    sizes = {"vocab_size": len(VOCABULARIES[style]()[0]), "hidden_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
     if style == "llama3":
         rope = {"rope_type": "llama3", "rope_theta": 5000.0, "original_max_position_embeddings": 64}
         rope |= {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        config = LlamaConfig(**sizes, intermediate_size=160, rope_parameters=rope, tie_word_embeddings=False)
+        sizes |= {"intermediate_size": 160, "rope_parameters": rope, "tie_word_embeddings": False}
     else:
         rope = {"rope_type": "default", "rope_theta": 10000.0}
-        config = LlamaConfig(**sizes, intermediate_size=128, rope_parameters=rope, tie_word_embeddings=True)
-    model = LlamaForCausalLM(config).eval()
+        sizes |= {"intermediate_size": 128, "rope_parameters": rope, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**sizes | config)).eval()
     randomise(model)
     model.tie_weights()
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    write_tokenizer_json(folder, tokens, special)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    write_tokenizer_json(folder, style)
     return model
+
+
+def as_gguf(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
+    """The weights of a model by GGUF's names, permuted as llama.cpp's converter does."""
+    tensors, heads = {}, model.config.num_attention_heads
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            head_dim = weight.shape[1] // heads
+            weight = weight.view(-1, 2, head_dim // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        for theirs, gguf_name in HF_TO_GGUF.items():
+            name = name.replace(theirs, gguf_name)
+        tensors[name] = weight.float().numpy()
+    return tensors
 
 
 def gguf_tensors(
@@ -97,30 +139,27 @@ def write_gguf(
     architecture: str = "llama",
     vocabulary: tuple[list[str], list[int]] | None = None,
     theta: float = 10000.0,
-    heads: int = 4,
-    ffn: int = 96,
+    heads: int = 6,
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
-    **metadata: int | str,
+    metadata: dict[str, int | float | str] | None = None,
 ) -> None:
-    """A llama GGUF (2 key/value heads) with these tensors; `metadata` adds uint32 or string keys."""
+    """A llama GGUF (2 key/value heads) with these tensors; `metadata` adds keys."""
     tokens, special = vocabulary or smol_vocabulary()
     writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     writer.add_block_count(sum(name.endswith("attn_norm.weight") for name in tensors))
     writer.add_embedding_length(tensors["token_embd.weight"].shape[1])
-    writer.add_feed_forward_length(ffn)
+    writer.add_feed_forward_length(len(tensors["blk.0.ffn_up.weight"]))
     writer.add_head_count(heads)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(theta)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokens))]
-    )
+    kinds = (gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokens)))
+    writer.add_token_types(list(kinds))
     writer.add_token_merges([" ".join(merge) for merge in MERGES])
-    for key, value in metadata.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(key.replace("__", "."), value)
+    for key, value in (metadata or {}).items():
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
     for name, tensor in tensors.items():
         kind = (quantised or {}).get(name)
         writer.add_tensor(name, tensor if kind is None else quantize(tensor, kind), raw_dtype=kind)
