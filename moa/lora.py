@@ -5,8 +5,6 @@ W x + sum_e g_e (alpha / r) B_e A_e x
 rsLoRA's scale is alpha / sqrt(r) (arXiv 2312.03732). LoRA+ gives B a larger learning rate (arXiv 2402.12354).
 """
 
-import math
-
 from torch import Tensor
 
 from moa.adapter import AdapterModule, Target, apply_gates, linear_init, zeros
@@ -21,8 +19,7 @@ class LoRA(AdapterModule):
     def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
         lora, num_experts = config.adapters["lora"], config.experts.expert_num
-        self.target, self.rank = target, lora.rank
-        self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+        self.target, self.rank, self.scale = target, lora.rank, lora.scale
         width = lora.rank * num_experts
         a_shape = (lora.rank if lora.hydra else width, target.in_features)
         self.add_parameter("lora_A", a_shape, linear_init(target.in_features), target.shard_inputs(1))

@@ -4,6 +4,7 @@ Every option is declared once, here, as a field of a dataclass. Its flag is `<ad
 (`lora_rank`, `prompt_len`) and `<field>` for the rest (`swi_x`).
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from importlib import import_module
@@ -51,6 +52,10 @@ class LoRAConfig:
     hydra: bool = option(False, "the LoRA experts of a layer share one A")
     rslora: bool = option(False, "LoRA's scale is alpha / sqrt(rank)")
     lr_ratio: float = option(1.0, "learning rate of B, as a multiple of A's (LoRA+)")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -234,6 +239,10 @@ class BiasNormConfig:
 
 # Sections of a configuration beside the adapters, by their name there.
 SECTIONS: dict[str, type] = {"router": RouterConfig, "experts": ExpertConfig, "bias_norm": BiasNormConfig}
+
+
+# Settings that are younger than some adapter files: where one is missing, its default is what was trained.
+ADDED_LATER = ("lora_rslora", "lora_lr_ratio", "layer_experts")
 
 
 def config_fields() -> dict[str, Field]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, ModelArgs
 from moa.adapter_file import adapter_params, load_adapter, save_adapter, save_reference_adapter
 from moa.config import AdapterConfig
 from moa.state import adapter_parameters, adapter_state_dict, count_parameters
@@ -124,7 +124,7 @@ SPELLINGS = [  # of a base, and how it differs (None: not at all)
 
 @pytest.mark.parametrize("change, difference", SPELLINGS)
 def test_whether_an_adapter_fits_is_asked_of_the_model(change: dict, difference: str | None, saved: Path) -> None:
-    base = replace(ARGS, **change)
+    base = ModelArgs(**(PARAMS | change))
     if difference is None:
         assert load_adapter(saved, base)[0].method == "soft_moa"
     else:
