@@ -56,10 +56,12 @@ def _widths(statistics: dict[str, Any]) -> list[float]:
 def _threshold_and_use(threshold: Any, used: Any, statistics: dict[str, Any], part: str) -> None:
     layers = [block["layer"] + 0.5 for block in statistics["blocks"]]
     parts = [part_of(block, part) for block in statistics["blocks"]]
-    low, *_, high = zip(*(numbers["threshold"]["quantiles"] for numbers in parts), strict=True)
+    low, *_, high = np.array([numbers["threshold"]["quantiles"][0] for numbers in parts]).T
     threshold.fill_betweenx(layers, low, high, color=COLOURS[0], alpha=0.25, linewidth=0)
-    for axes, name, title in ((threshold, "threshold", "threshold"), (used, "used", "adapters\nused")):
-        axes.plot([numbers[name]["mean"] for numbers in parts], layers, color=COLOURS[0], marker="o", markersize=2)
+    limits = [numbers["threshold"]["mean"][0] for numbers in parts]
+    counts = [numbers["used"]["mean"] for numbers in parts]
+    for axes, values, title in ((threshold, limits, "threshold"), (used, counts, "adapters\nused")):
+        axes.plot(values, layers, color=COLOURS[0], marker="o", markersize=2)
         axes.grid(axis="x")
         axes.locator_params(axis="x", nbins=3, integer=axes is used)
         axes.set_title(title)
@@ -108,12 +110,12 @@ def agreement(all_named: Sequence[Named], part: str) -> list[str]:
 
 def chooses(statistics: dict[str, Any]) -> bool:
     """Whether the routers of experts leave some out; else all loads are 1 and the weights tell more."""
-    return any(load < 1 for mixture in statistics["experts"] for load in mixture["parts"]["all"]["load"])
+    return any(load < 1 for mixture in statistics["experts"] for load in mixture["parts"]["all"]["active"])
 
 
 def loads(name: str, statistics: dict[str, Any], part: str, show: str) -> Any:
-    """A heat map per slot, layer by expert, of the share of tokens that chose each expert (show: load) or of its mean
-    weight (mean); beside it the balance of the mean weights (solid) and the entropy of a token's own (dashed)."""
+    """A heat map per slot, layer by expert, of the share of tokens that chose each expert (show: active) or of its
+    mean weight (mean); beside it the balance of the mean weights (solid) and the entropy of a token's own (dashed)."""
     slots = list(dict.fromkeys(mixture["slot"] for mixture in statistics["experts"]))
     n, n_layers = max(mixture["experts"] for mixture in statistics["experts"]), statistics["n_layers"]
     high = max(value for mixture in statistics["experts"] for value in mixture["parts"][part][show])
@@ -136,7 +138,7 @@ def loads(name: str, statistics: dict[str, Any], part: str, show: str) -> Any:
         lines.tick_params(left=False)
     figure.legend(*grid[1].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.suptitle(name, x=0.02, ha="left")
-    colour_bar(figure, mesh, grid, "share of tokens that chose the expert" if show == "load" else "mean weight of it")
+    colour_bar(figure, mesh, grid, "share of tokens that chose the expert" if show == "active" else "mean weight of it")
     return figure
 
 

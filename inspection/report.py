@@ -228,19 +228,19 @@ def _routers(name: str, run: Run) -> list[Section]:
             part = block["parts"]["all"]
             numbers = zip(block["slots"], part["mean"], part["std"], part["active"], strict=True)
             cells = {slot: f"{mean:.3f}\nsd {std:.3f}, on {active:.0%}" for slot, mean, std, active in numbers}
-            threshold = f"{part['threshold']['mean']:.3f}" if "threshold" in part else NONE
+            threshold = f"{part['threshold']['mean'][0]:.3f}" if "threshold" in part else NONE
             used = f"{part['used']['mean']:.3f}"
             rows.append([str(block["layer"]), *(cells.get(slot, NONE) for slot in slots), used, threshold])
         caption = f"Gates of {name}: mean, standard deviation, share of tokens with a gate above 0"
         tables.append(Table(caption, ["layer", *slots, "adapters used", "threshold"], rows))
     if statistics["experts"]:
-        column, rows = "load" if plots.chooses(statistics) else "mean", []
+        column, rows = "active" if plots.chooses(statistics) else "mean", []
         caption = f"Experts of {name}, layer by expert; beside them balance and entropy."
         figures.append(_figure(caption, plots.loads(name, statistics, "all", column)))
         for mixture in statistics["experts"]:
             part = mixture["parts"]["all"]
             row = [f"{mixture['layer']} {mixture['slot']}", f"{part['balance']:.3f}", f"{part['used']['mean']:.2f}"]
-            rows.append(row + [" ".join(f"{value:.2f}" for value in part[name]) for name in ("mean", "load")])
+            rows.append(row + [" ".join(f"{value:.2f}" for value in part[name]) for name in ("mean", "active")])
         head = ["layer and slot", "balance", "experts chosen", "mean weights", "loads"]
         tables.append(Table(f"Experts of {name}", head, rows))
     source = statistics["source"] | {f"tokens of {part}": count for part, count in statistics["counts"].items()}

@@ -133,7 +133,7 @@ def test_gates(part: str) -> None:
                 cell = cells[block["layer"], i]
                 assert (cell == pytest.approx(mean[slot])) if slot in mean else cell.mask
     parts = [block["parts"][part] for block in named[1][1]["blocks"]]
-    assert list(threshold.lines[0].get_xdata()) == [numbers["threshold"]["mean"] for numbers in parts]
+    assert list(threshold.lines[0].get_xdata()) == [numbers["threshold"]["mean"][0] for numbers in parts]
     assert list(used.lines[0].get_xdata()) == [numbers["used"]["mean"] for numbers in parts]
 
 
@@ -173,7 +173,7 @@ def test_agreement_of_mean_gates() -> None:
 def test_loads(name: str) -> None:
     statistics = statistics_of(name)
     assert plots.chooses(statistics) == (name == "adamole")
-    show = "load" if plots.chooses(statistics) else "mean"
+    show = "active" if plots.chooses(statistics) else "mean"
     figure = plots.loads(name, statistics, "all", show)
     require_legible(figure)
     first = next(mixture for mixture in statistics["experts"] if mixture["slot"] == figure.axes[0].get_title())
