@@ -20,10 +20,9 @@ from convert.meta_format import (
     source_names,
     write_converted,
 )
-from convert.vocabulary import Vocabulary, check_merges, plan
+from convert.vocabulary import from_gguf
 from llama.args import ModelArgs
 
-NORMAL, CONTROL = 1, 3  # of tokenizer.ggml.token_type
 ROPE_FREQS = "rope_freqs.weight"
 
 # Keys that are read or tell no more than tensors do, and those that change nothing with these values. Any other key of
@@ -35,7 +34,7 @@ READ = {
 }
 NEUTRAL = {
     **dict.fromkeys(("rope.scaling.factor", "rope.scale_linear"), (0, 1)),  # llama.cpp's scaling, also without a type
-    **{"rope.scaling.type": ("none",), "rope.scaling.attn_factor": (1,), "attention.causal": (True,)},
+    **{"rope.scaling.type": ("none", "linear"), "rope.scaling.attn_factor": (1,), "attention.causal": (True,)},
     **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window"), (0,)),
 }
 
@@ -52,13 +51,17 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     """
     path, output_dir = Path(input), check_output(output_dir, overwrite)
     metadata, tensors = read_gguf(path)
+    names = source_names(0, GGUF)
+    if names[EMBEDDING] not in tensors:
+        raise ValueError(f"{path}: tensor {names[EMBEDDING]} is missing")
     try:
-        vocabulary = _read_tokenizer(metadata, str(path))
-        args = _read_metadata(metadata, tensors.pop(ROPE_FREQS, None), vocab_size=len(vocabulary.row_map))
+        rows = tensors[names[EMBEDDING]].shape[0]
+        vocabulary = from_gguf(metadata, rows)
+        args = _read_metadata(metadata, tensors.pop(ROPE_FREQS, None), vocab_size=rows)
     except (ValueError, KeyError) as error:
         problem = f"the metadata lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise ValueError(problem if problem.startswith(str(path)) else f"{path}: {problem}") from None
-    names = source_names(args.n_layers, GGUF)
+    names |= source_names(args.n_layers, GGUF)
     if names[OUTPUT] not in tensors:  # tied
         names[OUTPUT] = names[EMBEDDING]
     return write_converted(output_dir, args, vocabulary, tensors, names, path, dtype, overwrite)
@@ -148,20 +151,6 @@ def _recognise_scaling(divisors: SourceTensor, theta: float, head_dim: int) -> d
         if values.shape == standard.shape and np.allclose(values, standard, rtol=1e-4):
             return {"use_scaled_rope": True, "rope_scaling_factor": factor, **STANDARD_SCALING}
     raise ValueError(f"tensor {ROPE_FREQS} is not the scaling of LLaMA-3.1 or 3.2, the only ones known")
-
-
-def _read_tokenizer(metadata: dict[str, Any], origin: str) -> Vocabulary:
-    if (model := metadata["tokenizer.ggml.model"]) != "gpt2":
-        raise ValueError(f"{origin}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') can be converted")
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    if len(tokens) != len(kinds):
-        raise ValueError(f"{origin}: {len(tokens)} tokenizer.ggml.tokens but {len(kinds)} tokenizer.ggml.token_type")
-    base, special = (
-        {i: token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == wanted}
-        for wanted in (NORMAL, CONTROL)
-    )
-    check_merges([tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]], base, origin)
-    return plan(base, special, origin)
 
 
 def _shortest(value: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from convert.__main__ import main
-from llama.tokenizer import SPLIT_PATTERN, special_tokens
+from llama.tokenizer import LLAMA3_SPLIT, special_tokens
 
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
@@ -49,7 +49,7 @@ VOCABULARIES = {"llama3": llama3_vocabulary, "smol": smol_vocabulary}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 SPLITS = {  # how each model cuts a text before it merges
     "llama3": [
-        {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
+        {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
         BYTE_LEVEL | {"use_regex": False},
     ],
     "smol": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
@@ -87,6 +87,7 @@ def write_hf(
     """A folder as Hugging Face has it, `style` llama3 (scaled rope, untied) or smol (tied); returns its model."""
     sizes = {"vocab_size": len(VOCABULARIES[style]()[0]), "hidden_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+    sizes |= {"eos_token_id": VOCABULARIES[style]()[1][1 if style == "llama3" else 2]}
     if style == "llama3":
         rope = {"rope_type": "llama3", "rope_theta": 5000.0, "original_max_position_embeddings": 64}
         rope |= {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -154,6 +155,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(theta)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm" if special[0] == 0 else "llama-bpe")
+    writer.add_eos_token_id(special[2 if special[0] == 0 else 1])
     writer.add_token_list(tokens)
     kinds = (gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokens)))
     writer.add_token_types(list(kinds))
