@@ -23,7 +23,7 @@ from llama.engine import (
 )
 from tiny import ALL, BASE, build, changed, config, prompts, relative, shared, tokens
 
-EOS, EOT = 257, 265
+ENDS = (257, 264, 265)
 
 
 def by_recomputation(
@@ -35,14 +35,14 @@ def by_recomputation(
         with torch.no_grad():
             logits = llm.model(torch.tensor([prompt + row]), [len(prompt)])[0, -1]
         if len(row) < min_new_tokens:
-            logits[[EOS, EOT]] = -math.inf
+            logits[list(ENDS)] = -math.inf
         if temperature == 0:
             token = int(logits.argmax())
         else:  # inverse of the distribution function over tokens in order of probability
             p = (logits.double() / temperature).softmax(0)
             order = p.argsort(descending=True, stable=True)
             token = int(order[(p[order].cumsum(0) > uniforms[len(row)]).nonzero()[0]])
-        if token in (EOS, EOT):
+        if token in ENDS:
             break
         row.append(token)
     return row
@@ -229,7 +229,7 @@ def test_seeds_and_samples_differ_and_repeat() -> None:
     assert greedy == llm.generate([row] * 2, max_gen_len=10, seed=5)
 
 
-@pytest.fixture(scope="module", params=[EOS, EOT])
+@pytest.fixture(scope="module", params=ENDS)
 def ending(request) -> tuple[Llama, list[list[int]]]:
     """A model that says `request.param` where the untouched one says a certain ordinary token, and what comes out
     before it: the output rows of the two tokens are swapped."""
@@ -247,7 +247,7 @@ def test_stops_at_the_end_tokens(ending) -> None:
     outputs = llm.generate(rows, max_gen_len=12)
     assert len(outputs[0]) == 4
     assert outputs == [by_recomputation(llm, row, 12) for row in rows]
-    assert not {EOS, EOT} & {token for row in outputs for token in row}
+    assert not {*ENDS} & {token for row in outputs for token in row}
 
 
 def test_min_new_tokens_puts_the_end_off(ending) -> None:
@@ -259,7 +259,7 @@ def test_min_new_tokens_puts_the_end_off(ending) -> None:
     assert len(llm.generate(rows, max_gen_len=12, min_new_tokens=4)[0]) == 4
     sampled = llm.generate(rows, max_gen_len=12, min_new_tokens=12, temperature=1.5)
     assert [len(row) for row in sampled] == [12] * 3
-    assert not {EOS, EOT} & {token for row in sampled for token in row}
+    assert not {*ENDS} & {token for row in sampled for token in row}
 
 
 def test_a_row_ends_where_max_seq_len_is_full() -> None:
