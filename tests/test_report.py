@@ -132,7 +132,7 @@ def test_means_spreads_and_intervals_are_those_of_the_files(folder: Path, page: 
     assert row["final loss"] == f"{statistics.fmean(last):.2f}\nsd {statistics.stdev(last):.2f}"
     assert row["seeds"] == "0, 1"
     costs = page.table("What training cost")["lora"]
-    assert costs["a step, s"] == "18.00\nsd 4.24" and costs["peak memory, GiB"] == "10.00"
+    assert costs["a step, s"] == "18.00\nsd 4.24" and costs["peak memory, GB"] == "10.74"
     assert costs["trained parameters"] == "1,000,004" and costs["training, min"] == "6.0\nsd 1.4"
 
 
@@ -181,10 +181,10 @@ def test_routers_as_figures_and_numbers(page: Reader) -> None:
     gates = page.table("Gates of sparse_moa s0")
     assert list(gates) == [str(layer) for layer in range(LAYERS)] and set(SLOTS) < set(gates["0"])
     assert gates["2"]["p_adapter"] == f"{5 / 6:.3f}\nsd 0.100, on 75%"
-    assert (gates["2"]["adapters used"], gates["2"]["threshold"]) == ("3.000", "0.250")
+    assert (gates["2"]["used"], gates["2"]["threshold"]) == ("3.000", "0.250")
     assert page.table("Gates of soft_moa s0")["1"]["threshold"] == "–"
     experts = page.table("Experts of adamole s0")["0 lora_Q"]
-    assert experts["mean weights"] == "0.10 0.20 0.30 0.40" and experts["balance"] == "0.875"
+    assert experts["3"].startswith("0.400") and experts["used"] == "2.000" and experts["balance"] == "0.875"
 
 
 def test_every_chart_is_an_svg_inside_the_page(page: Reader) -> None:
@@ -233,21 +233,17 @@ def test_hostile_names_of_folders_and_methods(tmp_path: Path, read) -> None:
     assert set(page.table("The methods")) == {"\\x1b[31m\\u202e", "<b>&$x_$", "مرحبا🙂"}
 
 
-DAMAGE = [
-    ("config.json", "[]"),
-    ("config.json", json.dumps({"settings": 3, "adapter": {"method": ["x"]}, "steps": "many"})),
-    ("log.jsonl", '{"step": 1, "loss": 1e308, "seconds": -1}\n{"step": 1, "loss": -1e308, "peak_memory_bytes": "x"}\n'),
-    ("log.jsonl", '{"step": 0, "loss": 0}\nnonsense\n{"step": 0, "loss": null}\n'),
-    ("scores.json", json.dumps({"suites": {"AddSub": [], "x": {"published": {"percent": 1e9}}}, "families": 3})),
-    ("scores.json", json.dumps({"families": {"m": {"suites": ["A", "B"], "mean": {"published": {"percent": "9"}}}}})),
-    ("AddSub.jsonl", "{"),
-    ("AddSub.jsonl.settings.json", "[1]"),
-    ("gates.json", '{"format": "moa-router-statistics"}'),
-    ("notatest.jsonl", ""),
-]
-
-
-@pytest.mark.parametrize(("name", "content"), DAMAGE)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", json.dumps({"settings": 3, "adapter": {"method": ["x"]}, "steps": "many"})),
+        ("log.jsonl", '{"step": 0, "loss": 0}\nnonsense\n{"step": 0, "loss": null}\n'),
+        ("scores.json", json.dumps({"families": {"m": {"suites": ["A"], "mean": {"published": {"percent": "9"}}}}})),
+        ("AddSub.jsonl", "{"),
+        ("gates.json", '{"format": "moa-router-statistics"}'),
+        ("notatest.jsonl", ""),
+    ],
+)
 def test_a_damaged_file_takes_nothing_else_with_it(tmp_path: Path, name: str, content: str, read) -> None:
     score(write_run(tmp_path / "d" / "lora" / "s0"))
     (score(write_run(tmp_path / "d" / "soft_moa" / "s0")) / name).write_text(content)
@@ -259,7 +255,7 @@ def test_a_damaged_file_takes_nothing_else_with_it(tmp_path: Path, name: str, co
 
 
 @pytest.mark.parametrize("change", [{"mean": ["x"] * 4}, {"mean": [0.5]}, {"used": None}, {"active": 3}])
-def test_damaged_statistics_are_told(tmp_path: Path, change: dict, read) -> None:
+def test_damaged_statistics_are_named(tmp_path: Path, change: dict, read) -> None:
     file = write_gates(score(write_run(tmp_path / "d" / "lora" / "s0"))) / "gates.json"
     content = json.loads(file.read_text())
     content["blocks"][1]["parts"]["all"] |= change
