@@ -149,11 +149,14 @@ def test_what_is_run() -> None:
         "from typing import List\n",
         without_imports(total).rstrip("\n"),
     )
-    # What a function uses stays, calls included.
+    # What a function uses stays, calls included, and comes from other blocks.
     text = "import random\ndef f(x):\n    return TABLE[x] + random.random()\n"
     used = "random.seed(3)\nTABLE = dict()\nfor n in range(9):\n    TABLE[n] = f(n)\n"
     shown = "print(f(3))\nassert TABLE\nresult = f(1)\n"
     assert extract_code.robust(text + used + shown, "", "f") == ((text + used).rstrip("\n"),)
+    blocks = ["import math", "def g(x):\n    return math.floor(x)", "def f(x):\n    return g(x) % MOD", "y = f(1)"]
+    [code] = extract_code.robust("MOD = 7\nA constant.\n" + "So\n".join(map(block, blocks)), "", "f")
+    assert re.findall(r"^\w.*", code, re.M) == ["MOD = 7", "import math", "def g(x):", "def f(x):"]
 
 
 def test_mbpp(scored: Callable[..., Score]) -> None:
