@@ -1,4 +1,4 @@
-"""Training and generation on one GPU, with random weights in a published model's shape: no file is needed.
+"""Whether all is right on a GPU, and how fast: random weights in a published model's shape, so no file is needed.
 
     python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--minutes 7] [--json gpu.json]
     python -m benchmarks.gpu --shape tiny --device cpu          to try the command where there is no GPU
@@ -6,6 +6,9 @@
 Parts, in this order (--parts names some of them, with commas):
 
 machine     measured rates of products and of memory, which the shares below are of
+golden      small models in float32: logits, loss and greedy tokens beside the authors', gradients beside a CPU's
+bf16        their loss and gradients with the base in bf16, on rows of different lengths, beside a CPU's in float32
+recorded    their answers, greedy and sampled, by eager and by recorded decode steps (CUDA graphs), beside a CPU's
 step        real tokens/s of training steps of --rows rows with GSM8K's lengths, peak memory, and the share of the rate
             of products that the step's FLOPs make up
 decode      milliseconds of a decode step at --decode_rows rows, without and with CUDA graphs, and the share of the
@@ -33,7 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common, models, peers
+from benchmarks import common, gpu_checks, models, peers
 from benchmarks.common import BASE, PEERS, PEFT, SHAPES, TRANSFORMERS, Figures, timed
 from cli import cli_errors, flag, parse
 from llama import ModelArgs, Transformer
@@ -44,7 +47,8 @@ from training.config import CHECKPOINTING_MODES
 from training.estimate import meta_model
 from training.loop import peak_memory
 
-PARTS = ("machine", "step", "decode", "memory", "trace", "peers")
+CHECKS = {"golden": gpu_checks.golden, "bf16": gpu_checks.bf16, "recorded": gpu_checks.recorded}
+PARTS = ("machine", *CHECKS, "step", "decode", "memory", "trace", "peers")
 LONGEST = 300
 EARLY = 32  # decode steps of the shorter of two runs; a longer one takes as many more
 TRACED = 8  # decode steps of a trace; a trace of training has half of them
@@ -173,18 +177,19 @@ class Bench:
         n = TRACED // 2 if training else TRACED
         work = self.trainer(kind, 1 + n) if training else self.answerer(kind, 1, False, 1)
         work(1 if training else n)
-        gpu = self.device.type == "cuda"
-        activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[activity]) as profiler:
+        activity = torch.profiler.ProfilerActivity
+        activities = [activity.CPU] + [activity.CUDA] * (self.device.type == "cuda")
+        with torch.profiler.profile(activities=activities) as profiler:
             seconds = timed(lambda: work(n), self.device)[0]
-        kernels = []
-        for event in profiler.key_averages():
-            on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
-            taken = event.self_device_time_total if gpu else event.self_cpu_time_total  # microseconds
-            if on_gpu == gpu and taken > 0 and not getattr(event, "is_user_annotation", False):
+        events, kernels = profiler.key_averages(), []
+        on_gpu = [event.device_type == torch.autograd.DeviceType.CUDA for event in events]
+        for event, is_kernel in zip(events, on_gpu, strict=True):
+            taken = event.self_device_time_total if is_kernel else event.self_cpu_time_total  # microseconds
+            # Without a GPU, or where its kernels cannot be traced, operations are counted
+            if is_kernel == any(on_gpu) and taken > 0 and not getattr(event, "is_user_annotation", False):
                 kernels.append({"name": event.key[:90], "seconds": taken / 1e6 / n, "count": event.count / n})
         kernels.sort(key=lambda kernel: -kernel["seconds"])
-        total, busy = sum(k["count"] for k in kernels), sum(k["seconds"] for k in kernels)
+        total, busy = (sum(kernel[name] for kernel in kernels) for name in ("count", "seconds"))
         return {"seconds": seconds / n, "kernels": total, "device_seconds": busy, "top": kernels[:15]}
 
 
@@ -194,6 +199,10 @@ def measurements(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Figures]
     methods = common.methods_named(flags.methods)
     decode_rows = list(map(int, flags.decode_rows.split(",")))
     yield "machine", "machine", lambda: bench.machine._asdict()
+    for part, check in CHECKS.items():
+        for model in gpu_checks.MODELS:
+            if not (part == "bf16" and model == gpu_checks.BASE_ALONE):  # which has no gradients
+                yield part, f"{part}, {model}", partial(check, model, bench.device)
     for kind in methods:
         yield "step", f"step, {kind}", partial(bench.step, kind)
     for n_rows in decode_rows:
@@ -216,6 +225,8 @@ def measurements(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Figures]
 
 
 FORMATS = {
+    **{name: lambda off, name=name: f"{name} off by {off:.1e}" for name in ("logits", "loss", "gradients")},
+    "same": lambda kinds: f"answers of {kinds} are the same",
     "flops": lambda rate: f"{rate / 1e12:,.3g} TFLOP/s",
     "bandwidth": lambda rate: f"{rate / 1e9:,.0f} GB/s",
     "seconds": lambda seconds: f"{1000 * seconds:,.2f} ms",
