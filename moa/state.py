@@ -155,9 +155,9 @@ def require_tensors(state: Any, origin: str) -> None:
             raise ValueError(f"{origin}: {key} has values that are not finite")
 
 
-def require_same_keys(expected: Iterable[str], found: Iterable[str], origin: str, what: str) -> None:
-    """ValueError listing what is missing and what is left over, unless both hold the same keys."""
-    missing, extra = sorted(set(expected) - set(found), key=str), sorted(set(found) - set(expected), key=str)
+def require_same_keys(expected: Iterable[str], actual: Iterable[str], origin: str, what: str) -> None:
+    """ValueError listing the missing and the unexpected keys, unless both hold the same ones."""
+    missing, extra = sorted(set(expected) - set(actual), key=str), sorted(set(actual) - set(expected), key=str)
     named = {"missing": missing, "unexpected": extra}
     problems = [f"{label} {what}{'s' * (len(keys) > 1)} {_some(keys)}" for label, keys in named.items() if keys]
     if problems:
