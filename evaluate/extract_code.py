@@ -87,9 +87,7 @@ def robust(text: str, prompt: str, name: str | None) -> Sources:
 
     A block that was closed comes before one that was not, a function with a body before a stub.
     """
-    answer = text[:_MAX_CHARACTERS].replace("\r\n", "\n").rpartition("</think>")[2]
-    if "<think>" in answer:  # not closed: no answer yet
-        return ()
+    answer = text.rpartition("</think>")[2].partition("<think>")[0][:_MAX_CHARACTERS].replace("\r\n", "\n")
     answer = truncate_run_on(answer, _RUN_ON)
     blocks = sorted(list(_FENCE.finditer(answer))[-_MAX_BLOCKS:], key=lambda block: (block[2] == "", -block.start()))
     pieces = [*(block[1] for block in blocks), answer.partition("```")[0], answer]

@@ -90,7 +90,7 @@ FORMS: dict[str, Callable[[Problem], str]] = {
     "stub in the same block": lambda p: block(f"{p['prompt']}    pass\n\n\n{whole(p)}"),
     "correction": lambda p: f"{block(broken(p['prompt'] + p['canonical_solution']))}No:\n{block(whole(p))}",
     "correction, then cut off": lambda p: block(whole(p)) + f"Shorter:\n```\n{p['prompt']}    return 1 +",
-    "thinking": lambda p: f"<think>\n{block(broken(whole(p)))}no</think>\n<think></think>{block(whole(p))}",
+    "thinking": lambda p: f"<think>\n{block(broken(whole(p))) * 100}no</think>\n<think></think>{block(whole(p))}",
     "indented block": lambda p: f"Solution:\n\n{textwrap.indent(whole(p), '    ')}\nIt works.",
     "quoted block": lambda p: "Solution:\n" + textwrap.indent(whole(p), "> ", lambda line: True),
     "a fence on a code line": lambda p: f"```python\n{whole(p).rstrip()}```\nIt works.",
