@@ -24,9 +24,8 @@ def gates(all_named: Sequence[Named], part: str) -> Any:
     widest, n_layers = max(map(sum, widths)), max(statistics["n_layers"] for _, statistics in all_named)
     means = [m for _, s in all_named for block in s["blocks"] for m in part_of(block, part)["mean"]]
     figure = new_figure(0.45 + (1.25 + 0.1 * max(n_layers, 12)) * len(bands))
-    for subfigure, band, columns in zip(
-        figure.subfigures(len(bands), 1, squeeze=False).flat, bands, widths, strict=True
-    ):
+    subfigures = figure.subfigures(len(bands), 1, squeeze=False).flat
+    for subfigure, band, columns in zip(subfigures, bands, widths, strict=True):
         columns += [widest - sum(columns)] if sum(columns) < widest else []  # empty
         grid = panels(subfigure, len(columns), len(columns), width_ratios=columns)
         rest = iter(grid)
@@ -35,7 +34,7 @@ def gates(all_named: Sequence[Named], part: str) -> Any:
             axes = next(rest)
             mesh = heatmap(axes, mean_gates(statistics, part, slots, n_layers), (min(means), max(means)), name)
             axes.set_xticks(np.arange(len(slots)) + 0.5, slots, rotation=90)
-            if _is_sparse(statistics):
+            if statistics["block_router"] == "sparse":
                 _threshold_and_use(next(rest), next(rest), statistics, part)
         for axes in rest:
             axes.set_visible(False)
@@ -44,13 +43,9 @@ def gates(all_named: Sequence[Named], part: str) -> Any:
     return figure
 
 
-def _is_sparse(statistics: dict[str, Any]) -> bool:
-    return any("threshold" in block["parts"]["all"] for block in statistics["blocks"])
-
-
 def _widths(statistics: dict[str, Any]) -> list[float]:
     """Of the heat map, and of what stands beside that of a sparse router."""
-    return [0.3 + 0.14 * len(slots_of(statistics)), *[0.42] * 2 * _is_sparse(statistics)]
+    return [0.3 + 0.14 * len(slots_of(statistics)), *[0.42] * 2 * (statistics["block_router"] == "sparse")]
 
 
 def _threshold_and_use(threshold: Any, used: Any, statistics: dict[str, Any], part: str) -> None:

@@ -97,6 +97,7 @@ def write_gates(folder: Path, threshold: bool = False, experts: int = 0) -> Path
         mixtures.append({"layer": layer, "slot": "lora_Q", "experts": experts, "parts": {"all": part}})
     content = {"format": "moa-router-statistics", "version": 2, "method": "x", "n_layers": LAYERS, "bins": 50}
     content |= {"source": {"data": "test.json", "rows": 3}, "counts": {"prompt": 6, "answer": 3, "all": 9}}
+    content |= {"block_router": "sparse" if threshold else "soft"}
     content |= {"blocks": [] if experts else blocks, "experts": mixtures if experts else []}
     (folder / "gates.json").write_text(json.dumps(content))
     return folder
