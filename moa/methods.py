@@ -189,9 +189,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "parallel_adapter": _P_ADAPTER,
     "molora": {**_LORA, **_EXPERTS},
     "hydralora": {**_LORA, **_EXPERTS, "lora_hydra": True},
-    "topk_moelora": {**_LORA, **_EXPERTS, "expert_router": "topk", "lb_loss_coeff": 0.01},
-    "adamole": {**_LORA, **_EXPERTS, "expert_router": "adamole", "lb_loss_coeff": 0.01},
-    "parallel_adapter_moe": {**_P_ADAPTER, **_EXPERTS},
+    "topk_moelora": {**_LORA, **_EXPERTS, "expert_router": "topk"},
+    "adamole": {**_LORA, **_EXPERTS, "expert_router": "adamole"},
+    "parallel_adapter_moe": {**_P_ADAPTER, **_EXPERTS, "p_adapter_hydra": True},
     "prompt_moe": {**_PROMPT, **_EXPERTS},
     "custom": {},  # one's own, from flags or a file
 }

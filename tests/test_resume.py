@@ -93,8 +93,8 @@ def test_a_run_that_came_in_between_is_left_alone(data, tmp_path, monkeypatch, c
         {"settings": None},
         {"base": {}},
         {"adapter": {"method": "x"}},
-        *({"settings": {name: value}} for name, value in (("max_steps", 4.5), ("lora_rank", "x"), ("surprise", 1))),
-        {"settings": {"lr": ...}},
+        {"adapter": {"method": "lora", "lora_rank": "x"}},
+        {"settings": {"max_steps": 4.5}},
     ],
 )
 def test_a_damaged_record_is_refused_in_one_sentence(finished, data, tmp_path, capsys, damage):
@@ -102,8 +102,6 @@ def test_a_damaged_record_is_refused_in_one_sentence(finished, data, tmp_path, c
     shutil.copytree(finished, out)
     record = json.loads((out / "config.json").read_text())
     record[name] = record[name] | value if name == "settings" and value else value
-    if damage == {"settings": {"lr": ...}}:
-        del record["settings"]["lr"]
     (out / "config.json").write_text(json.dumps(record))
     message = refused(capsys, *resume_flags(data, out))
     assert f"{out / 'config.json'}: not the record of a run that can be resumed (" in message

@@ -25,7 +25,7 @@ from training.schedule import Schedule
 
 
 def plan(n_rows=10, rows_per_step=4, min_lr=1e-5, **flags):
-    return Schedule.from_config(TrainConfig(min_lr=min_lr, **flags), n_rows, rows_per_step=rows_per_step)
+    return Schedule.from_config(TrainConfig(min_lr=min_lr, batch_size=rows_per_step, **flags), n_rows)
 
 
 def test_learning_rate_follows_the_published_schedule():
@@ -37,6 +37,8 @@ def test_learning_rate_follows_the_published_schedule():
         [1e-5 + (p.lr - 1e-5) * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
     )
     flat = plan(n_rows=320, rows_per_step=32, warmup_epochs=0.4, min_lr=0.0, lr_schedule="constant")
+    long = plan(n_rows=320, rows_per_step=32, warmup_epochs=4)  # the slope asked for, beyond the end
+    assert [long.learning_rate(i) for i in range(20)] == pytest.approx([long.lr * (i + 1) / 40 for i in range(20)])
     assert flat.warmup_steps == 4 and {flat.learning_rate(step) for step in range(4, 20)} == {flat.lr}
 
 
