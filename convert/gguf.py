@@ -1,5 +1,6 @@
 """GGUF file -> Meta's layout, for the llama architecture with a byte-level BPE vocabulary."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from convert.meta_format import (
 )
 from convert.vocabulary import from_gguf
 from llama.args import ModelArgs
+from llama.model import rope_frequencies
 
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -37,11 +39,6 @@ NEUTRAL = {
     **{"rope.scaling.type": ("none", "linear"), "rope.scaling.attn_factor": (1,), "attention.causal": (True,)},
     **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window"), (0,)),
 }
-
-# LLaMA-3.1's scaling is stored as its effect only, one divisor for each frequency; of its four numbers these three
-# are the same in every release, and the factor is 8 (3.1) or 32 (3.2).
-STANDARD_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_max_seq_len": 8192}
-STANDARD_FACTORS = (8.0, 32.0)
 
 
 def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
@@ -118,18 +115,17 @@ def _read_metadata(metadata: dict[str, Any], divisors: SourceTensor | None, voca
             raise ValueError(f"{name} is {value!r}, which is not supported{expected}")
     if metadata.get("split.count", 0) > 1:
         raise ValueError(f"split.count is {metadata['split.count']}: the file is one of several, which are not read")
-    theta = _shortest(metadata.get("llama.rope.freq_base", 10000.0))
-    return ModelArgs(
+    args = ModelArgs(
         dim=dim,
         n_layers=_count(metadata, "block_count"),
         n_heads=heads,
         n_kv_heads=_count(metadata, "attention.head_count_kv", heads),
         vocab_size=vocab_size,
         norm_eps=_shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-        rope_theta=theta,
+        rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10000.0)),
         **ffn_rule(dim, _count(metadata, "feed_forward_length")),
-        **({} if divisors is None else _recognise_scaling(divisors, theta, dim // heads)),
     )
+    return args if divisors is None else _with_scaling(args, divisors.read())
 
 
 def _count(metadata: dict[str, Any], key: str, *default: int) -> int:
@@ -140,16 +136,13 @@ def _count(metadata: dict[str, Any], key: str, *default: int) -> int:
     return value
 
 
-def _recognise_scaling(divisors: SourceTensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The keys of params.json for the divisors in rope_freqs.weight (head_dim / 2), which must be LLaMA-3.1's."""
-    values = divisors.read().double().numpy()
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high, length = STANDARD_SCALING.values()
-    smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
-    for factor in STANDARD_FACTORS:
-        standard = 1 / ((1 - smooth) / factor + smooth)
-        if values.shape == standard.shape and np.allclose(values, standard, rtol=1e-4):
-            return {"use_scaled_rope": True, "rope_scaling_factor": factor, **STANDARD_SCALING}
+def _with_scaling(args: ModelArgs, divisors: torch.Tensor) -> ModelArgs:
+    """LLaMA-3.1's scaling from its effect (head_dim / 2), one divisor for each frequency."""
+    for factor in (8.0, 32.0):  # 3.1 and 3.2; its other three numbers are the same in both
+        scaled = replace(args, use_scaled_rope=True, rope_scaling_factor=factor)
+        expected = rope_frequencies(args) / rope_frequencies(scaled)
+        if divisors.shape == expected.shape and torch.allclose(divisors, expected, rtol=1e-4):
+            return scaled
     raise ValueError(f"tensor {ROPE_FREQS} is not the scaling of LLaMA-3.1 or 3.2, the only ones known")
 
 
