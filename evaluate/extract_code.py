@@ -139,8 +139,10 @@ def _definition(piece: str, name: str | None) -> str:
 
 
 def _whole(code: str, pieces: list[str], prompt: str, name: str | None) -> Sources:
-    """Return a definition behind what it uses of the other pieces, and behind all that stands before it in the prompt,
-    which the tests may call as well."""
+    """Return a definition behind the code of other pieces that it uses, and behind all that precedes it in the prompt.
+
+    The tests may call that as well.
+    """
     for chunk in (chunk for piece in pieces for chunk in reversed([*_chunks(_at_margin(piece, name))])):
         used, bound = _names(code)
         if (used - bound) & _names(chunk)[1] and not _wrong_line(f"{chunk}\n\n{code}"):
