@@ -13,7 +13,7 @@ step        real tokens/s of training steps of --rows rows with GSM8K's lengths,
             of products that the step's FLOPs make up
 decode      milliseconds of a decode step at --decode_rows rows, without and with CUDA graphs, and the share of the
             bandwidth that reading weights, keys and values makes up; the bare base too
-memory      peak memory of a step of rows that are all of 300 tokens, by --activation_checkpointing
+memory      peak memory of a step of rows of 300 tokens, by --activation_checkpointing, beside the estimate of it
 trace       kernels of a training step and of a decode step: how many, and those that take most time
 peers       step and decode of transformers and PEFT's LoRA, where they are installed
 
@@ -44,7 +44,7 @@ from llama.data import IGNORE_INDEX, Example
 from llama.distributed import bf16_is_fast, get_device
 from moa.files import write_json
 from training.config import CHECKPOINTING_MODES
-from training.estimate import meta_model
+from training.estimate import longest_batch, memory_by_mode, meta_model
 from training.loop import peak_memory
 
 CHECKS = {"golden": gpu_checks.golden, "bf16": gpu_checks.bf16, "recorded": gpu_checks.recorded}
@@ -78,10 +78,12 @@ class Flags:
 
 
 def random_rows(n: int, vocab_size: int, full: bool = False) -> list[Example]:
-    """Draw rows as long as GSM8K's, or, with `full`, of LONGEST tokens, half of them an answer."""
+    """Draw rows as long as GSM8K's, or, with `full`, the longest of a run, half of them an answer."""
     generator, rows = random.Random(0), []
-    for _ in range(n):
-        prompt, answer = (LONGEST // 2,) * 2 if full else (generator.randint(*PROMPTS), generator.randint(*ANSWERS))
+    for length in longest_batch(n, LONGEST):
+        prompt, answer = generator.randint(*PROMPTS), generator.randint(*ANSWERS)
+        if full:
+            prompt, answer = length // 2, length - length // 2
         tokens = [generator.randrange(1, vocab_size) for _ in range(prompt + answer)]
         rows.append(Example(tokens, [IGNORE_INDEX] * prompt + tokens[prompt:], prompt))
     return rows
@@ -143,9 +145,11 @@ class Bench:
         }
 
     def memory(self, kind: str, mode: str) -> Figures:
-        """Measure the memory of a step of rows that are all of LONGEST tokens."""
+        """Measure the memory of a step of the longest rows, beside the estimate that a run decides by."""
         self.trainer(kind, 1, mode, full=True)(1)
-        return {"peak_memory_bytes": self.peak_bytes(kind)}
+        lengths = longest_batch(self.flags.rows, LONGEST)
+        estimate = memory_by_mode(self.shape(kind), lengths, self.device)[mode]["total"]
+        return {"peak_memory_bytes": self.peak_bytes(kind), "estimated_bytes": estimate}
 
     def answerer(self, kind: str, n_rows: int, graphs: bool, context: int) -> Callable[[int], object]:
         """Return what answers so many prompts by a number of tokens each."""
@@ -234,8 +238,9 @@ FORMATS = {
     "share_of_flops": lambda share: f"{share:.0%} of the FLOP/s",
     "share_of_bandwidth": lambda share: f"{share:.0%} of the bandwidth",
     "peak_memory_bytes": lambda size: f"peak {size / 2**30:,.2f} GiB",
+    "estimated_bytes": lambda size: f"estimated {size / 2**30:,.2f} GiB",
     "kernels": lambda count: f"{count:,.0f} kernels",
-    "device_seconds": lambda seconds: f"that take {1000 * seconds:,.2f} ms",
+    "device_seconds": lambda seconds: f"{1000 * seconds:,.2f} ms in them",
     "top": lambda top: "".join(f"\n  {1000 * k['seconds']:9.3f} ms {k['count']:6.0f} x {k['name']}" for k in top),
 }
 
