@@ -186,6 +186,14 @@ def test_a_divided_step_in_float32(ranks) -> None:
     require_same_step([rank["step in float32"] for rank in ranks], alone, 1e-5)
 
 
+def test_a_clipped_step(ranks) -> None:
+    """The norm is that of the whole gradient, in which each shard counts once, however many ranks hold it."""
+    alone = observe.observe_step(observe.EVERYTHING, 1, exact=True, grad_clip=observe.CLIP)
+    norm = torch.stack([grad.norm() for grad in alone["gradients"].values()]).norm().item()
+    assert norm == pytest.approx(observe.CLIP, rel=1e-4)
+    require_same_step([rank["clipped step"] for rank in ranks], alone, 1e-9)
+
+
 def require_same_step(steps: list[Observed], alone: Observed, bound: float) -> None:
     assert all(grad.norm() > 0 for grad in alone["gradients"].values())
     for step in steps:

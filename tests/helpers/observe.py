@@ -45,6 +45,7 @@ IMPOSSIBLE = {
 }
 # Large enough for the system's pages to tell what was read
 LARGE = ModelArgs(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=8192)
+CLIP = 0.1  # far below the norm of a step's gradient
 EVERYTHING = "custom"  # of METHODS
 # Tensors of which several processes hold the same: all; by model-parallel rank; pairs of ranks; all
 COPIED = (
@@ -87,7 +88,7 @@ def _backward(model: Transformer, batch: torch.Tensor) -> dict[str, Any]:
     return {"loss": loss.detach(), "gradients": gather_full(local, model), "local": local}
 
 
-def observe_step(name: str, model_parallel_size: int, exact: bool) -> dict[str, Any]:
+def observe_step(name: str, model_parallel_size: int, exact: bool, grad_clip: float | None = None) -> dict[str, Any]:
     """One optimizer step of the project's own loop over three rows of unequal lengths, divided among the replicas."""
     model = build(name, model_parallel_size=model_parallel_size).model
     rows, losses = [], []
@@ -99,7 +100,8 @@ def observe_step(name: str, model_parallel_size: int, exact: bool) -> dict[str, 
     batch_size = -(-len(rows) // dp_size()) if exact else 1
     with float64(model) if exact else nullcontext():
         optimizer = make_optimizer(model, weight_decay=0.02)
-        train(model, optimizer, rows, schedule, batch_size, 7, TrainState(), lambda entry: losses.append(entry["loss"]))
+        arguments = (batch_size, 7, TrainState(), lambda entry: losses.append(entry["loss"]))
+        train(model, optimizer, rows, schedule, *arguments, grad_clip=grad_clip)
         assert_replicas_equal(model)
     return {"loss": losses, "gradients": gather_full(gradients(model), model), "state": adapter_state_dict(model)}
 
@@ -188,6 +190,7 @@ def main(rank: int, folder: Path) -> None:
         seen["methods"] = {name: observe(name, size) for name in OBSERVED[dp_rank() :: dp_size()]}
         seen["steps"] = {name: observe_step(name, size, exact=True) for name in METHODS} if size == 2 else {}
         seen["step in float32"] = observe_step("soft_moa", size, exact=False)
+        seen["clipped step"] = observe_step(EVERYTHING, size, exact=True, grad_clip=CLIP)
         seen |= {"noise": observe_noise(size), "golden": golden_differences(size)}
         bases = {path.name: Llama.build(path, model_parallel_size=size) for path in sorted(folder.glob("base_*"))}
         seen["bases"] = {name: whole_base(llm.model) for name, llm in bases.items()}
