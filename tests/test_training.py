@@ -365,6 +365,16 @@ def test_a_resumed_log_has_each_step_once_and_tells_of_damaged_lines(tmp_path, c
     assert steps == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("train_on_input", [False, True])
+def test_labels_are_the_answer_and_if_asked_the_prompt(tmp_path, train_on_input):
+    path, tokenizer = tmp_path / "rows.json", tiny.shared(None).tokenizer
+    path.write_text(json.dumps([{"instruction": "add", "input": "", "output": "b"}]))
+    (example,) = load_examples(path, tokenizer, 300, train_on_input)
+    ignored = 1 if train_on_input else example.prompt_len  # BOS is never predicted
+    assert example.labels == [IGNORE_INDEX] * ignored + example.tokens[ignored:]
+    assert example.tokens[example.prompt_len :] == tokenizer.encode("b", eos=True)
+
+
 def test_rows_that_do_not_fit_are_left_out_aloud(tmp_path, capsys):
     rows = [{"instruction": "a" * n, "input": "", "output": "b"} for n in (10, 400, 20, 500)]
     path = tmp_path / "rows.json"
