@@ -1,4 +1,4 @@
-"""Which parameters are adapters: the one answer, read off the modules that add_parameter them.
+"""The adapters' parameters, as their modules declare them, and their tensors as state dicts.
 
 Freezing, counting, optimizer groups, initialising, saving and loading all go through `adapter_parameters`. Saved
 tensors are always whole, whatever the model-parallel layout that wrote or reads them.
@@ -46,8 +46,11 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def reset_adapters(model: nn.Module, seed: int) -> None:
-    """Start values of all adapters. Each tensor is drawn whole from (seed, its key), so that they do not depend on
-    the other adapters nor on the model-parallel layout."""
+    """Give all adapters their initial values.
+
+    Each tensor is drawn whole from (seed, its key): it depends neither on other adapters nor on the model-parallel
+    layout.
+    """
     with torch.no_grad():
         for key, (parameter, spec, _) in adapter_parameters(model).items():
             digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
@@ -58,7 +61,7 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters of the whole (uncut) model: per slot, summed over the layers, and "total"."""
+    """Trainable parameters of the whole (unsharded) model: per slot, summed over the layers, and "total"."""
     counts: dict[str, int] = {}
     for _, spec, slot in adapter_parameters(model).values():
         counts[slot] = counts.get(slot, 0) + torch.Size(spec.shape).numel()
@@ -75,8 +78,11 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def gather_full(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Whole CPU tensors, keyed like `adapter_parameters(model)`, from this rank's parts (the parameters themselves, or
-    anything of their shapes, such as optimizer moments). Every rank of a model-parallel group must call it."""
+    """Whole CPU tensors, keyed like `adapter_parameters(model)`, from this rank's shards.
+
+    tensors: the parameters, or others of their shapes, such as optimizer moments. Every rank of a model-parallel group
+    must call it.
+    """
     result = {}
     for key, (_, spec, _) in adapter_parameters(model).items():
         tensor = tensors[key].detach()
@@ -86,9 +92,9 @@ def gather_full(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def shard_all(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Inverse of `whole`: this rank's parts of whole tensors."""
-    cuts = {key: entry.spec.shard for key, entry in adapter_parameters(model).items()}
-    return {k: t if cuts[k] is None else shard_of(t, cuts[k]) for k, t in tensors.items()}
+    """Inverse of `gather_full`: this rank's shards of whole tensors."""
+    shards = {key: entry.spec.shard for key, entry in adapter_parameters(model).items()}
+    return {k: t if shards[k] is None else shard_of(t, shards[k]) for k, t in tensors.items()}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -97,8 +103,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Put a whole adapter into `model`. Raises ValueError naming `origin` and the tensors that do not fit; then the
-    model is unchanged."""
+    """Load a whole adapter into `model`.
+
+    Raises ValueError naming `origin` and the tensors that do not fit, before the model is changed.
+    """
     entries = adapter_parameters(model)
     check_state_dict(model, state, origin)
     with torch.no_grad():
@@ -129,8 +137,10 @@ def _renamed(key: Any) -> Any:
 
 
 def check_state_dict(model: nn.Module, state: Any, origin: str) -> None:
-    """ValueError naming `origin` and the tensors at fault, unless `state` holds whole tensors of the shapes of the
-    adapter's, by their keys: the adapter itself, or moments of its optimizer."""
+    """ValueError naming `origin` and the tensors at fault, unless `state` has the adapter's keys and whole shapes.
+
+    state: an adapter, or moments of its optimizer.
+    """
     entries = adapter_parameters(model)
     require_tensors(state, origin)
     require_same_keys(entries, state, origin, "adapter tensor")
