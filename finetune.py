@@ -53,8 +53,10 @@ def fine_tune(config: RunConfig) -> None:
     memory = estimate_memory(flags, args, adapter_config, device)
     with distributed_run(device, flags.model_parallel_size), oom_hint(flags, memory):
         run = RunFolder(config, args)
-        examples = load_examples(flags.data_path, tokenizer, flags.max_seq_len, quiet=not is_rank0())
-        schedule = Schedule.from_config(flags, len(examples), dp_size(), run.rows_per_step)
+        examples = load_examples(
+            flags.data_path, tokenizer, flags.max_seq_len, flags.train_on_input, quiet=not is_rank0()
+        )
+        schedule = Schedule.from_config(flags, len(examples), dp_size(), run.record)
         model = Llama.build(
             flags.ckpt_dir,
             config=adapter_config,
@@ -65,7 +67,7 @@ def fine_tune(config: RunConfig) -> None:
             flash_attention2=flags.flash_attention2,
         ).model
         model.activation_checkpointing = memory.agree_on_mode()
-        optimizer = make_optimizer(model, flags.weight_decay)
+        optimizer = make_optimizer(model, flags.weight_decay, flags.beta2)
         with run.locked():
             state = run.begin(model, optimizer, schedule)
             if state.done >= schedule.steps:
@@ -87,7 +89,8 @@ def fine_tune(config: RunConfig) -> None:
                     state,
                     recorder.on_step,
                     recorder.stop_signal,
-                    forward_backward=fast,
+                    flags.grad_clip,
+                    fast,
                 )
         log_rank0(f"{run.path}/checkpoint-{schedule.steps}.pth: done; python extract_adapter.py writes the adapter")
 

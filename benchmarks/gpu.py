@@ -1,4 +1,4 @@
-"""Training and generation on one GPU, with random weights in a published model's shape: no file is needed.
+"""Whether all is right on a GPU, and how fast: random weights in a published model's shape, so no file is needed.
 
     python -m benchmarks.gpu [--shape 8B] [--methods soft_moa] [--minutes 7] [--json gpu.json]
     python -m benchmarks.gpu --shape tiny --device cpu          to try the command where there is no GPU
@@ -6,11 +6,14 @@
 Parts, in this order (--parts names some of them, with commas):
 
 machine     measured rates of products and of memory, which the shares below are of
+golden      small models in float32: logits, loss and greedy tokens beside the authors', gradients beside a CPU's
+bf16        their loss and gradients with the base in bf16, on rows of different lengths, beside a CPU's in float32
+recorded    their answers, greedy and sampled, by eager and by recorded decode steps (CUDA graphs), beside a CPU's
 step        real tokens/s of training steps of --rows rows with GSM8K's lengths, peak memory, and the share of the rate
             of products that the step's FLOPs make up
 decode      milliseconds of a decode step at --decode_rows rows, without and with CUDA graphs, and the share of the
             bandwidth that reading weights, keys and values makes up; the bare base too
-memory      peak memory of a step of rows that are all of 300 tokens, by --activation_checkpointing
+memory      peak memory of a step of rows of 300 tokens, by --activation_checkpointing, beside the estimate of it
 trace       kernels of a training step and of a decode step: how many, and those that take most time
 peers       step and decode of transformers and PEFT's LoRA, where they are installed
 
@@ -33,7 +36,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common, models, peers
+from benchmarks import common, gpu_checks, models, peers
 from benchmarks.common import BASE, PEERS, PEFT, SHAPES, TRANSFORMERS, Figures, timed
 from cli import cli_errors, flag, parse
 from llama import ModelArgs, Transformer
@@ -41,10 +44,11 @@ from llama.data import IGNORE_INDEX, Example
 from llama.distributed import bf16_is_fast, get_device
 from moa.files import write_json
 from training.config import CHECKPOINTING_MODES
-from training.estimate import meta_model
+from training.estimate import longest_batch, memory_by_mode, meta_model
 from training.loop import peak_memory
 
-PARTS = ("machine", "step", "decode", "memory", "trace", "peers")
+CHECKS = {"golden": gpu_checks.golden, "bf16": gpu_checks.bf16, "recorded": gpu_checks.recorded}
+PARTS = ("machine", *CHECKS, "step", "decode", "memory", "trace", "peers")
 LONGEST = 300
 EARLY = 32  # decode steps of the shorter of two runs; a longer one takes as many more
 TRACED = 8  # decode steps of a trace; a trace of training has half of them
@@ -74,10 +78,12 @@ class Flags:
 
 
 def random_rows(n: int, vocab_size: int, full: bool = False) -> list[Example]:
-    """Draw rows as long as GSM8K's, or, with `full`, of LONGEST tokens, half of them an answer."""
+    """Draw rows as long as GSM8K's, or, with `full`, the longest of a run, half of them an answer."""
     generator, rows = random.Random(0), []
-    for _ in range(n):
-        prompt, answer = (LONGEST // 2,) * 2 if full else (generator.randint(*PROMPTS), generator.randint(*ANSWERS))
+    for length in longest_batch(n, LONGEST):
+        prompt, answer = generator.randint(*PROMPTS), generator.randint(*ANSWERS)
+        if full:
+            prompt, answer = length // 2, length - length // 2
         tokens = [generator.randrange(1, vocab_size) for _ in range(prompt + answer)]
         rows.append(Example(tokens, [IGNORE_INDEX] * prompt + tokens[prompt:], prompt))
     return rows
@@ -139,9 +145,11 @@ class Bench:
         }
 
     def memory(self, kind: str, mode: str) -> Figures:
-        """Measure the memory of a step of rows that are all of LONGEST tokens."""
+        """Measure the memory of a step of the longest rows, beside the estimate that a run decides by."""
         self.trainer(kind, 1, mode, full=True)(1)
-        return {"peak_memory_bytes": self.peak_bytes(kind)}
+        lengths = longest_batch(self.flags.rows, LONGEST)
+        estimate = memory_by_mode(self.shape(kind), lengths, self.device)[mode]["total"]
+        return {"peak_memory_bytes": self.peak_bytes(kind), "estimated_bytes": estimate}
 
     def answerer(self, kind: str, n_rows: int, graphs: bool, context: int) -> Callable[[int], object]:
         """Return what answers so many prompts by a number of tokens each."""
@@ -173,18 +181,19 @@ class Bench:
         n = TRACED // 2 if training else TRACED
         work = self.trainer(kind, 1 + n) if training else self.answerer(kind, 1, False, 1)
         work(1 if training else n)
-        gpu = self.device.type == "cuda"
-        activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[activity]) as profiler:
+        activity = torch.profiler.ProfilerActivity
+        activities = [activity.CPU] + [activity.CUDA] * (self.device.type == "cuda")
+        with torch.profiler.profile(activities=activities) as profiler:
             seconds = timed(lambda: work(n), self.device)[0]
-        kernels = []
-        for event in profiler.key_averages():
-            on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
-            taken = event.self_device_time_total if gpu else event.self_cpu_time_total  # microseconds
-            if on_gpu == gpu and taken > 0 and not getattr(event, "is_user_annotation", False):
+        events, kernels = profiler.key_averages(), []
+        on_gpu = [event.device_type == torch.autograd.DeviceType.CUDA for event in events]
+        for event, is_kernel in zip(events, on_gpu, strict=True):
+            taken = event.self_device_time_total if is_kernel else event.self_cpu_time_total  # microseconds
+            # Without a GPU, or where its kernels cannot be traced, operations are counted
+            if is_kernel == any(on_gpu) and taken > 0 and not getattr(event, "is_user_annotation", False):
                 kernels.append({"name": event.key[:90], "seconds": taken / 1e6 / n, "count": event.count / n})
         kernels.sort(key=lambda kernel: -kernel["seconds"])
-        total, busy = sum(k["count"] for k in kernels), sum(k["seconds"] for k in kernels)
+        total, busy = (sum(kernel[name] for kernel in kernels) for name in ("count", "seconds"))
         return {"seconds": seconds / n, "kernels": total, "device_seconds": busy, "top": kernels[:15]}
 
 
@@ -194,6 +203,10 @@ def measurements(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Figures]
     methods = common.methods_named(flags.methods)
     decode_rows = list(map(int, flags.decode_rows.split(",")))
     yield "machine", "machine", lambda: bench.machine._asdict()
+    for part, check in CHECKS.items():
+        for model in gpu_checks.MODELS:
+            if not (part == "bf16" and model == gpu_checks.BASE_ALONE):  # which has no gradients
+                yield part, f"{part}, {model}", partial(check, model, bench.device)
     for kind in methods:
         yield "step", f"step, {kind}", partial(bench.step, kind)
     for n_rows in decode_rows:
@@ -216,6 +229,8 @@ def measurements(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Figures]
 
 
 FORMATS = {
+    **{name: lambda off, name=name: f"{name} off by {off:.1e}" for name in ("logits", "loss", "gradients")},
+    "same": lambda kinds: f"answers of {kinds} are the same",
     "flops": lambda rate: f"{rate / 1e12:,.3g} TFLOP/s",
     "bandwidth": lambda rate: f"{rate / 1e9:,.0f} GB/s",
     "seconds": lambda seconds: f"{1000 * seconds:,.2f} ms",
@@ -223,8 +238,9 @@ FORMATS = {
     "share_of_flops": lambda share: f"{share:.0%} of the FLOP/s",
     "share_of_bandwidth": lambda share: f"{share:.0%} of the bandwidth",
     "peak_memory_bytes": lambda size: f"peak {size / 2**30:,.2f} GiB",
+    "estimated_bytes": lambda size: f"estimated {size / 2**30:,.2f} GiB",
     "kernels": lambda count: f"{count:,.0f} kernels",
-    "device_seconds": lambda seconds: f"that take {1000 * seconds:,.2f} ms",
+    "device_seconds": lambda seconds: f"{1000 * seconds:,.2f} ms in them",
     "top": lambda top: "".join(f"\n  {1000 * k['seconds']:9.3f} ms {k['count']:6.0f} x {k['name']}" for k in top),
 }
 

@@ -9,7 +9,7 @@ Training as in the published runs on math_14k: bf16 base, rows of 300 tokens, 32
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,14 +29,14 @@ from training.estimate import (
     comm_bytes_of_step,
     fake_rank,
     longest_batch,
+    memory_by_mode,
     meta_model,
     peak_temporary_bytes,
-    saved_activation_bytes,
-    static_bytes,
     trace_step,
 )
 
 METHODS = ("soft_moa", "molora")
+HELD = ("base", "adapters", "gradients", "optimizer")  # all the time
 LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
 ANSWERS, ANSWER_LENGTH = 32, 512  # generated at once: generate.py's defaults
 MIB, GIB = 2**20, 2**30
@@ -69,25 +69,11 @@ LAYOUTS = (
 
 
 class Memory(NamedTuple):
-    """Of one GPU, in bytes. activations: of two rows and of three, by mode of --activation_checkpointing; a row more
-    takes the same again."""
+    """Of one GPU, in bytes, by mode of --activation_checkpointing."""
 
-    held: dict[str, int]
-    activations: dict[str, tuple[int, int]]
-    temporary: Callable[[list[int]], int]  # of rows of these lengths
+    parts: dict[str, dict[str, int]]  # of a step of BATCH_SIZE rows, by what takes them
+    total: Callable[[int, str], int]  # of a step of so many rows, in a mode
     kv_cache: int
-
-    def of(self, n_rows: int, mode: str) -> int:
-        """Activations of so many rows of LENGTH tokens; a single one counts as half of two."""
-        two, three = self.activations[mode]
-        return two + (n_rows - 2) * (three - two)
-
-    def total(self, n_rows: int, mode: str) -> int:
-        return sum(self.held.values()) + self.of(n_rows, mode) + self.temporary([LENGTH] * n_rows)
-
-    def largest_batch_size(self, mode: str, card: int) -> int:
-        """Return the most rows whose step fits `card` bytes; 0 where a single one does not."""
-        return bisect_left(range(1, MOST_ROWS), True, key=lambda n: self.total(n, mode) > card)
 
 
 def model_of(model: str, method: str) -> Transformer:
@@ -97,13 +83,23 @@ def model_of(model: str, method: str) -> Transformer:
 
 @cache
 def memory_of(model: str, share: int, method: str) -> Memory:
-    """The same whatever the number of replicas."""
+    """The same whatever the number of replicas. A row more always takes the same activations."""
     with fake_rank(share, share):
         rank = model_of(model, method)
-        rows = [saved_activation_bytes(rank, longest_batch(n, LENGTH), GPU) for n in (2, 3)]
-        activations = {mode: tuple(k.total(mode) for k in rows) for mode in MODES}
-        temporary = partial(peak_temporary_bytes, rank, device=GPU)
-        return Memory(static_bytes(rank), activations, temporary, cache_bytes(rank, ANSWERS, ANSWER_LENGTH))
+        parts, more = (memory_by_mode(rank, longest_batch(n, LENGTH), GPU) for n in (BATCH_SIZE, BATCH_SIZE + 1))
+        kv_cache = cache_bytes(rank, ANSWERS, ANSWER_LENGTH)
+
+    def total(n_rows: int, mode: str) -> int:
+        a_row = more[mode]["activations"] - parts[mode]["activations"]
+        temporary = peak_temporary_bytes(rank, longest_batch(n_rows, LENGTH), GPU) - parts[mode]["temporary"]
+        return parts[mode]["total"] + (n_rows - BATCH_SIZE) * a_row + temporary
+
+    return Memory(parts, total, kv_cache)
+
+
+def largest_batch_size(memory: Memory, mode: str, room: int) -> int:
+    """Return the most rows whose step fits so many bytes; 0 where a single one does not."""
+    return bisect_left(range(1, MOST_ROWS), True, key=lambda n: memory.total(n, mode) > room)
 
 
 @torch.no_grad()
@@ -127,19 +123,17 @@ def compute(layout: Layout, method: str) -> Figures:
             trace = trace_step(model, longest_batch(BATCH_SIZE, LENGTH), messages)
             steps[mode] = comm_bytes_of_step(trace, micro_batches)
         decode_step = comm_bytes(decode_messages(model, messages))
-    room = layout.card * GIB - RESERVED
+    parts, room = memory.parts["none"], layout.card * GIB - RESERVED
     return {
         **{"layout": str(layout), "method": method, "card": layout.card, "micro_batches": micro_batches},
-        **memory.held,
-        "temporary": memory.temporary([LENGTH] * BATCH_SIZE),
-        "activations": {mode: memory.of(BATCH_SIZE, mode) for mode in MODES},
-        "total": {mode: memory.total(BATCH_SIZE, mode) for mode in MODES},
-        "largest_batch_size": {mode: memory.largest_batch_size(mode, room) for mode in MODES},
+        **{name: parts[name] for name in (*HELD, "temporary")},
+        **{name: {mode: memory.parts[mode][name] for mode in MODES} for name in ("activations", "total")},
+        "largest_batch_size": {mode: largest_batch_size(memory, mode, room) for mode in MODES},
         **{f"gradients_{name}": size for name, size in steps["none"]["gradients"].items()},
         "micro_batch": steps["none"]["micro_batch"],
         "sent": {mode: step["sent_bytes"] for mode, step in steps.items()},
         "kv_cache": memory.kv_cache,
-        "generation": memory.held["base"] + memory.held["adapters"] + memory.kv_cache,
+        "generation": parts["base"] + parts["adapters"] + memory.kv_cache,
         **{f"decode_{name}": size for name, size in decode_step.items()},
     }
 
@@ -161,7 +155,7 @@ def exchanged(part: str) -> Cell:
 
 HEAD = [("layout", lambda figures: figures["layout"]), ("method", lambda figures: figures["method"])]
 MEMORY = [
-    *[(name, number(name, 2, GIB)) for name in ("base", "adapters", "gradients", "optimizer")],
+    *[(name, number(name, 2, GIB)) for name in HELD],
     ("activations", by_mode("activations", 2, GIB)),
     ("temporary", number("temporary", 2, GIB)),
     ("total", by_mode("total", 2, GIB)),

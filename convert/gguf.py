@@ -1,5 +1,6 @@
 """GGUF file -> Meta's layout, for the llama architecture with a byte-level BPE vocabulary."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from convert.meta_format import (
     source_names,
     write_converted,
 )
-from convert.vocabulary import Vocabulary, check_merges, plan
+from convert.vocabulary import from_gguf
 from llama.args import ModelArgs
+from llama.model import rope_frequencies
 
-NORMAL, CONTROL = 1, 3  # of tokenizer.ggml.token_type
 ROPE_FREQS = "rope_freqs.weight"
 
 # Keys that are read or tell no more than tensors do, and those that change nothing with these values. Any other key of
@@ -35,14 +36,9 @@ READ = {
 }
 NEUTRAL = {
     **dict.fromkeys(("rope.scaling.factor", "rope.scale_linear"), (0, 1)),  # llama.cpp's scaling, also without a type
-    **{"rope.scaling.type": ("none",), "rope.scaling.attn_factor": (1,), "attention.causal": (True,)},
+    **{"rope.scaling.type": ("none", "linear"), "rope.scaling.attn_factor": (1,), "attention.causal": (True,)},
     **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window"), (0,)),
 }
-
-# LLaMA-3.1's scaling is stored as its effect only, one divisor for each frequency; of its four numbers these three
-# are the same in every release, and the factor is 8 (3.1) or 32 (3.2).
-STANDARD_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_max_seq_len": 8192}
-STANDARD_FACTORS = (8.0, 32.0)
 
 
 def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
@@ -52,13 +48,17 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     """
     path, output_dir = Path(input), check_output(output_dir, overwrite)
     metadata, tensors = read_gguf(path)
+    names = source_names(0, GGUF)
+    if names[EMBEDDING] not in tensors:
+        raise ValueError(f"{path}: tensor {names[EMBEDDING]} is missing")
     try:
-        vocabulary = _read_tokenizer(metadata, str(path))
-        args = _read_metadata(metadata, tensors.pop(ROPE_FREQS, None), vocab_size=len(vocabulary.row_map))
+        rows = tensors[names[EMBEDDING]].shape[0]
+        vocabulary = from_gguf(metadata, rows)
+        args = _read_metadata(metadata, tensors.pop(ROPE_FREQS, None), vocab_size=rows)
     except (ValueError, KeyError) as error:
         problem = f"the metadata lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise ValueError(problem if problem.startswith(str(path)) else f"{path}: {problem}") from None
-    names = source_names(args.n_layers, GGUF)
+    names |= source_names(args.n_layers, GGUF)
     if names[OUTPUT] not in tensors:  # tied
         names[OUTPUT] = names[EMBEDDING]
     return write_converted(output_dir, args, vocabulary, tensors, names, path, dtype, overwrite)
@@ -115,18 +115,17 @@ def _read_metadata(metadata: dict[str, Any], divisors: SourceTensor | None, voca
             raise ValueError(f"{name} is {value!r}, which is not supported{expected}")
     if metadata.get("split.count", 0) > 1:
         raise ValueError(f"split.count is {metadata['split.count']}: the file is one of several, which are not read")
-    theta = _shortest(metadata.get("llama.rope.freq_base", 10000.0))
-    return ModelArgs(
+    args = ModelArgs(
         dim=dim,
         n_layers=_count(metadata, "block_count"),
         n_heads=heads,
         n_kv_heads=_count(metadata, "attention.head_count_kv", heads),
         vocab_size=vocab_size,
         norm_eps=_shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-        rope_theta=theta,
+        rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10000.0)),
         **ffn_rule(dim, _count(metadata, "feed_forward_length")),
-        **({} if divisors is None else _recognise_scaling(divisors, theta, dim // heads)),
     )
+    return args if divisors is None else _with_scaling(args, divisors.read())
 
 
 def _count(metadata: dict[str, Any], key: str, *default: int) -> int:
@@ -137,31 +136,14 @@ def _count(metadata: dict[str, Any], key: str, *default: int) -> int:
     return value
 
 
-def _recognise_scaling(divisors: SourceTensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The keys of params.json for the divisors in rope_freqs.weight (head_dim / 2), which must be LLaMA-3.1's."""
-    values = divisors.read().double().numpy()
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high, length = STANDARD_SCALING.values()
-    smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
-    for factor in STANDARD_FACTORS:
-        standard = 1 / ((1 - smooth) / factor + smooth)
-        if values.shape == standard.shape and np.allclose(values, standard, rtol=1e-4):
-            return {"use_scaled_rope": True, "rope_scaling_factor": factor, **STANDARD_SCALING}
+def _with_scaling(args: ModelArgs, divisors: torch.Tensor) -> ModelArgs:
+    """LLaMA-3.1's scaling from its effect (head_dim / 2), one divisor for each frequency."""
+    for factor in (8.0, 32.0):  # 3.1 and 3.2; its other three numbers are the same in both
+        scaled = replace(args, use_scaled_rope=True, rope_scaling_factor=factor)
+        expected = rope_frequencies(args) / rope_frequencies(scaled)
+        if divisors.shape == expected.shape and torch.allclose(divisors, expected, rtol=1e-4):
+            return scaled
     raise ValueError(f"tensor {ROPE_FREQS} is not the scaling of LLaMA-3.1 or 3.2, the only ones known")
-
-
-def _read_tokenizer(metadata: dict[str, Any], origin: str) -> Vocabulary:
-    if (model := metadata["tokenizer.ggml.model"]) != "gpt2":
-        raise ValueError(f"{origin}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') can be converted")
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    if len(tokens) != len(kinds):
-        raise ValueError(f"{origin}: {len(tokens)} tokenizer.ggml.tokens but {len(kinds)} tokenizer.ggml.token_type")
-    base, special = (
-        {i: token for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == wanted}
-        for wanted in (NORMAL, CONTROL)
-    )
-    check_merges([tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]], base, origin)
-    return plan(base, special, origin)
 
 
 def _shortest(value: float) -> float:

@@ -19,9 +19,8 @@ from convert.meta_format import (
     source_names,
     write_converted,
 )
-from convert.vocabulary import Vocabulary, from_tiktoken, from_tokenizer_json
+from convert.vocabulary import from_hf
 from llama.args import ModelArgs
-from llama.tokenizer import N_SPECIAL, read_ranks
 from moa.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -59,9 +58,9 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     rows = embedding.shape[0]
     if config.get("vocab_size") != rows:
         raise ValueError(f"{embedding.origin} has {rows} rows, but {path} has vocab_size {config.get('vocab_size')}")
-    vocabulary, tokenizer = _read_tokenizer(folder, rows)
+    vocabulary = from_hf(folder, rows)
     try:
-        args = read_config(config, vocab_size=len(vocabulary.row_map))
+        args = read_config(config, vocab_size=rows)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -69,7 +68,7 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
         return permute_rope(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
 
     names = source_names(args.n_layers, HF) | names
-    return write_converted(output_dir, args, vocabulary, tensors, names, folder, dtype, overwrite, tokenizer, change)
+    return write_converted(output_dir, args, vocabulary, tensors, names, folder, dtype, overwrite, change)
 
 
 def permute_rope(weight: Tensor, head_dim: int) -> Tensor:
@@ -186,20 +185,3 @@ def open_safetensors(file: Path) -> safe_open:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-
-
-def _read_tokenizer(folder: Path, rows: int) -> tuple[Vocabulary, bytes | None]:
-    """The vocabulary, and the folder's own tokenizer.model where it is a tiktoken file that fits."""
-    reason = f"{folder}: holds no tokenizer.json and no tokenizer.model"
-    for path in (folder / "original" / "tokenizer.model", folder / "tokenizer.model"):
-        if path.is_file():
-            try:
-                n = len(read_ranks(path)) + N_SPECIAL
-                if n == rows:
-                    return from_tiktoken(path), path.read_bytes()
-                reason = f"{path}: has {n} tokens with Meta's special ones, but the embedding has {rows} rows"
-            except ValueError as error:
-                reason = str(error)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(reason)
-    return from_tokenizer_json(folder / "tokenizer.json"), None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convert.vocabulary import Vocabulary, gather_rows
+from convert.vocabulary import Vocabulary
 from llama.args import ModelArgs
 from llama.checkpoint import shard_specs
 from llama.distributed import init_distributed
@@ -112,14 +112,13 @@ def write_converted(
     origin: Path,
     dtype: str,
     overwrite: bool,
-    tokenizer: bytes | None = None,
     change: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor,
 ) -> Converted:
     """Write another format's tensors as a checkpoint of one shard. Every shape is checked before the first is read.
 
-    tensors: by their names there, from the file or folder `origin`. names: Meta's key -> the name there. tokenizer: the
-    content of tokenizer.model (None: the vocabulary's). `change` is applied to each tensor read. Raises ValueError
-    naming file and tensor that is missing, too many or of a wrong shape; then nothing was written.
+    tensors: by their names there, from the file or folder `origin`. names: Meta's key -> the name there. `change` is
+    applied to each tensor read. Raises ValueError naming file and tensor that is missing, too many or of a wrong shape;
+    then nothing was written.
     """
     shapes = {key: spec.shape for key, spec in shard_specs(bare_model(args)).items()}
     for name in tensors.keys() - {names[key] for key in shapes}:
@@ -127,32 +126,23 @@ def write_converted(
     for key in shapes:
         if names[key] not in tensors:
             raise ValueError(f"{origin}: tensor {names[key]} is missing")
-    rows = tensors[names[EMBEDDING]].shape[0]
     for key, shape in shapes.items():
-        tensor, expected = tensors[names[key]], (rows, args.dim) if key in (EMBEDDING, OUTPUT) else shape
-        if tensor.shape != expected:
-            raise ValueError(f"{tensor.origin} has shape {tensor.shape}, expected {expected}")
-    if rows < vocabulary.rows_needed():
-        needed = f"but the tokenizer needs {vocabulary.rows_needed()}"
-        raise ValueError(f"{tensors[names[EMBEDDING]].origin} has {rows} rows, {needed}")
+        if tensors[names[key]].shape != shape:
+            raise ValueError(f"{tensors[names[key]].origin} has shape {tensors[names[key]].shape}, expected {shape}")
     state = {}
     for key in shapes:
         source = tensors[names[key]]
         tensor = source.read()
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{source.origin} is {tensor.dtype}, expected floating-point numbers")
-        tensor = change(key, tensor)
-        if key in (EMBEDDING, OUTPUT):
-            row_map = vocabulary.row_map if key == EMBEDDING else vocabulary.output_row_map
-            tensor = gather_rows(tensor, row_map, vocabulary.special_rows)
-        state[key] = tensor.to(DTYPES[dtype])
+        state[key] = change(key, tensor).to(DTYPES[dtype])
         require_finite(state[key], source.origin)
     params = asdict(args)
     if not args.use_scaled_rope:
         params = {key: v for key, v in params.items() if key == "rope_theta" or not key.startswith("rope_")}
     with new_folder(output_dir, overwrite) as new:
         (new / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
-        (new / "tokenizer.model").write_bytes(vocabulary.tiktoken() if tokenizer is None else tokenizer)
+        (new / "tokenizer.model").write_bytes(vocabulary.file())
         save_shard(state, new / "consolidated.00.pth")
     return Converted(output_dir, args, vocabulary)
 

@@ -1,145 +1,301 @@
-"""The tokenizer rule: a byte-level BPE vocabulary as tiktoken ranks, and which embedding row each new token gets.
+"""Tokenizers of Hugging Face folders and GGUF files, as the `tokenizer.model` of a checkpoint in Meta's layout.
 
-Ids in Meta's layout: the base tokens (rank = place in id order), then the single bytes the vocabulary lacks, then
-Meta's 256 special tokens. A LLaMA-3 vocabulary comes out unchanged. In any other, a special token takes the row of the
-source's token of the same name, begin- and end-of-text the row of `<|endoftext|>`, `<|eot_id|>` that of `<|im_end|>`;
-all other specials and the appended bytes take the mean of the source's special rows, which the model never writes.
+Every token keeps its id. Normalizer, splitting rule and tokens that are read whole are kept, or refused by name; merges
+must be those that tiktoken makes by rank. Ends of answers are those that the model's files declare, and special tokens
+that are ends in every model.
 """
 
-import base64
-import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
+from llama.tokenizer import (
+    BOS,
+    EOS,
+    FORMS,
+    LLAMA3_SPLIT,
+    N_SPECIAL,
+    Rules,
+    read_tokenizer,
+    special_tokens,
+    write_tokenizer,
+)
+from moa.files import read_json
+from moa.reading import short_repr
 
-from llama.tokenizer import BOS, EOS, EOT, N_SPECIAL, NAMED_SPECIAL, read_ranks
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+GGUF_SPLITS = {  # tokenizer.ggml.pre
+    "llama-bpe": [LLAMA3_SPLIT],
+    "gpt-2": [GPT2_SPLIT],
+    **dict.fromkeys(("smollm", "starcoder"), [r"\p{N}", GPT2_SPLIT]),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), [QWEN2_SPLIT]),
+}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # of tokenizer.ggml.token_type
+ENDS = ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")  # also where no file says so
 
-MEAN = -1  # in a row map: the mean of the source's special rows
-
-ROLES = {BOS: "<|endoftext|>", EOS: "<|endoftext|>", EOT: "<|im_end|>"}
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes as printable characters: printable ones stand for themselves, the rest from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+# GPT-2's spelling of bytes as characters: printable ones stand for themselves, the others from U+0100 on
+BYTES = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
 
 
-_BYTES = _byte_alphabet()
+class Vocabulary(NamedTuple):
+    """A tokenizer, and what there is to say about its conversion."""
 
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What becomes of a source vocabulary. Row maps: for each new id the source's embedding row, or MEAN."""
-
-    ranks: list[bytes]  # base tokens and appended bytes, in rank order
-    row_map: list[int]  # for tok_embeddings.weight
-    output_row_map: list[int]  # for output.weight
-    special_rows: list[int]  # the rows behind MEAN
+    ids: dict[bytes, int]  # of byte-pair tokens
+    rules: Rules
     notes: list[str]
 
-    def rows_needed(self) -> int:
-        """How many rows the source's embedding must have at least."""
-        averaged = self.special_rows if MEAN in self.row_map else []
-        return 1 + max([*self.row_map, *averaged])
-
-    def tiktoken(self) -> bytes:
-        """The text of `tokenizer.model`."""
-        return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self.ranks))
+    def file(self) -> bytes:
+        """The content of `tokenizer.model`."""
+        return write_tokenizer(self.ids, self.rules)
 
 
-def plan(base: dict[int, str], special: dict[int, str], origin: str) -> Vocabulary:
-    """The new vocabulary from the source's base tokens {id: spelling in GPT-2's byte alphabet} and specials {id: name}.
+class Source(NamedTuple):
+    """A tokenizer as another format states it. Token maps are name -> id."""
 
-    Raises ValueError, beginning with `origin` (the file), where a token is not byte-level or no end token is known.
-    """
-    order = sorted(base)
-    ranks = [_spelled_bytes(base[i], i, origin) for i in order]
-    if len(set(ranks)) < len(ranks):
-        twice = next(base[i] for i, token in zip(order, ranks, strict=True) if ranks.count(token) > 1)
-        raise ValueError(f"{origin}: token {twice!r} is in the vocabulary twice")
-    missing = sorted(set(range(256)) - {token[0] for token in ranks if len(token) == 1})
-    first = len(order)
-    is_llama3 = order == list(range(first)) and all(
-        first + k in special and (k not in (BOS, EOS, EOT) or special[first + k] == NAMED_SPECIAL[k])
-        for k in range(N_SPECIAL)
+    base: dict[str, int]  # byte-pair tokens, in GPT-2's spelling of bytes
+    special: dict[str, int]
+    added: dict[str, int]  # read from a text
+    merges: list[tuple[str, ...]]
+    ignore_merges: bool  # a piece of text that is a token is not merged from its bytes
+    split: list[str]
+    normalize: str | None
+    bos: Any  # token that the tokenizer puts before a text: id, name or None
+    ends: list[tuple[str, Any]]  # where ends of answers are declared; an id, a name or a list of them
+
+
+def from_hf(folder: Path, rows: int) -> Vocabulary:
+    """The tokenizer of a Hugging Face folder, for an embedding of `rows` rows. ValueError naming the file at fault."""
+    config, settings, generation = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("config.json", "tokenizer_config.json", "generation_config.json")
     )
-    notes = []
-    if is_llama3 and not missing:
-        rows = output_rows = list(range(first + N_SPECIAL))
-    else:
-        row_of = {name: i for i, name in special.items()}
-        specials = [row_of.get(NAMED_SPECIAL.get(k), row_of.get(ROLES.get(k), MEAN)) for k in range(N_SPECIAL)]
-        if specials[EOS] == MEAN:
-            raise ValueError(f"{origin}: no special token <|end_of_text|> or <|endoftext|>, so answers could not end")
-        rows = order + [MEAN] * len(missing) + specials
-        output_rows = list(rows)
-        if specials[BOS] == specials[EOS]:
-            # Of two equal logits greedy takes the lower id, begin-of-text, and no answer would ever end.
-            output_rows[len(order) + len(missing) + BOS] = MEAN
-        notes.append(
-            f"not LLaMA-3's vocabulary: {specials.count(MEAN)} of Meta's 256 special tokens and {len(missing)} single "
-            f"bytes had no row and take the mean of the source's {len(special)} special rows"
-        )
-    dropped = len(set(special) - set(rows))
-    if dropped:
-        notes.append(f"{dropped} special tokens of the source have no counterpart and were left out")
-    return Vocabulary(ranks + [bytes([b]) for b in missing], rows, output_rows, sorted(special), notes)
+    ends = [
+        ("tokenizer_config.json", settings.get("eos_token")),
+        ("generation_config.json", generation.get("eos_token_id")),
+        ("config.json", config.get("eos_token_id")),
+    ]
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = read_json(path)
+        try:
+            source = _read_tokenizer_json(content, settings.get("add_bos_token") and settings.get("bos_token"), ends)
+            return _vocabulary(source, rows)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
+    for path in (folder / "original" / "tokenizer.model", folder / "tokenizer.model"):
+        if path.is_file():
+            ids, rules = read_tokenizer(path)
+            if rules.vocab_size != rows:
+                raise ValueError(f"{path}: has {rules.vocab_size} tokens, but the embedding has {rows} rows")
+            return Vocabulary(ids, rules, _declared_ends(ends, rules.special_tokens, rules.stop_ids)[1])
+    raise ValueError(f"{folder}: holds no tokenizer.json and no tokenizer.model")
 
 
-def from_tokenizer_json(path: Path) -> Vocabulary:
-    """Read a Hugging Face tokenizer.json. Raises ValueError where it is not a byte-level BPE."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-        model = content["model"]
-        if model.get("type") != "BPE" or model.get("byte_fallback"):
-            raise ValueError(f"{path}: only byte-level BPE tokenizers can be converted, not {model.get('type')!r}")
-        added = {entry["id"]: entry["content"] for entry in content.get("added_tokens") or []}
-        base = {i: token for token, i in model["vocab"].items() if i not in added}
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
-    check_merges(merges, base, str(path))
-    return plan(base, added, str(path))
+def from_gguf(metadata: Mapping[str, Any], rows: int) -> Vocabulary:
+    """The tokenizer in a GGUF's metadata. ValueError, or KeyError for a missing key."""
+    get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
+    if get("model") != "gpt2":
+        kind = "SentencePiece ('llama')" if get("model") == "llama" else repr(get("model"))
+        raise ValueError(f"tokenizer.ggml.model is {kind}; only byte-level BPE ('gpt2') can be converted")
+    if get("pre") not in GGUF_SPLITS:
+        known = ", ".join(GGUF_SPLITS)
+        raise ValueError(f"tokenizer.ggml.pre, the splitting rule, is {get('pre')!r}, expected one of {known}")
+    if get("add_space_prefix"):
+        raise ValueError("tokenizer.ggml.add_space_prefix, a space before every text, has no counterpart here")
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    if len(tokens) != len(kinds):
+        raise ValueError(f"{len(tokens)} tokenizer.ggml.tokens but {len(kinds)} tokenizer.ggml.token_type")
+    of_kind: dict[int, dict[str, int]] = {kind: {} for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED)}
+    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind not in of_kind or token in of_kind[kind]:
+            problem = "is in the vocabulary twice" if kind in of_kind else f"has type {kind}, which is not known"
+            raise ValueError(f"token {token!r} (id {i}) {problem}")
+        of_kind[kind][token] = i
+    is_llama3 = get("pre") == "llama-bpe"
+    source = Source(
+        base=of_kind[NORMAL],
+        special=of_kind[CONTROL] | of_kind[UNKNOWN] | of_kind[UNUSED],
+        added=of_kind[USER_DEFINED],
+        merges=[tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]],
+        ignore_merges=is_llama3,
+        split=GGUF_SPLITS[get("pre")],
+        normalize="NFC" if GGUF_SPLITS[get("pre")] == [QWEN2_SPLIT] else None,
+        bos=get("bos_token_id") if get("add_bos_token", is_llama3) else None,
+        ends=[(f"tokenizer.ggml.{key}", get(key)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")],
+    )
+    return _vocabulary(source, rows)
 
 
-def from_tiktoken(path: Path) -> Vocabulary:
-    """Read a tokenizer.model in tiktoken format, which is Meta's own and stays as it is."""
-    ranks = read_ranks(path)
-    tokens = sorted(ranks, key=ranks.__getitem__)
-    rows = list(range(len(tokens) + N_SPECIAL))
-    return Vocabulary(tokens, rows, rows, rows[len(tokens) :], [])
+def _read_tokenizer_json(content: dict[str, Any], bos: Any, ends: list[tuple[str, Any]]) -> Source:
+    model, tokens = content["model"], content.get("added_tokens") or []
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        kind = f"SentencePiece's {model['type']}" if model.get("type") in ("BPE", "Unigram") else model.get("type")
+        raise ValueError(f"only byte-level BPE tokenizers can be converted, not {kind}")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{key} = {model[key]!r} has no counterpart here")
+    for token in tokens:
+        for key in ("lstrip", "rstrip", "single_word"):
+            if token.get(key) and not token.get("special"):
+                raise ValueError(f"{key} of the added token {token['content']!r} has no counterpart here")
+    for step in _steps(content.get("post_processor"), "processors"):
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            bos = step["single"][0]["SpecialToken"]["id"]
+    special, added = (
+        {token["content"]: token["id"] for token in tokens if bool(token.get("special")) == wanted}
+        for wanted in (True, False)
+    )
+    return Source(
+        base={token: i for token, i in model["vocab"].items() if i not in {*special.values(), *added.values()}},
+        special=special,
+        added=added,
+        merges=[tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]],
+        ignore_merges=bool(model.get("ignore_merges")),
+        split=_read_split(content.get("pre_tokenizer")),
+        normalize=_read_normalizer(content.get("normalizer")),
+        bos=bos or None,
+        ends=ends,
+    )
 
 
-def check_merges(merges: list[tuple[str, ...]], base: dict[int, str], origin: str) -> None:
-    """tiktoken merges in id order: refuse (ValueError) a vocabulary that merges in another order."""
-    ids = {token: i for i, token in base.items()}
-    last = -1
+def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a part of tokenizer.json: those of a Sequence, or the only one."""
+    if component is None:
+        return []
+    return component[key] if component["type"] == "Sequence" else [component]
+
+
+def _read_normalizer(component: dict[str, Any] | None) -> str | None:
+    forms = [step["type"] for step in _steps(component, "normalizers")]
+    if len(forms) > 1 or not {*forms} <= {*FORMS}:
+        raise ValueError(f"the normalizer {' + '.join(forms)} has no counterpart here")
+    return forms[0] if forms else None
+
+
+def _read_split(component: dict[str, Any] | None) -> list[str]:
+    """The regular expressions of a pre-tokenizer."""
+    *steps, last = _steps(component, "pretokenizers") or [{"type": None}]
+    if last["type"] != "ByteLevel":
+        raise ValueError(f"the pre-tokenizer must end in ByteLevel, not {last['type']}")
+    if last.get("add_prefix_space", True):
+        raise ValueError("add_prefix_space, a space before every text, has no counterpart here")
+    patterns = []
+    for step in steps:
+        # With "Removed" and inverted, what lies between matches is lost; rules of this kind match all there is
+        isolates = (step.get("behavior"), step.get("invert")) in (("Isolated", False), ("Removed", True))
+        if step["type"] == "Split" and isolates:
+            patterns.append(step["pattern"].get("Regex") or re.escape(step["pattern"]["String"]))
+        elif step["type"] == "Digits":
+            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+        else:
+            raise ValueError(f"the pre-tokenizer {short_repr(step)} has no counterpart here")
+    return patterns + ([GPT2_SPLIT] if last.get("use_regex", True) else []) or [r"[\s\S]+"]
+
+
+def _vocabulary(source: Source, rows: int) -> Vocabulary:
+    merges = [tuple(map(_spelled_bytes, merge)) for merge in source.merges]
+    ids = {_spelled_bytes(token): i for token, i in source.base.items()}
+    # An added token is read whole from a text, but may also be on the way to a larger one
+    made = {b"".join(merge) for merge in merges}
+    ids = {name.encode(): i for name, i in source.added.items() if name.encode() in made} | ids
+    names = {i: name for name, i in (source.special | source.added).items()}
+    needed = 1 + max([*ids.values(), *names])
+    if needed > rows:
+        raise ValueError(f"has {needed} tokens, but the embedding has {rows} rows")
+    _check_merges(ids, merges, source.ignore_merges)
+
+    special, meta, first = source.special, special_tokens(), len(ids)
+    has_llama3_ids = sorted(ids.values()) == list(range(first)) and rows == first + N_SPECIAL
+    if has_llama3_ids and not source.added and all(_alike(names.get(first + k), meta[k]) for k in range(N_SPECIAL)):
+        special = {name: first + k for k, name in enumerate(meta)}
+    token_ids = source.special | source.added
+    declared, notes = _declared_ends(source.ends, token_ids, names)
+    stop_ids = declared + [special[name] for name in ENDS if name in special]
+    if not stop_ids:
+        raise ValueError(f"no end of answers is declared, and there is none of {', '.join(ENDS)}")
+    bos, eos = _token_id(source.bos, token_ids), stop_ids[0]
+    if has_llama3_ids:  # as published, also where the model's own answers end otherwise
+        bos = first + BOS if special.get(meta[BOS]) == first + BOS else bos
+        eos = first + EOS if first + EOS in stop_ids else eos
+    rules = Rules(rows, source.split, special, bos, eos, sorted({*stop_ids}), source.added, source.normalize)
+    missing = [b for b in range(256) if bytes([b]) not in ids]
+    if missing:
+        listed = ", ".join(f"0x{b:02x}" for b in missing)
+        notes.append(f"{len(missing)} bytes have no token; texts lose characters that need them ({listed})")
+    unnamed = rows - len({*ids.values(), *names})
+    if unnamed:
+        notes.append(f"{unnamed} rows of the embedding belong to no token")
+    return Vocabulary(ids, rules, notes)
+
+
+def _alike(name: str | None, meta: str) -> bool:
+    """Whether a special token is Meta's; LLaMA-3.0 numbers its reserved ones otherwise than 3.1."""
+    return name == meta or (name is not None and name.startswith("<|reserved_special_token_"))
+
+
+def _token_id(token: Any, token_ids: dict[str, int]) -> int | None:
+    """The id of a token that a file states as its id, its name or an object with its name."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token_ids.get(token) if isinstance(token, str) else token
+
+
+def _declared_ends(ends: list[tuple[str, Any]], token_ids: dict[str, int], stops: Any) -> tuple[list[int], list[str]]:
+    """Ids of the declared ends, and a note for each that is none of `stops`, the ids at which answers can end."""
+    ids, notes = [], []
+    for where, value in ends:
+        for token in value if isinstance(value, list) else [value]:
+            token_id = _token_id(token, token_ids)
+            if token_id in stops:
+                ids.append(token_id)
+            elif token is not None:
+                notes.append(f"{where} declares the end {token!r}, at which no answer ends: it is no special token")
+    return ids, notes
+
+
+def _check_merges(ids: dict[bytes, int], merges: list[tuple[bytes, ...]], ignore_merges: bool) -> None:
+    """ValueError where tiktoken, which merges by rank and takes a piece that is a token whole, would cut otherwise."""
     for merge in merges:
-        merged = "".join(merge)
-        if merged not in ids:
-            raise ValueError(f"{origin}: the merge {' '.join(merge)!r} makes a token that is not in the vocabulary")
-        if ids[merged] < last:
+        if b"".join(merge) not in ids:
+            raise ValueError(f"the merge {_text(*merge)} makes a token that is not in the vocabulary")
+    for before, merge in pairwise(merges):
+        if ids[b"".join(merge)] < ids[b"".join(before)]:
             raise ValueError(
-                f"{origin}: token {merged!r} (id {ids[merged]}) is merged after id {last}; "
+                f"{_text(b''.join(merge))} (id {ids[b''.join(merge)]}) is merged after id {ids[b''.join(before)]}; "
                 "tiktoken merges in id order and would cut text differently"
             )
-        last = ids[merged]
+    listed = set(merges)
+    for token, token_id in ids.items():
+        if len(token) == 1:
+            continue
+        parts = _parts(token, token_id, ids)
+        if len(parts) == 2 and tuple(parts) not in listed:
+            raise ValueError(f"{_text(*parts)} are not merged to token {token_id}; tiktoken would do it")
+        if len(parts) > 2 and not ignore_merges:
+            raise ValueError(f"no merges make {_text(token)} (id {token_id}); tiktoken would take it whole")
 
 
-def gather_rows(weight: torch.Tensor, rows: list[int], special_rows: list[int]) -> torch.Tensor:
-    """Rows of an embedding (source rows, D) in the new order: (new vocabulary, D), MEAN rows averaged in float32."""
-    index = torch.tensor(rows)
-    out = weight[index.clamp(min=0)]
-    if MEAN in rows:
-        out[index == MEAN] = weight[special_rows].float().mean(0).to(weight.dtype)
-    return out
+def _parts(token: bytes, token_id: int, ids: dict[bytes, int]) -> list[bytes]:
+    """What merges of lower ids than its own make of a token's bytes."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while True:
+        lowest, i = min((ids.get(left + right, token_id), i) for i, (left, right) in enumerate(pairwise(parts)))
+        if lowest >= token_id:
+            return parts
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def _spelled_bytes(token: str, number: int, origin: str) -> bytes:
-    if not token or not set(token) <= _BYTES.keys():
-        raise ValueError(f"{origin}: token {token!r} (id {number}) is not in the byte-level alphabet")
-    return bytes(_BYTES[character] for character in token)
+def _text(*tokens: bytes) -> str:
+    return " and ".join(repr(token.decode("utf-8", "backslashreplace")) for token in tokens)
+
+
+def _spelled_bytes(token: str) -> bytes:
+    if not token or not set(token) <= BYTES.keys():
+        raise ValueError(f"token {token!r} is not in the byte-level alphabet")
+    return bytes(BYTES[character] for character in token)

@@ -5,12 +5,14 @@ a whole program. `name` is the function that the tests call, None where that is 
 """
 
 import ast
+import builtins
 import re
 import symtable
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from evaluate.answer_statements import truncate_run_on
@@ -85,9 +87,7 @@ def robust(text: str, prompt: str, name: str | None) -> Sources:
 
     A block that was closed comes before one that was not, a function with a body before a stub.
     """
-    answer = text[:_MAX_CHARACTERS].replace("\r\n", "\n").rpartition("</think>")[2]
-    if "<think>" in answer:  # not closed: no answer yet
-        return ()
+    answer = text.rpartition("</think>")[2].partition("<think>")[0][:_MAX_CHARACTERS].replace("\r\n", "\n")
     answer = truncate_run_on(answer, _RUN_ON)
     blocks = sorted(list(_FENCE.finditer(answer))[-_MAX_BLOCKS:], key=lambda block: (block[2] == "", -block.start()))
     pieces = [*(block[1] for block in blocks), answer.partition("```")[0], answer]
@@ -97,15 +97,14 @@ def robust(text: str, prompt: str, name: str | None) -> Sources:
         definitions = [code for piece in pieces if (code := _definition(piece, name))]
         for code in definitions:
             if not _is_stub(code, name):
-                return _behind_preamble(code, prompt, name)
+                return _whole(code, pieces, prompt, name)
         for piece in pieces if prompt else ():
             if not _defines(piece, name) and (code := _continuation(piece, prompt, name)):
                 return (code,)
-    return _behind_preamble(definitions[0], prompt, name) if definitions else published(answer, prompt, name)
+        return _whole(definitions[0], pieces, prompt, name) if definitions else published(answer, prompt, name)
 
 
 _CODE = re.compile(r"^(?:import|from|def|class|async|@|[A-Za-z_]\w*(?: *:[^=\n]+)? *=[^=])", re.M)
-_IMPORT = re.compile(r"^(?:import [\w., ]+|from [\w.]+ import [\w., *]+)$", re.M)
 
 
 def _definition_of(name: str | None) -> str:
@@ -118,21 +117,39 @@ def _defines(code: str, name: str | None) -> bool:
     return bool(re.search(f"^{_definition_of(name)}", code, re.M))
 
 
-def _definition(piece: str, name: str | None) -> str:
-    """Return the lines of a piece that define the function and what stands with it, without words before and after.
-
-    Returns "" if the piece does not define it.
-    """
+def _at_margin(piece: str, name: str | None) -> str:
+    """Return the piece; if only a block that is indented or quoted defines the function, that block, moved left."""
     indented = re.search(f"^([ \t>]+){_definition_of(name)}", piece, re.M)
-    if indented and not _defines(piece, name):  # Markdown's block by indentation, or a quoted one
-        lines = [line for line in piece.split("\n") if line.startswith(indented[1]) or not line.strip()]
-        piece = "\n".join(line.removeprefix(indented[1]) for line in lines)
-    for match in list(_CODE.finditer(piece))[:_MAX_STARTS] if _defines(piece, name) else ():
-        code = _compiling(piece[match.start() :].split("\n"))
-        if _defines(code, name):
-            imports = [line for line in _IMPORT.findall(piece[: match.start()]) if not _wrong_line(line)]
-            return "\n".join([*imports, _without_demonstration(code, name)])
-    return ""
+    if not indented or _defines(piece, name):
+        return piece
+    lines = [line for line in piece.split("\n") if line.startswith(indented[1]) or not line.strip()]
+    return "\n".join(line.removeprefix(indented[1]) for line in lines)
+
+
+def _chunks(piece: str) -> Iterator[str]:
+    """Yield the code between the words of a piece: from each line that may begin some, as long as it compiles."""
+    for match in islice(_CODE.finditer(piece), _MAX_STARTS):
+        yield _compiling(piece[match.start() :].split("\n"))
+
+
+def _definition(piece: str, name: str | None) -> str:
+    """Return the code of a piece that defines the function, "" if there is none."""
+    piece = _at_margin(piece, name)
+    return next((code for code in _chunks(piece) if _defines(code, name)), "") if _defines(piece, name) else ""
+
+
+def _whole(code: str, pieces: list[str], prompt: str, name: str | None) -> Sources:
+    """Return a definition behind the code of other pieces that it uses, and behind all that precedes it in the prompt.
+
+    The tests may call that as well.
+    """
+    for chunk in (chunk for piece in pieces for chunk in reversed([*_chunks(_at_margin(piece, name))])):
+        used, bound = _names(code)
+        if (used - bound) & _names(chunk)[1] and not _wrong_line(f"{chunk}\n\n{code}"):
+            code = f"{chunk}\n\n{code}"
+    code = _without_demonstration(code, name)
+    before = re.split(f"^{_definition_of(name)}", prompt, maxsplit=1, flags=re.M)[0].strip("\n") if name else ""
+    return (before + "\n", code) if before and before not in code and not _wrong_line(before) else (code,)
 
 
 _DOES_NOTHING = (ast.Pass, ast.Raise, ast.Import, ast.ImportFrom)
@@ -147,13 +164,6 @@ def _is_stub(code: str, name: str | None) -> bool:
         for function in _functions(code, name)[-1:]
         for node in function.body
     )
-
-
-def _behind_preamble(code: str, prompt: str, name: str | None) -> Sources:
-    """Return what stands before the function in `prompt`, imports and functions that it or the tests may call, then
-    the code."""
-    before = re.split(f"^{_definition_of(name)}", prompt, maxsplit=1, flags=re.M)[0].strip("\n") if name else ""
-    return (before + "\n", code) if before and before not in code and not _wrong_line(before) else (code,)
 
 
 def _continuation(piece: str, prompt: str, name: str | None) -> str:
@@ -222,29 +232,28 @@ def _without_demonstration(code: str, name: str | None) -> str:
     Statements about variables that a function uses stay.
     """
     last = max((node.end_lineno or 0 for node in _functions(code, name)), default=len(code))
-    variables, kept = _variables(code), set()
-    for node in ast.parse(code).body:
+    body, (used, bound) = ast.parse(code).body, _names(code)
+    variables = (used & bound) - {getattr(node, "name", None) for node in body}
+    kept: set[int] = set()
+    for node in body:
         parts = list(ast.walk(node))
-        shows = (
-            isinstance(node, ast.Expr | ast.Assert)
-            or node.lineno > last
-            and any(isinstance(part, ast.Call) for part in parts)
-        )
-        used = not isinstance(node, ast.Assert) and any(getattr(part, "id", None) in variables for part in parts)
-        if isinstance(node, _DEFINITIONS) or used or not shows:
+        calls = any(isinstance(part, ast.Call) for part in parts)
+        shows = isinstance(node, ast.Expr | ast.Assert) or node.lineno > last and calls
+        sets = not isinstance(node, ast.Assert) and any(getattr(part, "id", None) in variables for part in parts)
+        if isinstance(node, _DEFINITIONS) or sets or not shows:
             first = min(part.lineno for part in (node, *getattr(node, "decorator_list", [])))
             kept.update(range(first, (node.end_lineno or node.lineno) + 1))
     lines = enumerate(code.split("\n"), 1)
     return "\n".join(line for number, line in lines if number in kept or not line.strip()).strip("\n")
 
 
-def _variables(code: str) -> set[str]:
-    """Return the names of the module's variables (not its functions) that functions in it use."""
+def _names(code: str) -> tuple[set[str], set[str]]:
+    """Return the global names that a program's functions use, without Python's own, and those that it binds."""
     module = symtable.symtable(code, "<text>", "exec")
-    symbols = [symbol for symbol in module.get_symbols() if symbol.is_local() and not symbol.is_namespace()]
-    tables = [module]
+    bound = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_local()}
+    used = set(module.get_identifiers()) - bound
+    tables = module.get_children()
     for table in tables:  # which grows
         tables += table.get_children()
-    functions = [table for table in tables if isinstance(table, symtable.Function)]
-    used = {symbol.get_name() for table in functions for symbol in table.get_symbols() if symbol.is_global()}
-    return used & {symbol.get_name() for symbol in symbols}
+        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    return used - set(dir(builtins)), bound

@@ -45,7 +45,6 @@ def markdown(groups: list[RunGroup]) -> str:
     tables, datasets = [], runs.by_dataset(groups)
     for dataset, members in datasets.items():
         rows = [_cells(group, runs.columns_of(members)) for group in members]
-        rows = [{name.replace("|", r"\|"): cell.replace("|", r"\|") for name, cell in row.items()} for row in rows]
         table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
         tables.append(f"## {dataset}\n\n{table}\n" if len(datasets) > 1 else f"{table}\n")
     return "\n".join(tables)

@@ -3,14 +3,16 @@
 python -m exps.recipe train METHOD DATASET PROCESSES [flags of finetune.py]     each prints words for a command line;
 python -m exps.recipe generate DATASET [flags of generate.py]                   a flag that is given takes the place
 python -m exps.recipe suites DATASET                                            of the recipe's
-python -m exps.recipe methods
+python -m exps.recipe methods                                                   those of the tables
+python -m exps.recipe sources DATASET                                           every value, published or ours
+python -m exps.recipe fingerprint [CKPT_DIR]                                    tells bases apart by their contents
 
-What a method's preset holds already (ranks, targets, widths, experts) is not repeated here. Needs no torch.
+What a method's preset holds already (ranks, targets, widths, experts) is not repeated here.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import Any
 
@@ -19,57 +21,79 @@ from demo import RECIPE as DEMO
 from moa.methods import METHODS
 
 LARGEST_MICRO_BATCH = 8
+LORA_MIXTURES = ("molora", "hydralora", "topk_moelora", "adamole")
+PUBLISHED = (
+    *("soft_moa", "sparse_moa", "soft_moa_instance", "unipeft", "lora", "prompt", "parallel_adapter"),
+    *(*LORA_MIXTURES, "parallel_adapter_moe", "prompt_moe"),
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done with a data set. `train`, `generate`: flags of finetune.py and generate.py. `swi_x`: that flag by
-    method, where the method has a block router. `suites`: folders of the tests. `rows`: per optimizer step, over all
-    processes."""
+    """What is done with a data set.
 
-    train: dict[str, Any]
-    swi_x: dict[str, int]
-    generate: dict[str, Any]
+    train, generate: flags of finetune.py and generate.py. by_method: further ones of finetune.py, for some methods.
+    suites: folders of the tests. rows: per optimizer step, over all processes. ours: the flags (as "generate.py
+    --max_seq_len") whose values no publication states, with the reason ("all": none of them); the others are published.
+    """
+
+    train: Mapping[str, Any]
+    generate: Mapping[str, Any]
     suites: tuple[str, ...]
     rows: int = 32
+    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ours: Mapping[str, str] = field(default_factory=dict)
 
 
-_COMMON = {"blr": 6e-3, "min_lr": 0, "weight_decay": 0.02}
+_COMMON = {"blr": 6e-3, "min_lr": 0, "weight_decay": 0.02, "epochs": 2, "warmup_epochs": 1}
 _SAMPLING = {"temperature": 0.1, "top_p": 0.75}
 
 MATH = Recipe(
-    train={**_COMMON, "max_seq_len": 300},
-    swi_x={"soft_moa": 4, "soft_moa_instance": 4, "sparse_moa": 4},
-    generate={**_SAMPLING, "max_gen_len": 200, "min_gen_len": 120},
+    train=_COMMON | {"max_seq_len": 300},
+    by_method={method: {"epochs": 1, "warmup_epochs": 0.4} for method in LORA_MIXTURES},
+    # With 120 of 300 tokens kept free most AQuA prompts are cut, and a sixth of GSM8K's
+    generate=_SAMPLING | {"max_seq_len": 300, "max_gen_len": 200, "min_gen_len": 120},
     suites=("AddSub", "AQuA", "gsm8k", "MultiArith", "SingleEq", "SVAMP"),
 )
 COMMONSENSE = Recipe(
-    train={**_COMMON, "max_seq_len": 200},
-    swi_x={"soft_moa": 0, "soft_moa_instance": 0, "sparse_moa": 4},
-    generate={**_SAMPLING, "max_seq_len": 600, "max_gen_len": 40, "min_gen_len": 10},
+    train=_COMMON | {"max_seq_len": 200},
+    by_method={"soft_moa": {"swi_x": 0}, "soft_moa_instance": {"swi_x": 0}},
+    generate=_SAMPLING | {"max_seq_len": 600, "max_gen_len": 40, "min_gen_len": 10},
     suites=("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Challenge", "ARC-Easy", "openbookqa"),
+    ours={"finetune.py --swi_x": "published for soft_moa; the same for soft_moa_instance"},
 )
 CODE = Recipe(
-    # A warm-up of 200 steps: an epoch of CodeAlpaca-20k has 626
-    train={"lr": 1e-4, "lr_schedule": "constant", "warmup_epochs": 0.32} | {"weight_decay": 0.02, "max_seq_len": 500},
-    swi_x=MATH.swi_x,
-    # max_seq_len: room for long prompts beside 400 tokens of answer
-    generate={"temperature": 0.7, "top_p": 0.95, "num_samples": 10}
-    | {"max_seq_len": 1536, "max_gen_len": 400, "min_gen_len": 400},
+    train={
+        **{"lr": 1e-4, "lr_schedule": "constant", "epochs": 1, "warmup_epochs": 0.16, "max_seq_len": 500},
+        **{"weight_decay": 0, "beta2": 0.999, "grad_clip": 1, "train_on_input": True},
+    },
+    by_method={method: {"prompt_layers": "0-0"} for method in ("soft_moa", "soft_moa_instance", "unipeft")},
+    generate={
+        **{"temperature": 0.7, "top_p": 0.95, "num_samples": 10, "max_gen_len": 400},
+        **{"max_seq_len": 1536, "min_gen_len": 400},
+    },
     suites=("humaneval", "mbpp"),
+    rows=16,
+    ours={
+        "finetune.py --epochs": "1 and 5 are published",
+        "finetune.py --warmup_epochs": "published as 200 steps; an epoch of CodeAlpaca-20k has 1,252",
+        "finetune.py --prompt_layers": "published for soft_moa; the same for the others with a prompt expert",
+        "generate.py --max_seq_len": "room for the longest prompt beside the answer",
+        "generate.py --min_gen_len": "no prompt is cut",
+    },
 )
 RECIPES = {
     "math_14k": MATH,
-    "gsm8k": MATH,
+    "gsm8k": replace(MATH, ours={"all": "the recipe of math_14k on other rows"}),
     "commonsense_15k": COMMONSENSE,
-    "commonsense_15k_mixed": COMMONSENSE,
+    "commonsense_15k_mixed": replace(COMMONSENSE, ours={"all": "the recipe of commonsense_15k on other rows"}),
     "codealpaca": CODE,
     "demo": Recipe(
         train={name: value for name, value in DEMO.items() if name != "batch_size"},
-        swi_x={},
         generate={"temperature": 0, "max_gen_len": 100},
         suites=("demo",),
         rows=DEMO["batch_size"],
+        ours={"all": "made for the demo model"},
     ),
 }
 
@@ -88,15 +112,27 @@ def train_flags(method: str, dataset: str, processes: int = 1, typed: Sequence[s
     recipe, given = recipe_of(dataset), _given(typed)
     if method not in METHODS:
         raise ValueError(f"no method {method!r} (nearest: {nearest(method, METHODS)}); there are {', '.join(METHODS)}")
-    experts = METHODS[method].get("expert_num", 1) > 1  # these methods were trained for a shorter time
-    length = {"epochs": 1, "warmup_epochs": 0.4} if experts else {"epochs": 2, "warmup_epochs": 1}
-    flags = length | recipe.train
-    if method in recipe.swi_x:
-        flags["swi_x"] = recipe.swi_x[method]
+    flags = {**recipe.train, **recipe.by_method.get(method, {})}
     for pair in ({"epochs", "max_steps"}, {"lr", "blr"}):  # finetune.py takes one of each
         chosen = pair & given.keys() or pair & recipe.train.keys()
         flags = {name: value for name, value in flags.items() if name not in pair or not chosen or name in chosen}
     return _words(flags | _batches(recipe.rows, processes, given), given)
+
+
+def sources(dataset: str) -> list[str]:
+    """A line for each value of a recipe: whether it is published or ours."""
+    recipe = recipe_of(dataset)
+    values = [("finetune.py", name, value, "") for name, value in recipe.train.items()]
+    for method, flags in recipe.by_method.items():
+        values += [("finetune.py", name, value, f" for {method}") for name, value in flags.items()]
+    values += [("generate.py", name, value, "") for name, value in recipe.generate.items()]
+    lines = [f"{recipe.rows} rows per step: {_source(recipe, 'rows')}"]
+    return lines + [f"{s} --{name} {value}{of}: {_source(recipe, f'{s} --{name}')}" for s, name, value, of in values]
+
+
+def _source(recipe: Recipe, what: str) -> str:
+    reason = recipe.ours.get("all") or recipe.ours.get(what)
+    return f"ours ({reason})" if reason else "published"
 
 
 def generate_flags(dataset: str, typed: Sequence[str] = ()) -> list[str]:
@@ -157,8 +193,15 @@ def main(argv: list[str]) -> None:
                 print(*generate_flags(dataset, typed))
             case ["suites", dataset]:
                 print(*recipe_of(dataset).suites)
+            case ["sources", dataset]:
+                print(*sources(dataset), sep="\n")
+            case ["fingerprint", *ckpt_dirs]:
+                from demo.model import ensure_model
+                from llama.checkpoint import fingerprint  # loads torch, which the others need not wait for
+
+                print(*map(fingerprint, ckpt_dirs or [ensure_model()]))
             case ["methods"]:
-                print(*(method for method, preset in METHODS.items() if preset))  # `custom` is none by itself
+                print(*PUBLISHED)
             case _:
                 die(str(__doc__), status=2)
 

@@ -45,23 +45,25 @@ train=$data/$dataset/train.json
 [ "$method" = base ] || [ -f "$train" ] || fail "no $train (exps/fetch.sh gets the data)"
 files=() code=
 for suite in $suites; do
-    found=
+    path=
     for file in "$data"/*/test.json "$data"/*/test.jsonl; do
         folder=${file%/*} folder=${folder##*/}
-        [ "${folder,,}" != "${suite,,}" ] || [ ! -f "$file" ] || found=${found:-$file}
+        [ "${folder,,}" != "${suite,,}" ] || [ ! -f "$file" ] || path=${path:-$file}
     done
-    [ -n "$found" ] || fail "no $data/$suite/test.json (exps/fetch.sh gets the data, SUITES names other tests)"
-    files+=("$found")
+    [ -n "$path" ] || fail "no $data/$suite/test.json (exps/fetch.sh gets the data, SUITES names other tests)"
+    files+=("$path")
     case ${suite,,} in humaneval | mbpp) code=1 ;; esac
 done
 
-# All that the scores follow from: where they have been made from the same, there is nothing to do
-inputs=$(
-    printf '%s\n' "$method $training $*" "$answering" "base: ${ckpt:-the demo model}" "tests: $suites"
-    [ "$method" = base ] || cksum "$train"
-    cksum "${files[@]}"
-)
-if [ -f "$out/scores.json" ] && [ "$inputs" = "$(cat "$out/inputs.txt" 2> /dev/null)" ]; then
+# All that the scores follow from, by contents: where they have been made from the same, there is nothing to do
+fingerprint=$(python -m exps.recipe fingerprint ${ckpt:+"$ckpt"})
+inputs() {
+    printf '%s\n' "$method $training $*" "$answering" "base: $fingerprint" "tests: $suites"
+    local trained=()
+    [ "$method" = base ] || trained=("$train" "$out/adapter.pth")
+    for file in "${files[@]}" "${trained[@]}"; do [ ! -f "$file" ] || cksum < "$file"; done
+}
+if [ -f "$out/scores.json" ] && [ "$(inputs "$@")" = "$(cat "$out/inputs.txt" 2> /dev/null)" ]; then
     echo "$out: complete" >&2
     exit
 fi
@@ -96,4 +98,4 @@ if [ -n "$code" ] && [ "${ALLOW_CODE_EXECUTION:-}" != 1 ]; then
     exit
 fi
 python -m evaluate --predict_files "${answers[@]}" --save_path "$out/scores.json" ${code:+--allow_code_execution}
-printf '%s\n' "$inputs" > "$out/inputs.txt"
+inputs "$@" > "$out/inputs.txt"

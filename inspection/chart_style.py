@@ -31,6 +31,7 @@ SETTINGS = {
     "lines.markersize": 3.5,
     "legend.handlelength": 3.5,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "grid.color": "#cccccc",
     "grid.linewidth": 0.4,
     "svg.hashsalt": "moa",  # the same file for the same data

@@ -72,7 +72,7 @@ def draw(flags: Flags) -> Any:
         case "loads":
             ((name, statistics),) = _statistics(flags, "experts", "no mixture of experts (--expert_num above 1)")
             by_load = plots.chooses(statistics) if flags.show == "auto" else flags.show == "load"
-            return plots.loads(name, statistics, flags.part, "load" if by_load else "mean")
+            return plots.loads(name, statistics, flags.part, "active" if by_load else "mean")
         case "losses":
             return _losses(flags)
         case "tradeoff":

@@ -24,9 +24,8 @@ def gates(all_named: Sequence[Named], part: str) -> Any:
     widest, n_layers = max(map(sum, widths)), max(statistics["n_layers"] for _, statistics in all_named)
     means = [m for _, s in all_named for block in s["blocks"] for m in part_of(block, part)["mean"]]
     figure = new_figure(0.45 + (1.25 + 0.1 * max(n_layers, 12)) * len(bands))
-    for subfigure, band, columns in zip(
-        figure.subfigures(len(bands), 1, squeeze=False).flat, bands, widths, strict=True
-    ):
+    subfigures = figure.subfigures(len(bands), 1, squeeze=False).flat
+    for subfigure, band, columns in zip(subfigures, bands, widths, strict=True):
         columns += [widest - sum(columns)] if sum(columns) < widest else []  # empty
         grid = panels(subfigure, len(columns), len(columns), width_ratios=columns)
         rest = iter(grid)
@@ -35,7 +34,7 @@ def gates(all_named: Sequence[Named], part: str) -> Any:
             axes = next(rest)
             mesh = heatmap(axes, mean_gates(statistics, part, slots, n_layers), (min(means), max(means)), name)
             axes.set_xticks(np.arange(len(slots)) + 0.5, slots, rotation=90)
-            if _is_sparse(statistics):
+            if statistics["block_router"] == "sparse":
                 _threshold_and_use(next(rest), next(rest), statistics, part)
         for axes in rest:
             axes.set_visible(False)
@@ -44,22 +43,20 @@ def gates(all_named: Sequence[Named], part: str) -> Any:
     return figure
 
 
-def _is_sparse(statistics: dict[str, Any]) -> bool:
-    return any("threshold" in block["parts"]["all"] for block in statistics["blocks"])
-
-
 def _widths(statistics: dict[str, Any]) -> list[float]:
     """Of the heat map, and of what stands beside that of a sparse router."""
-    return [0.3 + 0.14 * len(slots_of(statistics)), *[0.42] * 2 * _is_sparse(statistics)]
+    return [0.3 + 0.14 * len(slots_of(statistics)), *[0.42] * 2 * (statistics["block_router"] == "sparse")]
 
 
 def _threshold_and_use(threshold: Any, used: Any, statistics: dict[str, Any], part: str) -> None:
     layers = [block["layer"] + 0.5 for block in statistics["blocks"]]
     parts = [part_of(block, part) for block in statistics["blocks"]]
-    low, *_, high = zip(*(numbers["threshold"]["quantiles"] for numbers in parts), strict=True)
+    low, *_, high = np.array([numbers["threshold"]["quantiles"][0] for numbers in parts]).T
     threshold.fill_betweenx(layers, low, high, color=COLOURS[0], alpha=0.25, linewidth=0)
-    for axes, name, title in ((threshold, "threshold", "threshold"), (used, "used", "adapters\nused")):
-        axes.plot([numbers[name]["mean"] for numbers in parts], layers, color=COLOURS[0], marker="o", markersize=2)
+    limits = [numbers["threshold"]["mean"][0] for numbers in parts]
+    counts = [numbers["used"]["mean"] for numbers in parts]
+    for axes, values, title in ((threshold, limits, "threshold"), (used, counts, "adapters\nused")):
+        axes.plot(values, layers, color=COLOURS[0], marker="o", markersize=2)
         axes.grid(axis="x")
         axes.locator_params(axis="x", nbins=3, integer=axes is used)
         axes.set_title(title)
@@ -108,12 +105,12 @@ def agreement(all_named: Sequence[Named], part: str) -> list[str]:
 
 def chooses(statistics: dict[str, Any]) -> bool:
     """Whether the routers of experts leave some out; else all loads are 1 and the weights tell more."""
-    return any(load < 1 for mixture in statistics["experts"] for load in mixture["parts"]["all"]["load"])
+    return any(load < 1 for mixture in statistics["experts"] for load in mixture["parts"]["all"]["active"])
 
 
 def loads(name: str, statistics: dict[str, Any], part: str, show: str) -> Any:
-    """A heat map per slot, layer by expert, of the share of tokens that chose each expert (show: load) or of its mean
-    weight (mean); beside it the balance of the mean weights (solid) and the entropy of a token's own (dashed)."""
+    """A heat map per slot, layer by expert, of the share of tokens that chose each expert (show: active) or of its
+    mean weight (mean); beside it the balance of the mean weights (solid) and the entropy of a token's own (dashed)."""
     slots = list(dict.fromkeys(mixture["slot"] for mixture in statistics["experts"]))
     n, n_layers = max(mixture["experts"] for mixture in statistics["experts"]), statistics["n_layers"]
     high = max(value for mixture in statistics["experts"] for value in mixture["parts"][part][show])
@@ -136,7 +133,7 @@ def loads(name: str, statistics: dict[str, Any], part: str, show: str) -> Any:
         lines.tick_params(left=False)
     figure.legend(*grid[1].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.suptitle(name, x=0.02, ha="left")
-    colour_bar(figure, mesh, grid, "share of tokens that chose the expert" if show == "load" else "mean weight of it")
+    colour_bar(figure, mesh, grid, "share of tokens that chose the expert" if show == "active" else "mean weight of it")
     return figure
 
 

@@ -24,7 +24,7 @@ QUANTITIES = {
     "seconds_per_epoch": Quantity("an epoch, min", 60, ",.1f"),
     "seconds_per_step": Quantity("a step, s", 1, ",.2f"),
     "tokens_per_s": Quantity("tokens/s", 1, ",.0f"),
-    "peak_memory_bytes": Quantity("peak memory, GiB", 2**30, ",.2f"),
+    "peak_memory_bytes": Quantity("peak memory, GB", 1e9, ",.2f"),
     "adapter_bytes": Quantity("adapter file, MB", 1e6, ",.1f"),
     "seconds_per_answer": Quantity("an answer, s", 1, ",.3f"),
 }

@@ -55,19 +55,12 @@ class Flags:
             raise ValueError(f"--save_path {self.save_path!r} must be the path of a file")
 
 
-class Figure(NamedTuple):
-    """A chart as a data URI of its SVG."""
-
-    caption: str
-    source: str
-
-
 class Section(NamedTuple):
-    """A part of what the page shows of a data set. folded: a title, and tables that a click opens."""
+    """A part of what the page shows of a data set. figures: (caption, data URI of an SVG). folded: (title, tables)."""
 
     title: str
     note: str = ""
-    figures: Sequence[Figure] = ()
+    figures: Sequence[tuple[str, str]] = ()
     tables: Sequence[Table] = ()
     folded: Sequence[tuple[str, Sequence[Table]]] = ()
 
@@ -90,8 +83,8 @@ def main(argv: Sequence[str], prog: str) -> None:
         print(f"{flags.save_path}: {len(runs)} runs" + (f", {incomplete} of them incomplete" if incomplete else ""))
 
 
-def _figure(caption: str, figure: Any) -> Figure:
-    return Figure(caption, "data:image/svg+xml;base64," + base64.b64encode(chart_style.image(figure, "svg")).decode())
+def _figure(caption: str, figure: Any) -> tuple[str, str]:
+    return caption, "data:image/svg+xml;base64," + base64.b64encode(chart_style.image(figure, "svg")).decode()
 
 
 def _sections(groups: list[RunGroup], per_kind: int) -> list[Section]:
@@ -222,33 +215,35 @@ def _routers(name: str, run: Run) -> list[Section]:
         return []
     statistics, figures, tables = read_statistics(run.path / "gates.json"), [], []
     if statistics["blocks"]:
-        slots, rows = slots_of(statistics), []
         figures.append(_figure(f"Mean gates of {name}, by layer and slot.", plots.gates([(name, statistics)], "all")))
-        for block in statistics["blocks"]:
-            part = block["parts"]["all"]
-            numbers = zip(block["slots"], part["mean"], part["std"], part["active"], strict=True)
-            cells = {slot: f"{mean:.3f}\nsd {std:.3f}, on {active:.0%}" for slot, mean, std, active in numbers}
-            threshold = f"{part['threshold']['mean']:.3f}" if "threshold" in part else NONE
-            used = f"{part['used']['mean']:.3f}"
-            rows.append([str(block["layer"]), *(cells.get(slot, NONE) for slot in slots), used, threshold])
-        caption = f"Gates of {name}: mean, standard deviation, share of tokens with a gate above 0"
-        tables.append(Table(caption, ["layer", *slots, "adapters used", "threshold"], rows))
+        tables.append(_router_table(f"Gates of {name}", statistics["blocks"], slots_of(statistics)))
     if statistics["experts"]:
-        column, rows = "load" if plots.chooses(statistics) else "mean", []
+        column = "active" if plots.chooses(statistics) else "mean"
         caption = f"Experts of {name}, layer by expert; beside them balance and entropy."
         figures.append(_figure(caption, plots.loads(name, statistics, "all", column)))
-        for mixture in statistics["experts"]:
-            part = mixture["parts"]["all"]
-            row = [f"{mixture['layer']} {mixture['slot']}", f"{part['balance']:.3f}", f"{part['used']['mean']:.2f}"]
-            rows.append(row + [" ".join(f"{value:.2f}" for value in part[name]) for name in ("mean", "load")])
-        head = ["layer and slot", "balance", "experts chosen", "mean weights", "loads"]
-        tables.append(Table(f"Experts of {name}", head, rows))
+        experts = list(map(str, range(max(mixture["experts"] for mixture in statistics["experts"]))))
+        tables.append(_router_table(f"Experts of {name}", statistics["experts"], experts))
     source = statistics["source"] | {f"tokens of {part}": count for part, count in statistics["counts"].items()}
     read = [f"{key} {brief(v, 80)}" for key, v in source.items() if isinstance(v, str | int) and "sha256" not in key]
     note = (
         "A gate is the weight of its adapter: 0 where a sparse router's threshold is above it. Means over all tokens."
     )
     return [Section(f"Routers of {name}", f"{note} Read: {', '.join(read)}.", figures, folded=[("Numbers", tables)])]
+
+
+def _router_table(caption: str, entries: list[dict[str, Any]], names: list[str]) -> Table:
+    """Gates of blocks by slot, or weights of experts by number."""
+    rows = []
+    for entry in entries:
+        part = entry["parts"]["all"]
+        columns = zip(entry.get("slots", names), part["mean"], part["std"], part["active"], strict=False)
+        cells = {name: f"{mean:.3f}\nsd {std:.3f}, on {active:.0%}" for name, mean, std, active in columns}
+        layer = f"{entry['layer']} {entry.get('slot', '')}".strip()
+        last = part.get("balance", part["threshold"]["mean"][0] if "threshold" in part else None)
+        used = f"{part['used']['mean']:.3f}"
+        rows.append([layer, *(cells.get(name, NONE) for name in names), used, NONE if last is None else f"{last:.3f}"])
+    caption += ": mean, standard deviation, share of tokens with one above 0"
+    return Table(caption, ["layer", *names, "used", "balance" if "slot" in entries[0] else "threshold"], rows)
 
 
 def _configuration(named: dict[str, Run]) -> Section:

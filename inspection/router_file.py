@@ -1,23 +1,19 @@
 """The file of router statistics that `python -m inspection gates` writes.
 
-    {"format": "moa-router-statistics", "version": 1,
+    {"format": "moa-router-statistics", "version": 2,
      "method", "block_router", "expert_router" (null where there is one expert), "n_layers",
      "source": {...},                                  # what was read, and how; see inspection/router_stats.py
      "bins": 50,                                       # histograms: equal bins from 0 to 1
      "counts": {"prompt", "answer", "all"},            # tokens that went through the model
-     "blocks": [{"layer", "unit": "token" | "row", "slots": [n names], "parts": {PART: {
-         "count",                                      # tokens; rows where the router runs once per row
-         "mean": [n], "std": [n], "active": [n],       # of the gates; active: share of gates above 0
-         "quantiles": [n x 5], "histogram": [n x 50],  # 5, 25, 50, 75 and 95 %, read off the histogram
-         "used": {"mean", "histogram": [n + 1]},       # adapters with a gate above 0, per token
-         "threshold": {"mean", "std", "quantiles", "histogram"}}}}],      # sparse routers only
-     "experts": [{"layer", "slot", "experts": E, "parts": {PART: {
-         "count", "mean": [E], "std": [E],             # of the experts' weights
-         "load": [E],                                  # share of tokens that chose an expert: weight above 0
-         "used": {"mean", "histogram": [E + 1]},       # experts that a token chose
-         "balance",                                    # entropy of the mean weights / ln E: 1 even, 0 all on one expert
-         "entropy"}}}]}                                # mean over tokens of the entropy of their weights / ln E
+     "blocks": [{"layer", "unit": "token" | "row", "slots": [n names],
+                 "parts": {PART: {NUMBERS of the n gates, "threshold": {NUMBERS of 1; sparse routers only}}}}],
+     "experts": [{"layer", "slot", "experts": n, "parts": {PART: {NUMBERS of the n experts' weights,
+         "balance",                                    # entropy of the mean weights / ln n: 1 even, 0 all on one expert
+         "entropy"}}}]}                                # mean over tokens of the entropy of their weights / ln n
 
+NUMBERS: "count" of tokens (of rows where the router runs once per row), "mean" [n], "std" [n], "active" [n] (share
+above 0: of experts their load), "quantiles" [n x 5] (5, 25, 50, 75 and 95 %, read off the histogram), "histogram"
+[n x 50], "used": {"mean", "histogram" [n + 1]} (how many of the n are above 0).
 PART is prompt, answer or all; parts without a token are left out. A router that runs once per row counts once per row,
 and has the part "all" only. A gate is the weight of its adapter: 0 where a sparse router's threshold is above it.
 Standard deviations divide by the count. The outer bins also hold what lies beyond 0 and 1.
@@ -31,7 +27,7 @@ import numpy as np
 from inspection.runs import expecting
 from moa.reading import parse_json, read_text
 
-FORMAT, VERSION = "moa-router-statistics", 1
+FORMAT, VERSION = "moa-router-statistics", 2
 PARTS = ("prompt", "answer", "all")
 
 
@@ -48,21 +44,19 @@ def read_statistics(path: Path) -> dict[str, Any]:
 def _check(content: dict[str, Any]) -> None:
     """Raise unless figures and tables can use the content."""
     content["source"].items(), content["counts"].items()
-    for block in content["blocks"]:
-        n = len(block["slots"])
-        for part in block["parts"].values():
-            _require([part[name] for name in ("mean", "std", "active")], 3, n)
-            _require(part["histogram"], n, content["bins"])
-            _require([part["used"]["mean"], part["count"]], 2)
-            if "threshold" in part:
-                _require([part["threshold"]["mean"], *part["threshold"]["quantiles"]], 6)
-    for mixture in content["experts"]:
-        for part in mixture["parts"].values():
-            _require([part["mean"], part["load"]], 2, mixture["experts"])
-            _require([part["used"]["mean"], part["balance"], part["entropy"]], 3)
     for entry in (*content["blocks"], *content["experts"]):
         if entry["layer"] not in range(content["n_layers"]) or "all" not in entry["parts"]:
             raise ValueError(f"layer {entry['layer']} of {content['n_layers']}, or its parts")
+        n = len(entry["slots"]) if "slots" in entry else entry["experts"]
+        for part in entry["parts"].values():
+            for numbers, size in ((part, n), (part.get("threshold"), 1)):
+                if numbers is not None:
+                    _require([numbers[name] for name in ("mean", "std", "active")], 3, size)
+                    _require(numbers["quantiles"], size, 5)
+                    _require(numbers["histogram"], size, content["bins"])
+                    _require([numbers["used"]["mean"], numbers["count"]], 2)
+            if "experts" in entry:
+                _require([part["balance"], part["entropy"]], 2)
 
 
 def _require(numbers: Any, *shape: int) -> None:

@@ -31,7 +31,7 @@ class RunningStats:
         values = values.double()
         columns, active = values.shape[1], values > 0
         self.count += len(values)
-        self.entropy -= torch.xlogy(values, values).sum()
+        self.entropy += torch.special.entr(values).sum()
         self.sum += values.sum(0)
         self.squares += values.square().sum(0)
         self.active += active.sum(0)
@@ -44,37 +44,24 @@ class RunningStats:
         both.sums += self.sums + other.sums
         return both
 
-    def moments(self) -> dict[str, Any]:
-        """Count, means and standard deviations of the columns."""
+    def numbers(self) -> dict[str, Any]:
         mean = self.sum / self.count
-        variance = (self.squares / self.count - mean.square()).clamp(min=0)
-        return {"count": int(self.count), "mean": mean.tolist(), "std": variance.sqrt().tolist()}
-
-    def distribution(self) -> dict[str, list]:
-        """Quantiles and histograms of the columns."""
-        return {"quantiles": quantiles(self.histogram).tolist(), "histogram": self.histogram.long().tolist()}
-
-    def usage(self) -> dict[str, Any]:
-        """How many of the columns are above 0 in a token."""
-        return {"mean": float(self.active.sum() / self.count), "histogram": self.used.long().tolist()}
-
-    def gate_stats(self) -> dict[str, Any]:
-        active = (self.active / self.count).tolist()
-        return self.moments() | {"active": active} | self.distribution() | {"used": self.usage()}
-
-    def threshold_stats(self) -> dict[str, Any]:
-        columns = self.moments() | self.distribution()
-        return {name: values[0] for name, values in columns.items() if name != "count"}
-
-    def expert_stats(self) -> dict[str, Any]:
-        """Of experts' weights: their moments, loads, use, balance and entropy."""
-        log_n, share = math.log(len(self.sum)), self.sum / self.sum.sum().clamp(min=1e-300)
-        return self.moments() | {
-            "load": (self.active / self.count).tolist(),
-            "used": self.usage(),
-            "balance": float(-torch.xlogy(share, share).sum()) / log_n,
-            "entropy": float(self.entropy / self.count) / log_n,
+        std = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
+        return {
+            "count": int(self.count),
+            "mean": mean.tolist(),
+            "std": std.tolist(),
+            "active": (self.active / self.count).tolist(),
+            "quantiles": quantiles(self.histogram).tolist(),
+            "histogram": self.histogram.long().tolist(),
+            "used": {"mean": float(self.active.sum() / self.count), "histogram": self.used.long().tolist()},
         }
+
+    def evenness(self) -> dict[str, float]:
+        """Of experts' weights: the entropy of their means, and the mean of the tokens' entropies, from 0 to 1."""
+        share, log_n = self.sum / self.sum.sum().clamp(min=1e-300), math.log(len(self.sum))
+        entropies = {"balance": torch.special.entr(share).sum(), "entropy": self.entropy / self.count}
+        return {name: float(entropy) / log_n for name, entropy in entropies.items()}
 
 
 class RouterStatistics:
@@ -136,17 +123,17 @@ class RouterStatistics:
             "blocks": [self._block(key) for key in self.stats if key.kind == "gates"],
             "experts": [
                 {"layer": key.layer, "slot": key.slot, "experts": config.experts.expert_num}
-                | {"parts": {part: stats.expert_stats() for part, stats in self._parts(key).items()}}
+                | {"parts": {part: s.numbers() | s.evenness() for part, s in self._parts(key).items()}}
                 for key in self.stats
                 if key.kind == "experts"
             ],
         }
 
     def _block(self, key: RouterKey) -> dict[str, Any]:
-        parts = {part: stats.gate_stats() for part, stats in self._parts(key).items()}
+        parts = {part: stats.numbers() for part, stats in self._parts(key).items()}
         thresholds = key._replace(kind="threshold")
         for part, stats in self._parts(thresholds).items() if thresholds in self.stats else ():
-            parts[part]["threshold"] = stats.threshold_stats()
+            parts[part]["threshold"] = stats.numbers()
         unit, slots = "row" if self._per_sequence(key) else "token", self.model.config.slots(key.layer)
         return {"layer": key.layer, "unit": unit, "slots": [slot.name for slot in slots], "parts": parts}
 

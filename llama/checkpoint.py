@@ -73,11 +73,10 @@ def load_base_weights(
 
     quantize: "nf4" stores each matrix of the blocks in 4 bits as soon as it is read (`llama.quantize`).
 
-    A rank reads its own part of the files and no more. Files stay mapped, so what needs no other type or device is
-    neither read nor copied here, and processes of a machine share it (the system's page cache): all of a shard's
-    tensor, or some of its rows. Some columns of it (wo and w2, with fewer shards than ranks), and what is put together
-    from several shards, are copies. Raises ValueError naming the file and tensor where anything is missing, left over,
-    of another shape or unreadable.
+    A rank reads only its own part of the files. Files stay memory-mapped: a tensor, or rows of it, that needs no other
+    type or device is not copied, and the processes of a machine share its pages. Columns of a tensor (wo and w2, with
+    fewer shards than ranks) and tensors joined from several shards are copied. Raises ValueError naming the file and
+    the tensor that is missing, unexpected, of another shape or unreadable.
     """
     files = shard_files(Path(ckpt_dir))
     shards = [open_shard(file) for file in files]
@@ -132,7 +131,7 @@ def open_shard(file: Path) -> dict[str, Tensor]:
 
 
 def require_whole(file: Path, shard: dict[str, Tensor], specs: dict[str, ShardSpec]) -> None:
-    """ValueError listing the tensors that a shard lacks or has too many."""
+    """ValueError listing the missing and the unexpected tensors of a shard."""
     require_same_keys(specs, shard.keys() - IGNORED_KEYS, str(file), "tensor")
 
 

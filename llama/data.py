@@ -18,7 +18,7 @@ def format_prompt(instruction: str, input: str = "") -> str:
 
 
 class Example(NamedTuple):
-    """One row to learn: tokens from BOS to EOS, labels aligned with them (IGNORE_INDEX on the prompt)."""
+    """One row to learn: tokens from BOS to EOS, labels aligned with them (IGNORE_INDEX where nothing is learned)."""
 
     tokens: list[int]
     labels: list[int]
@@ -38,13 +38,17 @@ def encode_prompt(tokenizer: Tokenizer, row: dict[str, Any], room: int) -> list[
     return tokens
 
 
-def encode_example(tokenizer: Tokenizer, row: dict[str, Any], max_seq_len: int) -> Example | None:
+def encode_example(
+    tokenizer: Tokenizer, row: dict[str, Any], max_seq_len: int, train_on_input: bool = False
+) -> Example | None:
     """Tokens and labels of a training row; None where it does not fit `max_seq_len` even without its input.
 
-    Prompt and answer are tokenised apart: the boundary seen in training is the one met in generation.
+    Prompt and answer are tokenised apart: the boundary seen in training is the one met in generation. Labels are the
+    answer, with train_on_input also the prompt behind BOS.
     """
     answer = tokenizer.encode(row["output"], eos=True)
     prompt = encode_prompt(tokenizer, row, max_seq_len - len(answer))
     if len(prompt) + len(answer) > max_seq_len:
         return None
-    return Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, len(prompt))
+    ignored = 1 if train_on_input else len(prompt)
+    return Example(prompt + answer, [IGNORE_INDEX] * ignored + prompt[ignored:] + answer, len(prompt))

@@ -152,7 +152,7 @@ class Llama:
 def check_gpu_features(
     device: torch.device, bf16: bool, model_parallel_size: int, flash_attention2: bool, cuda_graphs: bool
 ) -> None:
-    """ValueError naming what a feature that was asked for lacks."""
+    """ValueError naming what a requested GPU feature lacks."""
     for name, wanted in (("flash_attention2", flash_attention2), ("cuda_graphs", cuda_graphs)):
         if wanted and device.type != "cuda":
             raise ValueError(f"{name} needs a GPU")

@@ -1,4 +1,4 @@
-"""What is done before torch is loaded: flags about machine and sampling are checked, CPU libraries configured."""
+"""Before torch is loaded: check flags about the machine and sampling, and configure CPU libraries."""
 
 import ctypes
 import math
@@ -11,7 +11,7 @@ M_ARENA_MAX = -8  # of glibc's <malloc.h>
 
 
 def check_machine(device: str, bf16: bool | None, flash_attention2: bool) -> None:
-    """ValueError naming the flag that no machine can follow. Whether this one can is seen when it is used."""
+    """ValueError naming a flag that no machine can satisfy. Whether this one can is checked when torch uses it."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
     if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:

@@ -107,7 +107,7 @@ class AdapterModule(nn.Module):
 
 @dataclass(frozen=True)
 class Target:
-    """A layer that adapters stand beside, or another point of a block where they can stand.
+    """A point of a block where adapters can stand: beside a linear layer, at the attention, or at the block's output.
 
     in_features, out_features: whole widths of its input and output.
     parallel: how model-parallel ranks shard it: "column" (by outputs), "row" (by inputs) or None (replicated).

@@ -87,6 +87,16 @@ class DoRAConfig:
 
 
 @dataclass(frozen=True)
+class PiSSAConfig:
+    """Low-rank updates that start from the principal part of the matrix."""
+
+    layers: str = option("", "layers with PiSSA, as for --lora_layers")
+    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with PiSSA, as for --lora_targets")
+    rank: int = option(16, "rank of each PiSSA")
+    alpha: float = option(16.0, "PiSSA's scale is alpha / rank")
+
+
+@dataclass(frozen=True)
 class CoMoLConfig:
     """Low-rank updates whose core, a small matrix, is mixed from experts."""
 
@@ -161,6 +171,7 @@ def register_adapter(
 # At one target they apply in this order: DoRA's norm is that of the frozen layer, IA3 scales what stands there.
 register_adapter("dora", DoRAConfig, "moa.dora:DoRA", LINEAR_TARGETS)
 register_adapter("lora", LoRAConfig, "moa.lora:LoRA", LINEAR_TARGETS)
+register_adapter("pissa", PiSSAConfig, "moa.pissa:PiSSA", LINEAR_TARGETS)
 register_adapter("comol", CoMoLConfig, "moa.comol:CoMoL", LINEAR_TARGETS)
 register_adapter("vera", VeRAConfig, "moa.vera:VeRA", LINEAR_TARGETS)
 register_adapter("ia3", IA3Config, "moa.ia3:IA3", LINEAR_TARGETS)
@@ -273,6 +284,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {**_LORA, "lora_rank": 16, "lora_alpha": 16.0, "lora_rslora": True},
     "lora_plus": {**_LORA, "lora_rank": 16, "lora_alpha": 16.0, "lora_lr_ratio": 16.0},
     "dora": {"dora_layers": "all"},
+    "pissa": {"pissa_layers": "all"},
     "vera": {"vera_layers": "all"},
     "ia3": {"ia3_layers": "all"},
     "comol": {"comol_layers": "all"},

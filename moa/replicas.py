@@ -1,4 +1,4 @@
-"""What several processes hold of the same tensor must stay the same, to the bit. By construction it does; this checks.
+"""Check that the copies of a tensor on several processes are equal, to the bit, as they are by construction.
 
 Replicated adapter parameters and norms are held by all processes, sharded ones by those of each replica that hold the
 same shard: the same model-parallel rank in every data-parallel replica, and ranks that share a key/value head.
@@ -21,7 +21,7 @@ REPLICATED = Shard(0, 1)
 
 
 def assert_replicas_equal(model: nn.Module) -> None:
-    """ValueError, on all processes, naming the first tensor of which they hold different copies, and these processes.
+    """ValueError, on all processes, naming the first tensor whose copies differ, and the processes that hold them.
 
     All processes must call it. It looks at all adapter parameters and at the base's replicated tensors; the base's
     sharded ones never change.

@@ -1,4 +1,4 @@
-"""Which parameters are adapters: the one answer, read off the modules that add_parameter them.
+"""The adapters' parameters, as their modules declare them, and their tensors as state dicts.
 
 Freezing, counting, optimizer groups, initialising, saving and loading all go through `adapter_parameters`. Saved
 tensors are always whole, whatever the model-parallel layout that wrote or reads them.
@@ -50,8 +50,11 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def reset_adapters(model: nn.Module, seed: int) -> None:
-    """Start values of all adapters. Each tensor is drawn whole from (seed, its key), so that they do not depend on
-    the other adapters nor on the model-parallel layout."""
+    """Give all adapters their initial values.
+
+    Each tensor is drawn whole from (seed, its key): it depends neither on other adapters nor on the model-parallel
+    layout.
+    """
     with torch.no_grad():
         for key, (parameter, spec, _) in adapter_parameters(model, untrained=True).items():
             digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
@@ -62,7 +65,7 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters of the whole (uncut) model: per slot, summed over the layers, and "total"."""
+    """Trainable parameters of the whole (unsharded) model: per slot, summed over the layers, and "total"."""
     counts: dict[str, int] = {}
     for _, spec, slot in adapter_parameters(model).values():
         counts[slot] = counts.get(slot, 0) + torch.Size(spec.shape).numel()
@@ -84,8 +87,11 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def gather_full(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Whole CPU tensors, keyed like `adapter_parameters(model)`, from this rank's parts (the parameters themselves, or
-    anything of their shapes, such as optimizer moments). Every rank of a model-parallel group must call it."""
+    """Whole CPU tensors, keyed like `tensors`, from this rank's shards.
+
+    tensors: parameters by the keys of `adapter_parameters`, or others of their shapes, such as optimizer moments. Every
+    rank of a model-parallel group must call it.
+    """
     entries, result = adapter_parameters(model, untrained=True), {}
     for key, tensor in tensors.items():
         spec = entries[key].spec
@@ -95,21 +101,22 @@ def gather_full(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def shard_all(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Inverse of `gather_full`: this rank's parts of whole tensors."""
+    """Inverse of `gather_full`: this rank's shards of whole tensors."""
     shards = {key: entry.spec.shard for key, entry in adapter_parameters(model, untrained=True).items()}
     return {k: t if shards[k] is None else shard_of(t, shards[k]) for k, t in tensors.items()}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The whole adapter, float32 on the CPU: the content of `adapter.pth`."""
-    return gather_full(
-        {key: entry.parameter for key, entry in adapter_parameters(model, untrained=True).items()}, model
-    )
+    entries = adapter_parameters(model, untrained=True)
+    return gather_full({key: entry.parameter for key, entry in entries.items()}, model)
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Put a whole adapter into `model`. Raises ValueError naming `origin` and the tensors that do not fit; then the
-    model is unchanged."""
+    """Load a whole adapter into `model`.
+
+    Raises ValueError naming `origin` and the tensors that do not fit, before the model is changed.
+    """
     entries = adapter_parameters(model, untrained=True)
     check_state_dict(model, state, origin)
     with torch.no_grad():
@@ -140,8 +147,10 @@ def _renamed(key: Any) -> Any:
 
 
 def check_state_dict(model: nn.Module, state: Any, origin: str, untrained: bool = True) -> None:
-    """ValueError naming `origin` and the tensors at fault, unless `state` holds whole tensors of the shapes of the
-    adapter's, by their keys: the adapter itself, or moments of its optimizer (untrained False)."""
+    """ValueError naming `origin` and the tensors at fault, unless `state` has the adapter's keys and whole shapes.
+
+    state: an adapter, or moments of its optimizer (untrained False).
+    """
     entries = adapter_parameters(model, untrained)
     require_tensors(state, origin)
     require_same_keys(entries, state, origin, "adapter tensor")
@@ -166,9 +175,9 @@ def require_tensors(state: Any, origin: str) -> None:
             raise ValueError(f"{origin}: {key} has values that are not finite")
 
 
-def require_same_keys(expected: Iterable[str], found: Iterable[str], origin: str, what: str) -> None:
-    """ValueError listing what is missing and what is left over, unless both hold the same keys."""
-    missing, extra = sorted(set(expected) - set(found), key=str), sorted(set(found) - set(expected), key=str)
+def require_same_keys(expected: Iterable[str], actual: Iterable[str], origin: str, what: str) -> None:
+    """ValueError listing the missing and the unexpected keys, unless both hold the same ones."""
+    missing, extra = sorted(set(expected) - set(actual), key=str), sorted(set(actual) - set(expected), key=str)
     named = {"missing": missing, "unexpected": extra}
     problems = [f"{label} {what}{'s' * (len(keys) > 1)} {_some(keys)}" for label, keys in named.items() if keys]
     if problems:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import common, gpu, models, peers
+from benchmarks import common, gpu, gpu_checks, models, peers
 from benchmarks.common import PEFT, TINY, TRANSFORMERS
 from benchmarks.compare import same_task, summary
 from benchmarks.generation import agreement
@@ -166,14 +166,16 @@ def test_agreement_counts_first_tokens_and_all() -> None:
     assert agreement([[1, 2], []], [[4, 2, 5], [6]]) == {"first": 0.0, "all": 1 / 4}
 
 
-def test_the_gpus_command_runs_without_one(command: Run) -> None:
+def test_the_gpus_command_runs_without_one(command: Run, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_checks, "MODELS", ["no_adapter", "soft_moa"])
     results, printed = command("gpu", *GPU_WORDS)
     assert not results["failed"] and not results["left_out"]
+    assert all(f"{part}, soft_moa" in results for part in gpu.CHECKS) and "golden, no_adapter" in results
     for kind in ("soft_moa", PEFT):
         assert results[f"step, {kind}"]["tokens_per_second"] > 0
     for kind in ("soft_moa", "base", TRANSFORMERS, PEFT):
         assert all(f"decode, {kind}, {n} rows" in results for n in (1, 3))
-    assert "memory, soft_moa, full" in results
+    assert all(results[f"memory, soft_moa, {mode}"]["estimated_bytes"] > 0 for mode in ("none", "full"))
     assert results["trace, soft_moa, decode"]["kernels"] > results["trace, base, decode"]["kernels"]
     keys = [key for key in results if key not in ("task", "failed", "left_out")]
     assert all(f"\n{key}: " in printed for key in keys)
@@ -198,6 +200,25 @@ def test_a_part_that_fails_on_the_gpu_leaves_the_others(tmp_path, command: Run, 
     results = json.loads((tmp_path / "figures.json").read_text())
     assert results["failed"]["decode, soft_moa, 3 rows"] == "RuntimeError: CUDA error: unspecified"
     assert "trace, base, decode" in results
+
+
+@pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "topk_moelora"])
+@pytest.mark.parametrize("part", gpu.CHECKS)
+def test_a_device_that_computes_otherwise_is_found(part: str, name: str, monkeypatch) -> None:
+    """The CPU passes; then what is loaded for the device has one wrong weight matrix."""
+    check, device = gpu.CHECKS[part], torch.device("cpu")
+    check(name, device)
+    load = gpu_checks.load
+
+    def load_damaged(name: str, where: torch.device, *more: Any, **settings: Any) -> Any:
+        llm = load(name, where, *more, **settings)
+        if where is device:
+            llm.model.layers[1].attention.wo.weight.data.neg_()
+        return llm
+
+    monkeypatch.setattr(gpu_checks, "load", load_damaged)
+    with pytest.raises(ValueError):
+        check(name, device)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +275,7 @@ def test_random_rows_are_always_the_same() -> None:
     assert rows == gpu.random_rows(20, 512)
     for row in rows:
         assert len(row.tokens) <= 300 and row.labels == [IGNORE_INDEX] * row.prompt_len + row.tokens[row.prompt_len :]
-    assert all(len(row.tokens) == 300 for row in gpu.random_rows(3, 512, full=True))
+    assert [len(row.tokens) for row in gpu.random_rows(3, 512, full=True)] == [300, 300, 299]
 
 
 def test_flops_and_bytes_of_a_step() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import load_params_and_tokenizer, shard_specs
-from tiny import BASE, PARAMS, golden_state, tokens, write_base
+from tiny import BASE, PARAMS, golden_state, require_identical, tokens, write_base
 
 State = dict[str, Tensor]
 
@@ -65,11 +64,9 @@ def test_shards_load_to_the_bit(shards: int, embedding: str, tmp_path: Path) -> 
     if embedding == "width":  # LLaMA-2's way
         for i, part in enumerate(state["tok_embeddings.weight"].chunk(shards, 1)):
             edit(folder / f"consolidated.{i:02d}.pth", lambda s, p=part: s | {"tok_embeddings.weight": p.clone()})
-    found = base_tensors(load(folder))
-    assert found.keys() == state.keys()
-    for key, tensor in state.items():
-        assert torch.equal(found[key], tensor), key
-        assert not found[key].requires_grad
+    loaded = base_tensors(load(folder))
+    require_identical(loaded, state)
+    assert not any(tensor.requires_grad for tensor in loaded.values())
 
 
 def test_rope_frequencies_in_the_file_are_ignored(folder: Path) -> None:
@@ -87,39 +84,25 @@ def test_dtype_is_converted(tmp_path: Path) -> None:
     state = {key: tensor.bfloat16() for key, tensor in golden_state().items()}
     folder = write_base(tmp_path / "half", PARAMS, state)
     as_float, as_half = load(folder), Llama.build(folder, device="cpu", bf16=True)
-    for key, tensor in state.items():
-        assert torch.equal(base_tensors(as_float)[key], tensor.float())
-        assert torch.equal(base_tensors(as_half)[key], tensor) and base_tensors(as_half)[key].dtype == torch.bfloat16
+    require_identical(base_tensors(as_float), {key: tensor.float() for key, tensor in state.items()})
+    require_identical(base_tensors(as_half), state)
     batch = tokens(2, 6)
     logits = as_half.model(batch)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, as_float.model(batch), rtol=0.05, atol=0.2)
 
 
-def mapping(file: Path) -> list[tuple[int, int]]:
-    """Address ranges where this process has mapped `file` (Linux)."""
+def test_a_base_stays_in_its_file_which_is_never_written_to(folder: Path) -> None:
+    """Where nothing is converted it takes no memory (on Linux); a change in memory stays there."""
+    file = folder / "consolidated.00.pth"
+    before, tensors = file.read_bytes(), base_tensors(load(folder))
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    ranges = [line[0].split("-") for line in lines if line[-1] == str(file.resolve())]
-    return [(int(begin, 16), int(end, 16)) for begin, end in ranges]
-
-
-def test_what_needs_no_conversion_stays_in_the_mapped_file(folder: Path) -> None:
-    llm = load(folder)
-    ranges = mapping(folder / "consolidated.00.pth")
-    assert ranges
-    for key, tensor in base_tensors(llm).items():
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines if line[-1] == str(file.resolve())]
+    for key, tensor in tensors.items():
         first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         assert any(begin <= first and last <= end for begin, end in ranges), key
-
-
-def test_the_file_is_never_written_to(folder: Path) -> None:
-    """The mapping is private: a change in memory stays there."""
-    before = (folder / "consolidated.00.pth").read_bytes()
-    llm = load(folder)
-    with torch.no_grad():
-        for tensor in base_tensors(llm).values():
-            tensor.add_(1)
-    assert (folder / "consolidated.00.pth").read_bytes() == before
+        tensor.add_(1)
+    assert file.read_bytes() == before
 
 
 # What does not: files
@@ -150,34 +133,10 @@ def test_a_truncated_shard_is_named(two: Path, kept: float) -> None:
     refused(two, "consolidated.01.pth", "damaged, cut short or not what torch.save writes")
 
 
-def test_files_that_are_something_else(folder: Path) -> None:
-    file = folder / "consolidated.00.pth"
-    for content in (b"hello\n", pickle.dumps({"a": 1})):
-        file.write_bytes(content)
-        refused(folder, "consolidated.00.pth", "damaged, cut short or not what torch.save writes")
-    for value, words in (([torch.zeros(1)], "list"), ({"model": golden_state()}, "tensors"), ({7: torch.zeros(1)}, "")):
-        torch.save(value, file)
-        refused(folder, "consolidated.00.pth", "expected a dictionary", words)
-
-
-class Code:
-    """Unpickling it writes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_pickle_with_code_is_refused_and_not_executed(folder: Path, tmp_path: Path) -> None:
-    file, trace = folder / "consolidated.00.pth", tmp_path / "executed"
-    torch.save({"norm.weight": Code(trace)}, file)
-    torch.load(file, weights_only=False)
-    assert trace.exists()  # it would have worked
-    trace.unlink()
-    refused(folder, "consolidated.00.pth", "not what torch.save writes of tensors")
-    assert not trace.exists()
+@pytest.mark.parametrize("value, words", [({"model": golden_state()}, "tensors"), ({7: torch.zeros(1)}, "")])
+def test_a_dictionary_of_something_else(folder: Path, value: object, words: str) -> None:
+    torch.save(value, folder / "consolidated.00.pth")
+    refused(folder, "consolidated.00.pth", "expected a dictionary", words)
 
 
 # What does not: tensors
@@ -196,27 +155,26 @@ def test_many_missing_tensors_are_counted_not_listed(folder: Path) -> None:
     assert len(refused(folder, "missing tensors", "and 26 more")) < 400
 
 
-def test_adapter_tensors_are_no_part_of_a_base(folder: Path) -> None:
-    key = "layers.0.attention.adapters.lora_Q.lora_A"
-    edit(folder / "consolidated.00.pth", lambda s: s | {key: torch.zeros(4, 64)})
-    refused(folder, f"unexpected tensor {key}")
-
-
-def replace(key: str, value: Tensor) -> Callable[[State], State]:
-    return lambda state: state | {key: value}
+@pytest.mark.parametrize(
+    "key, tensor, words",
+    [
+        ("layers.0.attention.adapters.lora_Q.lora_A", torch.zeros(4, 64), "unexpected tensor"),
+        ("norm.weight", torch.zeros(65), "shape (65,), params.json asks for"),
+        ("layers.2.feed_forward.w3.weight", torch.zeros(223, 64), "shape (223, 64)"),
+        ("output.weight", torch.zeros(2), "shape (2,)"),
+        ("norm.weight", torch.zeros(64, dtype=torch.int8), "torch.int8"),
+        ("norm.weight", torch.zeros(64, dtype=torch.bool), "torch.bool"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(folder: Path, key: str, tensor: Tensor, words: str) -> None:
+    edit(folder / "consolidated.00.pth", lambda s: s | {key: tensor})
+    refused(folder, "consolidated.00.pth", key, words)
 
 
 @pytest.mark.parametrize("key", ["layers.1.attention.wo.weight", "norm.weight"])
 def test_shards_of_unequal_shapes(two: Path, key: str) -> None:
     edit(two / "consolidated.01.pth", lambda s: s | {key: s[key][:-1].clone()})
     refused(two, "consolidated.01.pth", key, "consolidated.00.pth")
-
-
-def test_shapes_other_than_params_json_says(folder: Path) -> None:
-    for key, shape in (("norm.weight", (65,)), ("layers.2.feed_forward.w3.weight", (223, 64)), ("output.weight", (2,))):
-        state = golden_state()
-        torch.save(state | {key: torch.zeros(shape)}, folder / "consolidated.00.pth")
-        refused(folder, "consolidated.00.pth", key, f"shape {shape}", "params.json asks for")
 
 
 def test_wrong_number_of_shards(tmp_path: Path) -> None:
@@ -245,12 +203,6 @@ def test_a_width_that_shards_cannot_share(two: Path) -> None:
     refused(two, "of 2 shards", "layers.0.feed_forward.w1.weight", "shape (111, 64)", "(223, 64)")
 
 
-@pytest.mark.parametrize("value", [torch.zeros(64, dtype=torch.int8), torch.zeros(64, dtype=torch.bool)])
-def test_tensors_that_are_not_floating_point(folder: Path, value: Tensor) -> None:
-    edit(folder / "consolidated.00.pth", replace("norm.weight", value))
-    refused(folder, "consolidated.00.pth", "norm.weight", str(value.dtype))
-
-
 # What does not: params.json and the tokenizer
 
 
@@ -261,19 +213,14 @@ def test_tensors_that_are_not_floating_point(folder: Path, value: Tensor) -> Non
         ({"n_layer": 3}, "unknown key n_layer"),
         ({"dim": None}, "dim must be a whole number from 1 to .*, not None"),
         ({"dim": 64.0}, "dim .* 64.0"),
-        ({"dim": "64"}, "dim .* '64'"),
-        ({"n_layers": 0}, "n_layers .* 0"),
         ({"n_heads": True}, "n_heads .* True"),
         ({"n_heads": 5}, "dim 64 .* n_heads 5"),
         ({"dim": 12, "n_heads": 4, "n_kv_heads": 4}, "dim 12 .* n_heads 4"),  # heads of odd width
         ({"n_kv_heads": 3}, "n_heads 4 .* n_kv_heads 3"),
         ({"vocab_size": 0}, "vocab_size .* 0"),
         ({"vocab_size": -5}, "vocab_size .* -5"),
-        ({"vocab_size": 512.0}, "vocab_size .* 512.0"),
-        ({"norm_eps": 0}, "norm_eps .* 0"),
         ({"norm_eps": "1e-5"}, "norm_eps .* '1e-5'"),
         ({"rope_theta": 1e300}, r"rope_theta .* 1e\+300"),
-        ({"rope_theta": 1e-300}, "rope_theta .* 1e-300"),
         ({"rope_theta": float("inf")}, "Infinity is no JSON value"),
         ({"n_layers": 10**7}, "n_layers must be a whole number from 1 to 10000"),
         ({"dim": 10**3000}, "dim .* 1000"),
@@ -294,15 +241,10 @@ def test_missing_params(name: str, folder: Path) -> None:
     refused(folder, "params.json", f"missing key {name}")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"dim": 64,}', b"[" * 100_000, b'{"a": 1' + b"0" * 5000])
-def test_params_that_are_not_json(content: bytes, folder: Path) -> None:
+@pytest.mark.parametrize("content, words", [(b"{", "not valid JSON"), (b"[64]", "expected a JSON object, found list")])
+def test_params_that_are_no_json_object(content: bytes, words: str, folder: Path) -> None:
     (folder / "params.json").write_bytes(content)
-    refused(folder, "params.json", "not valid JSON")
-
-
-def test_params_that_are_no_object(folder: Path) -> None:
-    (folder / "params.json").write_text("[64]")
-    refused(folder, "params.json", "expected a JSON object, found list")
+    refused(folder, "params.json", words)
 
 
 def test_defaults_are_metas() -> None:
@@ -310,8 +252,7 @@ def test_defaults_are_metas() -> None:
     assert (args.head_dim, args.ffn_dim, args.rope_theta, args.norm_eps) == (128, 14336, 500000.0, 1e-5)
     assert ModelArgs(dim=4096, n_layers=32, n_heads=32).n_kv_heads == 32
     assert ModelArgs(dim=4096, n_layers=32, n_heads=32, multiple_of=256).ffn_dim == 11008  # LLaMA-2-7B
-    sizes_70b = ModelArgs(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3)
-    assert sizes_70b.ffn_dim == 28672
+    assert ModelArgs(dim=8192, n_layers=80, n_heads=64, multiple_of=4096, ffn_dim_multiplier=1.3).ffn_dim == 28672
 
 
 def test_another_models_tokenizer(folder: Path) -> None:

@@ -124,7 +124,7 @@ def test_several_dataclasses_share_a_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "words"),
     [
         (["--lora_rnk", "8"], "unknown flag --lora_rnk; the nearest is --lora_rank"),
         (["-l", "8"], "unknown flag --l; the nearest is --lr"),
@@ -155,17 +155,17 @@ def test_several_dataclasses_share_a_line() -> None:
         (["--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
     ],
 )
-def test_what_is_wrong_is_named(capsys: pytest.CaptureFixture, argv: list[str], said: str) -> None:
+def test_what_is_wrong_is_named(capsys: pytest.CaptureFixture, argv: list[str], words: str) -> None:
     message = refused(capsys, Everything, ["--data", "d.json", *argv])
-    assert said in message
+    assert words in message
     assert message.endswith("`prog --help` lists the flags.\n")
 
 
 def test_all_problems_are_said_at_once(capsys: pytest.CaptureFixture) -> None:
     argv = ["--methd", "lora", "--lora_rank", "x", "--lr", "1", "--lr", "y", "extra"]
     message = refused(capsys, [Model, Train], argv)
-    for said in ("--methd", "--lora_rank: ", "--lr: ", "--lr is given twice", "'extra'", "--data is required"):
-        assert said in message
+    for words in ("--methd", "--lora_rank: ", "--lr: ", "--lr is given twice", "'extra'", "--data is required"):
+        assert words in message
     assert message.count("error: ") == 6
 
 
@@ -189,7 +189,7 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture, argv: list[str]) -
     assert max(map(len, out.splitlines())) <= 100 and out.count("word") == 50
     assert "\n    prog --data x\n" in out
     assert out.index("\nmodel:") < out.index("\noptimiser:") < out.index("\nflags:")
-    for said in (
+    for words in (
         "--method str                  the adapter method (one of lora, soft_moa; default: lora)",
         "--bf16 [True|False]           bf16 weights (default: True)",
         "--lr float                    learning rate",
@@ -197,7 +197,7 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture, argv: list[str]) -
         "--save [True|False]           write checkpoints",
         "--again [str]                 what is done again (one of auto, off, half, all; default: auto)",
     ):
-        assert f"\n  {said}\n" in out + "\n"
+        assert f"\n  {words}\n" in out + "\n"
 
 
 def test_completion_in_bash_offers_the_flags_that_are_left(capsys: pytest.CaptureFixture) -> None:

@@ -47,13 +47,13 @@ def three(tmp_path):
 def test_mean_and_spread_over_seeds(three, collect):
     base, lora = cells(collect(three).out)
     assert base == {"model": "base", "seeds": "1", "trained parameters": "–", "steps": "–", "training, min": "–"} | {
-        **{"tokens/s": "–", "peak memory, GiB": "–"},
+        **{"tokens/s": "–", "peak memory, GB": "–"},
         **{"AddSub (100 of 395)": "5.0 / 6.0", "MultiArith (100 of 395)": "6.0 / 7.0", "mean, math": "5.5 / 6.5"},
     }
     assert lora == {"model": "lora", "seeds": "3", "trained parameters": "1,000,004", "steps": "4 x 32 rows"} | {
         "training, min": "1.4 ± 0.4",  # 60, 84 and 108 seconds
         "tokens/s": "15 ± 5",  # 20, 14.3 and 11.1
-        "peak memory, GiB": "2.00",
+        "peak memory, GB": "2.15",
         "AddSub (100 of 395)": "30.0 ± 26.5 / 31.0 ± 26.5",  # the root of (400 + 100 + 900) / 2
         "MultiArith (100 of 395)": "30.0 / 31.0",
         "mean, math": "30.0 ± 13.2 / 31.0 ± 13.2",
@@ -163,50 +163,22 @@ def test_a_mean_over_other_tests_has_a_column_of_its_own(tmp_path, collect):
     assert lora["SVAMP (100 of 395)"] == "–" and prompt["SVAMP (100 of 395)"] == "40.0 / 41.0"
 
 
-@pytest.mark.parametrize(
-    ("files", "why"),
-    [
-        ({"scores.json": None}, "no scores.json"),
-        ({"log.jsonl": None}, "0 of 4 steps"),
-        ({"log.jsonl": log(3, 1)}, "3 of 4 steps"),
-        ({"log.jsonl": log(4, 1)[:-20]}, "3 of 4 steps"),
-    ],
-)
-def test_unfinished_runs_are_named_and_left_out(files, why, tmp_path, collect):
+def test_unfinished_runs_are_named_and_left_out(tmp_path, collect):
     write_run(tmp_path / "gsm8k/lora/s0")
-    folder = write_run(tmp_path / "gsm8k/lora/s1", files=files)
+    folder = write_run(tmp_path / "gsm8k/lora/s1", files={"log.jsonl": log(4, 1)[:-20]})
     result = collect(tmp_path)
-    assert f"left out, not finished: {folder}: {why}" in result.err and len(cells(result.out)) == 1
+    assert f"left out, not finished: {folder}: 3 of 4 steps" in result.err and len(cells(result.out)) == 1
     (unfinished,) = json.loads(collect(tmp_path, "--format", "json").out)["unfinished"]
-    assert unfinished["folder"] == str(folder) and why in unfinished["why"]
+    assert unfinished["folder"] == str(folder) and "3 of 4 steps" in unfinished["why"]
     assert f"no finished run (a folder with scores.json) in {folder}" in collect(folder, status=1).err
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        ("scores.json", "{", "{,"),
-        ("scores.json", '"percent": 10.0', '"percent": "ten"'),
-        ("scores.json", '"percent": 10.0', '"percent": NaN'),
-        ("scores.json", '"percent": 10.0', '"percent": 1000'),
-        ("scores.json", '"rows"', '"lines"'),
-        ("scores.json", '"families"', '"groups"'),
-        ("config.json", '"steps": 4', '"steps": "4"'),
-        ("config.json", '"adapter"', '"adapters"'),
-        ("config.json", '"trainable_parameters"', '"parameters"'),
-        ("config.json", "{", "\xff"),
-        ("log.jsonl", '"seconds"', '"secs"'),
-        ("log.jsonl", "15.0", '"x"'),
-        ("AddSub.jsonl.settings.json", "{", "[{"),
-    ],
-)
-def test_a_damaged_file_is_named(name, old, new, tmp_path, collect):
-    file = write_run(tmp_path / "gsm8k/lora/s0") / name
-    assert old in file.read_text()
-    file.write_text(file.read_text().replace(old, new, 1), encoding="latin-1")
+@pytest.mark.parametrize("name", ["scores.json", "config.json", "AddSub.jsonl.settings.json"])
+def test_a_damaged_file_is_named(name, tmp_path, collect):
+    file = write_run(tmp_path / "gsm8k/lora/s0", files={name: "{,"}) / name
     output = tmp_path / "table.md"
     output.write_text("earlier")
-    assert f"{file}: " in collect(tmp_path, "--save_path", output, status=1).err
+    assert f"{file}: not valid JSON" in collect(tmp_path, "--save_path", output, status=1).err
     assert output.read_text() == "earlier"
 
 

@@ -99,32 +99,32 @@ def test_two_processes_train_as_one(trained, data, tmp_path, mp, batch, accum):
 
 
 def test_generation_is_resumed_and_shared_out_without_a_difference(trained, data, tmp_path):
-    one, two = tmp_path / "one" / "AddSub.jsonl", tmp_path / "two" / "AddSub.jsonl"
-    assert run("generate.py", *generate_flags(data, trained, one)).returncode == 0
+    alone, shared = tmp_path / "alone" / "AddSub.jsonl", tmp_path / "shared" / "AddSub.jsonl"
+    assert run("generate.py", *generate_flags(data, trained, alone)).returncode == 0
     rows = json.loads((data / "AddSub.json").read_text())
-    found = [json.loads(line) for line in one.read_text().splitlines()]
-    assert [{k: v for k, v in row.items() if k != "generate"} for row in found] == rows
-    result = torchrun(2, "generate.py", *generate_flags(data, trained, two, max_batch_size=2))
+    answered = [json.loads(line) for line in alone.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "generate"} for row in answered] == rows
+    result = torchrun(2, "generate.py", *generate_flags(data, trained, shared, max_batch_size=2))
     assert result.returncode == 0, result.stderr
-    assert two.read_text() == one.read_text()
-    two.write_text("".join(two.read_text().splitlines(keepends=True)[2:5]))
-    assert run("generate.py", *generate_flags(data, trained, two)).returncode == 0
-    assert two.read_text() == one.read_text()
-    complete = run("generate.py", *generate_flags(data, trained, two))
+    assert shared.read_text() == alone.read_text()
+    shared.write_text("".join(shared.read_text().splitlines(keepends=True)[2:5]))
+    assert run("generate.py", *generate_flags(data, trained, shared)).returncode == 0
+    assert shared.read_text() == alone.read_text()
+    complete = run("generate.py", *generate_flags(data, trained, shared))
     assert complete.returncode == 0 and "complete, all 7 rows" in complete.stderr
-    refused(run("generate.py", *generate_flags(data, trained, two, seed=1)), "seed 0, now it is 1", "--overwrite")
-    score = run("-m", "evaluate", "--predict_files", one, "--save_path", tmp_path / "scores.json")
+    refused(run("generate.py", *generate_flags(data, trained, shared, seed=1)), "seed 0, now it is 1", "--overwrite")
+    score = run("-m", "evaluate", "--predict_files", alone, "--save_path", tmp_path / "scores.json")
     assert score.returncode == 0 and "7 of 395" in score.stdout
 
 
 def test_model_parallel_generation_and_samples(trained, data, tmp_path):
-    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
     flags = {"num_samples": 2, "max_rows": 3}
-    assert run("generate.py", *generate_flags(data, trained, one, **flags)).returncode == 0
-    result = torchrun(2, "generate.py", *generate_flags(data, trained, two, model_parallel_size=2, **flags))
+    assert run("generate.py", *generate_flags(data, trained, alone, **flags)).returncode == 0
+    result = torchrun(2, "generate.py", *generate_flags(data, trained, shared, model_parallel_size=2, **flags))
     assert result.returncode == 0, result.stderr
-    assert one.read_text() == two.read_text()
-    answers = [json.loads(line)["generate"] for line in one.read_text().splitlines()]
+    assert alone.read_text() == shared.read_text()
+    answers = [json.loads(line)["generate"] for line in alone.read_text().splitlines()]
     assert [len(answer) for answer in answers] == [2, 2, 2] and answers[0][0] != answers[0][1]
 
 
@@ -135,10 +135,10 @@ def test_dry_run_needs_params_json_alone(tmp_path):
     )
     result = run("finetune.py", "--dry_run", "--ckpt_dir", tmp_path, "--max_steps", 7, "--batch_size", 8)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["trainable_parameters"]["total"] == 24_520_288 and found["base_parameters"] == 8_030_261_248
-    assert found["steps"] == 7 and found["lr"] == 6e-3 * 8 / 256
-    assert found["memory_bytes"]["total"] == sum(v for k, v in found["memory_bytes"].items() if k != "total")
+    plan = json.loads(result.stdout.splitlines()[-1])
+    assert plan["trainable_parameters"]["total"] == 24_520_288 and plan["base_parameters"] == 8_030_261_248
+    assert plan["steps"] == 7 and plan["lr"] == 6e-3 * 8 / 256
+    assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
     assert [f.name for f in tmp_path.iterdir()] == ["params.json"]
 
 

@@ -1,4 +1,4 @@
-"""convert/: tensors, vocabulary and refusals. The sources are tiny random models made here."""
+"""Damaged sources of conversions, output folders and the command line; what converts: test_conversions.py."""
 
 import json
 import os
@@ -15,18 +15,8 @@ from convert import gguf as from_gguf
 from convert import hf as from_hf
 from convert.__main__ import main
 from convert.meta_format import DTYPES, ffn_rule
-from convert.vocabulary import MEAN, plan
-from convert_samples import (
-    SMOL_LACKS,
-    gguf_tensors,
-    llama3_vocabulary,
-    refused_by_command,
-    smol_vocabulary,
-    write_gguf,
-    write_hf,
-)
+from convert_samples import gguf_tensors, refused_by_command, write_gguf, write_hf
 from llama.args import ModelArgs
-from llama.tokenizer import Tokenizer, special_tokens
 
 
 @pytest.fixture(scope="module")
@@ -46,41 +36,6 @@ def load(path):
     return torch.load(path / "consolidated.00.pth", weights_only=True)
 
 
-def test_llama3_style_is_unchanged_row_by_row(originals, tmp_path):
-    source, model = originals["llama3"]
-    result = from_hf.convert(source, tmp_path / "out", dtype="fp32")
-    state = load(tmp_path / "out")
-    assert torch.equal(state["tok_embeddings.weight"], model.state_dict()["model.embed_tokens.weight"])
-    assert torch.equal(state["output.weight"], model.state_dict()["lm_head.weight"])
-    assert result.vocabulary.row_map == result.vocabulary.output_row_map == list(range(len(llama3_vocabulary()[0])))
-    assert result.vocabulary.notes == []
-    args = result.args
-    assert (args.use_scaled_rope, args.rope_scaling_factor, args.rope_original_max_seq_len) == (True, 4.0, 64)
-    assert (args.rope_theta, args.norm_eps, args.ffn_dim, args.n_kv_heads) == (5000.0, 1e-5, 160, 2)
-
-
-def test_smol_style_gets_metas_special_tokens(originals, tmp_path):
-    source, model = originals["smol"]
-    result = from_hf.convert(source, tmp_path / "out", dtype="fp32")
-    tokenizer, state = Tokenizer(tmp_path / "out" / "tokenizer.model"), load(tmp_path / "out")
-    rows = model.state_dict()["model.embed_tokens.weight"]
-    mean = rows[:4].mean(0)
-    embedding, output = state["tok_embeddings.weight"], state["output.weight"]
-    n_base = len(smol_vocabulary()[0]) - 4
-    assert tokenizer.n_words == result.args.vocab_size == n_base + len(SMOL_LACKS) + 256
-    assert torch.equal(embedding[:n_base], rows[4:])
-    assert torch.equal(embedding[tokenizer.bos_id], rows[0])
-    assert torch.equal(embedding[tokenizer.eos_id], rows[0])
-    assert torch.equal(embedding[tokenizer.eot_id], rows[2])
-    others = [n_base, n_base + 1, n_base + 2, *range(tokenizer.eos_id + 1, tokenizer.eot_id), tokenizer.n_words - 1]
-    torch.testing.assert_close(embedding[others], mean.expand(len(others), -1))
-    # The output matrix is the tied embedding, but begin-of-text must not tie with end-of-text.
-    torch.testing.assert_close(output[tokenizer.bos_id], mean)
-    different = (embedding != output).any(1).nonzero().flatten().tolist()
-    assert different == [tokenizer.bos_id]
-    assert "scaling_factor" not in (tmp_path / "out" / "params.json").read_text()
-
-
 def test_the_file_holds_each_tensor_once_in_the_asked_dtype(originals, tmp_path):
     for dtype, torch_dtype in DTYPES.items():
         from_hf.convert(originals["llama3"][0], tmp_path / dtype, dtype=dtype)
@@ -89,26 +44,6 @@ def test_the_file_holds_each_tensor_once_in_the_asked_dtype(originals, tmp_path)
         size = sum(tensor.nbytes for tensor in state.values())
         # A view into a larger tensor would bring all of that along.
         assert (tmp_path / dtype / "consolidated.00.pth").stat().st_size < size + 50_000
-
-
-def test_metas_own_tokenizer_file_is_copied(originals, tmp_path):
-    source = shutil.copytree(originals["llama3"][0], tmp_path / "source")
-    from_hf.convert(source, tmp_path / "first")
-    (source / "original").mkdir()
-    own = (tmp_path / "first" / "tokenizer.model").read_bytes() + b"\n"
-    (source / "original" / "tokenizer.model").write_bytes(own)
-    (source / "tokenizer.json").unlink()
-    from_hf.convert(source, tmp_path / "second")
-    assert (tmp_path / "second" / "tokenizer.model").read_bytes() == own
-    assert torch.equal(load(tmp_path / "first")["output.weight"], load(tmp_path / "second")["output.weight"])
-
-
-def test_a_sentencepiece_file_beside_tokenizer_json_is_passed_over(folder, tmp_path):
-    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00")
-    from_hf.convert(folder, tmp_path / "out")
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="tokenizer.model: .*tiktoken"):
-        from_hf.convert(folder, tmp_path / "out2")
 
 
 def test_old_inverse_frequencies_and_a_second_copy_of_a_tied_matrix_are_no_leftovers(folder, tmp_path):
@@ -144,10 +79,6 @@ def edit_config(**changes):
     return edit_json("config.json", change)
 
 
-def edit_tokenizer(change):
-    return edit_json("tokenizer.json", change)
-
-
 def edit_tensors(change):
     def damage(folder):
         tensors = load_file(folder / "model.safetensors")
@@ -177,11 +108,7 @@ BAD_HF = {
     ),
     "not finite": (edit_tensors(lambda t: t[UP][3].fill_(torch.nan)), f"tensor {UP} has values that are not"),
     "integers": (edit_tensors(lambda t: t.update({UP: t[UP].to(torch.int8)})), f"tensor {UP} is torch.int8"),
-    "fewer rows than config.json says": (edit_config(vocab_size=300), r"embed_tokens.weight has 261 rows.*size 300"),
-    "fewer rows than tokens": (
-        edit_tokenizer(lambda t: t["model"]["vocab"].update({"Ġx": 261})),
-        "embed_tokens.weight has 261 rows, but the tokenizer needs 262",
-    ),
+    "fewer rows than config.json says": (edit_config(vocab_size=300), r"embed_tokens.weight has 262 rows.*size 300"),
     "untied without output": (edit_config(tie_word_embeddings=False), "tensor lm_head.weight is missing"),
     "truncated": (truncate("model.safetensors"), "model.safetensors: not a whole safetensors file"),
     "pickled weights only": (
@@ -189,15 +116,6 @@ BAD_HF = {
         r"pytorch_model.bin\) are not read, save them as safetensors",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "source: holds no tokenizer.json"),
-    "truncated tokenizer": (truncate("tokenizer.json"), "tokenizer.json: not a tokenizer.json"),
-    "unigram": (edit_tokenizer(lambda t: t["model"].update(type="Unigram")), "tokenizer.json: only byte-level BPE"),
-    "not byte-level": (edit_tokenizer(lambda t: t["model"]["vocab"].update({"▁the": 4})), "token '▁the' .id 4. is not"),
-    "merge order": (
-        edit_tokenizer(lambda t: t["model"]["merges"].insert(0, ["i", "n"])),
-        r"tokenizer.json: token 'Ġt' \(id 257\) is merged after id 260",
-    ),
-    "no end token": (edit_tokenizer(lambda t: t["added_tokens"][0].update(content="<s>")), r"no special token <\|end"),
 }
 
 
@@ -293,30 +211,6 @@ def test_ffn_rule_is_exact_for_any_width(dim, hidden):
     assert ModelArgs(dim, 1, 1, **ffn_rule(dim, hidden)).ffn_dim == hidden
 
 
-@pytest.mark.parametrize("names", ["3.1", "3.0"])
-def test_llama3_vocabularies_are_the_identity(names):
-    # LLaMA-3 numbers its reserved tokens differently from 3.1, but the places are the same.
-    special = special_tokens()
-    if names == "3.0":
-        special[4], special[8], special[10] = (f"<|reserved_special_token_{i}|>" for i in (2, 4, 5))
-    tokens, _ = llama3_vocabulary()
-    base = dict(enumerate(tokens[:-256]))
-    result = plan(base, {len(base) + i: name for i, name in enumerate(special)}, "file")
-    assert result.row_map == result.output_row_map == list(range(len(base) + 256))
-    padded = plan(base, {len(base) + i: name for i, name in enumerate([*special, "<pad>"])}, "file")
-    assert padded.row_map == result.row_map
-    assert "1 special tokens" in padded.notes[0]
-
-
-def test_named_specials_in_other_places_keep_their_rows():
-    tokens, _ = llama3_vocabulary()
-    base = {i + 3: token for i, token in enumerate(tokens[:-256])}
-    result = plan(base, {0: "<|eot_id|>", 1: "<|end_of_text|>", 2: "<|begin_of_text|>"}, "file")
-    first = len(base)
-    assert result.row_map == result.output_row_map
-    assert [result.row_map[first + k] for k in (0, 1, 2, 9)] == [2, 1, MEAN, 0]
-
-
 # --- GGUF ---
 
 
@@ -334,9 +228,8 @@ def test_quantised_tensors(tmp_path):
     for ours, theirs in {"attention.wq": "0.attn_q", "attention.wk": "0.attn_k"}.items():
         assert np.array_equal(state[f"layers.0.{ours}.weight"], tensors[f"blk.{theirs}.weight"])
     assert np.array_equal(state["layers.1.feed_forward.w2.weight"], tensors["blk.1.ffn_down.weight"])
-    embedding, n_base = tensors["token_embd.weight"], len(smol_vocabulary()[0]) - 4
     for name in ("tok_embeddings", "output"):
-        assert np.array_equal(state[f"{name}.weight"][:n_base], embedding[4:])
+        assert np.array_equal(state[f"{name}.weight"], tensors["token_embd.weight"])
     args = ModelArgs.from_file(result / "params.json")
     assert (args.norm_eps, args.rope_theta, args.ffn_dim, args.use_scaled_rope) == (1e-5, 10000.0, 96, False)
 
@@ -371,23 +264,16 @@ def test_bad_gguf(case, tmp_path):
 
 def test_truncated_and_foreign_files_are_no_gguf(tmp_path):
     write_gguf(tmp_path / "whole.gguf", gguf_tensors())
+    write_gguf(tmp_path / "big.gguf", gguf_tensors(), endianess=gguf.GGUFEndian.BIG)
     data = (tmp_path / "whole.gguf").read_bytes()
-    for size in (0, 3, 20, 300, 9000, len(data) - 40):
-        (tmp_path / "cut.gguf").write_bytes(data[:size])
-        with pytest.raises(ValueError, match="cut.gguf: not a whole GGUF file"):
-            from_gguf.convert(tmp_path / "cut.gguf", tmp_path / "out")
-    (tmp_path / "cut.gguf").write_bytes(b"PK\x03\x04" + data)
-    with pytest.raises(ValueError, match="cut.gguf: not a whole GGUF file"):
-        from_gguf.convert(tmp_path / "cut.gguf", tmp_path / "out")
+    contents = [data[:size] for size in (0, 3, 20, 300, 9000, len(data) - 40)]
+    for content in (*contents, b"PK\x03\x04" + data, (tmp_path / "big.gguf").read_bytes()):
+        (tmp_path / "bad.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.gguf: not a whole GGUF file"):
+            from_gguf.convert(tmp_path / "bad.gguf", tmp_path / "out")
     with pytest.raises(ValueError, match="none.gguf: no such file"):
         from_gguf.convert(tmp_path / "none.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_gguf_of_the_other_byte_order_is_refused(tmp_path):
-    write_gguf(tmp_path / "big.gguf", gguf_tensors(), endianess=gguf.GGUFEndian.BIG)
-    with pytest.raises(ValueError, match="big.gguf: not a whole GGUF file .it has the other byte order"):
-        from_gguf.convert(tmp_path / "big.gguf", tmp_path / "out")
 
 
 # --- the command line ---

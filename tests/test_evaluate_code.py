@@ -90,7 +90,7 @@ FORMS: dict[str, Callable[[Problem], str]] = {
     "stub in the same block": lambda p: block(f"{p['prompt']}    pass\n\n\n{whole(p)}"),
     "correction": lambda p: f"{block(broken(p['prompt'] + p['canonical_solution']))}No:\n{block(whole(p))}",
     "correction, then cut off": lambda p: block(whole(p)) + f"Shorter:\n```\n{p['prompt']}    return 1 +",
-    "thinking": lambda p: f"<think>\n{block(broken(whole(p)))}no</think>\n<think></think>{block(whole(p))}",
+    "thinking": lambda p: f"<think>\n{block(broken(whole(p))) * 100}no</think>\n<think></think>{block(whole(p))}",
     "indented block": lambda p: f"Solution:\n\n{textwrap.indent(whole(p), '    ')}\nIt works.",
     "quoted block": lambda p: "Solution:\n" + textwrap.indent(whole(p), "> ", lambda line: True),
     "a fence on a code line": lambda p: f"```python\n{whole(p).rstrip()}```\nIt works.",
@@ -149,11 +149,14 @@ def test_what_is_run() -> None:
         "from typing import List\n",
         without_imports(total).rstrip("\n"),
     )
-    # What a function uses stays, calls included.
+    # What a function uses stays, calls included, and comes from other blocks.
     text = "import random\ndef f(x):\n    return TABLE[x] + random.random()\n"
     used = "random.seed(3)\nTABLE = dict()\nfor n in range(9):\n    TABLE[n] = f(n)\n"
     shown = "print(f(3))\nassert TABLE\nresult = f(1)\n"
     assert extract_code.robust(text + used + shown, "", "f") == ((text + used).rstrip("\n"),)
+    blocks = ["import math", "def g(x):\n    return math.floor(x)", "def f(x):\n    return g(x) % MOD", "y = f(1)"]
+    [code] = extract_code.robust("MOD = 7\nA constant.\n" + "So\n".join(map(block, blocks)), "", "f")
+    assert re.findall(r"^\w.*", code, re.M) == ["MOD = 7", "import math", "def g(x):", "def f(x):"]
 
 
 def test_mbpp(scored: Callable[..., Score]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,78 +11,99 @@ import pytest
 
 from cli import parse
 from commands import REPO, refused, run, write_rows
-from exps.recipe import RECIPES, generate_flags, train_flags
+from exps.recipe import PUBLISHED, RECIPES, generate_flags, sources, train_flags
 from generate import Flags
+from llama.args import ModelArgs
 from moa.methods import METHODS
 from tiny import BASE
 from training.config import parse_flags
 from training.schedule import Schedule
 
-NAMED = [method for method, preset in METHODS.items() if preset]  # a custom one has no adapters by itself
-EIGHT_EXPERTS = {"molora", "hydralora", "topk_moelora", "adamole", "parallel_adapter_moe", "prompt_moe"}
-SWI_X = {"soft_moa": 0, "soft_moa_instance": 0, "sparse_moa": 4}  # of the commonsense runs
+LORA_MIXTURES = {"molora", "hydralora", "topk_moelora", "adamole"}
+EIGHT_EXPERTS = LORA_MIXTURES | {"parallel_adapter_moe", "prompt_moe"}
 SCRIPTS = sorted((REPO / "exps").glob("*.sh"))
+DATASETS = {"math_14k": 6, "gsm8k": 6, "commonsense_15k": 8, "commonsense_15k_mixed": 8, "codealpaca": 2, "demo": 1}
+ARGS = ModelArgs(dim=8, n_layers=3, n_heads=2)
+# Published, by the first word of the data set's name
+TRAINED = {
+    "codealpaca": {"lr": 1e-4, "lr_schedule": "constant", "max_seq_len": 500, "weight_decay": 0, "beta2": 0.999}
+    | {"grad_clip": 1, "train_on_input": True, "epochs": 1},
+    "demo": {"max_steps": 100, "lr": 2e-3, "warmup_epochs": 0.04},
+} | {
+    name: {"lr": None, "blr": 6e-3, "min_lr": 0, "lr_schedule": "cosine", "max_seq_len": length, "weight_decay": 0.02}
+    | {"beta2": 0.95, "grad_clip": None, "train_on_input": False, "max_steps": None}
+    for name, length in (("math", 300), ("gsm8k", 300), ("commonsense", 200))
+}
+MATH = {"max_seq_len": 300, "max_gen_len": 200, "min_gen_len": 120, "temperature": 0.1, "top_p": 0.75, "num_samples": 1}
+ANSWERED = {
+    "math": MATH,
+    "gsm8k": MATH,
+    "commonsense": {"max_seq_len": 600, "max_gen_len": 40, "min_gen_len": 10, "temperature": 0.1, "top_p": 0.75},
+    "codealpaca": {"num_samples": 10, "temperature": 0.7, "top_p": 0.95, "max_gen_len": 400},
+    "demo": {"temperature": 0, "max_gen_len": 100},
+}
 
 
 def settings(method, words):
     return parse_flags(["--method", method, "--data_path", "train.json", *words], {}, "")
 
 
+def fields(config, names):
+    return {name: getattr(config, name) for name in names}
+
+
 # ---- recipes
 
 
-@pytest.mark.parametrize("dataset", RECIPES)
-@pytest.mark.parametrize("method", NAMED)
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("method", PUBLISHED)
 def test_every_recipe_is_accepted_and_is_the_published_one(method, dataset):
-    found = settings(method, train_flags(method, dataset)).train
-    rows = found.batch_size * found.accum_iter
-    if dataset == "demo":
-        assert (found.max_steps, rows, found.lr, found.warmup_epochs) == (100, 8, 2e-3, 0.04)
-        return
-    assert (found.weight_decay, found.bf16, found.max_steps, rows) == (0.02, None, None, 32)
-    assert found.epochs == (1 if method in EIGHT_EXPERTS else 2)
+    train, kind = settings(method, train_flags(method, dataset)).train, dataset.partition("_")[0]
+    assert fields(train, TRAINED[kind]) == TRAINED[kind] and train.bf16 is None
+    assert train.batch_size * train.accum_iter == {"codealpaca": 16, "demo": 8}.get(dataset, 32)
     if dataset == "codealpaca":
-        assert (found.lr, found.lr_schedule, found.max_seq_len) == (1e-4, "constant", 500)
-        schedule = Schedule.from_config(found, n_rows=20_022, rows_per_step=rows)
+        schedule = Schedule.from_config(train, n_rows=20_022)
         assert schedule.warmup_steps == 200 and schedule.learning_rate(schedule.steps - 1) == 1e-4
-        return
-    assert (found.lr, found.blr, found.min_lr, found.lr_schedule) == (None, 6e-3, 0, "cosine")
-    assert found.warmup_epochs == (0.4 if method in EIGHT_EXPERTS else 1)
-    assert found.max_seq_len == (300 if dataset in ("math_14k", "gsm8k") else 200)
+    elif dataset != "demo":
+        short = method in LORA_MIXTURES and kind != "commonsense"
+        assert (train.epochs, train.warmup_epochs) == ((1, 0.4) if short else (2, 1))
 
 
-@pytest.mark.parametrize("method", NAMED)
+@pytest.mark.parametrize("method", PUBLISHED)
 def test_the_presets_and_recipes_together_have_the_published_sizes(method):
-    from llama.args import ModelArgs
-
-    args = ModelArgs(dim=8, n_layers=3, n_heads=2)
-    for dataset, swi_x in (("math_14k", 4), ("commonsense_15k", SWI_X.get(method)), ("codealpaca", 4)):
-        flat = settings(method, train_flags(method, dataset)).adapter_config(args).to_dict()
+    for dataset in ("math_14k", "commonsense_15k", "codealpaca"):
+        flat = settings(method, train_flags(method, dataset)).adapter_config(ARGS).to_dict()
         rank = 16 if method == "lora" else 8
         assert (flat["lora_rank"], flat["lora_alpha"], flat["lora_targets"]) == (rank, rank, "Q,K,V,O,FFN_DOWN")
         assert (flat["p_adapter_size"], flat["prompt_len"], flat["max_threshold"]) == (16, 10, 0.5)
-        assert flat["expert_num"] == (8 if method in EIGHT_EXPERTS else 1)
-        assert method not in SWI_X or flat["swi_x"] == swi_x
-        layers = [flat[f"{kind}_layers"] for kind in ("lora", "prompt", "p_adapter")]
-        assert set(layers) <= {"", "0-3"} and any(layers)
+        assert (flat["expert_num"], flat["lb_loss_coeff"]) == (8 if method in EIGHT_EXPERTS else 1, 0)
+        assert flat["p_adapter_hydra"] == (method == "parallel_adapter_moe")
+        linear = dataset == "commonsense_15k" and method in ("soft_moa", "soft_moa_instance")
+        assert flat["swi_x"] == (0 if linear else 4)
+        layers = {kind: flat[f"{kind}_layers"] for kind in ("lora", "prompt", "p_adapter")}
+        assert set(layers.values()) <= {"", "0-3"} and any(layers.values())
+        assert method != "soft_moa" or bool(layers["prompt"]) == (dataset != "codealpaca")
 
 
-SUITES = {"math_14k": 6, "gsm8k": 6, "commonsense_15k": 8, "commonsense_15k_mixed": 8, "codealpaca": 2, "demo": 1}
-GENERATION = {
-    "math_14k": {"max_gen_len": 200, "min_gen_len": 120, "temperature": 0.1, "top_p": 0.75, "num_samples": 1},
-    "commonsense_15k": {"max_seq_len": 600, "max_gen_len": 40, "min_gen_len": 10, "temperature": 0.1, "top_p": 0.75},
-    "codealpaca": {"num_samples": 10, "temperature": 0.7, "top_p": 0.95, "max_gen_len": 400},
-    "demo": {"temperature": 0, "max_gen_len": 100},
-}
-
-
-@pytest.mark.parametrize("dataset", RECIPES)
+@pytest.mark.parametrize("dataset", DATASETS)
 def test_generation_is_the_published_one(dataset):
-    found = parse(Flags, ["--save_path", "x.jsonl", *generate_flags(dataset)])
-    expected = GENERATION[{"gsm8k": "math_14k", "commonsense_15k_mixed": "commonsense_15k"}.get(dataset, dataset)]
-    assert {name: getattr(found, name) for name in expected} == expected
-    assert found.bf16 is None  # where the hardware multiplies it
-    assert len(RECIPES[dataset].suites) == SUITES[dataset]
+    flags, expected = (
+        parse(Flags, ["--save_path", "x.jsonl", *generate_flags(dataset)]),
+        ANSWERED[dataset.split("_")[0]],
+    )
+    assert fields(flags, expected) == expected and flags.bf16 is None  # where the hardware multiplies it
+    assert len(RECIPES[dataset].suites) == DATASETS[dataset]
+
+
+def test_every_value_is_said_to_be_published_or_ours():
+    for dataset, recipe in RECIPES.items():
+        *lines, last = sources(dataset)
+        assert len(lines) == len(recipe.train) + len(recipe.generate) + sum(map(len, recipe.by_method.values()))
+        assert all(line.endswith(": published") or ": ours (" in line for line in [*lines, last])
+        ours = [line for line in [*lines, last] if ": ours (" in line]
+        assert ("all" in recipe.ours) == (len(ours) == len(lines) + 1)
+        assert "all" in recipe.ours or {line.rsplit(" ", 1)[0] for line in ours} or not recipe.ours
+        assert all(any(name in line for line in ours) for name in recipe.ours if name != "all")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 32])
@@ -94,23 +116,22 @@ def test_a_step_has_32_rows_whatever_the_processes(processes, typed):
         with pytest.raises(ValueError, match="--model_parallel_size 2"):
             train_flags("lora", "math_14k", processes, typed)
         return
-    found = settings("lora", [*train_flags("lora", "math_14k", processes, typed), *typed]).train
-    assert ranks * found.batch_size * found.accum_iter == 32
+    train = settings("lora", [*train_flags("lora", "math_14k", processes, typed), *typed]).train
+    assert ranks * train.batch_size * train.accum_iter == 32
 
 
 def test_what_is_typed_takes_the_place_of_the_recipe():
     typed = ["--lr", "1e-3", "--max_steps=7", "--swi_x", "2", "--batch_size", "3", "--accum_iter", "5"]
-    found = settings("soft_moa", [*train_flags("soft_moa", "math_14k", 4, typed), *typed])
-    assert (found.train.lr, found.train.max_steps, found.adapter["swi_x"]) == (1e-3, 7, 2)
-    assert (found.train.batch_size, found.train.accum_iter, found.train.warmup_epochs) == (3, 5, 1)
-    found = settings("lora", [*train_flags("lora", "demo", 1, ["--epochs", "2"]), "--epochs", "2"]).train
-    assert (found.max_steps, found.epochs, found.lr) == (None, 2, 2e-3)
+    config = settings("soft_moa", [*train_flags("soft_moa", "math_14k", 4, typed), *typed])
+    assert (config.train.lr, config.train.max_steps, config.adapter["swi_x"]) == (1e-3, 7, 2)
+    assert (config.train.batch_size, config.train.accum_iter, config.train.warmup_epochs) == (3, 5, 1)
+    train = settings("lora", [*train_flags("lora", "demo", 1, ["--epochs", "2"]), "--epochs", "2"]).train
+    assert (train.max_steps, train.epochs, train.lr) == (None, 2, 2e-3)
     assert "--temperature" not in generate_flags("math_14k", ["--temperature", "0"])
 
 
-def test_the_methods_of_a_table_are_all_that_have_adapters_by_themselves():
-    assert run("-m", "exps.recipe", "methods").stdout.split() == NAMED
-    assert EIGHT_EXPERTS | set(SWI_X) | {"unipeft", "lora", "prompt", "parallel_adapter"} == set(NAMED)
+def test_the_methods_of_a_table_are_the_published_ones():
+    assert run("-m", "exps.recipe", "methods").stdout.split() == [m for m in METHODS if m in PUBLISHED]
 
 
 @pytest.mark.parametrize(
@@ -131,13 +152,16 @@ def test_what_has_no_recipe_is_refused(words, expected):
 
 # ---- scripts
 
-# Stands in for Python: writes down the commands of the project instead of running them, and makes up scores.
+# Stands in for Python: writes down the commands of the project instead of running them, and makes up scores. (To tell
+# bases apart the real one loads torch.)
 PYTHON = f"""#!{sys.executable}
-import json, os, sys
+import json, os, pathlib, sys
 words = sys.argv[1:]
 if words[0] in ("finetune.py", "extract_adapter.py", "generate.py"):
     with open(os.environ["CALLS"], "a") as file:
         file.write(json.dumps(words) + "\\n")
+elif words[:3] == ["-m", "exps.recipe", "fingerprint"]:
+    print(hash(pathlib.Path(words[3], "consolidated.00.pth").read_bytes()))
 elif words[:2] == ["-m", "evaluate"]:
     at = words.index("--save_path")
     score = {{"percent": 50, "half_width": 1, "missing": 0}}
@@ -164,7 +188,7 @@ def script(tmp_path):
 
     def call(name, *words, **env):
         calls.write_text("")
-        env = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "CALLS": calls} | env
+        env = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "CALLS": calls, "PYTHONHASHSEED": 0} | env
         env |= {"DATA": tmp_path / "data", "OUT": tmp_path / "runs"}
         result = bash(name, *words, **env)
         lines = [json.loads(line) for line in calls.read_text().splitlines()]
@@ -184,94 +208,101 @@ def bash(name, *words, **env):
     return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=240)
 
 
-def flags_of(words):
-    """{flag: value} of a recorded command."""
-    return {name: value for name, value in zip(words[1:], [*words[2:], ""], strict=True) if name.startswith("--")}
-
-
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash_and_can_be_executed(path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     assert os.access(path, os.X_OK)
 
 
-@pytest.mark.parametrize(
-    ("name", "dataset", "tests"),
-    [
-        ("table_math.sh", "math_14k", 6),
-        ("table_commonsense.sh", "commonsense_15k", 8),
-        ("table_code.sh", "codealpaca", 2),
-    ],
-)
-def test_a_table_is_all_methods_with_three_seeds(name, dataset, tests, script, tmp_path):
-    env = {"CKPT_DIR": "models/base", "METHODS": "lora", "ALLOW_CODE_EXECUTION": 1}
-    result, calls = script(name, **env)
+@pytest.mark.parametrize(("dataset", "tests"), [("math_14k", 6), ("commonsense_15k", 8), ("codealpaca", 2)])
+def test_a_table_is_all_methods_with_three_seeds(dataset, tests, script, tmp_path):
+    env = {"CKPT_DIR": BASE, "METHODS": "lora", "ALLOW_CODE_EXECUTION": 1}
+    result, calls = script("table.sh", dataset, **env)
     assert result.returncode == 0, result.stderr
-    trained = [flags_of(words) for words in calls if words[0] == "finetune.py"]
-    assert [(flags["--method"], flags["--seed"]) for flags in trained] == [("lora", seed) for seed in "012"]
-    assert len([words for words in calls if words[0] == "generate.py"]) == 3 * tests
-    for words in calls:
-        if words[0] == "finetune.py":
-            found = parse_flags(words[1:], {}, "").train
-            assert found.resume and found.data_path == str(tmp_path / "data" / dataset / "train.json")
-            assert found.output_dir == str(tmp_path / "runs" / dataset / found.method / f"s{found.seed}")
-            assert len(found.leak_tests.split(",")) == tests
-        elif words[0] == "generate.py":
-            found = parse(Flags, words[1:])
-            place = Path(found.save_path).parent
-            assert place.name == f"s{found.seed}" and found.ckpt_dir == "/models/base"
-            assert found.adapter_path == str(place / "adapter.pth")
-    out = tmp_path / "runs"
-    table = (out / f"{name[:-3]}.md").read_text()
-    assert table in result.stdout and "| lora " in table
-    assert (out / f"{name[:-3]}.csv").exists() and (out / f"{name[:-3]}.json").exists()
-    again, calls = script(name, **env)
+    trained = [parse_flags(words[1:], {}, "").train for words in calls if words[0] == "finetune.py"]
+    answered = [parse(Flags, words[1:]) for words in calls if words[0] == "generate.py"]
+    assert [(flags.method, flags.seed) for flags in trained] == [("lora", seed) for seed in (0, 125, 1225)]
+    assert len(answered) == 3 * tests
+    for flags in trained:
+        assert flags.resume and flags.data_path == str(tmp_path / "data" / dataset / "train.json")
+        assert flags.output_dir == str(tmp_path / "runs" / dataset / "lora" / f"s{flags.seed}")
+        assert len(flags.leak_tests.split(",")) == tests
+    for flags in answered:
+        out = Path(flags.save_path).parent
+        assert (out.name, flags.ckpt_dir) == (f"s{flags.seed}", str(BASE))
+        assert flags.adapter_path == str(out / "adapter.pth")
+    table = tmp_path / "runs" / f"table_{dataset}"
+    assert table.with_suffix(".md").read_text() in result.stdout and "| lora " in result.stdout
+    assert table.with_suffix(".csv").exists() and table.with_suffix(".json").exists()
+    again, calls = script("table.sh", dataset, **env)
     assert again.returncode == 0 and not calls and again.stderr.count("complete") == 3
 
 
 def test_the_small_table(script, tmp_path):
-    result, calls = script("table_small.sh", METHODS="base soft_moa molora", SEEDS="4 5")
+    result, calls = script("table_small.sh", METHODS="base soft_moa molora", SEEDS="4 5", CKPT_DIR=BASE)
     assert result.returncode == 0, result.stderr
     trained = [parse_flags(words[1:], {}, "") for words in calls if words[0] == "finetune.py"]
-    assert [(one.train.method, one.train.seed) for one in trained] == [
-        *[("soft_moa", 4), ("soft_moa", 4), ("soft_moa", 5), ("soft_moa", 5)],
-        *[("molora", 4), ("molora", 4), ("molora", 5), ("molora", 5)],
-    ]
-    for one, (batch, warmup) in zip(trained, [(2, 0.008), (4, 0.01)] * 4, strict=True):
-        found = one.train
-        assert (found.max_steps, found.batch_size, found.accum_iter, found.lr) == (200, batch, 1, 1e-3)
-        assert (found.max_seq_len, found.warmup_epochs, found.bf16) == (200, warmup, None)
-        assert one.adapter == ({"swi_x": 4} if found.method == "soft_moa" else {})
+    names = [(config.train.method, config.train.seed) for config in trained]
+    assert names == [(method, seed) for method in ("soft_moa", "molora") for seed in (4, 4, 5, 5)]
+    for config, (batch, warmup) in zip(trained, [(2, 0.008), (4, 0.01)] * 4, strict=True):
+        expected = {"max_steps": 200, "batch_size": batch, "accum_iter": 1, "lr": 1e-3, "max_seq_len": 200}
+        expected |= {"warmup_epochs": warmup, "bf16": None}
+        assert fields(config.train, expected) == expected
+        assert config.adapter == ({"swi_x": 4} if config.train.method == "soft_moa" and batch == 4 else {})
     answered = [parse(Flags, words[1:]) for words in calls if words[0] == "generate.py"]
     assert len(answered) == 5 * (4 + 6)
-    for found in answered:
-        lengths = (120, 120) if "/gsm8k/" in found.save_path else (16, 16)
-        assert (found.max_gen_len, found.min_gen_len, found.max_seq_len, found.max_rows) == (*lengths, 512, 64)
-        assert (found.temperature, found.top_p, found.bf16, found.ckpt_dir) == (0, 0.75, None, None)
-        place = Path(found.save_path).parent
-        assert found.adapter_path == (None if place.parent.name == "base" else str(place / "adapter.pth"))
+    for flags in answered:
+        out, length = Path(flags.save_path).parent, 120 if "/gsm8k/" in flags.save_path else 16
+        expected = {"max_gen_len": length, "min_gen_len": length, "max_seq_len": 512, "max_rows": 64, "temperature": 0}
+        assert fields(flags, expected) == expected
+        assert flags.adapter_path == (None if out.parent.name == "base" else str(out / "adapter.pth"))
     assert "## gsm8k" in result.stdout and "## commonsense_15k_mixed" in result.stdout
 
 
 def test_code_is_run_only_where_that_is_allowed(script, tmp_path):
-    result, calls = script("run.sh", "base", "codealpaca", 0)
+    result, calls = script("run.sh", "base", "codealpaca", 0, CKPT_DIR=BASE)
     assert result.returncode == 0 and len(calls) == 2 and "ALLOW_CODE_EXECUTION=1" in result.stderr
     assert not (tmp_path / "runs/codealpaca/base/s0/scores.json").exists()
-    assert script("run.sh", "base", "codealpaca", 0, ALLOW_CODE_EXECUTION=1)[0].returncode == 0
+    assert script("run.sh", "base", "codealpaca", 0, CKPT_DIR=BASE, ALLOW_CODE_EXECUTION=1)[0].returncode == 0
     assert (tmp_path / "runs/codealpaca/base/s0/scores.json").exists()
 
 
 def test_a_variant_has_a_folder_of_its_own_and_processes_share_a_step(script, tmp_path):
-    result, calls = script("run.sh", "lora", "gsm8k", 3, "--lora_rank", 4, VARIANT="r4", SUITES="AddSub")
+    env = {"VARIANT": "r4", "SUITES": "AddSub", "CKPT_DIR": BASE}
+    result, calls = script("run.sh", "lora", "gsm8k", 3, "--lora_rank", 4, **env)
     assert result.returncode == 0, result.stderr
-    found = parse_flags(calls[0][1:], {}, "")
-    assert found.train.output_dir == str(tmp_path / "runs/gsm8k/lora-r4/s3") and found.adapter == {"lora_rank": 4}
+    config = parse_flags(calls[0][1:], {}, "")
+    assert config.train.output_dir == str(tmp_path / "runs/gsm8k/lora-r4/s3") and config.adapter == {"lora_rank": 4}
     assert [words[0] for words in calls] == ["finetune.py", "extract_adapter.py", "generate.py"]
+
+
+def test_complete_is_what_has_been_made_of_the_same_contents(script, tmp_path):
+    """... wherever they lie: not another model, other rows or another adapter in the place of what was there."""
+    base, data, out = tmp_path / "base", tmp_path / "data", tmp_path / "runs/gsm8k/lora/s0"
+    shutil.copytree(BASE, base)
+    (data / "addsub" / "test.json").write_text("[1]")
+
+    def complete(ckpt_dir=base):
+        result, calls = script("run.sh", "lora", "gsm8k", 0, SUITES="AddSub", CKPT_DIR=ckpt_dir)
+        assert result.returncode == 0, result.stderr
+        assert ("complete" in result.stderr) == (not calls)
+        return not calls
+
+    assert [complete(), complete(), complete(BASE)] == [False, True, True]
+    for file, content in (
+        (base / "consolidated.00.pth", b"another model"),
+        (data / "gsm8k" / "train.json", b"[2]"),
+        (data / "addsub" / "test.json", b"[3]"),
+        (out / "adapter.pth", b"another adapter"),
+    ):
+        file.write_bytes(content)
+        assert [complete(), complete()] == [False, True], file
 
 
 @pytest.mark.parametrize(
     ("words", "env", "expected"),
     [
+        (["lora", "gsm8k", 0], {"CKPT_DIR": "/nowhere"}, ["/nowhere"]),
         (["lora", "gsm8k", 0], {"SUITES": "AddSub mawps"}, ["mawps/test.json", "SUITES"]),
         (["lora", "demon", 0], {}, ["'demon'", "demo"]),
         (["lora", "gsm8k", 0], {"GENERATE": "--max_rowz 3"}, ["--max_rowz", "--max_rows"]),
@@ -286,7 +317,7 @@ def test_a_run_that_cannot_be_is_refused_before_any_work(words, env, expected, t
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {"PATH": path, "DATA": tmp_path / "data", "OUT": tmp_path / "runs", "CKPT_DIR": BASE} | env
     result = bash("run.sh", *words, **env)
-    refused(result, *expected, status=2 if "GENERATE" in env or "demon" in words else 1)
+    refused(result, *expected, status=1 if "SUITES" in env or env["DATA"] == "/nowhere" else 2)
     assert not (tmp_path / "runs").exists()
 
 

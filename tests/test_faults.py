@@ -149,9 +149,9 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch):
         check_machine("cuda:0", None, False)
 
 
-@pytest.mark.parametrize("place", ["/proc/run", "/dev/null", "/dev/null/run"])
-def test_a_folder_that_cannot_be_made_is_named(data, place):
-    refused(run("finetune.py", *train_flags(data, Path(place))), place)
+@pytest.mark.parametrize("path", ["/proc/run", "/dev/null", "/dev/null/run"])
+def test_a_folder_that_cannot_be_made_is_named(data, path):
+    refused(run("finetune.py", *train_flags(data, Path(path))), path)
 
 
 def test_a_checkpoint_that_is_damaged_is_set_aside_and_the_one_before_is_taken(results, folder, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from moa.files import atomic_write, file_hash, load_tensors, lock, read_json, remove_stale_temp_files
 from moa.reading import parse_json, read_text, safe_name, short_repr
 
+REPO = Path(__file__).resolve().parents[1]
 VALID = {"a": torch.tensor([1.5, -2.0]), "b": torch.arange(3.0)}
 
 
@@ -84,9 +85,9 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from moa.files import lock; lock(Path(sys.argv[1]), 'taken')"
     other = [sys.executable, "-c", code, str(path)]
     with lock(path, "taken"):
-        result = subprocess.run(other, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        result = subprocess.run(other, capture_output=True, text=True, cwd=REPO)
         assert result.returncode == 1 and result.stderr.endswith("ValueError: taken\n")
-    assert subprocess.run(other, cwd=Path(__file__).parents[1]).returncode == 0  # and lets go of it at its end
+    assert subprocess.run(other, cwd=REPO).returncode == 0  # and lets go of it at its end
     with lock(path, "taken"), pytest.raises(ValueError, match="^taken$"), lock(path, "taken"):
         pass
 

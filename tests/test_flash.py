@@ -1,9 +1,10 @@
 """Variable-length kernels of a GPU, flash-attn 2's and PyTorch's own; here others, written from their published
 signatures, stand for them, so that the calls are tested without a GPU."""
 
+import inspect
 import sys
 from functools import partial
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,58 +16,35 @@ from llama.accelerate import attention
 from llama.generation import check_gpu_features
 from llama.model import causal_attention
 from llama.packing import PackedBatch
-from tiny import BASE, METHODS, gradients, relative, shared, tokens
+from tiny import ALL, BASE, drawn, gradients, prompts, relative, shared, tokens
 
 
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool = False,
-) -> Tensor:
-    """q (total_q, H, h), k and v (total_k, K, h), K dividing H; cu_seqlens (R + 1,) int32; -> (total_q, H, h)."""
-    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        assert tensor.dtype == torch.int32 and tensor.device == q.device, name
-    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k) == len(v)
-    assert cu_seqlens_q.diff().max() == max_seqlen_q and cu_seqlens_k.diff().max() == max_seqlen_k
-    shared_by = q.shape[1] // k.shape[1]
-    out = torch.zeros_like(q)
-    for begin, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
-        for head in range(q.shape[1]):
-            keys, values = (t[begin:end, head // shared_by] for t in (k, v))
-            scores = q[begin:end, head] @ keys.T / q.shape[-1] ** 0.5
-            if causal:
-                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-            out[begin:end, head] = scores.softmax(-1) @ values
-    return out
+def by_ends(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int) -> Tensor:
+    """Causal attention of q (N, H, h) to k and v (N, K, h), of sequences that end at `ends_q` (R + 1,) int32."""
+    for tensor, ends, longest in ((q, ends_q, longest_q), (k, ends_k, longest_k), (v, ends_k, longest_k)):
+        assert ends.dtype == torch.int32 and ends.device == q.device
+        assert ends[-1] == len(tensor) and ends.diff().max() == longest
+    return causal_attention(q, k, v, PackedBatch(ends_q.diff().tolist(), "cpu"))
 
 
 @pytest.fixture
-def flash(monkeypatch) -> list[int]:
-    """The package as if it were installed; counts its calls."""
-    calls: list[int] = []
+def flash(monkeypatch) -> list[bool]:
+    """The package as if it were installed; `causal` of each of its calls."""
+    calls: list[bool] = []
 
-    def counted(*args, **kwargs) -> Tensor:
-        calls.append(1)
-        return flash_attn_varlen_func(*args, **kwargs)
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False) -> Tensor:
+        calls.append(causal)
+        return by_ends(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
-    module = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = counted
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return calls
 
 
-@pytest.mark.parametrize("name", [None, *METHODS])
-def test_same_results_by_the_kernel(name: str | None, flash: list[int], monkeypatch) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_same_results_by_the_kernel(name: str | None, flash: list[bool], monkeypatch) -> None:
     llm = shared(name)
-    model, batch = llm.model, tokens(2, 7)
-    rows = PackedBatch([3, 1, 10], "cpu")
-    ragged = tokens(14)
-    prompts = [[256, 1, 2, 3], [256, 9], [256, 4, 4, 7, 8, 1]]
+    model, batch, ragged, rows = llm.model, tokens(2, 7), tokens(14), PackedBatch([3, 1, 10], "cpu")
 
     def results() -> tuple[Tensor, Tensor, list, dict]:
         if name is not None:
@@ -75,72 +53,56 @@ def test_same_results_by_the_kernel(name: str | None, flash: list[int], monkeypa
             aux = 0 if stats is None else model.load_balancing_loss(stats, stats.tokens_per_expert / 14) / 14
             (losses.ce_loss + aux).backward()
         hidden, _ = model.forward_hidden(ragged, rows)
-        return model(batch), hidden, llm.generate(prompts, max_gen_len=5), gradients(model)
+        return model(batch), hidden, llm.generate(prompts(4, 2, 6), max_gen_len=5), gradients(model)
 
     expected = results()
     assert not flash
     for block in model.layers:
         monkeypatch.setattr(block.attention, "causal_attention", partial(attention.causal_attention, flash=True))
     actual = results()
-    assert len(flash) == (4 if name else 3) * 3  # each layer: the loss, logits, hidden, one prefill
-    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=1e-4)
+    assert flash == [True] * (4 if name else 3) * 3  # each layer: the loss, logits, hidden, one prefill
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=1e-4, atol=1e-4)
     assert actual[2] == expected[2]
     for key, grad in actual[3].items():
         assert relative(grad, expected[3][key]) < (2e-3 if "threshold" in key else 1e-4), key  # sums in another order
 
 
-def test_asked_for_where_it_cannot_run(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="flash_attention2 needs a GPU"):
-        Llama.build(BASE, device="cpu", bf16=True, flash_attention2=True)
+def test_a_feature_that_cannot_run_is_refused(monkeypatch) -> None:
+    for feature in ({"flash_attention2": True, "bf16": True}, {"cuda_graphs": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(feature))} needs a GPU"):
+            Llama.build(BASE, device="cpu", **feature)
     gpu = torch.device("cuda")
     with pytest.raises(ValueError, match="flash_attention2 needs bf16"):
         check_gpu_features(gpu, False, 1, flash_attention2=True, cuda_graphs=False)
+    with pytest.raises(ValueError, match="cuda_graphs needs model_parallel_size 1, not 2"):
+        check_gpu_features(gpu, True, 2, flash_attention2=False, cuda_graphs=True)
     monkeypatch.setattr(llama.generation, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="flash_attention2: the package flash-attn is not installed"):
         check_gpu_features(gpu, True, 1, flash_attention2=True, cuda_graphs=False)
 
 
-def _varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    """For a CPU, with the scores' logarithms and the state of a dropout that there is not."""
-    assert is_causal
-    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
-    return out, q.new_zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
-
-
-def _varlen_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, is_causal, *_: object) -> tuple[Tensor, ...]:
-    assert is_causal
-    grads = [torch.zeros_like(t) for t in (q, k, v)]
-    for begin, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
-        for head in range(q.shape[1]):
-            places = [(slice(begin, end), head // (q.shape[1] // t.shape[1])) for t in (q, k, v)]
-            query, keys = (t[place] / q.shape[-1] ** 0.5 for t, place in zip((q, k), places, strict=False))
-            scores = query @ k[places[1]].T
-            p = scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-            along = grad[places[0]] @ v[places[2]].T
-            of_scores = p * (along - (along * p).sum(-1, keepdim=True))
-            parts = (of_scores @ keys, of_scores.T @ query, p.T @ grad[places[0]])
-            for whole, place, part in zip(grads, places, parts, strict=True):
-                whole[place] += part
-    return tuple(grads)
-
-
-def test_pytorchs_own_kernel_gives_the_same() -> None:
+def test_pytorchs_own_kernel_gives_the_same(monkeypatch) -> None:
     """Of rows of different lengths, with key heads that are shared: values and gradients."""
     from torch.nn.attention import varlen
 
-    varlen._varlen_attn.register_kernel("cpu")(_varlen_forward)
-    varlen._varlen_attn_backward.register_kernel("cpu")(_varlen_backward)
-    rows, generator = PackedBatch([3, 1, 10], "cpu"), torch.Generator().manual_seed(0)
-    results = []
-    for attend in (attention.varlen_attention, causal_attention):
-        generator.manual_seed(0)
-        q, k, v = (torch.randn(14, heads, 16, generator=generator).requires_grad_() for heads in (4, 2, 2))
-        out = attend(q, k, v, rows)
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*args, **kwargs) -> Tensor:
+        call = signature.bind(*args, **kwargs).arguments
+        q, k, v, *ends = (call[name] for name in list(signature.parameters)[:7])
+        assert call["window_size"] == (-1, 0) and (call.get("enable_gqa") or q.shape == k.shape)
+        return by_ends(q, k, v, *ends)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    rows, results = PackedBatch([3, 1, 10], "cpu"), []
+    for gqa in (None, False, "enable_gqa" in signature.parameters):
+        monkeypatch.setattr(attention, "_varlen_has_gqa", lambda gqa=gqa: gqa)
+        q, k, v = (drawn(14, heads, 16).requires_grad_() for heads in (4, 2, 2))
+        out = causal_attention(q, k, v, rows) if gqa is None else attention.varlen_attention(q, k, v, rows)
         out.square().sum().backward()
         results.append([out.detach(), q.grad, k.grad, v.grad])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for actual in results[1:]:
+        torch.testing.assert_close(actual, results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

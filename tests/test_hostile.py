@@ -1,7 +1,6 @@
 """Damaged files of every kind never do harm (see hostile.py for the property and for the inputs)."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -31,10 +30,9 @@ from hostile import (
 from llama import Llama
 from llama.distributed import init_distributed
 from llama.predictions import Predictions
-from moa.adapter_file import load_adapter
 from moa.reading import read_rows
 from moa.state import adapter_state_dict
-from tiny import ARGS, BASE, GOLDEN, PARAMS, golden_state, tokens
+from tiny import BASE, GOLDEN, PARAMS, golden_state, tokens
 from training.checkpoint import read
 
 Folders = Callable[..., Path]
@@ -233,25 +231,3 @@ def test_predictions_in_the_making(data, damaged_name: str, new_folder: Folders)
     started[0].finish()
     rows = [json.loads(line) for line in (folder / "AddSub.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "generate"} for row in rows] == ROWS
-
-
-# What lies in a file's place
-
-
-@pytest.mark.parametrize("name", ["params.json", "tokenizer.model", "consolidated.00.pth", "adapter.pth", "rows.json"])
-def test_what_is_no_file_in_the_place_of_one(name: str, made, new_folder: Folders) -> None:
-    base = new_folder(BASE) / "base"
-    shutil.copytree(made.adapter, base, dirs_exist_ok=True)
-    place = base / name
-    place.unlink(missing_ok=True)
-    reads = {
-        "adapter.pth": lambda: load_adapter(place, ARGS),
-        "rows.json": lambda: read_rows(place, ("instruction",)),
-    }
-    read_it = reads.get(name, lambda: Llama.build(base, device="cpu"))
-    for make in (lambda: None, lambda: place.symlink_to("nowhere"), lambda: os.mkfifo(place)):
-        make()
-        assert unchanged(base, lambda: sentence_of(read_it, str(base)))
-        place.unlink(missing_ok=True)
-    place.mkdir()
-    assert unchanged(base, lambda: sentence_of(read_it, str(base)))

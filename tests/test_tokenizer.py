@@ -1,6 +1,7 @@
 """The tokenizer: ids of the published LLaMA-3 one, text there and back, and files that are none."""
 
 import base64
+import json
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.tokenizer import MAX_RUN, Tokenizer, special_tokens
+from llama.tokenizer import LLAMA3_SPLIT, MAX_RUN, Rules, Tokenizer, special_tokens, write_tokenizer
 
 BYTES = Path(__file__).resolve().parent / "golden" / "base" / "tokenizer.model"
 SINGLE = [bytes([i]) for i in range(256)]
@@ -39,10 +40,10 @@ def test_text_there_and_back(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_special_ids_follow_the_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.n_words) == (256, 257, 265, 512)
-    assert tokenizer.stop_ids == (257, 265)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.n_words) == (256, 257, 512)
+    assert tokenizer.stop_ids == (257, 264, 265)
     larger = Tokenizer(write(tmp_path / "t", [*SINGLE, b"he", b"hel"]))
-    assert (larger.bos_id, larger.eos_id, larger.eot_id, larger.n_words) == (258, 259, 267, 514)
+    assert (larger.bos_id, larger.eos_id, larger.stop_ids, larger.n_words) == (258, 259, (259, 266, 267), 514)
     names = special_tokens()
     assert len(set(names)) == len(names) == 256
     assert names[:2] == ["<|begin_of_text|>", "<|end_of_text|>"]
@@ -141,6 +142,66 @@ def test_files_that_are_no_tokenizer(content: bytes, words: str, tmp_path: Path)
     assert str(error.value).startswith(f"{path}: ") and words in str(error.value) and "\n" not in str(error.value)
 
 
+RULES = {
+    "vocab_size": 300,
+    "split": [r"\p{N}", LLAMA3_SPLIT],
+    "special_tokens": {"<end>": 257},
+    "bos_id": None,
+    "eos_id": 257,
+    "stop_ids": [257, 258],
+    "added_tokens": {"<t>": 258, "<t>a": 259},
+    "normalize": "NFC",
+}
+
+
+def test_rules_in_the_first_line(tmp_path: Path) -> None:
+    ids = {bytes([b]): b for b in range(255)} | {b"12": 256}
+    (tmp_path / "t").write_bytes(write_tokenizer(ids, Rules(**RULES)))
+    tokenizer = Tokenizer(tmp_path / "t")
+    assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (300, None, 257, (257, 258))
+    assert tokenizer.encode("12", bos=True, eos=True) == [*b"12", 257]  # digits stand alone
+    assert tokenizer.encode("<t>ae\u0301<t><end>") == [259, *b"\xc3\xa9", 258, *b"<end>"]
+    assert tokenizer.decode([256, 258, 257, 299]) == "12<t><end><|unused_token_299|>"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+        ({"vocab_size": 257}, "257 is no id of 257 tokens"),
+        ({"split": []}, "split must be a list"),
+        ({"split": "a"}, "split must be a list"),
+        ({"split": ["(", "b"]}, "missing )"),
+        ({"split": [r"(?P<a>b)(?P=c)"]}, "unknown group"),
+        ({"split": ["a", r"\L<b>"]}, "line 1"),
+        ({"special_tokens": {"<end>": -1}}, "-1 is no id of 300 tokens"),
+        ({"special_tokens": {"<end>": 257, "<fin>": 257}}, "there twice"),
+        ({"special_tokens": {"": 257}}, "empty"),
+        ({"special_tokens": ["<end>"]}, "not the rules of a tokenizer"),
+        ({"special_tokens": {"<end>": 7}, "eos_id": 7, "stop_ids": [7]}, "ids of tokens must be 0 to 299, none twice"),
+        ({"bos_id": True}, "True is no id"),
+        ({"eos_id": 256}, "eos_id must be one of stop_ids"),
+        ({"stop_ids": 257}, "not the rules of a tokenizer"),
+        ({"normalize": "lower"}, "normalize one of"),
+        ({"lower": True}, "unexpected keyword argument 'lower'"),
+    ],
+)
+def test_damaged_rules_are_named(change: dict, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(json.dumps(RULES | change).encode() + b"\n" + lines(b"YWI= 256\n"))
+    with pytest.raises(ValueError) as error:
+        Tokenizer(path)
+    assert str(error.value).startswith(f"{path}: ") and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rules_cut_short_are_named(tmp_path: Path) -> None:
+    content = json.dumps(RULES)
+    (tmp_path / "t").write_text(content[:60])
+    with pytest.raises(ValueError, match="t: line 1: not .*valid JSON"):
+        Tokenizer(tmp_path / "t")
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer.model: no such file"):
         Tokenizer(tmp_path / "tokenizer.model")
@@ -170,8 +231,8 @@ def published(request) -> Tokenizer:
 @pytest.mark.e2e
 def test_published_ids(published: Tokenizer) -> None:
     assert published.n_words == 128256
-    assert (published.bos_id, published.eos_id, published.eot_id) == (128000, 128001, 128009)
-    special = published.special
+    assert (published.bos_id, published.eos_id, published.stop_ids) == (128000, 128001, (128001, 128008, 128009))
+    special = published.rules.special_tokens
     assert (special["<|start_header_id|>"], special["<|end_header_id|>"]) == (128006, 128007)
     assert (special["<|eom_id|>"], special["<|python_tag|>"]) == (128008, 128010)
     sentence = "This is a test sentence."

@@ -25,7 +25,7 @@ from training.schedule import Schedule
 
 
 def plan(n_rows=10, rows_per_step=4, min_lr=1e-5, **flags):
-    return Schedule.from_config(TrainConfig(min_lr=min_lr, **flags), n_rows, rows_per_step=rows_per_step)
+    return Schedule.from_config(TrainConfig(min_lr=min_lr, batch_size=rows_per_step, **flags), n_rows)
 
 
 def test_learning_rate_follows_the_published_schedule():
@@ -37,6 +37,8 @@ def test_learning_rate_follows_the_published_schedule():
         [1e-5 + (p.lr - 1e-5) * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
     )
     flat = plan(n_rows=320, rows_per_step=32, warmup_epochs=0.4, min_lr=0.0, lr_schedule="constant")
+    long = plan(n_rows=320, rows_per_step=32, warmup_epochs=4)  # the slope asked for, beyond the end
+    assert [long.learning_rate(i) for i in range(20)] == pytest.approx([long.lr * (i + 1) / 40 for i in range(20)])
     assert flat.warmup_steps == 4 and {flat.learning_rate(step) for step in range(4, 20)} == {flat.lr}
 
 
@@ -361,6 +363,16 @@ def test_a_resumed_log_has_each_step_once_and_tells_of_damaged_lines(tmp_path, c
     log.close()
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("train_on_input", [False, True])
+def test_labels_are_the_answer_and_if_asked_the_prompt(tmp_path, train_on_input):
+    path, tokenizer = tmp_path / "rows.json", tiny.shared(None).tokenizer
+    path.write_text(json.dumps([{"instruction": "add", "input": "", "output": "b"}]))
+    (example,) = load_examples(path, tokenizer, 300, train_on_input)
+    ignored = 1 if train_on_input else example.prompt_len  # BOS is never predicted
+    assert example.labels == [IGNORE_INDEX] * ignored + example.tokens[ignored:]
+    assert example.tokens[example.prompt_len :] == tokenizer.encode("b", eos=True)
 
 
 def test_rows_that_do_not_fit_are_left_out_aloud(tmp_path, capsys):

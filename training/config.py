@@ -55,6 +55,11 @@ class TrainConfig:
     )
     lr_schedule: str = flag("cosine", help="after the warm-up", choices=("cosine", "constant"), group=STEPS)
     weight_decay: float = flag(0.02, help="AdamW's, on matrices", group=STEPS)
+    beta2: float = flag(0.95, help="AdamW's second beta; the first is 0.9", group=STEPS)
+    grad_clip: float | None = flag(
+        None, help="largest norm of a step's gradient, over all adapters; default: no limit", group=STEPS
+    )
+    train_on_input: bool = flag(False, help="learn the prompt as well, not the answer alone", group=STEPS)
     bf16: bool | None = flag(
         None, help="base in bf16 (adapters stay fp32); default: where the hardware multiplies bf16", group=MACHINE
     )
@@ -75,7 +80,7 @@ class TrainConfig:
         for name in (*counts, "model_parallel_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("epochs", "lr", "blr"):
+        for name in ("epochs", "lr", "blr", "grad_clip"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
         for name in ("min_lr", "warmup_epochs", "weight_decay", "seed"):
@@ -83,6 +88,8 @@ class TrainConfig:
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
         if self.epochs > 1e6 or self.seed >= 2**32:
             raise ValueError(f"--epochs {self.epochs:g} or --seed {self.seed} is too large (1e6, 2**32 - 1)")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"--beta2 must be from 0 to below 1, not {self.beta2}")
         if self.lr is not None and self.min_lr > self.lr:
             raise ValueError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.min_lr > 0 and self.lr_schedule == "constant":

@@ -16,10 +16,12 @@ FIELDS = ("instruction", "input", "output")
 MicroBatch = tuple[Tensor, Tensor, PackedBatch]  # tokens (N,), labels (N,) on the CPU, their sequences
 
 
-def load_examples(path: str | Path, tokenizer: Tokenizer, max_seq_len: int, quiet: bool = False) -> list[Example]:
+def load_examples(
+    path: str | Path, tokenizer: Tokenizer, max_seq_len: int, train_on_input: bool = False, quiet: bool = False
+) -> list[Example]:
     """All training rows that fit `max_seq_len`; those that do not are counted aloud. ValueError where none is left."""
     rows = read_rows(path, FIELDS)
-    examples = [encode_example(tokenizer, row, max_seq_len) for row in rows]
+    examples = [encode_example(tokenizer, row, max_seq_len, train_on_input) for row in rows]
     too_long = [i for i, example in enumerate(examples, 1) if example is None]
     if len(too_long) == len(rows):
         raise ValueError(f"{path}: none of the {len(rows)} rows fits --max_seq_len {max_seq_len}")

@@ -119,5 +119,5 @@ def _rows(flags: TrainConfig) -> int | None:
         return None
     if (Path(flags.ckpt_dir) / "tokenizer.model").is_file():
         _, tokenizer = load_params_and_tokenizer(flags.ckpt_dir)
-        return len(load_examples(flags.data_path, tokenizer, flags.max_seq_len))
+        return len(load_examples(flags.data_path, tokenizer, flags.max_seq_len, flags.train_on_input))
     return len(read_rows(flags.data_path, FIELDS))

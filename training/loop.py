@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from llama.data import Example
 from llama.distributed import dp_rank, dp_size
 from llama.model import Transformer
-from moa.state import adapter_parameters, optimizer_groups
+from moa.parallel import mp_size
+from moa.state import AdapterParameter, adapter_parameters, optimizer_groups
 from training.data import MicroBatch, label_count, local_micro_batches
 from training.schedule import Schedule
 
@@ -45,9 +46,9 @@ class Stopped(SystemExit):
         self.name = signal.Signals(signum).name
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the adapters, as in the published runs. Its fused form needs no memory beside its two moments."""
-    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+def make_optimizer(model: nn.Module, weight_decay: float, beta2: float = 0.95) -> torch.optim.AdamW:
+    """AdamW over the adapters. Its fused form needs no memory beside its two moments."""
+    return torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=0.0, betas=(0.9, beta2), fused=True)
 
 
 def forward_backward(model: Transformer, micro_batch: MicroBatch, num_labels: int, num_tokens: int) -> Tensor:
@@ -76,15 +77,18 @@ def train(
     state: TrainState,
     on_step: Callable[[dict[str, Any]], None],
     stop_signal: Callable[[], int] = lambda: 0,
+    grad_clip: float | None = None,
     forward_backward: Callable[[Transformer, MicroBatch, int, int], Tensor] = forward_backward,
 ) -> None:
     """Run steps `state.done` + 1 to `schedule.steps`, calling on_step with each step's log entry after it.
 
     A step whose loss or gradient is not finite is skipped, and its entry says so. A second one in a row raises
     NonFiniteLoss, naming steps and rows, and is not counted: the adapters are as they were before both. Raises Stopped,
-    after a step, when `stop_signal` is not 0 on any process. forward_backward: or a faster equal (`llama.accelerate`).
+    after a step, when `stop_signal` is not 0 on any process. grad_clip: the largest norm of a step's gradient.
+    forward_backward: or a faster equal (`llama.accelerate`).
     """
-    parameters = [entry.parameter for entry in adapter_parameters(model).values()]
+    adapters = list(adapter_parameters(model).values())
+    parameters = [entry.parameter for entry in adapters]
     device = parameters[0].device
     model.train()
     while state.done < schedule.steps:
@@ -106,6 +110,8 @@ def train(
         ce_loss, aux_loss, finite, signum = reduce_step(losses, parameters, stop_signal())
         skipped = None
         if finite:
+            if grad_clip is not None:
+                clip_gradients(adapters, grad_clip)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             optimizer.step()
@@ -170,6 +176,21 @@ def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
     dist.all_reduce(flat, group=mp.get_data_parallel_group())
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad.copy_(grad.view_as(parameter))
+
+
+def clip_gradients(adapters: list[AdapterParameter], max_norm: float) -> None:
+    """Scale all gradients so that the norm of the whole adapter's is at most `max_norm`. All ranks must call it.
+
+    A shard counts once, however many ranks of the model hold it.
+    """
+    squares = [
+        entry.parameter.grad.square().sum() * (entry.spec.shard.num_shards if entry.spec.shard else 1) / mp_size()
+        for entry in adapters
+    ]
+    total = torch.stack(squares).sum()
+    if mp_size() > 1:
+        dist.all_reduce(total, group=mp.get_model_parallel_group())
+    nn.utils.clip_grads_with_norm_([entry.parameter for entry in adapters], max_norm, total.sqrt())
 
 
 def reduce_step(losses: Tensor, parameters: list[nn.Parameter], signum: int) -> tuple[float, float, bool, int]:

@@ -24,11 +24,12 @@ def merge_with_previous_run(config: RunConfig) -> RunConfig:
     """
     if not config.train.resume or not (config.record.exists() or checkpoints(config.folder)):
         return config
-    start, start_adapters, n_layers = _read_start(config.record)
+    start, n_layers = _read_start(config.record)
     typed = {name: value for name, value in asdict(config.train).items() if name in config.explicit}
     # A typed option of the adapters may also spell out what the method's preset came to
-    before = asdict(start.train) | start_adapters.to_dict()
-    now = AdapterConfig.from_dict(start_adapters.to_dict() | config.adapter, n_layers).to_dict() | typed
+    before = asdict(start.train) | start.adapter
+    adapter = AdapterConfig.from_dict({"method": start.train.method} | start.adapter | config.adapter, n_layers)
+    now = adapter.to_dict() | typed
     for name in [*(typed.keys() - RESUMABLE_FIELDS), *config.adapter]:
         if now[name] != before[name]:
             raise ValueError(
@@ -40,22 +41,26 @@ def merge_with_previous_run(config: RunConfig) -> RunConfig:
     return RunConfig(TrainConfig(**asdict(start.train) | once | typed), start.adapter, config.explicit)
 
 
-def _read_start(path: Path) -> tuple[RunConfig, AdapterConfig, int]:
-    """Read the settings, the adapters and the number of layers that a run's record has. ValueError names the file."""
+def _read_start(path: Path) -> tuple[RunConfig, int]:
+    """Read the settings of a run, with all of its adapters', and the number of layers. ValueError names the file.
+
+    A flag that the run's revision did not have is at its default.
+    """
     try:
         record = parse_json(read_text(path), str(path))
-        settings, n_layers = dict(record["settings"]), record["base"]["n_layers"]
-        flags = [f for f in flags_of(TrainConfig) if f.name in settings or f.name not in RESUMABLE_FIELDS]
-        start = TrainConfig(**{flag.name: flag.convert(str(settings.pop(flag.name))) for flag in flags})
-        config = AdapterConfig.from_dict(record["adapter"], n_layers)
-        if AdapterConfig.from_dict({"method": start.method} | settings, n_layers) != config:
-            raise ValueError("its adapters do not follow from its settings")
-        if type(record["rows_per_step"]) is not int or record["rows_per_step"] < 1:
-            raise ValueError("rows_per_step is no number of rows")
+        settings, n_layers = record["settings"], record["base"]["n_layers"]
+        flags = {flag.name: flag for flag in flags_of(TrainConfig)}
+        start = TrainConfig(**{name: flags[name].convert(str(settings[name])) for name in flags.keys() & settings})
+        adapter = AdapterConfig.from_dict(record["adapter"], n_layers).to_dict()
+        if adapter.pop("method") != start.method:
+            raise ValueError("two methods")
+        for name, least in (("rows_per_step", 1), ("warmup_steps", 0)):
+            if type(record[name]) is not int or record[name] < least:
+                raise ValueError(f"{name} is no number")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         problem = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: not the record of a run that can be resumed ({problem})") from None
-    return RunConfig(start, settings, frozenset()), config, n_layers
+    return RunConfig(start, adapter, frozenset()), n_layers
 
 
 def record_to_resume(config: RunConfig, hashes: dict[str, str], ranks: int) -> dict[str, Any] | None:

@@ -40,15 +40,14 @@ class RunFolder:
     """The folder of a run. All processes call its methods; rank 0 reads and writes.
 
     ValueError, before anything is changed, where the folder holds another run, or where processes differ in what they
-    were told. rows_per_step: of the run to resume, None of one that begins.
+    were told. record: of the run to resume, None of one that begins.
     """
 
     def __init__(self, config: RunConfig, args: ModelArgs):
         flags = config.train
         self.path, self._config, self._args = config.folder, config, args
         self._hashes = {"base_fingerprint": fingerprint(flags.ckpt_dir), "data_sha256": file_hash(flags.data_path)}
-        self._record = broadcast_from_rank0(lambda: record_to_resume(config, self._hashes, dp_size()))
-        self.rows_per_step = self._record and self._record["rows_per_step"]
+        self.record = broadcast_from_rank0(lambda: record_to_resume(config, self._hashes, dp_size()))
         shared = {f"--{name}": value for name, value in asdict(flags).items() if name not in PER_HOST_FIELDS}
         adapter = config.adapter_config(args).to_dict()
         assert_same_on_all_ranks(shared | adapter | self._hashes | {"torch": torch.__version__})
@@ -69,7 +68,7 @@ class RunFolder:
 
     def begin(self, model: Transformer, optimizer: torch.optim.AdamW, schedule: Schedule) -> TrainState:
         """Restore the last whole checkpoint, or write the record of a new run -> what is done. Call it when locked."""
-        resumes = self._record is not None and self._record["has_checkpoint"]
+        resumes = self.record is not None and self.record["has_checkpoint"]
         if is_rank0() and not resumes and not self._config.train.overwrite and checkpoints(self.path):
             raise ValueError(f"{self.path}: another run has been there in the meantime; give --resume to go on with it")
         state = TrainState()
@@ -90,10 +89,14 @@ class RunFolder:
         """What is trained, on what, and where, in one line."""
         trainable, weight = count_parameters(model)["total"], model.output.weight
         percent = 100 * trainable / base_parameters(model)
+        steps = f"{schedule.steps} steps of {schedule.rows_per_step} rows"
+        if schedule.warmup_steps > schedule.steps:
+            steps += f" (within a warm-up of {schedule.warmup_steps}: the learning rate ends at "
+            steps += f"{schedule.learning_rate(schedule.steps - 1):.3g}, below {schedule.lr:g})"
+        dtype = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
         return (
             f"{model.config.method}: {trainable:,} trainable parameters ({percent:.2f} % of the base), "
-            f"{schedule.n_rows} rows, {schedule.steps} steps of {schedule.rows_per_step} rows, "
-            f"{'bf16' if weight.dtype == torch.bfloat16 else 'fp32'} on {weight.device}, in {self.path}"
+            f"{schedule.n_rows} rows, {steps}, {dtype} on {weight.device}, in {self.path}"
         )
 
     def _latest(self, model: Transformer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,18 +22,20 @@ class Schedule:
     constant: bool
 
     @classmethod
-    def from_config(cls, flags: TrainConfig, n_rows: int, ranks: int = 1, rows_per_step: int | None = None):
+    def from_config(cls, flags: TrainConfig, n_rows: int, ranks: int = 1, record: dict[str, Any] | None = None):
         """Work out a run with these flags on `ranks` data-parallel ranks.
 
-        rows_per_step: of a run that is resumed, on whatever ranks it was; None: batch_size * accum_iter on each rank.
+        record: of a run that is resumed, on whatever ranks it was: rows per step and warm-up stay.
         """
-        rows_per_step = rows_per_step or flags.batch_size * flags.accum_iter * ranks
+        rows_per_step = record["rows_per_step"] if record else flags.batch_size * flags.accum_iter * ranks
         per_epoch = -(-n_rows // rows_per_step)
         steps = flags.max_steps or max(1, round(flags.epochs * per_epoch))
-        if flags.warmup_epochs is None:
+        if record:
+            warmup_steps = record["warmup_steps"]
+        elif flags.warmup_epochs is None:
             warmup_steps = min(per_epoch, steps // 2)
-        else:
-            warmup_steps = min(steps, round(flags.warmup_epochs * per_epoch))
+        else:  # also beyond the end: the slope is the one asked for
+            warmup_steps = round(flags.warmup_epochs * per_epoch)
         lr = flags.blr * rows_per_step / 256 if flags.lr is None else flags.lr
         if flags.min_lr > lr:
             raise ValueError(f"--min_lr {flags.min_lr} is above the peak learning rate {lr:g}")

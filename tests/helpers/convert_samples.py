@@ -3,6 +3,7 @@ what those tests do with shards and with the command line."""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +16,77 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from convert.__main__ import main
-from llama.tokenizer import SPLIT_PATTERN, special_tokens
+from convert.vocabulary import QWEN2_SPLIT
+from llama.tokenizer import LLAMA3_SPLIT, special_tokens
 
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 # GPT-2 spells the bytes that have no printable character as U+0100, U+0101, ... in byte order.
 SPELLING = {b: chr(b) for b in PRINTABLE} | {b: chr(0x100 + i) for i, b in enumerate(OTHERS)}
 
-MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n")]
-SMOL_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
-SMOL_LACKS = (0xC0, 0xF5, 0xFF)
+MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("1", "2")]
 HF_TO_GGUF = {
     **{"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "model.layers": "blk"},
     **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
     **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
     **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
 }
-
-
-def llama3_vocabulary() -> tuple[list[str], list[int]]:
-    """Tokens in id order and which are special: 256 bytes, 4 merges, Meta's 256 special tokens."""
-    tokens = [SPELLING[b] for b in PRINTABLE + OTHERS] + ["".join(m) for m in MERGES]
-    return tokens + special_tokens(), list(range(len(tokens), len(tokens) + 256))
-
-
-def smol_vocabulary() -> tuple[list[str], list[int]]:
-    """Special tokens first, then the bytes but for a few, then 4 merges: SmolLM2's order."""
-    tokens = [SPELLING[b] for b in PRINTABLE + OTHERS if b not in SMOL_LACKS] + ["".join(m) for m in MERGES]
-    return SMOL_SPECIAL + tokens, list(range(len(SMOL_SPECIAL)))
-
-
-VOCABULARIES = {"llama3": llama3_vocabulary, "smol": smol_vocabulary}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-SPLITS = {  # how each model cuts a text before it merges
-    "llama3": [
-        {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
-        BYTE_LEVEL | {"use_regex": False},
-    ],
-    "smol": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
+
+
+def by_regex(pattern: str) -> list[dict[str, Any]]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [split, BYTE_LEVEL | {"use_regex": False}]
+
+
+@dataclass(frozen=True)
+class Style:
+    """A family of tokenizers: special tokens, before or behind the bytes and merges, and rules. end: the token that
+    config.json declares, by its place among the special ones. pre: GGUF's name of the splitting rule."""
+
+    special: list[str]
+    end: int
+    pre: str
+    split: list[dict[str, Any]]
+    special_first: bool = False
+    lacks: tuple[int, ...] = ()  # bytes without a token
+    normalizer: str | None = None
+    ignore_merges: bool = False
+
+    def vocabulary(self) -> tuple[list[str], list[int]]:
+        """Tokens in id order, and the ids of the special ones."""
+        tokens = [SPELLING[b] for b in PRINTABLE + OTHERS if b not in self.lacks] + ["".join(m) for m in MERGES]
+        if self.special_first:
+            return self.special + tokens, list(range(len(self.special)))
+        return tokens + self.special, list(range(len(tokens), len(tokens) + len(self.special)))
+
+
+DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", *special_tokens()[4:]]
+SMOL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
+STYLES = {
+    "llama3": Style(special_tokens(), 1, "llama-bpe", by_regex(LLAMA3_SPLIT), ignore_merges=True),
+    "deepseek": Style(DEEPSEEK, 1, "llama-bpe", by_regex(LLAMA3_SPLIT), ignore_merges=True),
+    "smol": Style(
+        *(SMOL, 2, "smollm", [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}]),
+        **{"special_first": True, "lacks": (0xC0, 0xF5, 0xFF)},
+    ),
+    "qwen": Style(SMOL[:3], 2, "qwen2", by_regex(QWEN2_SPLIT), normalizer="NFC"),
 }
 
 
-def write_tokenizer_json(folder: Path, style: str) -> None:
-    tokens, special = VOCABULARIES[style]()
+def write_tokenizer_json(folder: Path, style: Style) -> None:
+    tokens, special = style.vocabulary()
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     # LLaMA-3 keeps its special tokens out of the model's vocabulary, SmolLM2 has them in both places.
-    vocab = {token: i for i, token in enumerate(tokens) if i not in special or style == "smol"}
-    model = {"type": "BPE", "vocab": vocab, "merges": [list(m) for m in MERGES], "ignore_merges": style == "llama3"}
+    vocab = {token: i for i, token in enumerate(tokens) if i not in special or style.special_first}
+    merges = [list(merge) for merge in MERGES]
     content = {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": tokens[i], **flags} for i in special],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[style]},
+        "normalizer": style.normalizer and {"type": style.normalizer},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": style.split},
         "decoder": BYTE_LEVEL | {"use_regex": True},
-        "model": model,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": style.ignore_merges},
     }
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -84,9 +102,12 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 def write_hf(
     folder: Path, style: str, max_shard_size: str = "1GB", dtype: torch.dtype = torch.float32, **config: Any
 ) -> LlamaForCausalLM:
-    """A folder as Hugging Face has it, `style` llama3 (scaled rope, untied) or smol (tied); returns its model."""
-    sizes = {"vocab_size": len(VOCABULARIES[style]()[0]), "hidden_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+    """A folder as Hugging Face has it, with a style's tokenizer; returns its model. That of llama3 has a scaled rotary
+    embedding and is untied, the others are neither."""
+    tokens, special = STYLES[style].vocabulary()
+    sizes = {"vocab_size": len(tokens), "eos_token_id": special[STYLES[style].end], "rms_norm_eps": 1e-5}
+    sizes |= {"hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2}
     if style == "llama3":
         rope = {"rope_type": "llama3", "rope_theta": 5000.0, "original_max_position_embeddings": 64}
         rope |= {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -98,7 +119,7 @@ def write_hf(
     randomise(model)
     model.tie_weights()
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    write_tokenizer_json(folder, style)
+    write_tokenizer_json(folder, STYLES[style])
     return model
 
 
@@ -122,7 +143,7 @@ def gguf_tensors(
 ) -> dict[str, np.ndarray]:
     """Random float32 tensors of a tied model, by GGUF's names; `rows` 0: as many as the smol vocabulary has."""
     random = np.random.default_rng(0)
-    rows = rows or len(smol_vocabulary()[0])
+    rows = rows or len(STYLES["smol"].vocabulary()[0])
     shapes = {"token_embd.weight": (rows, dim), "output_norm.weight": (dim,)}
     for i in range(layers):
         block = {"attn_norm": (dim,), "ffn_norm": (dim,), "attn_q": (dim, dim), "attn_output": (dim, dim)}
@@ -137,14 +158,14 @@ def write_gguf(
     tensors: dict[str, np.ndarray],
     quantised: dict[str, gguf.GGMLQuantizationType] | None = None,
     architecture: str = "llama",
-    vocabulary: tuple[list[str], list[int]] | None = None,
+    style: str = "smol",
     theta: float = 10000.0,
     heads: int = 6,
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
     metadata: dict[str, int | float | str] | None = None,
 ) -> None:
     """A llama GGUF (2 key/value heads) with these tensors; `metadata` adds keys."""
-    tokens, special = vocabulary or smol_vocabulary()
+    tokens, special = STYLES[style].vocabulary()
     writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     writer.add_block_count(sum(name.endswith("attn_norm.weight") for name in tensors))
     writer.add_embedding_length(tensors["token_embd.weight"].shape[1])
@@ -154,6 +175,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(theta)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(STYLES[style].pre)
+    writer.add_eos_token_id(special[STYLES[style].end])
     writer.add_token_list(tokens)
     kinds = (gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokens)))
     writer.add_token_types(list(kinds))

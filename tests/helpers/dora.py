@@ -3,14 +3,17 @@
 m / |W + s B A| (W x + s B A x)        |.| is the norm of each row, taken as a constant in the backward pass
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from moa.adapter import AdapterModule, Target, linear_init, zeros
 from moa.config import AdapterConfig
-from moa.methods import LINEAR_TARGETS, option, register_adapter
+from moa.methods import ADAPTERS, LINEAR_TARGETS, option, register_adapter
 from moa.parallel import reduce_from_model_parallel_region
 
 
@@ -49,4 +52,9 @@ class DoRA(AdapterModule):
         return adapted if gate is None else output + self.target.gate_output(gate) * (adapted - output)
 
 
-register_adapter("dora", DoRAConfig, "dora:DoRA", LINEAR_TARGETS)
+@contextmanager
+def registered() -> Iterator[None]:
+    """The one registration; other tests know nothing of it."""
+    with mock.patch.dict(ADAPTERS):
+        register_adapter("dora", DoRAConfig, "dora:DoRA", LINEAR_TARGETS)
+        yield

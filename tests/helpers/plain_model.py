@@ -130,8 +130,8 @@ class Block:
         weights = torch.stack([query @ key / math.sqrt(self.h) for key in keys]).exp()
         weights = weights / weights.sum()
         length = self.flat["prompt_len"]
-        found = sum(experts[i // length] * weights[i] * value for i, value in enumerate(values))
-        return self.here["attention.adapters.prompt.gate"][head] * found
+        attended = sum(experts[i // length] * weights[i] * value for i, value in enumerate(values))
+        return self.here["attention.adapters.prompt.gate"][head] * attended
 
     def linear(self, target: str, base: str, u: Tensor, gates: dict) -> Tensor:
         y = self.here[f"{base}.weight"] @ u

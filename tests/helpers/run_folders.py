@@ -78,20 +78,26 @@ def score(folder: Path, texts: tuple[str, ...] = ("The answer is 4.", "It is 5",
     return folder
 
 
+def numbers(means: list[float], used: float) -> dict[str, Any]:
+    """Statistics of so many gates or experts."""
+    n = len(means)
+    part = {"count": 9, "mean": means, "std": [0.1] * n, "active": [0.75] * n, "used": {"mean": used}}
+    return part | {"quantiles": [[0.1] * 5] * n, "histogram": [[9, *[0] * 49]] * n}
+
+
 def write_gates(folder: Path, threshold: bool = False, experts: int = 0) -> Path:
     """Statistics as `python -m inspection gates` saves them, as far as they are used."""
     blocks, mixtures, n = [], [], len(SLOTS)
     for layer in range(LAYERS):
-        part = {"count": 9, "mean": [(layer + i) / 6 for i in range(n)], "std": [0.1] * n, "active": [0.75] * n}
-        part |= {"histogram": [[9, *[0] * 49]] * n, "used": {"mean": 2.5 + layer / 4}}
-        if threshold:
-            part["threshold"] = {"mean": 0.125 * layer, "quantiles": [0.1 * layer] * 5}
+        part = numbers([(layer + i) / 6 for i in range(n)], 2.5 + layer / 4)
+        part |= {"threshold": numbers([0.125 * layer], 1)} if threshold else {}
         blocks.append({"layer": layer, "unit": "token", "slots": list(SLOTS), "parts": {"all": part}})
-        shares = [(i + 1) / sum(range(1, experts + 1)) for i in range(experts)]
-        part = {"mean": shares, "load": [0.25] * experts, "used": {"mean": 2.0}, "balance": 0.875, "entropy": 0.5}
+        part = numbers([(i + 1) / sum(range(1, experts + 1)) for i in range(experts)], 2)
+        part |= {"balance": 0.875, "entropy": 0.5}
         mixtures.append({"layer": layer, "slot": "lora_Q", "experts": experts, "parts": {"all": part}})
-    content = {"format": "moa-router-statistics", "version": 1, "method": "x", "n_layers": LAYERS, "bins": 50}
+    content = {"format": "moa-router-statistics", "version": 2, "method": "x", "n_layers": LAYERS, "bins": 50}
     content |= {"source": {"data": "test.json", "rows": 3}, "counts": {"prompt": 6, "answer": 3, "all": 9}}
+    content |= {"block_router": "sparse" if threshold else "soft"}
     content |= {"blocks": [] if experts else blocks, "experts": mixtures if experts else []}
     (folder / "gates.json").write_text(json.dumps(content))
     return folder

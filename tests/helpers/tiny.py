@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +51,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "unipeft": {**_SOFT, "method": "unipeft"},
     "molora": {"method": "molora", **_LORA, "expert_num": 4},
     "hydralora": {"method": "hydralora", **_LORA, "expert_num": 3},
-    "topk_moelora": {"method": "topk_moelora", **_LORA, "expert_num": 4},
+    "topk_moelora": {"method": "topk_moelora", **_LORA, "expert_num": 4, "lb_loss_coeff": 0.01},
     "adamole": {"method": "adamole", **_LORA, "expert_num": 4, "lb_loss_coeff": 0.1},
-    "parallel_adapter_moe": {"method": "parallel_adapter_moe", **_P_ADAPTER, "expert_num": 3},
+    "parallel_adapter_moe": {**_P_ADAPTER, "method": "parallel_adapter_moe", "expert_num": 3, "p_adapter_hydra": False},
     "prompt_moe": {"method": "prompt_moe", **_PROMPT, "expert_num": 3},
     "soft_moa_experts": {**_SOFT, "swi_x": 1, "expert_num": 2, "lora_hydra": True, "p_adapter_hydra": True},
     "lora_bias_norm": {"method": "lora", **_LORA, **_LATER, "train_bias_norm": True},
@@ -66,13 +67,16 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-# Beside them, one whose forward pass is random while it trains
-NOISY = {"noisy": {**METHODS["topk_moelora"], "noisy_router": True}}
+# Beside them, one whose forward pass is random while it trains, and one whose adapter `dora.registered` makes known
+OTHERS = {
+    "noisy": {**METHODS["topk_moelora"], "noisy_router": True},
+    "dora": {"method": "custom", "dora_layers": "all", "p_adapter_layers": "1-3", "block_router": "soft", "swi_x": 1},
+}
 
 
 def config(name: str | None) -> AdapterConfig | None:
-    """Configuration of one of METHODS or NOISY; None (no adapters) for None."""
-    return None if name is None else AdapterConfig.from_dict((METHODS | NOISY)[name], ARGS.n_layers)
+    """Configuration of one of METHODS or OTHERS; None (no adapters) for None."""
+    return None if name is None else AdapterConfig.from_dict((METHODS | OTHERS)[name], ARGS.n_layers)
 
 
 def authors_can_say(name: str) -> bool:
@@ -152,17 +156,41 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradient of every adapter tensor (zeros where there is none); then they are cleared."""
-    found = {}
+    grads = {}
     for key, (parameter, *_) in adapter_parameters(model).items():
-        found[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        grads[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         parameter.grad = None
-    return found
+    return grads
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|, and |found| where nothing is expected."""
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|, and |actual| where nothing is expected."""
     size = expected.norm().item()
-    return ((found - expected).norm() / (size or 1)).item()
+    return ((actual - expected).norm() / (size or 1)).item()
+
+
+def require_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> None:
+    """The same keys, and every tensor within `bound` of the expected one."""
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert relative(actual[key], tensor) <= bound, key
+
+
+def require_identical(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same keys, and every tensor equal to the bit, of the same type."""
+    assert actual.keys() == expected.keys() and expected
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype and torch.equal(actual[key], tensor), key
+
+
+@contextmanager
+def float64(model: Transformer) -> Iterator[Transformer]:
+    """All in float64, also what the code takes to float32 on the way: then sums in another order differ by far less
+    than any mistake would make them."""
+    model.double()
+    model.freqs_cis = model.freqs_cis[:0]  # computed again
+    with mock.patch.object(Tensor, "float", Tensor.double):
+        yield model
 
 
 def write_base(folder: Path, params: Mapping[str, Any], state: Mapping[str, Tensor], shards: int = 1) -> Path:
