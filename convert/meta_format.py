@@ -175,10 +175,9 @@ def new_folder(folder: Path, overwrite: bool, allowed: tuple[str, ...] = CHECKPO
     is never there by half. `overwrite`, `allowed`: as for `check_output`."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
-    ) as beside:
-        new, old = Path(beside, "new"), Path(beside, "old")
+    temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True)
+    with temporary as root:
+        new, old = Path(root, "new"), Path(root, "old")
         new.mkdir()
         yield new
         check_output(folder, overwrite, allowed)
