@@ -48,17 +48,13 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     """
     path, output_dir = Path(input), check_output(output_dir, overwrite)
     metadata, tensors = read_gguf(path)
-    names = source_names(0, GGUF)
-    if names[EMBEDDING] not in tensors:
-        raise ValueError(f"{path}: tensor {names[EMBEDDING]} is missing")
     try:
-        rows = tensors[names[EMBEDDING]].shape[0]
-        vocabulary = from_gguf(metadata, rows)
-        args = _read_metadata(metadata, tensors.pop(ROPE_FREQS, None), vocab_size=rows)
+        args = _read_metadata(metadata, tensors.pop(ROPE_FREQS, None))
+        vocabulary = from_gguf(metadata, args.vocab_size)
     except (ValueError, KeyError) as error:
         problem = f"the metadata lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise ValueError(problem if problem.startswith(str(path)) else f"{path}: {problem}") from None
-    names |= source_names(args.n_layers, GGUF)
+    names = source_names(args.n_layers, GGUF)
     if names[OUTPUT] not in tensors:  # tied
         names[OUTPUT] = names[EMBEDDING]
     return write_converted(output_dir, args, vocabulary, tensors, names, path, dtype, overwrite)
@@ -100,7 +96,7 @@ class _WholeReader(GGUFReader):
         return values
 
 
-def _read_metadata(metadata: dict[str, Any], divisors: SourceTensor | None, vocab_size: int) -> ModelArgs:
+def _read_metadata(metadata: dict[str, Any], divisors: SourceTensor | None) -> ModelArgs:
     """The model's shape. ValueError or KeyError for what is missing or has no counterpart in Meta's layout."""
     if metadata["general.architecture"] != "llama":
         raise ValueError(f"architecture {metadata['general.architecture']!r}, expected 'llama'")
@@ -120,7 +116,7 @@ def _read_metadata(metadata: dict[str, Any], divisors: SourceTensor | None, voca
         n_layers=_count(metadata, "block_count"),
         n_heads=heads,
         n_kv_heads=_count(metadata, "attention.head_count_kv", heads),
-        vocab_size=vocab_size,
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
         norm_eps=_shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
         rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10000.0)),
         **ffn_rule(dim, _count(metadata, "feed_forward_length")),

@@ -44,30 +44,22 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     """
     folder, output_dir = Path(input), check_output(output_dir, overwrite)
     path = folder / "config.json"
-    config, tensors = read_json(path), read_tensors(folder)
-    names = source_names(0, HF)
+    config = read_json(path)
+    try:
+        args = read_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    vocabulary, tensors, names = from_hf(folder, args.vocab_size), read_tensors(folder), source_names(args.n_layers, HF)
     if config.get("tie_word_embeddings"):  # then either name may be the stored one, or both
         output = tensors.pop(names[OUTPUT], None)
         embedding = output and tensors.setdefault(names[EMBEDDING], output)
         if output is not embedding and not equal(output.read(), embedding.read()):
             raise ValueError(f"{output.origin} differs from {names[EMBEDDING]}, but {path} says tie_word_embeddings")
         names[OUTPUT] = names[EMBEDDING]
-    if names[EMBEDDING] not in tensors:
-        raise ValueError(f"{folder}: tensor {names[EMBEDDING]} is missing")
-    embedding = tensors[names[EMBEDDING]]
-    rows = embedding.shape[0]
-    if config.get("vocab_size") != rows:
-        raise ValueError(f"{embedding.origin} has {rows} rows, but {path} has vocab_size {config.get('vocab_size')}")
-    vocabulary = from_hf(folder, rows)
-    try:
-        args = read_config(config, vocab_size=rows)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
     def change(key: str, tensor: Tensor) -> Tensor:
         return permute_rope(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
 
-    names = source_names(args.n_layers, HF) | names
     return write_converted(output_dir, args, vocabulary, tensors, names, folder, dtype, overwrite, change)
 
 
@@ -83,7 +75,7 @@ def unpermute_rope(weight: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def read_config(config: dict[str, Any], vocab_size: int) -> ModelArgs:
+def read_config(config: dict[str, Any]) -> ModelArgs:
     """The model's shape from config.json. Raises ValueError for whatever Meta's layout cannot express."""
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
@@ -103,7 +95,7 @@ def read_config(config: dict[str, Any], vocab_size: int) -> ModelArgs:
         n_layers=_whole_number(config, "num_hidden_layers"),
         n_heads=heads,
         n_kv_heads=_whole_number(config, "num_key_value_heads", heads),
-        vocab_size=vocab_size,
+        vocab_size=_whole_number(config, "vocab_size"),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         **ffn_rule(dim, _whole_number(config, "intermediate_size")),
         **_read_rope(config),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -176,9 +175,9 @@ def new_folder(folder: Path, overwrite: bool, allowed: tuple[str, ...] = CHECKPO
     is never there by half. `overwrite`, `allowed`: as for `check_output`."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    new, old = temporary / "new", temporary / "old"
-    try:
+    temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True)
+    with temporary as root:
+        new, old = Path(root, "new"), Path(root, "old")
         new.mkdir()
         yield new
         check_output(folder, overwrite, allowed)
@@ -190,8 +189,6 @@ def new_folder(folder: Path, overwrite: bool, allowed: tuple[str, ...] = CHECKPO
             if old.exists():
                 os.rename(old, folder)
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_shard(state: dict[str, Tensor], path: Path) -> None:

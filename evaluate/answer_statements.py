@@ -8,8 +8,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# The template's next problem, which a model that misses its end of text runs on into. Four hashes are GSM8K's answer.
-_RUN_ON = re.compile(r"(?<!#)###(?!#)|Below is an instruction")
+_TAGS = r"(?:think|thinking|thought|reasoning)"
+_THINKING = re.compile(rf"<{_TAGS}>|\[THINK\]|<\|channel\|>analysis")
+_THINKING_ENDS = re.compile(rf"</{_TAGS}>|\[/THINK\]|<\|channel\|>final<\|message\|>")
+# Another problem, which a model that misses its end of text runs on into: the template's headings and first words (four
+# hashes are GSM8K's answer, "### Final Answer" is this problem's), how the tasks' instructions begin, tokens of chats.
+_RUN_ON = re.compile(
+    r"(?<!#)###(?!#)(?!\W{0,6}(?i:final|answer|conclusion|solution|step)\b)|Below is an instruction"
+    r"|Please (?:choose the correct|answer the following question)"
+    r"|<\|(?:eot_id|eom_id|end_of_text|endoftext|im_end|start_header_id)\|>|</s>|<eos>|<end_of_turn>|\[INST\]"
+)
+_QUESTION = re.compile(r"^[^\w\n]{0,6}(?i:question|q|problem|user|human)[^\w\n]{0,4}:|\bQuestion:", re.M)
+
+
+def truncate_run_on(text: str, run_on: re.Pattern[str] = _RUN_ON) -> str:
+    """Cut a text at the first match of `run_on` (another problem) that has something before it."""
+    for match in run_on.finditer(text):
+        if text[: match.start()].strip():
+            return text[: match.start()]
+    return text
+
+
+def answer_parts(text: str) -> Iterator[str]:
+    """Yield the parts of a generated text to read an answer from, the one to believe first.
+
+    None holds thinking (up to its last end; after a start without end there is no answer) or the template's next
+    problem. The first ends before "Question:". The second does not: this problem may have been repeated there.
+    """
+    text = truncate_run_on(_THINKING.split(_THINKING_ENDS.split(text)[-1], maxsplit=1)[0])
+    problem = truncate_run_on(text, _QUESTION)
+    yield from dict.fromkeys((problem, text))
 
 
 @dataclass(frozen=True)
@@ -33,47 +61,77 @@ class Form(NamedTuple):
     example: str
 
 
-_ANSWER = r"\b(?:answer|(?:correct|right|best) (?:option|choice))\b"
-_ABOUT = r"[^.:=\n]{0,80}?"  # "The answer to the question" before " is"
-_VERB = r"\b(?:is|was|are|equals|(?:would|will|should|must) be|comes (?:out )?to)\b *:?"
-_NO_STATEMENT = r"(?! *(?:not|worth)\b)"
-FORMS = (
-    Form(0, False, r"\\(?:boxed|fbox)\b", r"\boxed{18}"),
-    Form(0, True, r"(?<!#)####(?!#)", "#### 18"),
-    Form(0, False, rf"\bfinal answer\b{_ABOUT}(?:{_VERB}|[:=]){_NO_STATEMENT}", "Final answer: 18"),
-    Form(1, False, rf"{_ANSWER}{_ABOUT}{_VERB}{_NO_STATEMENT}", "The best choice for her is 18"),
-    Form(2, True, rf"{_ANSWER}(?: ?\([^)\n]{{0,40}}\))? *[:=]", "Answer (in eggs): 18"),
+_ANSWER = (
+    r"\b(?:answer(?! (?:every|all|each|any|this|that|these|those)\b)|(?:correct|right|best) (?:option|choice|letter))\b"
 )
-_COMPILED = [(form, re.compile(form.pattern, re.I)) for form in FORMS]
-_NO_FINAL_ANSWER = re.compile(r"\b(?:to|each|every|per|any|an|other|wrong|incorrect)(?: correct)? $", re.I)
+_ABOUT = r"[\"”']?(?: [\"“][^\"”\n]{0,200}[\"”]|[^.:=\n\"“]){0,80}?"  # "The answer to the question" before " is"
+_IS = (
+    r"\b(?:is|was|are|equals|(?:would|will|should|must) be|comes (?:out )?to)\b *:?"
+    r"(?! *(?:not|worth)\b)"  # "The answer is not", "Each answer is worth" state nothing
+)
+_OOPS = (
+    r"(?:wait|no|nope|oops|sorry|hmm|hold on|correction|edit|scratch that|on second thoughts?"
+    r"|actually(?=,? (?:it|that|the|no|wait)\b))\b"
+)
+_RETRACTION = (
+    r"(?:(?<=[.!?…\n—-])|(?<=[.!?…\n,—-] )|(?<=[.!?…] {2}))"  # at the start of a sentence, or behind a comma or dash
+    rf"(?:{_OOPS}(?: *[,.:;!…—-]+| (?={_OOPS}|it\b)) {{0,3}}){{1,4}}"
+    r"|\b(?:I made an? (?:mistake|error)|(?:that|this)(?:['’]s| is) (?:wrong|not right|incorrect))\b"
+    r"|\b(?:corrected|revised|updated) (?:final )?answer\b[^\w\n]{0,4}"
+)
+_BOX, _RETRACTED = 0, 4  # ranks
+FORMS = (
+    Form(_BOX, False, r"(?:\\|\x08|\bb)?(?:boxed|fbox|oxed)(?= ?[{\d])", r"First \boxed{6}, then \boxed{18}"),
+    Form(1, True, r"(?<!#)####(?!#)", "#### 18"),
+    Form(1, True, r"<(?:final[_ ]?)?answer>", "<answer>\n18\n</answer>"),
+    Form(1, False, rf"\bfinal[_ ](?:answer|result)\b{_ABOUT}(?:{_IS}|[:=])", "Final answer: 18"),
+    Form(1, False, r"^[^\w\n]{0,6}final answer[^\w\n]{0,6}$", "## Final Answer\n18"),
+    Form(2, False, rf"{_ANSWER}{_ABOUT}{_IS}", "The best choice for her is 18"),
+    Form(2, False, r"答案\s?(?:是|为)|答え\s?は|정답\s?은", "答案是18"),
+    Form(3, True, rf"(?:{_ANSWER}(?: choice)?|\bans\b)[\"']?(?: ?\([^)\n]{{0,40}}\))? *[:=]", '{"answer": 18'),
+    Form(3, True, r"\bans\b *[.-]|(?:答案|答え|정답) ?:", "Ans. 18"),
+    Form(_RETRACTED, True, _RETRACTION, "The answer is 17. No, wait, 18"),  # what follows it is believed first
+)
+# What may stand between a statement and its answer: "about", "Rs. ", "x = ", "it should be", "the correct option".
+LEAD = (
+    r"[\W_]*(?:(?:(?i:the|that|this|it|s|is|are|be|should|must|would|about|approximately|approx|around|roughly|exactly"
+    r"|only|just|rs|usd|total|final|result|correct|right|best|most|likely|definitely|clearly|probably|number|letter"
+    r"|answer|option|choice|alternative|solution|ending)\b|[a-z] ?=)[\W_]*)*"
+)
+_COMPILED = [(form, re.compile(form.pattern, re.I | re.M)) for form in FORMS]
+_NO_FINAL_ANSWER = re.compile(
+    r"\b(?:to|each|every|per|any|an|other|first|second|third|next|wrong|incorrect)(?: correct)? $", re.I
+)
 _TAIL = re.compile(r"\s{0,20}([^\n]{0,200})")
-_SENTENCE_END = re.compile(r"[.!?;](?=\s|$|[A-Z])")
-
-
-def truncate_run_on(text: str, run_on: re.Pattern[str] = _RUN_ON) -> str:
-    """Cut a text at the first match of `run_on` ("### ", or the template's first words) with something before it."""
-    for match in run_on.finditer(text):
-        if text[: match.start()].strip():
-            return text[: match.start()]
-    return text
+_SENTENCE_END = re.compile(r"[.!?;](?=\s|$|[A-Z])|</")
 
 
 def first_sentence(text: str) -> str:
     return _SENTENCE_END.split(text, maxsplit=1)[0]
 
 
-def statements(text: str) -> Iterator[Statement]:
-    """Yield the statements of a final answer in a text that `normalize` returned, the one to believe first.
+def statements(text: str) -> list[Statement]:
+    """Return the statements of a final answer in a text that `normalize` returned, the one to believe first.
 
-    Of one rank the first wins, since a model may run on into another problem.
+    What follows a retraction of an earlier statement comes before that. Of one rank the first wins, since a model may
+    run on into another problem; of boxes the last.
     """
-    matches = [(form.rank, match.start(), form, match) for form, mark in _COMPILED for match in mark.finditer(text)]
-    for _, start, form, match in sorted(matches, key=lambda each: each[:2]):
-        if not _NO_FINAL_ANSWER.search(text, max(0, start - 20), start):
-            tail = _TAIL.match(text, match.end())
-            assert tail is not None
-            boxed = match[0].startswith("\\") and tail[1].startswith("{")
-            yield Statement(_in_braces(tail[1]) if boxed else tail[1], form.label)
+    matches = [(match.start(), form, match) for form, pattern in _COMPILED for match in pattern.finditer(text)]
+    ordered: list[tuple[tuple[bool, int, int, int], Statement]] = []
+    retractions = 0
+    for start, form, match in sorted(matches, key=lambda each: each[0]):
+        if _NO_FINAL_ANSWER.search(text, max(0, start - 20), start) or (form.rank == _RETRACTED and not ordered):
+            continue
+        retractions += form.rank == _RETRACTED
+        tail = _TAIL.match(text, match.end())
+        assert tail is not None
+        boxed = form.rank == _BOX and tail[1].startswith("{")
+        statement = Statement(_in_braces(tail[1]) if boxed else tail[1], form.label)
+        end = _SENTENCE_END.search(statement.tail)
+        doubted = end is not None and end[0] == "?"  # "So the answer is 13? No."
+        belief = (doubted, -retractions, form.rank, -start if form.rank == _BOX else start)
+        ordered.append((belief, statement))
+    return [statement for _, statement in sorted(ordered, key=lambda each: each[0])]
 
 
 def _in_braces(text: str) -> str:

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from evaluate.answer_statements import Statement, first_sentence, statements, truncate_run_on
+from evaluate.answer_statements import LEAD, Statement, answer_parts, first_sentence, statements
 from evaluate.extract_number import is_correct, stated_number
+from evaluate.keyword_mentions import mentions_of
 from evaluate.metrics import Extraction, Metric
 from evaluate.normalize import normalize
 from evaluate.read_numbers import numbers
@@ -32,9 +33,13 @@ def published_letter(text: str, row: dict[str, Any]) -> Extraction | None:
 
 def robust_letter(text: str, row: dict[str, Any]) -> Extraction | None:
     """Take the stated letter; else the stated value, if only one choice has it; else the last letter that stands alone.
-    "A or B" is no choice."""
-    text = _LIST.sub(" ", normalize(truncate_run_on(text)))
-    return next(filter(None, _readings(text, _choices(row.get("instruction", "")))), None)
+
+    "A or B" is no choice, nor is a letter that the row does not list.
+    """
+    choices = _choices(row.get("instruction", ""))
+    readings = (extraction for part in answer_parts(text) for extraction in _readings(_without_lists(part), choices))
+    extraction = next(filter(None, readings), None)
+    return extraction if extraction and (not choices or extraction.candidates[0] in choices) else None
 
 
 PUBLISHED = Metric(published_letter)
@@ -46,26 +51,38 @@ _NO_WORD = r"(?![\w'’])"  # behind a letter: not "Ann", "A's"
 _ARTICLE = r"(?!(?<=A) (?!(?:because|since|as|and|or|is|which|with|for|by|so)\b)[a-z])"
 _STAND_ALONE = re.compile(rf"(?<![\w'’°])([A-E]){_ARTICLE}{_NO_WORD}")  # not "Mr. D's", "25 °C", "10C2"
 _AT_ONCE = re.compile(  # "the option B", "(b)", "d."
-    rf"[\W_]*(?:(?:the|option|choice|letter|answer|alternative)\b[\W_]*)*(?:([A-E]){_NO_WORD}{_ARTICLE}"
-    r"|(?<=[(\[{])([a-e])(?=[)\]}])|([a-e])(?=\s*$|[).,:;]))"
+    rf"{LEAD}(?:([A-E]){_NO_WORD}{_ARTICLE}|(?<=[(\[{{])([a-e])(?=[)\]}}])|([a-e])(?=\s*$|[).,:;]))"
 )
 _LATER = (
     re.compile(r"(?<!\w)[(\[{] ?([A-Ea-e]) ?[)\]}](?!\w)"),  # "62 m (c)"
     re.compile(r"\b(?i:option|choice|alternative) ?\(?([A-E])\b"),  # "62 m, option C"
 )
-_CALLED_RIGHT = re.compile(r"(?<![\w'’°])([A-E])\b\)? is (?:the )?(?:correct|right|best|answer)\b")
-_LIST = re.compile(r"(?<![\w'’°(])\(?[A-E]\)?(?:, ?\(?[A-E]\)?){0,4},? (?:or|to) \(?[A-E](?:\)|(?![\w'’)]))")
+# An answer that the text begins with, then why: "B. The train", "(B)\n", "B, because".
+_LEADING = re.compile(r"[\W_]*(?:(?:option|choice|answer) )?\(?([A-E])(?:[).](?!\w)|\s*\n|,? (?:because|since|as)\b)")
+_LIST = re.compile(
+    r"(?<![\w'’°(])\(?[A-E]\)?(?:, ?\(?[A-E]\)?){0,4}(?:,? (?:or|to|and) |/|-)\(?[A-E](?:\)|(?![\w'’)]))(?! is\b)"
+)
+_COPIED = re.compile(  # the choices, repeated
+    r"\(?A[).:] [\s\S]{1,100}?\s\(?B[).:] [\s\S]{1,100}?\s\(?C[).:] "
+    r"(?:[\s\S]{1,100}?\s\(?D[).:] )?(?:[\s\S]{1,100}?\s\(?E[).:] )?[^.\n]{0,100}"
+)
+
+
+def _without_lists(text: str) -> str:
+    return _LIST.sub(" ", _COPIED.sub(" ", normalize(text)))
 
 
 def _readings(text: str, choices: dict[str, str]) -> Iterator[Extraction | None]:
     """Yield what each way to read an answer makes of a text, the one to believe first."""
-    stated = list(statements(text))
+    stated = statements(text)
+    mentions = list(mentions_of(_STAND_ALONE, text))
     yield from map(_stated_letter, stated)
-    yield from (_letter(match[1]) for match in _CALLED_RIGHT.finditer(text))
+    yield from (_letter(mention.answer) for mention in mentions if mention.chosen)
+    if leading := _LEADING.match(text):
+        yield _letter(leading[1])
     for statement in stated:
         yield _choice_of_value(statement, choices)
-    letters = _STAND_ALONE.findall(text)
-    yield _letter(letters[-1]) if letters else None
+    yield from (_letter(mention.answer) for mention in reversed(mentions) if not mention.negated)
     if len(text.strip()) <= 80 and "\n" not in text.strip():  # the text is nothing else: "d", "(d) 62 m", "62 m"
         whole = Statement(text.strip(), label=True)
         yield _stated_letter(whole)
@@ -99,9 +116,9 @@ def _choice_of_value(statement: Statement, choices: dict[str, str]) -> Extractio
     sentence = first_sentence(statement.tail)
     same = [letter for letter, value in choices.items() if _bare(value) and _bare(value) == _bare(sentence)]
     number = stated_number(statement)
-    if not same and number:
+    if not same and number and not number.undecided:
         for letter, value in choices.items():
-            values = list(numbers(value))
+            values = numbers(value)
             if len(values) == 1 and is_correct(number.extraction, values[0].extraction.candidates[0]):
                 same.append(letter)
     if len(same) != 1:

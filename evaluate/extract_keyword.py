@@ -4,27 +4,27 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from evaluate.answer_statements import Statement, first_sentence, statements, truncate_run_on
+from evaluate.answer_statements import LEAD, Statement, answer_parts, first_sentence, statements
 from evaluate.keyword_mentions import BEST, Mention, mentions_of
 from evaluate.metrics import Extraction, Metric
 from evaluate.normalize import normalize
 from evaluate.rows import shorten
 
-# The next problem of a model that runs on without the template's headings: how the tasks' instructions begin.
-_NEXT_PROBLEM = re.compile(r"\bPlease (?:choose the correct|answer the following question)")
+# "The best ending is" states an answer.
 _OTHER_NOUN = re.compile(rf"\b({BEST}) (?:solution|ending)(?=s?\b(?! ?\(?\d))", re.I)
-
+_QUESTION = re.compile(r"[^.!?\n]{1,200}\?")  # "Is it true that dogs fly? No."
+_OPEN_QUESTION = re.compile(
+    r"\bwhether\b[^.!?,;\n]{0,80}"
+    r"|(?:\bnot|n['’]t) (?:(?:sure|certain|clear) (?:if|that)|(?:know|tell|say) if)\b[^.!?,;\n]{0,80}",
+    re.I,
+)
 # What may follow an answer that a text begins with: "True. It", "answer2 because".
 _LEADS = re.compile(r"[\"'”’)\]]*\s*(?:$|[.!;:\n)]|,|[-–—] | (?:because|since|as|it|they|there|you)\b)")
 # What an answer begins with: "The best option is", then perhaps "yes" or a bare number.
 _AT_ONCE = re.compile(
-    r"""
-    [\W_]* (?: (?: the|that|it|is | correct|right|best|most|likely|definitely|clearly|probably
-              | option|choice|answer|number|solution|ending )\b [\W_]* )*
-    (?: (?P<word>yes|no)\b | (?P<number>[0-9]{1,2}) (?=[)\]]?\s*(?:$|[.,;:!\n)](?!\d))) )?
-    """,
-    re.I | re.X,
+    rf"{LEAD}(?:(?P<word>(?i:yes|no))\b|(?P<number>[0-9]{{1,2}})(?=[)\]}}\"']?\s*(?:$|[.,;:!\n)<}}](?!\d))))?"
 )
+_CLOSING = re.compile(r"\b(yes|no)\W{0,5}$", re.I)  # "..., so yes."
 _YES_NO = {"yes": "true", "no": "false"}
 
 
@@ -45,7 +45,8 @@ class Keywords:
         )
         keyword = rf"{word}[0-9]{{1,2}}" if word else r"\b(?:true|false)\b"
         self.keyword = re.compile(keyword, re.I)
-        self.list_of = re.compile(rf"{keyword}(?:(?:,\s{{0,2}}|\s?/\s?|,?\s(?:or|and)\s){keyword})+", re.I)
+        both = r"(?:\s?/\s?|,?\s(?:or|and)\s)"
+        self.list_of = re.compile(rf"{keyword}(?:(?:,\s{{0,2}}|{both}){keyword})*{both}{keyword}", re.I)
         self.heading = re.compile(rf"({keyword})(?=\s?:)", re.I)
         self.option = re.compile(rf"\b{word.capitalize()}([0-9]):") if word else None
 
@@ -63,7 +64,10 @@ class Keywords:
     def robust(self, text: str, row: dict[str, Any]) -> Extraction | None:
         """Take the stated keyword, number or value; else the one called right; else the last that is not negated."""
         options = self._options(row.get("instruction", ""))
-        keyword = next(filter(None, self._readings(self._spell_alike(text), options)), None)
+        readings = (
+            keyword for part in answer_parts(text) for keyword in self._readings(self._spell_alike(part), options)
+        )
+        keyword = next(filter(None, readings), None)
         return Extraction(keyword, (keyword,)) if keyword in options else None  # it may be "answer9"
 
     def _options(self, instruction: str) -> dict[str, str]:
@@ -82,21 +86,25 @@ class Keywords:
 
     def _readings(self, text: str, options: dict[str, str]) -> Iterator[str | None]:
         """Yield what each way to read an answer makes of a text, the one to believe first."""
-        stated = list(statements(text))
+        stated = statements(text)
         mentions = list(mentions_of(self.keyword, text))
         yield from (self._stated(statement, options) for statement in stated)
-        yield from (mention.keyword for mention in mentions if mention.chosen)
+        yield from (mention.answer for mention in mentions if mention.chosen)
         yield self._leading(text, mentions)
         yield from (self._of_value(statement.tail, options) for statement in stated)
-        yield self._not_negated(mentions, options, last=True)
+        yield self._not_negated([mention for mention in reversed(mentions) if mention.answer in options], options)
         yield self._of_value(text, options)
+        if not self.word and (closing := _CLOSING.search(text)):
+            yield _YES_NO[closing[1].lower()]
 
     def _spell_alike(self, text: str) -> str:
-        """Return this problem's text, keywords spelled as the task does, without lists that only name them."""
-        text = _OTHER_NOUN.sub(r"\1 answer", truncate_run_on(normalize(truncate_run_on(text)), _NEXT_PROBLEM))
+        """Return a text with keywords spelled as the task does, without what only names them: lists, open questions."""
+        text = _OTHER_NOUN.sub(r"\1 answer", normalize(text))
         if self.word:
             text = self.spelled.sub(rf"{self.word}\1", text)
-        text = self.list_of.sub(self._without_list, text)
+        text = _OPEN_QUESTION.sub(" ", self.list_of.sub(self._without_list, text))
+        if not self.word:
+            text = _QUESTION.sub(" ", text)
         if len({keyword.lower() for keyword in self.heading.findall(text)}) > 1:  # the options, copied
             text = self.heading.sub(" ", text)
         return text
@@ -104,19 +112,16 @@ class Keywords:
     def _without_list(self, match: re.Match[str]) -> str:
         """Drop "answer1/answer2" and "true or false", which name no answer; keep "answer2 and answer1 is wrong"."""
         keywords = {keyword.lower() for keyword in self.keyword.findall(match[0])}
-        only_commas = not re.search(r"/|\s(?:or|and)\s", match[0], re.I)
         of_the_last = re.match(r"\s(?:is|was|does|has|isn)\b", match.string[match.end() : match.end() + 6])
-        if len(keywords) == 1 or only_commas or (of_the_last and not re.search(r"/|\sor\s", match[0], re.I)):
+        if len(keywords) == 1 or (of_the_last and not re.search(r"/|\sor\s", match[0], re.I)):
             return match[0]
         return " "
 
-    def _not_negated(self, mentions: list[Mention], options: dict[str, str], last: bool = False) -> str | None:
-        """Return the first or last keyword that is not negated; else, of the options, the only one not mentioned."""
-        kept = [mention.keyword for mention in mentions if not mention.negated]
-        if kept:
-            return kept[-1 if last else 0]
-        left = set(options) - {mention.keyword for mention in mentions}
-        return left.pop() if mentions and len(left) == 1 else None
+    def _not_negated(self, mentions: list[Mention], options: dict[str, str]) -> str | None:
+        """Return the first keyword that is not negated; else, of the options, the only one not mentioned."""
+        left = set(options) - {mention.answer for mention in mentions}
+        remaining = left.pop() if mentions and len(left) == 1 else None
+        return next((mention.answer for mention in mentions if not mention.negated), remaining)
 
     def _stated(self, statement: Statement, options: dict[str, str]) -> str | None:
         start = _AT_ONCE.match(statement.tail)
@@ -138,7 +143,7 @@ class Keywords:
             return _YES_NO[start["word"].lower()]
         first = mentions[0] if mentions else None
         if first and first.start == start.end() and not first.negated and _LEADS.match(text, first.end):
-            return first.keyword
+            return first.answer
         return None
 
     def _of_value(self, text: str, options: dict[str, str]) -> str | None:
@@ -149,7 +154,11 @@ class Keywords:
         if len(text) > 1000:
             return None
         stated = {_bare(text), _bare(first_sentence(text))} - {""}
-        same = {keyword for keyword, value in options.items() if _bare(normalize(value)) in stated}
+        same = set()
+        for keyword, value in options.items():
+            numbered = f"{keyword.removeprefix(self.word)} {value}"  # "2) Maria"
+            if stated & {_bare(normalize(value)), _bare(normalize(numbered))}:
+                same.add(keyword)
         if self.word:
             same |= {f"{self.word}{number}" for number in stated if re.fullmatch(r"[0-9]{1,2}", number)}
         return same.pop() if len(same) == 1 else None

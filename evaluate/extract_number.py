@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from evaluate.answer_statements import Statement, first_sentence, statements, truncate_run_on
+from evaluate.answer_statements import LEAD, Statement, answer_parts, first_sentence, statements
 from evaluate.metrics import Extraction, Metric
 from evaluate.normalize import normalize
 from evaluate.read_numbers import TOLERANCE, Number, numbers
@@ -38,33 +39,71 @@ def published_number(text: str, row: dict[str, Any]) -> Extraction | None:
 
 
 def robust_number(text: str, row: dict[str, Any]) -> Extraction | None:
-    """Take the first number of the stated final answer, else the last number of the text that stands alone."""
-    text = normalize(truncate_run_on(text))
-    for statement in statements(text):
-        if number := stated_number(statement):
-            return number.extraction
-    last = None
-    for number in numbers(text):
-        if last is None or last.ordinal or not number.ordinal:  # "18 eggs on the 3rd day" ends in 18
-            last = number
-    return last.extraction if last else None
+    """Take the first number of the stated final answer, else the last number of the text that stands alone.
+
+    A range and "5 or 6" are no answer.
+    """
+    readings = (number for part in answer_parts(text) for number in _readings(normalize(part)))
+    number = next(filter(None, readings), None)
+    return number.extraction if number and not number.undecided else None
 
 
 PUBLISHED = Metric(published_number, is_correct)
 ROBUST = Metric(robust_number, is_correct)
 
 
-# What may stand between a label ("Answer:") and its number.
-_LEAD = re.compile(
-    r"[^\w]*(?:(?:about|approximately|approx|around|roughly|exactly|only|just|rs|usd|[a-z] ?=)[^\w]*)*", re.I
+_LEAD = re.compile(LEAD)
+# Behind an answer that a text begins with: "18 eggs, because", "18\nExplanation:", or an empty line behind a bare "18".
+_WHY = re.compile(
+    r"(?: [a-z]+){0,2}[^\w\n]{0,3}[.,;:\n-]\W{0,6}(?:because|since|as|explanation|reason(?:ing)?|rationale)\b"
+    r"|[^\w\n]{0,4}\n\s{0,4}\n",
+    re.I,
+)
+_CALLED_RIGHT = re.compile(r"[^.,\n]{0,30}? is (?:the|our) (?:final |correct |right )?answer\b", re.I)
+_ASIDE = re.compile(
+    r"^\W{0,6}(?:note|check|verification|proof)\b\W{0,3}:|\blet['’]?s (?:verify|double[- ]check)\b", re.I | re.M
 )
 
 
+def _readings(text: str) -> Iterator[Number | None]:
+    """Yield what each way to read an answer makes of a text, the one to believe first."""
+    stated = [stated_number(statement) for statement in statements(text)]
+    yield from sorted(filter(None, stated), key=lambda number: number.undecided)
+    listed = numbers(text)
+    if listed and _LEAD.fullmatch(text, 0, listed[0].start) and _WHY.match(text, listed[0].end):
+        yield listed[0]
+    yield next((number for number in listed if _CALLED_RIGHT.match(text, number.end)), None)
+    if aside := _ASIDE.search(text):
+        listed = [number for number in listed if number.end <= aside.start()] or listed
+    # "18 eggs on the 3rd day" and "18, not 17" end in 18
+    yield max(listed, key=lambda number: (not number.negated, not number.ordinal, number.start), default=None)
+
+
 def stated_number(statement: Statement) -> Number | None:
-    """Return the first number of a statement, or the result of the equation in its sentence ("4 + 16 + 20 = 40")."""
+    """Return the first number of a statement, or the result of plain arithmetic ("4 + 16 + 20 = 40")."""
     tail = statement.tail
-    first = next(numbers(tail), None)
+    first = next((number for number in numbers(tail) if not number.negated), None)
     if first is None or (statement.label and not _LEAD.fullmatch(tail, 0, first.start)):
         return None
-    _, equals, result = first_sentence(tail[first.end :]).rpartition("=")
-    return (next(numbers(result), None) if equals else None) or first
+    return _result(first_sentence(tail[first.start :])) or first
+
+
+_OPERAND = r"[(\[]*-?[\d,.]*\d[%!a-z]*(?: [a-z]+){0,4}(?: ?/ ?[a-z]+)?[)\]]*"  # "3 boxes", "8 pints / gallon"
+_OPERATOR = r"(?: ?[-+*/×^] ?| x | (?:plus|minus|times|divided by|multiplied by|of) |(?=\())"
+_ARITHMETIC = re.compile(rf"(?:{_OPERAND},? or )?{_OPERAND}(?:{_OPERATOR}{_OPERAND})+ *", re.I)
+_PLAIN = re.compile(_OPERAND, re.I)
+_EQUALS = re.compile(r"=|,? (?:which |that )?(?:is|equals|makes|gives) ")
+
+
+def _result(sentence: str) -> Number | None:
+    """Return what a sentence that begins with arithmetic says it equals; None for "14 = 20 - 6" and for words."""
+    expression, *sides = _EQUALS.split(sentence)
+    if not _ARITHMETIC.fullmatch(expression):
+        return None
+    result = None
+    for side in sides:
+        if not _ARITHMETIC.match(side.strip()):  # of "20 - 6 = 7 * 2 = 14" the last
+            result = next(iter(numbers(side)), result)
+            if not _PLAIN.fullmatch(side.strip()):  # "18, as 2 * 3"
+                break
+    return result

@@ -1,8 +1,10 @@
 """Numbers in a text: with sign, thousands separators, fraction, power of ten and a word like "dozen"."""
 
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from evaluate.metrics import Extraction
 
@@ -12,12 +14,17 @@ ROUNDED_TOLERANCE = 0.005  # of a number that is written with exactly two decima
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a text: text[start:end]. ordinal: "6th"."""
+    """A number in a text: text[start:end].
+
+    ordinal: "6th". negated: "not 6". undecided: one of "5 or 6", or an end of a range.
+    """
 
     extraction: Extraction
     start: int
     end: int
     ordinal: bool
+    negated: bool
+    undecided: bool = False
 
 
 _DIGITS = re.compile(
@@ -32,14 +39,25 @@ _DIGITS = re.compile(
 _MIXED = re.compile(r" (?:and )?(\d{1,9}) ?/ ?(\d{1,9})(?![\d/])")  # 1 1/2
 _OVER = re.compile(r" ?/ ?(\d{1,9}(?:\.\d{1,9})?)(?![\d/])")  # 1/2
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,3})(?!\w)")  # 1.5e3
-_SCALE = re.compile(r" ?(?:(%)|(percent|dozen|hundred|thousand|million|billion|trillion)s?\b)", re.I)
-_SCALES = {"%": 0.01, "percent": 0.01, "dozen": 12.0, "hundred": 1e2, "thousand": 1e3}
-_SCALES |= {"million": 1e6, "billion": 1e9, "trillion": 1e12}
+_SCALE = re.compile(
+    r" ?(?:(%)|((?i:percent|dozen|hundred|thousand|million|billion|trillion))s?\b|(万|亿))|(k|K|M|mn|bn|B)\b"
+)
+_SCALES = {"%": 0.01, "percent": 0.01, "dozen": 12.0, "hundred": 1e2, "thousand": 1e3, "万": 1e4, "亿": 1e8}
+_SCALES |= {"million": 1e6, "billion": 1e9, "trillion": 1e12, "k": 1e3, "m": 1e6, "mn": 1e6, "bn": 1e9, "b": 1e9}
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b", re.I)
+_NEGATED = re.compile(r"(?:\bnot|n['’]t|\brather than|\binstead of) \W{0,3}$", re.I)
 
 
-def numbers(text: str) -> Iterator[Number]:
-    """Yield the numbers of a normalized text that stand alone: not part of a word (x2), no exponent, no subscript."""
+def numbers(text: str) -> list[Number]:
+    """Return the numbers of a normalized text that stand alone: not part of a word (x2), no exponent, no subscript."""
+    listed = list(_each_number(text))
+    for index, (first, second) in enumerate(pairwise(listed)):
+        if _is_undecided(text, first, second):
+            listed[index : index + 2] = [replace(number, undecided=True) for number in (first, second)]
+    return listed
+
+
+def _each_number(text: str) -> Iterator[Number]:
     position = 0
     while match := _DIGITS.search(text, position):
         position = match.end()
@@ -70,10 +88,11 @@ def _number_at(text: str, match: re.Match[str]) -> Number:
     candidates: tuple[float, ...] = (value,)
     ordinal = bool(_ORDINAL.match(text, end))
     if scale := _SCALE.match(text, end):
-        candidates = (value, value * _SCALES[(scale[1] or scale[2]).lower()])
+        candidates = (value, value * _SCALES[scale[scale.lastindex or 0].lower()])
         end, rounded = scale.end(), False
     tolerance = (ROUNDED_TOLERANCE if rounded else TOLERANCE) + 1e-9
-    return Number(Extraction(text[start:end], candidates, tolerance), start, end, ordinal)
+    negated = bool(_NEGATED.search(text, max(0, start - 20), start))
+    return Number(Extraction(text[start:end], candidates, tolerance), start, end, ordinal, negated)
 
 
 def _is_sign(text: str, position: int) -> bool:
@@ -83,3 +102,36 @@ def _is_sign(text: str, position: int) -> bool:
     before = text[max(0, position - 8) : position]
     operand = before.rstrip(" ")[-1:]
     return not (before[-1:].isalnum() or before.endswith("-") or operand.isdigit() or (operand and operand in ")]}%"))
+
+
+_OR = re.compile(r"(?: (\w+))?,? or (?:even |about )?")  # "5 or 6", "5 apples or 6 apples"
+_OPERATOR_BEFORE = re.compile(r"[-+*/×^=] ?$")
+_OPERATOR_AFTER = re.compile(r" ?(?:[-+*/×^=(]|x \d)")
+
+
+def _is_undecided(text: str, first: Number, second: Number) -> bool:
+    """Tell whether two neighbours are "5 or 6" or a range ("5-10", "5 to 10", "between 5 and 10"), so that none counts.
+
+    "0.50 or 50 cents" and "1/2 or 50%" are one number in two forms.
+    """
+    before = text[max(0, first.start - 10) : first.start].lower()
+    if _OPERATOR_BEFORE.search(before) or _OPERATOR_AFTER.match(text, second.end):  # "5 / 5 or 20 = x"
+        return False
+    gap = text[first.end : second.start]
+    if match := _OR.fullmatch(gap):
+        unit = match[1]
+        return not _are_same(first, second) and (not unit or text.startswith(f" {unit}", second.end))
+    is_range = (
+        gap == "-"
+        or (gap == " to " and not before.endswith(("from ", "to ")))
+        or (gap == " and " and before.endswith("between "))
+    )
+    return is_range and first.extraction.candidates[0] < second.extraction.candidates[0]
+
+
+def _are_same(first: Number, second: Number) -> bool:
+    return any(
+        math.isclose(a, b) or math.isclose(100 * a, b)
+        for a in first.extraction.candidates
+        for b in second.extraction.candidates
+    )

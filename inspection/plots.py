@@ -142,12 +142,14 @@ def losses(curves: Sequence[Curve], smooth: int) -> Any:
     figure = new_figure(3.2)
     axes, settled = figure.subplots(), []
     for i, (name, style, points) in enumerate(curves):
-        steps, values = zip(*points, strict=True)
-        means = [np.mean(values[max(0, k - smooth) : k]) for k in range(1, len(values) + 1)]
+        steps, values = np.array(points).T
+        sums, ends = np.cumsum([0, *values]), np.arange(1, len(values) + 1)
+        begins = np.maximum(0, ends - smooth)
+        means = (sums[ends] - sums[begins]) / (ends - begins)
         every = max(1, len(steps) // 8)
         axes.plot(steps, values, color=look(style)["color"], alpha=0.15, linewidth=0.6)
         axes.plot(steps, means, label=name or None, **look(style), markevery=(i * every // len(curves), every))
-        settled += means[len(means) // 10 :]
+        settled += list(means[len(means) // 10 :])
     axes.set_xlabel("step")
     axes.set_ylabel("training loss" if smooth == 1 else f"training loss, mean of the last {smooth} steps")
     room = (max(settled) - min(settled)) * 0.25 or 0.1

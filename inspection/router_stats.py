@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cli import cli_errors, die, flag, parse_into
+from evaluate.rows import read_rows as read_predictions
 from inspection.model import ModelFlags, check_positive, running
 from inspection.router_recorder import read_answers
 from inspection.running_stats import RouterStatistics
@@ -70,18 +71,11 @@ def read_rows_with_answers(flags: Flags) -> list[dict[str, Any]]:
     """Rows with an instruction and an input, and (--predict_file) an answer as `generate`: one row per sample."""
     if flags.prompt is not None:
         return [{"instruction": flags.prompt, "input": ""}]
-    file = flags.data_path or flags.predict_file
-    rows = read_rows(file, ("instruction", "input"))[: flags.max_rows]
-    if flags.data_path is not None:
+    rows = read_rows(flags.data_path or flags.predict_file, ("instruction", "input"))[: flags.max_rows]
+    if flags.predict_file is None:
         return rows
-    answered = []
-    for number, row in enumerate(rows, 1):
-        samples = row.get("generate")
-        samples = [samples] if isinstance(samples, str) else samples
-        if not isinstance(samples, list) or not all(isinstance(text, str) for text in samples):
-            raise ValueError(f"{file}: row {number}: field 'generate' is missing or not text")
-        answered += [row | {"generate": text} for text in samples]
-    return answered
+    samples = [row.texts for row in read_predictions(flags.predict_file)]
+    return [row | {"generate": text} for row, texts in zip(rows, samples, strict=False) for text in texts]
 
 
 def count_and_save(flags: Flags, llm: Llama, rows: list[dict[str, Any]], model_flags: ModelFlags) -> None:

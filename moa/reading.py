@@ -61,6 +61,8 @@ def numbered_rows(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:
         rows = [(f"row {i}", row) for i, row in enumerate(parse_json(text, where), 1)]
     else:  # split("\n"), since splitlines() also cuts at characters that JSON allows in a text
         lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if len(lines) > 1 and _is_json(text):
+            raise ValueError(f"{where}: one JSON value over several lines, not a list of rows nor a row on each")
         rows = [(number, parse_json(line, f"{where}: {number}")) for number, line in lines]
     if not rows:
         raise ValueError(f"{where}: empty, expected rows")
@@ -68,6 +70,14 @@ def numbered_rows(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {number}: expected an object, found {type(row).__name__}")
     return rows
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _refuse_constant(name: str) -> NoReturn:

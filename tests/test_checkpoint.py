@@ -177,12 +177,6 @@ def test_shards_of_unequal_shapes(two: Path, key: str) -> None:
     refused(two, "consolidated.01.pth", key, "consolidated.00.pth")
 
 
-def test_wrong_number_of_shards(tmp_path: Path) -> None:
-    folder = write_base(tmp_path / "two", PARAMS, golden_state(), 2)
-    shutil.copy(folder / "consolidated.01.pth", folder / "consolidated.02.pth")
-    refused(folder, "consolidated.00.pth", "of 3 shards", "shape (256, 64)", "(512, 64)")
-
-
 def test_every_shard_whole(folder: Path) -> None:
     """Copies of one whole file are not shards of it."""
     shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")

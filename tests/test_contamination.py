@@ -23,10 +23,15 @@ PIQA += "Answer format: solution1/solution2"
 AQUA = "A rectangle of {} sq m has a length 1m more than 4 times its width. How long is it? Answer Choices: {}"
 LAKE = "If a lake is polluted, which {} would most likely accumulate the highest concentration of contaminants?"
 PLANTS = ("Green plants get the energy they need to make food from", "water", "air", "soil", "sunlight")
+FISH = ("bass", "fish", "plants", "birds")
 CAGE = [
     f"Provide the cage with a few inches of bedding made of ripped {what} and with a water bottle." for what in "ab"
 ]
 DIMES = "Sam had 9 dimes in his bank. His dad gave him 7{} dimes. How many dimes does Sam have now?"
+
+
+def boolq(*questions):
+    return [BOOLQ.format(question) for question in questions]
 
 
 def kind(test, train):
@@ -57,21 +62,12 @@ def test_the_same_question_is_exact(test, train):
         (STAMPS, "Think step by step. " + STAMPS + " Give the number alone."),
         (DIMES.format(" more"), DIMES.format("")),
         ("1 worm was 0.8 inch long. How long were both?", "One worm was 0.8 inch long. How long were both?"),
-        (
-            ARC.format(LAKE.format("organism"), "bass", "fish", "plants", "birds"),
-            ARC.format(LAKE.format("animal"), "fish", "bass", "birds", "plants"),
-        ),
-        (ARC.format(LAKE.format("organism"), "bass", "fish", "plants", "birds"), LAKE.format("organism")),
+        (ARC.format(LAKE.format("organism"), *FISH), ARC.format(LAKE.format("animal"), *reversed(FISH))),
+        (ARC.format(LAKE.format("organism"), *FISH), LAKE.format("organism")),
         (ARC.format(*PLANTS), ARC.format(*PLANTS[:4], "the sun")),
         (PIQA.format("dresser", *CAGE), PIQA.format("wardrobe", *CAGE)),
-        (
-            BOOLQ.format("was ode to billy joe based on a true story"),
-            BOOLQ.format("is ode to billy joe based on a true story"),
-        ),
-        (
-            BOOLQ.format("are ground beef and minced beef the same"),
-            BOOLQ.format("is ground beef and minced beef the same thing"),
-        ),
+        boolq("was ode to billy joe based on a true story", "is ode to billy joe based on a true story"),
+        boolq("are ground beef and minced beef the same", "is ground beef and minced beef the same thing"),
     ],
 )
 def test_an_edited_question_is_near(test, train):
@@ -83,25 +79,16 @@ def test_an_edited_question_is_near(test, train):
     [
         (STAMPS, STAMPS.replace("16", "11")),
         (STAMPS, STAMPS.replace("3", "9").replace("16", "9")),  # 9 alone is there
-        (
-            BOOLQ.format("can you carry a concealed weapon in ohio"),
-            BOOLQ.format("can you carry a concealed weapon in utah"),
-        ),
-        (
-            BOOLQ.format("is there a season 8 of game of thrones"),
-            BOOLQ.format("is there a season 7 of game of thrones"),
-        ),
+        boolq("can you carry a concealed weapon in ohio", "can you carry a concealed weapon in utah"),
+        boolq("is there a season 8 of game of thrones", "is there a season 7 of game of thrones"),
         (ARC.format(PLANTS[0], "w", "x", "y", "z"), ARC.format(*PLANTS)),
         (PIQA.format("how to clean a car", "x", "y"), PIQA.format("how to clean a car", *CAGE)),
         (
             "Polar bears live in the",
-            BOOLQ.format("do polar bears live in the houses that other people in the north of Canada build"),
+            *boolq("do polar bears live in the houses that others in the north of Canada build"),
         ),
         (STAMPS, ARC.format(*PLANTS)),
-        (
-            ARC.format("What is ice?", "gas", "air", "water", "fire"),
-            ARC.format("Who swims?", "gas", "air", "water", "fire"),
-        ),
+        (ARC.format("What is ice?", *FISH), ARC.format("Who swims?", *FISH)),
         ("What is 5 + 3?", "What is 5 * 3?"),
         ("What is 5 - 3?", "What is 5 / 3?"),
         ("...", "What is 5?"),

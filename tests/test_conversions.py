@@ -76,6 +76,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+LEFT_OUT = ("architectures", "rope_parameters", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings")
 SHAPES = {
     "GQA": {},
     "MHA": {"num_key_value_heads": 6},
@@ -99,7 +100,7 @@ for style in STYLES:
     CASES[f"shards, {style}"] = Case(style=style, shard_size="60KB")
     CASES[f"untied, {style}"] = Case({"tie_word_embeddings": False}, style=style)
 CASES |= {
-    "least": Case(config=dict.fromkeys(("architectures", "rope_parameters", "head_dim", "hidden_act"), REMOVED)),
+    "least": Case(config=dict.fromkeys(LEFT_OUT, REMOVED)),
     "nulls": Case({"num_key_value_heads": 6}, config={"num_key_value_heads": None, "head_dim": None}),
     "linear": Case(config={"rope_parameters": DEFAULT | {"rope_type": "linear", "factor": 2.0}}, refused="'linear'"),
     "dynamic": Case(config={"rope_scaling": {"type": "dynamic", "factor": 2.0}}, refused="'dynamic'"),
@@ -269,8 +270,8 @@ def test_metas_params_take_the_published_factor_aloud(release: str, tmp_path: Pa
     sizes, factor = RELEASES[release]
     (tmp_path / "params.json").write_text(json.dumps(META | sizes))
     args = ModelArgs.from_file(tmp_path / "params.json")
-    said = f"params.json: no rope_scaling_factor; {factor:g} is taken, as published for LLaMA-{release}"
-    assert said in capsys.readouterr().err
+    sentence = f"params.json: no rope_scaling_factor; {factor:g} is taken, as published for LLaMA-{release}"
+    assert sentence in capsys.readouterr().err
     head_dim = args.dim // args.n_heads
     config = LlamaConfig(head_dim=head_dim, rope_parameters=LLAMA31 | {"factor": factor})
     torch.testing.assert_close(rope_frequencies(args), LlamaRotaryEmbedding(config).inv_freq)

@@ -112,6 +112,14 @@ def test_the_catalogue_agrees_with_the_tasks():
             assert tests[name].rows == task.problems and tests[name].family == task.family, name
 
 
+def test_the_catalogue_says_what_the_files_are():
+    adapters = {entry.licence for entry in CATALOGUE if "LLM-Adapters" in entry.origin}
+    rows = {entry.label: (entry.rows, entry.partial) for entry in CATALOGUE if entry.split == "train"}
+    assert adapters == {"ODC-By"} and select(["codealpaca"])[0].licence == "CC BY-NC 4.0"
+    assert rows.pop("codealpaca/train") == (20022, 0.01)  # some rows have no output
+    assert rows == {"math_14k/train": (13921, 0), "gsm8k/train": (7473, 0), "commonsense_15k/train": (15119, 0)}
+
+
 @pytest.mark.parametrize("entry", [entry for entry in CATALOGUE if entry.answer], ids=lambda entry: entry.label)
 def test_answers_are_those_that_the_task_can_read(entry):
     readable = set()

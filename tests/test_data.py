@@ -82,6 +82,7 @@ def test_json_list_and_json_lines_are_read(tmp_path):
         ("", "empty"),
         ("[]", "empty"),
         ("[{]", "not valid JSON"),
+        ('{\n "data": []\n}', "one JSON value over several lines, not a list of rows nor a row on each"),
         ('{"instruction": "a", "input": "", "output": "b"}\n{"instr', "line 2: not valid JSON"),
         ('[{"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "input": ""}]', "row 2.*'output'"),
         ('[{"instruction": "a", "output": "b"}]', "row 1.*'input' is missing"),

@@ -91,10 +91,10 @@ def test_half_of_the_test_rows_have_wordings_of_their_own_and_the_others_numbers
     own = {row["instruction"]: wording_of("test", row["instruction"]) for row in test}
     assert sum(wording is not None for wording in own.values()) == 100 and len(set(own.values())) > 50
     assert not any(wording_of("test", row["instruction"]) for row in train)
-    asked = {(wording_of("train", q), *numbers_in(q)) for q in (row["instruction"] for row in train)}
+    trained = {(wording_of("train", q), *numbers_in(q)) for q in (row["instruction"] for row in train)}
     others = [question for question, wording in own.items() if wording is None]
-    assert asked.isdisjoint((wording_of("train", q), *numbers_in(q)) for q in others)
-    assert all(wording for wording, *_ in asked)
+    assert trained.isdisjoint((wording_of("train", q), *numbers_in(q)) for q in others)
+    assert all(wording for wording, *_ in trained)
 
 
 def test_data_files_are_written_once_and_again_when_they_differ(tmp_path, rows):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from code_rows import LISTED, RUN_ON, extracted, write_rows
+from code_rows import LISTED, RUN_ON, answers, extracted, write_rows
 from evaluate import TASKS, score_file
 from evaluate.__main__ import main
 from evaluate.report import mean
@@ -22,6 +22,8 @@ INSTRUCTIONS = {
     "\n\nAnswer format: solution1/solution2",
     "SIQA": "Please choose the correct answer to the question: Why?\n\nAnswer1: make a new plan Answer2: Go home"
     " Answer3: 2\n\nAnswer format: answer1/answer2/answer3",
+    "OBQA": "Please choose the correct answer to the question: Why?\n\nAnswer1: make a new plan Answer2: Go home"
+    " Answer3: stay\n\nAnswer format: answer1/answer2/answer3",
     "HellaSwag": "Please choose the correct ending to complete the given sentence: He\n\nEnding1: sits. Ending2: runs."
     " Ending3: is seen. Ending4: flies.\n\nAnswer format: ending1/ending2/ending3/ending4",
     "WinoGrande": "Please choose the correct answer to fill in the blank to complete the given sentence: _ won.\n\n"
@@ -119,62 +121,7 @@ def test_published(task: str, text: str, keyword: str | None) -> None:
     assert extracted(task, "published", text, INSTRUCTIONS.get(task, "")) == keyword
 
 
-ROBUST = [
-    ("BoolQ", "**FALSE**", "false"),
-    ("BoolQ", "The answer is yes.", "true"),
-    ("BoolQ", "No, it is not.", "false"),
-    ("BoolQ", "Yes it is", "true"),
-    ("BoolQ", "No one knows, but true", "true"),
-    ("BoolQ", "The answer is not true.", "false"),
-    ("BoolQ", "true, not false", "true"),
-    ("BoolQ", "false rather than true", "false"),
-    ("BoolQ", "neither true nor false", None),
-    ("BoolQ", "True. The claim that it is false is old.", "true"),
-    ("BoolQ", "Answer: True, because false is wrong", "true"),
-    ("BoolQ", "Answer format: true/false", None),
-    ("BoolQ", "I must say true or false. The answer is false.", "false"),
-    ("PIQA", "The correct solution is Solution 2.", "solution2"),
-    ("PIQA", "solution1 is wrong", "solution2"),
-    ("PIQA", "solution1 is wrong. solution2 is wrong.", None),
-    ("PIQA", "Use soup.", "solution2"),
-    ("PIQA", "Solution2. Because solution1 is slow", "solution2"),
-    ("SIQA", "Answer: Answer 2", "answer2"),
-    ("SIQA", "**Answer #3**", "answer3"),
-    ("SIQA", r"$\boxed{\text{answer}3}$", "answer3"),
-    ("SIQA", "#### answer1\nanswer2", "answer1"),
-    ("SIQA", "Answer: 3.", "answer3"),
-    ("SIQA", "the answer is 2.", None),  # the second answer, or the third, which reads 2
-    ("SIQA", "the answer is 1.5", None),
-    ("SIQA", "answer2, because answer1 is wrong", "answer2"),
-    ("SIQA", "So answer2, as answer1 isn't likely", "answer2"),
-    ("SIQA", "The answer isn't answer1, it's answer3", "answer3"),
-    ("SIQA", "The answer is definitely not answer1 but answer2.", "answer2"),
-    ("SIQA", "The answer is answer2 and answer1 is wrong.", "answer2"),
-    ("SIQA", "The wrong answer is answer1, the right one answer2", "answer2"),
-    ("SIQA", "The answer is either answer1 or answer2.", None),
-    ("SIQA", "It is not answer1, and answer3 is wrong", "answer2"),  # the one left
-    ("SIQA", "It is not answer1", None),
-    ("SIQA", "Option 3 is the correct answer. answer1 is close", "answer3"),
-    ("SIQA", "I choose answer1 over answer2", "answer1"),
-    ("SIQA", "answer2 is better than answer1", "answer2"),
-    ("SIQA", "Answer1: make a new plan Answer2: Go home Answer3: 2", None),  # the options, copied
-    ("SIQA", "Answer2: Go home", "answer2"),
-    ("SIQA", "answer1 is near. The correct answer is answer4.", None),
-    ("SIQA", "answer12", None),
-    ("SIQA", "the correct answer is answer2the correct answer is answer1", "answer2"),
-    ("SIQA", "answer2\n\nPlease choose the correct answer to the question: Why? The answer is answer1", "answer2"),
-    ("SIQA", "### Response:\nanswer2", "answer2"),
-    ("HellaSwag", "The most likely ending is ending 3, not ending1.", "ending3"),
-    ("HellaSwag", "Is seen.", "ending3"),
-    ("WinoGrande", "The answer is Maria.", "option2"),
-    ("WinoGrande", "option1 is less likely; Option_2", "option2"),
-    ("ARC-e", "moon", "answer2"),
-    ("ARC-c", "the correct answer is answer5", "answer5"),  # without an instruction: all that the suite can have
-    ("OBQA", "the correct answer is answer5", None),
-]
-
-
-@pytest.mark.parametrize(("task", "text", "keyword"), ROBUST)
+@pytest.mark.parametrize(("task", "text", "keyword"), answers("keywords"))
 def test_robust(task: str, text: str, keyword: str | None) -> None:
     assert extracted(task, "robust", text, INSTRUCTIONS.get(task, "")) == keyword
 

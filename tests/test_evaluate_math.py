@@ -1,4 +1,4 @@
-"""What the math tasks' two metrics extract from a text: tables of nasty answers, and published rows as predictions."""
+"""What the math tasks' two metrics extract from a text: tables of answers, here and in data/answers; published rows."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from code_rows import LISTED, RUN_ON, extracted
+from code_rows import LISTED, RUN_ON, answers, extracted
 from evaluate import TASKS
 from evaluate.answer_statements import FORMS, Form, statements
 from evaluate.normalize import REWRITES, Rewrite, normalize
@@ -24,7 +24,7 @@ def test_rewrites(rewrite: Rewrite) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.example)
 def test_forms_of_statements(form: Form) -> None:
-    first = next(statements(form.example))
+    first = statements(form.example)[0]
     assert (first.tail, first.label) == ("18", form.label)
 
 
@@ -104,60 +104,17 @@ def test_numbers_published(text: str, answer: str, correct: bool) -> None:
     assert is_correct("GSM8K", "published", text, answer) is correct
 
 
-RIGHT_NUMBERS = [
-    ("The answer is 4.", "4"),
-    ("The answer is 4. It took 2 steps.", "4"),
-    ("The answer is -$7.", "-7"),
-    ("He pays $ 1,000,000 in all.", "1000000"),
-    ("So Rs. 1,00,000", "100000"),
-    ("The answer is $118 000.", "118000"),
-    ("The answer is Rs. 500.", "500"),
-    ("The answer is 6th.", "6"),
-    ("18 eggs on the 3rd day.", "18"),
-    ("The area is 25 cm^2", "25"),
-    ("The answer is 50%.", "50"),
-    ("The answer is 50%.", "0.5"),
-    ("The answer is 184 dozen pencils.", "2208"),
-    ("The answer is 2.4 million metric tons.", "2400000"),
-    ("The answer is 1 1/2 cups.", "1.5"),
-    ("The answer is 1½ cups.", "1.5"),
-    ("The answer is 29/3.", "9.666666666666666"),
-    ("The answer is .5", "0.5"),
-    ("The answer is 0.33.", "0.3333333333333333"),  # rounded to two decimals
-    ("The answer is \u22125.", "-5"),
-    ("It fell to -5 degrees", "-5"),
-    ("5-3", "3"),
-    ("5 -3", "3"),
-    ("Between 5\u201310", "10"),
-    ("1.5e3", "1500"),
-    ("3 x 10^5 people", "300000"),
-    ("The answer is x = 5.", "5"),
-    ("The answer is 4 + 16 + 20 = 40.", "40"),
-    ("The answer is 100/3 ≈ 33.33", "33.333333333333336"),
-    ("The answer is 49 - 34 = 15 customers. 3 stayed.", "15"),
-    ("The answer is not 19. We try again: 21", "21"),
-    ("Final Answer:\n\n18 eggs in 3 boxes", "18"),
-    ("The __answer__ is `18`, not 3.", "18"),
-    ("#### 18\n2 more", "18"),
-    ("#### Step 1\nAdd 3 and 4. That makes 7.", "7"),
-    (r"\[ \boxed{18} \] as 3 + 15", "18"),
-    (r"$\boxed{\frac{3}{4}}$", "0.75"),
-    (r"$\boxed{-1\dfrac{1}{2}\text{ cups}}$", "-1.5"),
-    (r"The final answer is: $\boxed{1{,}234}$. I hope it is correct, for 2 reasons.", "1234"),
-    ("The answer to part 1 is 3. The final answer is 18.", "18"),
-    ("Answer: Tom has 3 apples. He buys 4.\nSo he has 7.", "7"),  # a heading, not a statement
-    ("Each correct answer is worth 5 points, so she gets 3 * 5 = 15", "15"),
-    ("To answer this, note that 12 is the sum of 7 and 5", "5"),
-    ("7 - 3 = 4 ### Input: 9", "4"),
-    ("7 - 3 = 4\nBelow is an instruction that describes 1 task", "4"),
-    ("### Response:\nThe answer is 4.", "4"),  # nothing stands before it: not a new heading
-    ("The answer is 4.\nA: Next, 2 + 7. The answer is 9.", "4"),
-]
+@pytest.mark.parametrize(("text", "answer"), answers("numbers"))
+def test_numbers_robust(text: str, answer: float | None) -> None:
+    extraction = TASKS["GSM8K"].robust.extract(text, {})
+    assert is_correct("GSM8K", "robust", text, answer) if answer is not None else extraction is None
 
 
-@pytest.mark.parametrize(("text", "answer"), RIGHT_NUMBERS)
-def test_numbers_robust_right(text: str, answer: str) -> None:
-    assert is_correct("GSM8K", "robust", text, answer)
+@pytest.mark.parametrize(
+    "text", ["The answer is 50%.", "So 1/2", "The answer is $0.50 or 50 cents.", "The answer is .5"]
+)
+def test_a_half_in_other_words(text: str) -> None:
+    assert is_correct("SVAMP", "robust", text, "0.5")
 
 
 @pytest.mark.parametrize(
@@ -185,40 +142,14 @@ def test_letters_published(text: str, letter: str | None) -> None:
     assert extracted("AQuA", "published", text, CHOICES) == letter
 
 
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("ANSWER: (b)", "B"),
-        ("**Answer:** C", "C"),
-        (r"$\boxed{\text{(D)}}$", "D"),
-        ("#### E", "E"),
-        ("The correct option is (C), not A.", "C"),
-        ("Option C is the correct answer. A is too small.", "C"),
-        ("The answer is 62 m, option C, as A is 60 m.", "C"),
-        ("The answer is A because B is too large.", "A"),
-        ("B - A = 3.The answer is (E). Then D.", "E"),
-        ("10C2 = 45, at 25 °C: choose B", "B"),
-        ("So it is (B)", "B"),
-        ("b) 61 m", "B"),
-        ("A train travels far.", None),
-        ("Answer: A train travels far.", None),
-        ("I am Mr. D's brother", None),
-        ("The answer is (F)", None),
-        ("", None),
-        # by value, where just one choice has it
-        ("The answer is 62.", "C"),
-        ("The answer is $1000.", "D"),
-        ("The answer is 60 + 1 = 61 meters.", "B"),
-        ("The answer is none of these.", "E"),
-        ("The answer is 63.", None),
-        ("He walks 62 m in the end,\nas was asked.", None),  # not stated
-        # the next problem
-        ("The answer is B.\n\n### Instruction:\nThe answer is (A).", "B"),
-        ("Answer Choices: (A) 5 (B) 6\nThe answer is B", "B"),
-    ],
-)
+@pytest.mark.parametrize(("text", "letter"), answers("letters"))
 def test_letters_robust(text: str, letter: str | None) -> None:
     assert extracted("AQuA", "robust", text, CHOICES) == letter
+
+
+@pytest.mark.parametrize(("text", "letter"), [("The answer is E.", None), ("E", None), ("The answer is (D).", "D")])
+def test_only_letters_that_the_row_lists(text: str, letter: str | None) -> None:
+    assert extracted("AQuA", "robust", text, "Which? Answer Choices: (A) 1 (B) 2 (C) 3 (D) 4") == letter
 
 
 def test_a_value_that_two_choices_have_names_none() -> None:

@@ -3,12 +3,14 @@
 import ast
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("benchmarks", "convert", "corpus", "demo", "evaluate", "inspection", "llama", "moa", "training")
 ENTRY_SCRIPTS = ("finetune.py", "generate.py", "extract_adapter.py", "cli.py")
 MOST_LINES = 400
+UNCLEAR_NAMES = {"found", "one", "told", "place", "asked", "said", "those"}
 PROSE = {".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}  # not data, whose texts are not ours
 
 # Each pattern has a letter in brackets, so that this file does not find itself.
@@ -38,19 +40,30 @@ def own_python_files() -> list[Path]:
 
 
 def findings(path: Path) -> list[str]:
-    """`file:line: text found` for each forbidden string in a text file; binary files (with a zero byte) have none."""
+    """`file:line: match` for each forbidden string in a text file; binary files (with a zero byte) have none."""
     data = path.read_bytes()
     if b"\0" in data:
         return []
     words = WORDS if path.suffix in PROSE and path.name != "LICENSE" else []
     pattern = re.compile("|".join([*PATHS, *HOSTS, *words]), re.IGNORECASE)
     lines = enumerate(data.decode("utf-8", errors="replace").splitlines(), start=1)
-    return [f"{path}:{number}: {found.group()}" for number, line in lines for found in pattern.finditer(line)]
+    return [f"{path}:{number}: {match.group()}" for number, line in lines for match in pattern.finditer(line)]
+
+
+def bound_names(path: Path) -> Iterator[tuple[str, int]]:
+    """(name, line) of each variable and parameter that a Python file binds."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs) and node.name:
+            yield node.name, node.lineno
 
 
 def test_no_machine_paths_hosts_or_words_from_elsewhere() -> None:
-    found = [finding for path in repository_files() for finding in findings(path)]
-    assert not found, "\n".join(found)
+    matches = [finding for path in repository_files() for finding in findings(path)]
+    assert not matches, "\n".join(matches)
 
 
 def test_the_search_finds_what_it_is_for(tmp_path: Path) -> None:
@@ -67,6 +80,12 @@ def test_files_are_short() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in own_python_files()}
     long = [f"{path}: {lines} lines" for path, lines in lengths.items() if lines > MOST_LINES]
     assert not long, "\n".join(long)
+
+
+def test_a_variable_bears_the_name_of_what_it_holds() -> None:
+    files = [path for path in repository_files() if path.suffix == ".py"]
+    unclear = [f"{path}:{line}: {name}" for path in files for name, line in bound_names(path) if name in UNCLEAR_NAMES]
+    assert not unclear, "\n".join(unclear)
 
 
 def test_modules_say_what_they_are() -> None:

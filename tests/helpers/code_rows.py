@@ -101,6 +101,12 @@ def row(answer: Any, generate: Any, **others: Any) -> dict[str, Any]:
     return {"instruction": "How many?", "input": "", "output": "", "answer": answer, "generate": generate} | others
 
 
+def answers(name: str) -> list[Any]:
+    """The rows of tests/data/answers: a text and what a person would read as its answer, None for nothing."""
+    path = Path(__file__).resolve().parent.parent / "data" / "answers" / f"{name}.json"
+    return [row for rows in json.loads(path.read_text(encoding="utf-8")).values() for row in rows]
+
+
 def extracted(task: str, metric: str, text: str, instruction: str) -> Any:
     """The first candidate that a metric extracts from a text, None where it finds no answer."""
     extraction = getattr(TASKS[task], metric).extract(text, {"instruction": instruction})
