@@ -1,7 +1,7 @@
 """Adapters on disk: ours, saved and loaded; the authors'; and files that do not fit, named in one sentence."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from moa.state import adapter_parameters, adapter_state_dict, count_parameters
 from tiny import (
     ARGS,
     BASE,
+    BASELINES,
     GOLDEN,
     METHODS,
     PARAMS,
@@ -26,7 +27,7 @@ from tiny import (
 )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_saved_and_loaded_under_another_seed(name: str, tmp_path: Path) -> None:
     llm, batch = shared(name), tokens(2, 7)
     path = save(llm, tmp_path / "out")

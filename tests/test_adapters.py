@@ -22,6 +22,7 @@ from moa.state import (
 from tiny import (
     ARGS,
     BASE,
+    BASELINES,
     METHODS,
     build,
     gradients,
@@ -36,7 +37,7 @@ from tiny import (
 # Which parameters
 
 
-@pytest.mark.parametrize("name", [None, *METHODS])
+@pytest.mark.parametrize("name", [None, *METHODS, *BASELINES])
 def test_base_and_adapter_share_nothing_and_are_everything(name: str | None) -> None:
     model = shared(name).model
     everything, base, adapters = dict(model.named_parameters()), set(shard_specs(model)), set(adapter_parameters(model))
@@ -57,7 +58,7 @@ def test_freezing_leaves_the_adapters_and_nothing_else() -> None:
         assert trained == set(adapter_parameters(model))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_adapters_stay_float32_beside_a_bf16_base(name: str) -> None:
     llm, batch = build(name, bf16=True), tokens(2, 6)
     for key, parameter in llm.model.named_parameters():
@@ -129,7 +130,7 @@ def test_optimizer_groups() -> None:
 # Training
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_three_steps_move_every_adapter_tensor_and_no_base_tensor(name: str) -> None:
     model, batch = build(name, seed=None).model, tokens(3, 8)
     with torch.no_grad():  # the start of the parallel adapter is too near to zero for SGD; move it

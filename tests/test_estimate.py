@@ -47,7 +47,12 @@ def test_two_processes_exchange_what_is_computed(tmp_path) -> None:
 
 
 SHALLOW = replace(ModelArgs(**SMOLLM2_135M), n_layers=tiny.ARGS.n_layers)  # a real width
-SAVED = [(m, tiny.ARGS, n, bf16) for m in tiny.METHODS for n in (LENGTHS, [5, 5]) for bf16 in (False, True)]
+SAVED = [
+    (m, tiny.ARGS, n, bf16)
+    for m in (*tiny.METHODS, *tiny.BASELINES)
+    for n in (LENGTHS, [5, 5])
+    for bf16 in (False, True)
+]
 SAVED += [("soft_moa", SHALLOW, [20, 17], False), ("molora", SHALLOW, [20, 17], True)]
 
 

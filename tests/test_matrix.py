@@ -16,8 +16,10 @@ from llama import Llama
 from moa.adapter_file import save_reference_adapter
 from moa.methods import METHODS as PRESETS
 from moa.state import adapter_state_dict
-from tiny import ARGS, BASE, METHODS, authors_can_say, tokens
+from tiny import ARGS, BASE, BASELINES, authors_can_say, tokens
+from tiny import METHODS as PUBLISHED
 
+METHODS = PUBLISHED | BASELINES
 LENGTHS = (3, 11, 7)
 
 

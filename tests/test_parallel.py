@@ -16,7 +16,6 @@ from moa.state import adapter_state_dict
 from observe import COPIED, EVERYTHING, IMPOSSIBLE, LARGE, OBSERVED, SIZES, WORLD
 from tiny import (
     BASE,
-    METHODS,
     PARAMS,
     build,
     golden_state,
@@ -174,7 +173,7 @@ def test_initial_values_and_state_do_not_depend_on_the_size(compared) -> None:
         assert rank["fresh"].keys() == alone["fresh"].keys()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", observe.STEPPED)
 def test_a_step_divided_between_replicas_is_the_step_of_one_process(processes, name: str) -> None:
     """Through the project's own loop, rows of unequal lengths, replicas of two ranks each."""
     steps = [by_size[2]["steps"][name] for by_size in processes]
