@@ -11,19 +11,7 @@ from llama import Llama
 from moa.adapter_file import adapter_params, load_adapter, save_adapter, save_reference_adapter
 from moa.config import AdapterConfig
 from moa.state import adapter_parameters, adapter_state_dict, count_parameters
-from tiny import (
-    ARGS,
-    BASE,
-    GOLDEN,
-    METHODS,
-    PARAMS,
-    authors_can_say,
-    random_state,
-    save,
-    shared,
-    tokens,
-    unfilled,
-)
+from tiny import ARGS, BASE, GOLDEN, METHODS, PARAMS, authors_can_say, random_state, save, shared, tokens, unfilled
 
 
 @pytest.mark.parametrize("name", METHODS)
