@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -33,7 +32,6 @@ from llama import Llama
 from llama.checkpoint import load_params_and_tokenizer
 from llama.data import encode_prompt
 from moa.adapter_file import load_adapter
-from moa.config import AdapterConfig
 from moa.reading import read_rows
 from training.loop import peak_memory
 
@@ -69,13 +67,6 @@ class Flags(common.SideBySide):
         return most, 0 if self.natural_stops else most, rows
 
 
-class Kind(NamedTuple):
-    """What is measured: the base, or an adapter beside it, new or trained."""
-
-    config: AdapterConfig | None = None
-    adapter_path: str | None = None
-
-
 def prompts_of(path: str, ckpt_dir: str, n: int) -> Answers:
     """Return the token ids of the first n rows' prompts. ValueError where there are fewer rows."""
     _, tokenizer = load_params_and_tokenizer(ckpt_dir)
@@ -85,39 +76,40 @@ def prompts_of(path: str, ckpt_dir: str, n: int) -> Answers:
     return [encode_prompt(tokenizer, row, ANY_LENGTH) for row in rows]
 
 
-def kinds_of(flags: Flags) -> dict[str, Kind]:
-    """Return all kinds by name. ValueError for an adapter that does not fit, or a second one of a method."""
+def kinds_of(flags: Flags) -> dict[str, str | None]:
+    """Return the trained adapter of each kind, None for a new one or none at all.
+
+    ValueError for an adapter that does not fit the base, or a second one of a method.
+    """
     args, _ = load_params_and_tokenizer(flags.base_folder())
-    kinds = {name: Kind(models.config_of(name, args.n_layers)) for name in (BASE, *flags.fresh())}
+    kinds: dict[str, str | None] = dict.fromkeys([BASE, *flags.fresh()])
     plain_lora = []
     for path in flags.adapter_path.split(",") if flags.adapter_path else []:
         config, _ = load_adapter(path, args)
         name = f"{config.method}, trained"
         if name in kinds:
             raise ValueError(f"--adapter_path: {path} is a second adapter of method {config.method}")
-        kinds[name] = Kind(config, path)
+        kinds[name] = path
         with suppress(ValueError):
             require_plain_lora(config, path)
             plain_lora.append(path)
-    peft = Kind(adapter_path=plain_lora[0] if plain_lora else None)
-    return kinds | ({TRANSFORMERS: Kind(), PEFT: peft} if flags.peft else {})
+    return kinds | ({TRANSFORMERS: None, PEFT: next(iter(plain_lora), None)} if flags.peft else {})
 
 
-def answerer(name: str, kind: Kind, prompts: Answers, flags: Flags) -> Callable[[int, int], Answers]:
+def answerer(name: str, adapter_path: str | None, prompts: Answers, flags: Flags) -> Callable[[int, int], Answers]:
     """Load a kind -> a function of the new tokens at most and at least that answers all prompts."""
     ckpt_dir, bf16 = flags.base_folder(), flags.use_bf16()
     max_new_tokens, _, batch_size = flags.lengths()
+    args, tokenizer = load_params_and_tokenizer(ckpt_dir)
     if name in PEERS:
         model = peers.transformers_model(ckpt_dir, bf16)
         if name == PEFT:
-            path = kind.adapter_path
-            model = peers.trained_lora(model, path, ckpt_dir) if path else peers.new_lora(model)
-        stop_ids = load_params_and_tokenizer(ckpt_dir)[1].stop_ids
-        return lambda most, least: peers.padded_answers(model, stop_ids, prompts, most, least, batch_size)
+            model = peers.trained_lora(model, adapter_path, ckpt_dir) if adapter_path else peers.new_lora(model)
+        return lambda most, least: peers.padded_answers(model, tokenizer.stop_ids, prompts, most, least, batch_size)
     llm = Llama.build(
         ckpt_dir,
-        kind.adapter_path,
-        config=None if kind.adapter_path else kind.config,
+        adapter_path,
+        config=None if adapter_path else models.config_of(name, args.n_layers),
         max_seq_len=max(map(len, prompts)) + max_new_tokens,
         max_batch_size=batch_size,
         bf16=bf16,
@@ -162,13 +154,12 @@ def figures_of(flags: Flags, runs: list[Figures], answers: Answers, reference: A
     }
 
 
-def report(flags: Flags, results: dict[str, list[Figures]], kinds: dict[str, Kind]) -> None:
+def report(flags: Flags, results: dict[str, list[Figures]], kinds: dict[str, str | None]) -> None:
     """Print the table and write the JSON file."""
     answers = {name: [run.pop("answers") for run in runs][0] for name, runs in results.items()}
-    ours = {kind.adapter_path: name for name, kind in reversed(kinds.items()) if name not in PEERS} | {None: BASE}
+    ours = {path: name for name, path in kinds.items() if name not in PEERS} | {None: BASE}
     figures = {
-        name: figures_of(flags, runs, answers[name], answers[ours[kinds[name].adapter_path]])
-        for name, runs in results.items()
+        name: figures_of(flags, runs, answers[name], answers[ours[kinds[name]]]) for name, runs in results.items()
     }
     columns = [
         ("answers of", lambda figures: figures["kind"]),

@@ -135,13 +135,14 @@ class Bench:
         train = self.trainer(kind, 1 + n)
         train(1)
         seconds, entries = timed(lambda: train(n), self.device)
+        memory = self.peak_bytes(kind)
         tokens, labels = (sum(entry[name] for entry in entries) for name in ("tokens", "label_tokens"))
         flops = models.training_flops(self.shape(kind), tokens, labels)
         return {
             "seconds": seconds / n,
             "tokens_per_second": tokens / seconds,
             "share_of_flops": flops / seconds / self.machine.flops,
-            "peak_memory_bytes": self.peak_bytes(kind),
+            "peak_memory_bytes": memory,
         }
 
     def memory(self, kind: str, mode: str) -> Figures:
@@ -168,13 +169,10 @@ class Bench:
         for _ in range(self.flags.repeats):
             longer, shorter = (timed(lambda n=n: answer(n), self.device)[0] for n in (2 * EARLY, EARLY))
             seconds.append((longer - shorter) / EARLY)
+        memory, step = self.peak_bytes(kind), statistics.median(seconds)
         step_bytes = models.decode_bytes(self.shape(kind), n_rows, context + 3 * EARLY // 2)
-        share = step_bytes / statistics.median(seconds) / self.machine.bandwidth
-        return {
-            "seconds": statistics.median(seconds),
-            "share_of_bandwidth": share,
-            "peak_memory_bytes": self.peak_bytes(kind),
-        }
+        share = step_bytes / step / self.machine.bandwidth
+        return {"seconds": step, "share_of_bandwidth": share, "peak_memory_bytes": memory}
 
     def trace(self, kind: str, training: bool) -> Figures:
         """Profile training steps, or decode steps of one row after a prompt of one token."""

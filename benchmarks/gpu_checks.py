@@ -23,7 +23,7 @@ PROMPT = 5  # tokens of each row
 RAGGED = (14, 7, 10)  # tokens of rows cut to different lengths
 NEW_TOKENS = 12
 FLOAT32 = {"logits": 1e-4, "loss": 1e-4, "gradients": 1e-3}
-BF16 = {"loss": 0.01, "gradients": 0.02}  # on a CPU 0.002 and 0.004 at most
+BF16 = {"loss": 0.01, "gradients": 0.05}  # on a CPU 0.002 and 0.004 at most
 
 
 def load(name: str, device: torch.device, bf16: bool = False, cuda_graphs: bool = False) -> Llama:

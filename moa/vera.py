@@ -21,12 +21,21 @@ def constant(value: float, shape: tuple[int, ...], generator: torch.Generator) -
 
 
 @torch.compiler.assume_constant_result
-@cache
-@torch.inference_mode(False)
 def shared_matrix(
     seed: int, rows: int, columns: int, fan_in: int, shard: Shard | None, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Kaiming-uniform (rows, columns), or this rank's shard of it; a smaller one is the first rows of a larger one."""
+    """Kaiming-uniform (rows, columns), or this rank's shard of it; the same tensor for all layers that ask for it.
+
+    A smaller matrix is the first rows of a larger one.
+    """
+    return _shared_matrix(seed, rows, columns, fan_in, shard, device, dtype)
+
+
+@cache
+@torch.inference_mode(False)
+def _shared_matrix(
+    seed: int, rows: int, columns: int, fan_in: int, shard: Shard | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     if device.type == "meta":
         matrix = torch.empty(rows, columns, device=device)
     else:

@@ -1,4 +1,4 @@
-"""DoRA (arXiv 2402.09353) as somebody would add an adapter of their own: one file with its options, its module and one registration.
+"""DoRA (arXiv 2402.09353) as an adapter of one's own: one file with its options and its module, one registration.
 
 m / |W + s B A| (W x + s B A x)        |.| is the norm of each row, taken as a constant in the backward pass
 """

@@ -137,7 +137,7 @@ def _seed_name(key: str) -> str:
 def random_state(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
     """Whole adapter tensors of `model`, all random, the same whatever the model-parallel size."""
     state = {}
-    for key, (_, spec, _) in adapter_parameters(model).items():
+    for key, (_, spec, _) in adapter_parameters(model, untrained=True).items():
         digest = hashlib.sha256(f"test/{seed}/{_seed_name(key)}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         scale, middle = (
