@@ -38,7 +38,9 @@ RULES = {
     "inspection": allowed(
         "training llama moa cli evaluate", libraries="torch numpy fairscale", late="matplotlib jinja2"
     ),
-    "benchmarks": allowed("training llama moa cli convert demo", libraries="torch numpy tabulate", late="transformers peft"),
+    "benchmarks": allowed(
+        "training llama moa cli convert demo", libraries="torch numpy tabulate", late="transformers peft"
+    ),
 }
 
 
