@@ -152,8 +152,9 @@ def _read_tokenizer_json(content: dict[str, Any], bos: Any, ends: list[tuple[str
         {token["content"]: token["id"] for token in tokens if bool(token.get("special")) == wanted}
         for wanted in (True, False)
     )
+    others = {*special.values(), *added.values()}
     return Source(
-        base={token: i for token, i in model["vocab"].items() if i not in {*special.values(), *added.values()}},
+        base={token: i for token, i in model["vocab"].items() if i not in others},
         special=special,
         added=added,
         merges=[tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]],
@@ -206,9 +207,11 @@ def _vocabulary(source: Source, rows: int) -> Vocabulary:
     made = {b"".join(merge) for merge in merges}
     ids = {name.encode(): i for name, i in source.added.items() if name.encode() in made} | ids
     names = {i: name for name, i in (source.special | source.added).items()}
-    needed = 1 + max([*ids.values(), *names])
-    if needed > rows:
-        raise ValueError(f"has {needed} tokens, but the embedding has {rows} rows")
+    numbers = [*source.base.values(), *source.special.values(), *source.added.values()]
+    if len({*numbers}) < len(numbers) or min(numbers) < 0:
+        raise ValueError("ids of tokens must be 0 and more, none twice")
+    if max(numbers) >= rows:
+        raise ValueError(f"has {max(numbers) + 1} tokens, but the embedding has {rows} rows")
     _check_merges(ids, merges, source.ignore_merges)
 
     special, meta, first = source.special, special_tokens(), len(ids)

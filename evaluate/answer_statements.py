@@ -11,14 +11,19 @@ from typing import NamedTuple
 _TAGS = r"(?:think|thinking|thought|reasoning)"
 _THINKING = re.compile(rf"<{_TAGS}>|\[THINK\]|<\|channel\|>analysis")
 _THINKING_ENDS = re.compile(rf"</{_TAGS}>|\[/THINK\]|<\|channel\|>final<\|message\|>")
+CHAT_TOKENS = r"<\|(?:eot_id|eom_id|end_of_text|endoftext|im_end|start_header_id)\|>|</s>|<eos>|<end_of_turn>|\[INST\]"
 # Another problem, which a model that misses its end of text runs on into: the template's headings and first words (four
 # hashes are GSM8K's answer, "### Final Answer" is this problem's), how the tasks' instructions begin, tokens of chats.
 _RUN_ON = re.compile(
     r"(?<!#)###(?!#)(?!\W{0,6}(?i:final|answer|conclusion|solution|step)\b)|Below is an instruction"
-    r"|Please (?:choose the correct|answer the following question)"
-    r"|<\|(?:eot_id|eom_id|end_of_text|endoftext|im_end|start_header_id)\|>|</s>|<eos>|<end_of_turn>|\[INST\]"
+    rf"|Please (?:choose the correct|answer the following question)|{CHAT_TOKENS}"
 )
 _QUESTION = re.compile(r"^[^\w\n]{0,6}(?i:question|q|problem|user|human)[^\w\n]{0,4}:|\bQuestion:", re.M)
+
+
+def without_thinking(text: str) -> str:
+    """Return what follows the last end of thinking; after a start without end there is no answer."""
+    return _THINKING.split(_THINKING_ENDS.split(text)[-1], maxsplit=1)[0]
 
 
 def truncate_run_on(text: str, run_on: re.Pattern[str] = _RUN_ON) -> str:
@@ -32,10 +37,10 @@ def truncate_run_on(text: str, run_on: re.Pattern[str] = _RUN_ON) -> str:
 def answer_parts(text: str) -> Iterator[str]:
     """Yield the parts of a generated text to read an answer from, the one to believe first.
 
-    None holds thinking (up to its last end; after a start without end there is no answer) or the template's next
-    problem. The first ends before "Question:". The second does not: this problem may have been repeated there.
+    None holds thinking or the template's next problem. The first ends before "Question:". The second does not: this
+    problem may have been repeated there.
     """
-    text = truncate_run_on(_THINKING.split(_THINKING_ENDS.split(text)[-1], maxsplit=1)[0])
+    text = truncate_run_on(without_thinking(text))
     problem = truncate_run_on(text, _QUESTION)
     yield from dict.fromkeys((problem, text))
 
@@ -83,13 +88,20 @@ _BOX, _RETRACTED = 0, 4  # ranks
 FORMS = (
     Form(_BOX, False, r"(?:\\|\x08|\bb)?(?:boxed|fbox|oxed)(?= ?[{\d])", r"First \boxed{6}, then \boxed{18}"),
     Form(1, True, r"(?<!#)####(?!#)", "#### 18"),
-    Form(1, True, r"<(?:final[_ ]?)?answer>", "<answer>\n18\n</answer>"),
-    Form(1, False, rf"\bfinal[_ ](?:answer|result)\b{_ABOUT}(?:{_IS}|[:=])", "Final answer: 18"),
+    Form(1, True, r"[<\[](?:final[_ ]?)?ans(?:wer)?[>\]]", "<answer>\n18\n</answer>"),
+    Form(1, False, rf"\bfinal[_ ](?:answer|result)\b{_ABOUT}(?:{_IS}|[:=→]| -(?= ))", "Final answer: 18"),
     Form(1, False, r"^[^\w\n]{0,6}final answer[^\w\n]{0,6}$", "## Final Answer\n18"),
     Form(2, False, rf"{_ANSWER}{_ABOUT}{_IS}", "The best choice for her is 18"),
-    Form(2, False, r"答案\s?(?:是|为)|答え\s?は|정답\s?은", "答案是18"),
+    Form(
+        2,
+        False,
+        rf"\b(?:respuesta|resposta|risposta|réponse|antwort){_ABOUT}\b(?:es|é|è|est|ist):?",
+        "La respuesta es 18",
+    ),
+    Form(2, False, r"答案\s?(?:是|为)|答え\s?は|정답\s?은|ответ:", "答案是18"),
     Form(3, True, rf"(?:{_ANSWER}(?: choice)?|\bans\b)[\"']?(?: ?\([^)\n]{{0,40}}\))? *[:=]", '{"answer": 18'),
-    Form(3, True, r"\bans\b *[.-]|(?:答案|答え|정답) ?:", "Ans. 18"),
+    Form(3, True, r"\bans\b *[.-]|(?:答案?|答え|정답) ?:", "Ans. 18"),
+    Form(3, True, r"^[^\w\n]{0,6}answer[^\w\n]{0,6}$", "**Answer**\n18"),
     Form(_RETRACTED, True, _RETRACTION, "The answer is 17. No, wait, 18"),  # what follows it is believed first
 )
 # What may stand between a statement and its answer: "about", "Rs. ", "x = ", "it should be", "the correct option".

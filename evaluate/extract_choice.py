@@ -10,7 +10,7 @@ from evaluate.keyword_mentions import mentions_of
 from evaluate.metrics import Extraction, Metric
 from evaluate.normalize import normalize
 from evaluate.read_numbers import numbers
-from evaluate.rows import shorten
+from moa.reading import short_repr
 
 _LETTERS = "ABCDE"
 
@@ -18,7 +18,7 @@ _LETTERS = "ABCDE"
 def read_answer(value: Any) -> str:
     """Read a row's "answer": one capital letter A to E."""
     if not isinstance(value, str) or len(value) != 1 or value not in _LETTERS:
-        raise ValueError(f"one letter A to E, got {shorten(value)}")
+        raise ValueError(f"one letter A to E, got {short_repr(value)}")
     return value
 
 

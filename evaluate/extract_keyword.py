@@ -8,7 +8,7 @@ from evaluate.answer_statements import LEAD, Statement, answer_parts, first_sent
 from evaluate.keyword_mentions import BEST, Mention, mentions_of
 from evaluate.metrics import Extraction, Metric
 from evaluate.normalize import normalize
-from evaluate.rows import shorten
+from moa.reading import short_repr
 
 # "The best ending is" states an answer.
 _OTHER_NOUN = re.compile(rf"\b({BEST}) (?:solution|ending)(?=s?\b(?! ?\(?\d))", re.I)
@@ -53,7 +53,7 @@ class Keywords:
     def read_answer(self, value: Any) -> str:
         """Read a row's "answer": one of the keywords, as it is spelled."""
         if not isinstance(value, str) or value not in self.all:
-            raise ValueError(f"one of {', '.join(self.all)}, got {shorten(value)}")
+            raise ValueError(f"one of {', '.join(self.all)}, got {short_repr(value)}")
         return value
 
     def published(self, text: str, row: dict[str, Any]) -> Extraction | None:
@@ -78,7 +78,9 @@ class Keywords:
         """
         listed, mark, form = instruction.rpartition("Answer format:")
         parts = self.option.split(listed if mark else instruction) if self.option else []
-        values = {f"{self.word}{number}": text for number, text in zip(parts[1::2], parts[2::2], strict=True)}
+        values = {
+            f"{self.word}{number}": normalize(text) for number, text in zip(parts[1::2], parts[2::2], strict=True)
+        }
         if tuple(values) != self.all[: len(values)] or len(values) != len(parts) // 2:
             values = {}
         named = [keyword for keyword in self.all if mark and keyword in self.keyword.findall(form)]
@@ -157,7 +159,7 @@ class Keywords:
         same = set()
         for keyword, value in options.items():
             numbered = f"{keyword.removeprefix(self.word)} {value}"  # "2) Maria"
-            if stated & {_bare(normalize(value)), _bare(normalize(numbered))}:
+            if stated & {_bare(value), _bare(numbered)}:
                 same.add(keyword)
         if self.word:
             same |= {f"{self.word}{number}" for number in stated if re.fullmatch(r"[0-9]{1,2}", number)}
@@ -166,7 +168,7 @@ class Keywords:
 
 def _bare(text: str) -> str:
     words = re.findall(r"\w+", text.casefold())
-    return " ".join(words[1:] if words[:1] in (["the"], ["a"], ["an"]) and len(words) > 1 else words)
+    return " ".join(words[1:] if words[:1] in (["the"], ["a"], ["an"], ["to"]) and len(words) > 1 else words)
 
 
 def keyword_metrics(word: str = "", count: int = 2, published_count: int = 0) -> tuple[Any, Metric, Metric]:

@@ -9,7 +9,7 @@ from evaluate.answer_statements import LEAD, Statement, answer_parts, first_sent
 from evaluate.metrics import Extraction, Metric
 from evaluate.normalize import normalize
 from evaluate.read_numbers import TOLERANCE, Number, numbers
-from evaluate.rows import shorten
+from moa.reading import short_repr
 
 _ANSWER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 
@@ -20,7 +20,7 @@ def read_answer(value: Any) -> float:
     if isinstance(value, str) and _ANSWER.fullmatch(value.strip()):
         number = float(value.replace(",", ""))
     if number is None or not math.isfinite(number):
-        raise ValueError(f"a finite number, got {shorten(value)}")
+        raise ValueError(f"a finite number, got {short_repr(value)}")
     return float(number)
 
 
@@ -53,16 +53,16 @@ ROBUST = Metric(robust_number, is_correct)
 
 
 _LEAD = re.compile(LEAD)
-# Behind an answer that a text begins with: "18 eggs, because", "18\nExplanation:", or an empty line behind a bare "18".
-_WHY = re.compile(
-    r"(?: [a-z]+){0,2}[^\w\n]{0,3}[.,;:\n-]\W{0,6}(?:because|since|as|explanation|reason(?:ing)?|rationale)\b"
-    r"|[^\w\n]{0,4}\n\s{0,4}\n",
-    re.I,
-)
+# Behind an answer that a text begins with: "18 eggs, because", or an empty line behind a bare "18".
+_WHY = re.compile(r"(?: [a-z]+){0,2}\W{0,3}[.,;:\n-]\W{0,3}(?:because|since|as)\b|[^\w\n]{0,4}\n\s{0,4}\n", re.I)
 _CALLED_RIGHT = re.compile(r"[^.,\n]{0,30}? is (?:the|our) (?:final |correct |right )?answer\b", re.I)
+# What follows explains or checks an answer that was given before.
 _ASIDE = re.compile(
-    r"^\W{0,6}(?:note|check|verification|proof)\b\W{0,3}:|\blet['’]?s (?:verify|double[- ]check)\b", re.I | re.M
+    r"^\W{0,6}(?:note|check|verification|proof)\b\W{0,3}:"
+    r"|\bexplanation\b\W{0,3}:|\blet['’]?s (?:verify|double[- ]check)\b",
+    re.I | re.M,
 )
+_IN_BRACKETS = re.compile(r"(?<=\d)[^\s()]{0,3}(?: [a-z]+){0,2} \([^()\n]{1,80}\)")  # "18 eggs (3 boxes)"
 
 
 def _readings(text: str) -> Iterator[Number | None]:
@@ -75,6 +75,8 @@ def _readings(text: str) -> Iterator[Number | None]:
     yield next((number for number in listed if _CALLED_RIGHT.match(text, number.end)), None)
     if aside := _ASIDE.search(text):
         listed = [number for number in listed if number.end <= aside.start()] or listed
+    brackets = [match.span() for match in _IN_BRACKETS.finditer(text)]
+    listed = [number for number in listed if not any(a < number.start < b for a, b in brackets)] or listed
     # "18 eggs on the 3rd day" and "18, not 17" end in 18
     yield max(listed, key=lambda number: (not number.negated, not number.ordinal, number.start), default=None)
 

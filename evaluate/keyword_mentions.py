@@ -14,9 +14,10 @@ _FILLER = r"""
 """
 _NEGATED_BEFORE = re.compile(
     rf"""
-    (?: (?: \b(?:not|nor|neither|never|cannot|hardly|unlikely) | n['’]t   # "it is not the answer1", "can't be answer1"
-          | (?<!\bno\ )(?<!\bany\ )(?<!\bout\ )\bdoubt                   # "I doubt that it is answer1", not "no doubt"
-          | \b(?:than|over|unlike|except|instead\ of)                    # "rather than answer1", "answer2 over answer1"
+    (?: (?: \b(?:not|nor|neither|never|cannot|hardly|unlikely|no\ longer|no\ evidence|far\ from|(?:hard|wrong)\ to)
+          | n['’]t                                     # "it can't be answer1"
+          | (?<!\bno\ )(?<!\bany\ )(?<!\bout\ )\bdoubt   # "I doubt that it is answer1", not "no doubt"
+          | \b(?:than|over|unlike|except|instead\ of)  # "rather than answer1", "answer2 over answer1"
           | \b(?:excludes?|eliminat(?:es?|ing)|rul(?:es?|ed|ing)\ out)
         ) \s+ {_FILLER}
       | \b(?:wrong|incorrect)\ (?:answer|option|choice) \s* (?:is|:) \s*
@@ -36,16 +37,24 @@ _NEGATED_AFTER = re.compile(
     """,
     re.I | re.X,
 )
-_RIGHT_AFTER = re.compile(  # "answer2 is the most likely", "answer2 seems to be right", "answer2 makes more sense"
-    rf"{_CLOSE}\s+(?:(?:is|was|must be|would be|(?:seems|appears)(?: to be)?)\s+(?:the\s+)?(?:only |most |more )?"
-    rf"(?:{BEST}|better|preferable|answer)\b|makes? (?:the )?(?:most |more )?sense\b|fits (?:best|better)\b)",
-    re.I,
+_RIGHT_AFTER = re.compile(
+    rf"""
+    {_CLOSE} \s+
+    (?: (?: is|was|must\ be|would\ be|(?:seems|appears)(?:\ to\ be)?) \s+     # "answer2 seems to be the most likely"
+        (?: (?:the|our|my) \s+ )? (?: only\ |most\ |more\ )? (?: {BEST}|better|preferable|answer)\b
+      | makes?\ (?:the\ )?(?:most\ |more\ )?sense\b | fits\ (?:best|better)\b
+    )
+    """,
+    re.I | re.X,
 )
-_CHOSEN_BEFORE = re.compile(  # "I choose answer2", "I think it's answer2"
-    r"\b(?:(?:choose|chose|pick|select|go with|going with|opt for)\s+(?:the )?"
-    r"|I(?: would|['’]d)? (?:think|believe|say|guess) (?:that )?(?:(?:it|this|that)(?: is|['’]s) )?(?:the )?)"
-    rf"{_OPEN}$",
-    re.I,
+_CHOSEN_BEFORE = re.compile(
+    rf"""
+    \b(?: (?: choose|chose|pick|select|go\ with|going\ with|opt\ for) \s+ (?:the\ )?   # "I choose answer2"
+        | I(?:\ would|['’]d)?\ (?:think|believe|say|guess)\ (?:that\ )?               # "I think it's answer2"
+          (?: (?:it|this|that)(?:\ is|['’]s)\ )? (?:the\ )?
+      ) {_OPEN} $
+    """,
+    re.I | re.X,
 )
 
 

@@ -1,4 +1,4 @@
-"""Meta's checkpoints: any number of shards gives the same model, and what is wrong is named in one sentence."""
+"""Meta's checkpoints: what loads, and what is wrong is named in one sentence. (Any number of shards: test_parallel.)"""
 
 import json
 import os
@@ -54,19 +54,6 @@ def two(tmp_path: Path) -> Path:
 
 
 # What loads
-
-
-@pytest.mark.parametrize("shards", [1, 2, 4])
-@pytest.mark.parametrize("embedding", ["vocabulary", "width"])
-def test_shards_load_to_the_bit(shards: int, embedding: str, tmp_path: Path) -> None:
-    state = golden_state()
-    folder = write_base(tmp_path / "ckpt", PARAMS, state, shards)
-    if embedding == "width":  # LLaMA-2's way
-        for i, part in enumerate(state["tok_embeddings.weight"].chunk(shards, 1)):
-            edit(folder / f"consolidated.{i:02d}.pth", lambda s, p=part: s | {"tok_embeddings.weight": p.clone()})
-    loaded = base_tensors(load(folder))
-    require_identical(loaded, state)
-    assert not any(tensor.requires_grad for tensor in loaded.values())
 
 
 def test_rope_frequencies_in_the_file_are_ignored(folder: Path) -> None:

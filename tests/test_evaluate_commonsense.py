@@ -221,7 +221,7 @@ def test_what_is_extracted_is_an_option(text: str) -> None:
         assert extracted(name, "robust", text, INSTRUCTIONS[name]) in (None, *options)
 
 
-LONG = "answer1 or |answer9|not |the |answer is |Answer: |the answer is the |true/|(|I choose "
+LONG = "answer1 or |answer9|not |n't that it |whether |the |answer is |Answer: |the answer is the |true/|(|I choose "
 
 
 @pytest.mark.parametrize("piece", LONG.split("|"))

@@ -215,8 +215,11 @@ def test_every_text_gets_a_score(text: str) -> None:
             assert is_correct(name, metric, text, answer, CHOICES) in (True, False)
 
 
+LONG = "1|1,|123,456,|-|(|\\boxed{|the answer is |#### |A |1 or 2 |the answer is 1 - 1 x |wait, |A) a B) b |18 a (b "
+
+
 # int() refuses the first, float() makes it infinite; the others invite a regular expression to start over and over.
-@pytest.mark.parametrize("piece", ["1", "1,", "123,456,", "-", "(", "\\boxed{", "the answer is ", "#### ", "A "])
+@pytest.mark.parametrize("piece", LONG.split("|"))
 def test_long_texts_get_a_score(piece: str) -> None:
     for name, answer in (("AddSub", 5), ("AQuA", "B")):
         for metric in ("published", "robust"):

@@ -282,6 +282,8 @@ REFUSED = {
     "dropout": (model(dropout=0.1), "dropout = 0.1 has no counterpart"),
     "not byte-level": (vocab("▁the", 421), "token '▁the' is not in the byte-level alphabet"),
     "too many tokens": (vocab("qz", 422), "has 423 tokens, but the embedding has 422 rows"),
+    "an id twice": (vocab("qz", 300), "ids of tokens must be 0 and more, none twice"),
+    "no number": (vocab("qz", "300"), "not a tokenizer.json .TypeError"),
     "merge of no token": (lambda c: c["model"]["merges"].append(["q", "z"]), "the merge 'q' and 'z' makes a token"),
     "merge order": (first_merge_last, r"\(id 257\) is merged|\(id 256\) is merged after id 419"),
     "merge missing": (without_first_merge, "are not merged to token 256; tiktoken would do it"),

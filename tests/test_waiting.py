@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.accelerate import FastDecoding, accelerate_model
@@ -40,6 +41,21 @@ class Copies(TorchDispatchMode):
         return out
 
 
+class Numbers(TorchFunctionMode):
+    """Notes calls that bring Python's numbers to the device, which no operation shows."""
+
+    waiting = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor):
+            self.waiting |= out.device == DEVICE and not isinstance(args[0], Tensor)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.waiting |= args[0].device == DEVICE and any(isinstance(part, list) for part in index)
+        return out
+
+
 @pytest.fixture(autouse=True)
 def single_process() -> None:
     init_distributed(torch.device("cpu"))
@@ -52,6 +68,10 @@ def test_what_waits_is_seen() -> None:
         tensor.copy_(torch.ones(3))
         tensor[torch.tensor([0, 1])] = 0.0
     assert copies.waiting == [False, True, True, True]
+    for bring in (lambda: torch.tensor([1, 2], device=DEVICE), lambda: tensor[[0, 1]]):
+        with Numbers() as numbers:
+            bring()
+        assert numbers.waiting
     for read in (tensor.tolist, tensor.nonzero, tensor.sum().item, lambda: bool(tensor.any())):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read()
@@ -65,13 +85,13 @@ def test_training(name: str, accelerated: bool) -> None:
         accelerate_model(model)
     model.activation_checkpointing = "full"  # so that each forward runs also in the backward pass
     model.extend_rope_cache(20, DEVICE)
-    with Copies() as copies:
+    with Copies() as copies, Numbers() as numbers:
         ((tokens, labels, batch),) = micro_batches(ROWS, 4, DEVICE)
         losses = model(tokens, labels=labels, batch=batch)
         stats = losses.router_stats
         aux = 0 if stats is None else model.load_balancing_loss(stats, stats.tokens_per_expert / 15)
         (losses.ce_loss + aux).backward()
-    assert len(copies.waiting) >= 3 and not any(copies.waiting)
+    assert len(copies.waiting) >= 3 and not any(copies.waiting) and not numbers.waiting
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -84,9 +104,9 @@ def test_decoding(name: str | None) -> None:
         cache = model.new_cache(3, 20)
         prefill(model, cache, [row.tokens for row in ROWS], DEVICE)
         next_tokens = async_to_device([1, 2, 3], DEVICE)
-        with Copies() as copies:
+        with Copies() as copies, Numbers() as numbers:
             tokens = sample_running(decode(model, cache, next_tokens).float(), requests, params)
-        assert copies.waiting == [False] * 4  # lengths; early rows, stops, uniforms
+        assert copies.waiting == [False] * 4 and not numbers.waiting  # lengths; early rows, stops, uniforms
         assert tokens.shape == (3,) and tokens.device == DEVICE
         with Copies() as copies:
             next_tokens = remove(cache, requests, tokens, requests[:1])
