@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from functools import partial
 from inspect import Parameter, Signature
+from itertools import pairwise
 from types import NoneType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -159,7 +160,8 @@ def parse_into(
     if {"--help", "-h"} & set(argv):
         _print_and_exit(_help(list(flags.values()), prog, description))
     problems: list[str] = []
-    words, fire_words = _without_traps(argv, flags, problems)
+    completion = ["--completion"] if argv == ["--", "--completion"] else []
+    words = [] if completion else _without_traps(argv, flags, problems)
 
     def build(*arguments: str, **texts: str) -> Parsed:
         values, instances = _convert(flags, arguments, texts, problems), []
@@ -176,7 +178,7 @@ def parse_into(
     build.__signature__ = Signature([arguments, *named, texts])
     parsed = fire.Fire(
         fire.decorators.SetParseFn(str)(build),
-        command=[*words, "--", *fire_words, "--separator", NO_VALUE],  # without one, `-` would be it
+        command=[*words, "--", *completion, "--separator", NO_VALUE],  # without one, `-` would be it
         name=prog.split()[-1],
         # A text is the completion script; a Parsed is not for printing.
         serialize=lambda result: _print_and_exit(_for_python(result, prog)) if isinstance(result, str) else None,
@@ -186,29 +188,30 @@ def parse_into(
     return parsed
 
 
-def _without_traps(argv: list[str], flags: dict[str, Flag], problems: list[str]) -> tuple[list[str], list[str]]:
-    """Split off the words for fire itself, behind `--`, and rewrite the rest where fire would misread it.
+def _without_traps(argv: list[str], flags: dict[str, Flag], problems: list[str]) -> list[str]:
+    """Rewrite what fire would misread. What is wrong is added to `problems`.
 
-    Fire lets the last of two equal flags win, and reads `--data_path` without a value as True and `--nox` as x=False.
+    Fire lets the last of two equal flags win, reads `--data_path` without a value as True and `--nox` as x=False, and
+    takes what follows `--` for itself.
     """
-    count = argv.index("--") if "--" in argv else len(argv)
-    nameless = [word for word in argv[:count] if re.match("--+(=|$)", word)]
-    line, fire_words, names = [word for word in argv[:count] if word not in nameless], argv[count:], []
-    if fire_words == ["--", "--completion"]:
-        return [], ["--completion"]
-    problems += [f"unknown flag {word}" for word in nameless]
-    if fire_words:
-        problems.append(f"unexpected {' '.join(fire_words)!r}: only --completion may stand behind --")
-    for i, word in enumerate(line):
+    if "--" in argv:
+        count = argv.index("--")
+        problems.append(f"unexpected {' '.join(argv[count:])!r}: only --completion may stand behind --")
+        argv = argv[:count]
+    line, names, arguments = [], [], any(flag.positional for flag in flags.values())
+    for word, after in pairwise([*argv, "--"]):
+        if re.match("--+(=|$)", word):
+            problems.append(f"unknown flag {word}")
+            continue
         if NAMED.match(word):
             names.append(word.lstrip("-").partition("=")[0].replace("-", "_"))
-            flag, after = flags.get(names[-1]), line[i + 1] if i + 1 < len(line) else "--"
-            has_value = not NAMED.match(after)
-            if flag and flag.is_switch and any(flag.positional for flag in flags.values()):
+            flag, has_value = flags.get(names[-1]), not NAMED.match(after)
+            if flag and flag.is_switch and arguments:
                 has_value = after.lower() in SWITCHED or after in flag.choices  # else it is an argument
-            line[i] = word if "=" in word or has_value else f"{word}={NO_VALUE}"
+            word = word if "=" in word or has_value else f"{word}={NO_VALUE}"
+        line.append(word)
     problems += [f"--{name} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-    return line, []
+    return line
 
 
 def _convert(flags: dict[str, Flag], arguments: Sequence[str], texts: dict[str, str], problems: list[str]) -> dict:

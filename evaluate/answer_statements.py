@@ -84,24 +84,19 @@ _RETRACTION = (
     r"|\b(?:I made an? (?:mistake|error)|(?:that|this)(?:['’]s| is) (?:wrong|not right|incorrect))\b"
     r"|\b(?:corrected|revised|updated) (?:final )?answer\b[^\w\n]{0,4}"
 )
-_BOX, _RETRACTED = 0, 4  # ranks
+_BOX, _RETRACTED = 1, 5  # ranks
 FORMS = (
     Form(_BOX, False, r"(?:\\|\x08|\bb)?(?:boxed|fbox|oxed)(?= ?[{\d])", r"First \boxed{6}, then \boxed{18}"),
-    Form(1, True, r"(?<!#)####(?!#)", "#### 18"),
-    Form(1, True, r"[<\[](?:final[_ ]?)?ans(?:wer)?[>\]]", "<answer>\n18\n</answer>"),
-    Form(1, False, rf"\bfinal[_ ](?:answer|result)\b{_ABOUT}(?:{_IS}|[:=→]| -(?= ))", "Final answer: 18"),
-    Form(1, False, r"^[^\w\n]{0,6}final answer[^\w\n]{0,6}$", "## Final Answer\n18"),
-    Form(2, False, rf"{_ANSWER}{_ABOUT}{_IS}", "The best choice for her is 18"),
-    Form(
-        2,
-        False,
-        rf"\b(?:respuesta|resposta|risposta|réponse|antwort){_ABOUT}\b(?:es|é|è|est|ist):?",
-        "La respuesta es 18",
-    ),
-    Form(2, False, r"答案\s?(?:是|为)|答え\s?は|정답\s?은|ответ:", "答案是18"),
-    Form(3, True, rf"(?:{_ANSWER}(?: choice)?|\bans\b)[\"']?(?: ?\([^)\n]{{0,40}}\))? *[:=]", '{"answer": 18'),
-    Form(3, True, r"\bans\b *[.-]|(?:答案?|答え|정답) ?:", "Ans. 18"),
-    Form(3, True, r"^[^\w\n]{0,6}answer[^\w\n]{0,6}$", "**Answer**\n18"),
+    Form(2, True, r"(?<!#)####(?!#)", "#### 18"),
+    Form(2, True, r"[<\[](?:final[_ ]?)?ans(?:wer)?[>\]]", "<answer>\n18\n</answer>"),
+    Form(2, False, rf"\bfinal[_ ](?:answer|result)\b{_ABOUT}(?:{_IS}|[:=→]| -(?= ))", "Final answer: 18"),
+    Form(2, False, r"^[^\w\n]{0,6}final answer[^\w\n]{0,6}$", "## Final Answer\n18"),
+    Form(3, False, rf"{_ANSWER}{_ABOUT}{_IS}", "The best choice for her is 18"),
+    Form(3, False, rf"\b(?:respuesta|risposta|réponse|antwort){_ABOUT}\b(?:es|è|est|ist):?", "La respuesta es 18"),
+    Form(3, False, r"答案\s?(?:是|为)|答え\s?は|정답\s?은|ответ:", "答案是18"),
+    Form(4, True, rf"(?:{_ANSWER}(?: choice)?|\bans\b)[\"']?(?: ?\([^)\n]{{0,40}}\))? *[:=]", '{"answer": 18'),
+    Form(4, True, r"\bans\b *[.-]|(?:答案?|答え|정답) ?:", "Ans. 18"),
+    Form(4, True, r"^[^\w\n]{0,6}answer[^\w\n]{0,6}$", "**Answer**\n18"),
     Form(_RETRACTED, True, _RETRACTION, "The answer is 17. No, wait, 18"),  # what follows it is believed first
 )
 # What may stand between a statement and its answer: "about", "Rs. ", "x = ", "it should be", "the correct option".

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from evaluate.answer_statements import truncate_run_on
+from evaluate.answer_statements import CHAT_TOKENS, truncate_run_on, without_thinking
 from evaluate.metrics import Extraction, Metric, Program
 from evaluate.rows import text_field, texts_field
 
@@ -77,7 +77,8 @@ def published(text: str, prompt: str, name: str | None) -> Sources:
 
 
 _FENCE = re.compile(r"```(?:[ \t]*[\w+#.-]*[ \t]*\n)?(.*?)(```|\Z)", re.S)  # it may close on a line of code
-_RUN_ON = re.compile(r"^### ?(?:Instruction|Input|Response)\b|Below is an instruction", re.M)  # others are comments
+# Other headings are comments.
+_RUN_ON = re.compile(rf"^### ?(?:Instruction|Input|Response)\b|Below is an instruction|{CHAT_TOKENS}", re.M)
 # How much the robust metric looks at, so that every text is read in a few seconds.
 _MAX_CHARACTERS, _MAX_BLOCKS, _MAX_STARTS, _MAX_CUTS = 20_000, 20, 20, 10
 
@@ -87,7 +88,7 @@ def robust(text: str, prompt: str, name: str | None) -> Sources:
 
     A block that was closed comes before one that was not, a function with a body before a stub.
     """
-    answer = text.rpartition("</think>")[2].partition("<think>")[0][:_MAX_CHARACTERS].replace("\r\n", "\n")
+    answer = without_thinking(text)[:_MAX_CHARACTERS].replace("\r\n", "\n")
     answer = truncate_run_on(answer, _RUN_ON)
     blocks = sorted(list(_FENCE.finditer(answer))[-_MAX_BLOCKS:], key=lambda block: (block[2] == "", -block.start()))
     pieces = [*(block[1] for block in blocks), answer.partition("```")[0], answer]

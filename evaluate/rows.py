@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa.reading import numbered_rows, read_text
-from moa.reading import short_repr as shorten
+from moa.reading import numbered_rows, read_text, short_repr
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def text_field(fields: dict[str, Any], name: str) -> str:
     if name not in fields:
         raise ValueError(f"field {name!r} is missing")
     if not isinstance(fields[name], str):
-        raise ValueError(f"field {name!r}: expected a text, got {shorten(fields[name])}")
+        raise ValueError(f"field {name!r}: expected a text, got {short_repr(fields[name])}")
     return fields[name]
 
 
@@ -59,5 +58,5 @@ def texts_field(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     """Return a field that must be a list of texts, at least one."""
     texts = fields.get(name)
     if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
-        raise ValueError(f"field {name!r}: expected a list of at least one text, got {shorten(texts)}")
+        raise ValueError(f"field {name!r}: expected a list of at least one text, got {short_repr(texts)}")
     return tuple(texts)

@@ -13,7 +13,8 @@
 #   SUITES=            folders of the tests to answer instead of the recipe's, as "AddSub gsm8k"
 #   GENERATE=          flags of generate.py, which take the place of the recipe's
 #   ALLOW_CODE_EXECUTION=    1: score HumanEval and MBPP, which runs the code that the model wrote
-# Stopped anywhere, the same command goes on from there; where all is done it says so. Remove scores.json to score anew.
+# Stopped anywhere, the same command goes on from there; where all is done, with the same flags on the same contents of
+# base, rows, tests and adapter, it says so. Remove scores.json to score anew.
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,/^set/{/^set/!p}' "$0" >&2; exit 2; }
 method=$1 dataset=$2 seed=$3

@@ -78,6 +78,7 @@ FORMS: dict[str, Callable[[Problem], str]] = {
     "other indentation": lambda p: textwrap.indent(textwrap.dedent(p["canonical_solution"]), " "),
     "run-on": lambda p: f"{whole(p)}\n### Instruction:\nAdd.\n\n### Response:\nx = 1 +",
     "run-on of a continuation": lambda p: p["canonical_solution"] + "\n### Input:\nprint(",
+    "a chat's end": lambda p: f"{whole(p).rstrip()}<|eot_id|>user",
     "a demonstration": lambda p: f"{whole(p)}\nprint({p['entry_point']}(input()))\nassert False\n",
     "cut off": lambda p: f"{whole(p)}\n\ndef main():\n    print('a",
     "windows": lambda p: block(whole(p)).replace("\n", "\r\n").replace("\r\r", "\r"),

@@ -46,27 +46,40 @@ def test_every_adapter_flag_reaches_the_configuration(words):
 
 
 def test_earlier_names_of_checkpointing_modes_are_taken():
-    named = [
-        settings(*words.split()).train.activation_checkpointing
-        for words in (
-            "--activation_checkpointing off",
-            "--activation_checkpointing ffn",
-            "--activation_checkpointing all",
-            "--activation_checkpointing",
-            "--activation_checkpointing False",
-            "--activation_checkpointing selective",
-            "",
-        )
-    ]
-    assert named == ["none", "selective", "full", "full", "none", "selective", "auto"]
+    flag = "--activation_checkpointing"
+    for values, mode in (("off False", "none"), ("ffn selective", "selective"), ("all True full", "full")):
+        for value in values.split():
+            assert settings(flag, value).train.activation_checkpointing == mode
+    assert [settings(*argv).train.activation_checkpointing for argv in ([flag], [])] == ["full", "auto"]
 
 
-@pytest.mark.parametrize("pair", [("--epochs", "--max_steps"), ("--lr", "--blr")])
-def test_flags_that_exclude_each_other_are_refused(pair, capsys):
+WRONG = {
+    "--lora_rnk 4": "unknown flag --lora_rnk; the nearest is --lora_rank",
+    "--method sofd_moa": "got 'sofd_moa' (nearest: soft_moa)",
+    "--lr fast": "--lr: expected a number or None, got 'fast'",
+    "--batch_size 0": "--batch_size must be at least 1, not 0",
+    "--lora_targets Q,X": "lora_targets: 'X' is none of",
+    "--lora_layers 3": "lora_layers: '3' is not a range",
+    "--method lora --swi_x 2": "--swi_x has no effect with method lora",
+    "--method lora --lora_layers 0-0": "no adapter",
+    "--epochs 1 --max_steps 1": "--epochs and --max_steps exclude each other",
+    "--lr 1 --blr 1": "--blr and --lr exclude each other",
+    "--epochs 1e308": "--epochs 1e+308",
+    "--seed 100000000000000000000": "--seed 100000000000000000000",
+    "--device tpu": "--device must be auto, cpu, cuda or cuda:N, not 'tpu'",
+    "--flash_attention2 --device cpu": "--flash_attention2 needs a GPU",
+    "--lr 1e-3 --min_lr 1": "--min_lr 1.0 is above --lr 0.001",
+    "--grad_clip 0": "--grad_clip must be above 0",
+    "--beta2 1": "--beta2 must be from 0 to below 1, not 1.0",
+    f"--ckpt_dir {BASE} --lora_layers 0-4": "lora_layers: '0-4' goes beyond the model's 3 layers",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_is_named(line, capsys):
     with pytest.raises(SystemExit) as ended:
-        settings(*(word for flag in pair for word in (flag, "1")))
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and all(flag in error for flag in pair)
+        settings(*line.split())
+    assert ended.value.code == 2 and WRONG[line] in capsys.readouterr().err
 
 
 # A mixture of one's own

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,9 +50,13 @@ class Recorder:
         self._model, self._optimizer, self._state, self._params = model, optimizer, state, params
         self._steps, self._save_every = schedule.steps, flags.save_every or schedule.steps_per_epoch
         self._saved = state.done
-        self._log = RunLog(folder, schedule.steps, state.done) if is_rank0() else None
+        self._open = ExitStack()
+        self._shutdown = self._open.enter_context(GracefulShutdown())
         self._writer = CheckpointWriter(folder, flags.keep_checkpoints)
-        self._shutdown = GracefulShutdown()
+        self._open.callback(self._writer.wait)
+        self._log = RunLog(folder, schedule.steps, state.done) if is_rank0() else None
+        if self._log:
+            self._open.callback(self._log.close)
 
     def on_step(self, entry: dict[str, Any]) -> None:
         if self._log:
@@ -63,18 +68,12 @@ class Recorder:
         return self._shutdown.signum
 
     def __enter__(self) -> "Recorder":
-        self._shutdown.__enter__()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        try:
+        with self._open:  # closes all
             if isinstance(error, (NonFiniteLoss, Stopped)):
                 self._end_early(error)
-        finally:
-            if self._log:
-                self._log.close()
-            self._writer.wait()
-            self._shutdown.__exit__()
 
     def _save(self) -> None:
         if self._saved != self._state.done:
