@@ -82,7 +82,7 @@ def test_a_block_compiles_without_graph_breaks(name: str) -> None:
     block, results = model.layers[1], []
     for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
         out, stats = run(drawn(7, 64).requires_grad_(), context)
-        (out.square().sum() + sum(s.probs.square().sum() for s in stats)).backward()
+        (out.square().sum() + sum(s.scaled_probs.square().sum() for s in stats)).backward()
         results.append((out.detach(), gradients(model)))
     (expected, plain), (out, compiled) = results
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
@@ -108,8 +108,9 @@ def test_any_frozen_linear_layer_can_be_the_base(name: str, accelerated: bool) -
         for part, names in ((block.attention, ("wq", "wk", "wv", "wo")), (block.feed_forward, ("w1", "w2", "w3"))):
             for layer in names:
                 setattr(part, layer, Scaled(getattr(part, layer)))
-        # the prompt reads the key and value projections
-        block.attention.adapters.targets["attention"].layers[:] = [block.attention.wk, block.attention.wv]
+        # the prompt reads the key and value projections, MixLoRA the second layer of the feed-forward block
+        block.attention.adapters.targets["attention"].layers[:2] = [block.attention.wk, block.attention.wv]
+        block.feed_forward.adapters.targets["FFN"].layers[:] = [block.feed_forward.w2]
     if not accelerated:
         restore_model(llm.model)
         llm.fast_decoding = None

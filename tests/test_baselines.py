@@ -79,7 +79,7 @@ def comol(w, weight, scale):
 def vera(w, weight, scale):
     def formula(w, x, wx, g):
         a, b = (
-            shared_matrix(14 + i, *shape, None, x.device, x.dtype) for i, shape in enumerate([(D, 4, D), (F, 4, 4)])
+            shared_matrix(14 + i, *shape, 1, x.device).double() for i, shape in enumerate([(D, 4, D), (F, 4, 4)])
         )
         return wx + g * w["lambda_b"] * (b @ (w["lambda_d"] * (a.T @ x)))
 
@@ -169,12 +169,21 @@ def test_dora_starts_from_the_frozen_layer_and_never_forms_its_update() -> None:
 
 
 def test_the_shared_matrices_of_vera_follow_from_the_seed_and_are_shared() -> None:
-    cpu, sizes = torch.device("cpu"), (D, 4, D, None)
-    first = shared_matrix(3, *sizes, torch.device("cpu"), torch.float32)
-    assert shared_matrix(3, *sizes, cpu, torch.float32) is first and first.abs().max() <= math.sqrt(6 / D)
-    assert not torch.equal(shared_matrix(4, *sizes, cpu, torch.float32), first)
-    larger = shared_matrix(3, 4 * D, 4, D, None, cpu, torch.float32)
-    assert torch.equal(larger[:D], first)
+    cpu = torch.device("cpu")
+    first = shared_matrix(3, D, 4, D, 1, cpu)
+    assert shared_matrix(3, D, 4, D, 1, torch.device("cpu")) is first and first.abs().max() <= math.sqrt(6 / D)
+    assert not torch.equal(shared_matrix(4, D, 4, D, 1, cpu), first)
+    assert torch.equal(shared_matrix(3, 4 * D, 4, D, 1, cpu)[:D], first)
+    one, other = (build({"vera_rank": 4}, "vera", Target(D, F, "column", 1)).double() for _ in range(2))
+    assert (
+        one.matrix_a is other.matrix_a
+        and one.matrix_b is other.matrix_b
+        and not one.state_dict().keys()
+        - {
+            "lambda_d",
+            "lambda_b",
+        }
+    )
 
 
 def test_experts_by_depth() -> None:

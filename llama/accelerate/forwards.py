@@ -292,6 +292,7 @@ def apply(
         elif type(adapter) is Prompt:
             output = prompt(cache, adapter, output, gate, *inputs)
         else:
+            gate = gate if gate is None else gate.to(output.dtype)  # `narrow_dtype` may be wider
             output = adapter(x, output, gate, *inputs)
     return output
 
