@@ -130,7 +130,7 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
 
 def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates) -> tuple[Tensor, list[RouterStats]]:
     if self.feed_forward.adapters.at("FFN"):
-        return TransformerBlock.ffn_half(self, y, gates)
+        return TransformerBlock.ffn_half(self, y, {slot: gate.to(y.dtype) for slot, gate in gates.items()})
     routing, x, ffn = Routing(gates), self.ffn_norm(y), self.feed_forward
     beside = fusable(self.adapters.at("block"))
     readers = [*fusable(ffn.adapters.at("w3", "w1")), *beside]
