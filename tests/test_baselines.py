@@ -79,7 +79,7 @@ def comol(w, weight, scale):
 def vera(w, weight, scale):
     def formula(w, x, wx, g):
         a, b = (
-            shared_matrix(14 + i, *shape, 1, x.device).double() for i, shape in enumerate([(D, 4, D), (F, 4, 4)])
+            shared_matrix(14 + i, *shape, 1, 0, x.device).double() for i, shape in enumerate([(D, 4, D), (F, 4, 4)])
         )
         return wx + g * w["lambda_b"] * (b @ (w["lambda_d"] * (a.T @ x)))
 
@@ -170,10 +170,10 @@ def test_dora_starts_from_the_frozen_layer_and_never_forms_its_update() -> None:
 
 def test_the_shared_matrices_of_vera_follow_from_the_seed_and_are_shared() -> None:
     cpu = torch.device("cpu")
-    first = shared_matrix(3, D, 4, D, 1, cpu)
-    assert shared_matrix(3, D, 4, D, 1, torch.device("cpu")) is first and first.abs().max() <= math.sqrt(6 / D)
-    assert not torch.equal(shared_matrix(4, D, 4, D, 1, cpu), first)
-    assert torch.equal(shared_matrix(3, 4 * D, 4, D, 1, cpu)[:D], first)
+    first = shared_matrix(3, D, 4, D, 1, 0, cpu)
+    assert shared_matrix(3, D, 4, D, 1, 0, torch.device("cpu")) is first and first.abs().max() <= math.sqrt(6 / D)
+    assert not torch.equal(shared_matrix(4, D, 4, D, 1, 0, cpu), first)
+    assert torch.equal(shared_matrix(3, 4 * D, 4, D, 1, 0, cpu)[:D], first)
     one, other = (build({"vera_rank": 4}, "vera", Target(D, F, "column", 1)).double() for _ in range(2))
     assert (
         one.matrix_a is other.matrix_a

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from moa.adapter_file import adapter_params, save_adapter
 from moa.parallel import Shard, gather, mp_rank, mp_size
 from moa.replicas import assert_replicas_equal
 from moa.state import adapter_parameters, adapter_state_dict, gather_full, reset_adapters
-from tiny import ARGS, BASE, METHODS, build, config, float64, gradients, prompts, random_state, tokens
+from tiny import ARGS, BASE, METHODS, PARAMS, build, config, float64, gradients, prompts, random_state, tokens
 from training.loop import TrainState, make_optimizer, train
 from training.schedule import Schedule
 
@@ -158,7 +158,7 @@ def message(work: Callable[[], Any]) -> str | None:
 def refusals(folder: Path) -> dict[str, str | None]:
     """The messages about sizes that these ranks cannot share."""
     messages = {
-        name: message(lambda c=change: Transformer(replace(ARGS, **c), config("lora")))
+        name: message(lambda c=change: Transformer(ModelArgs(**(PARAMS | c)), config("lora")))
         for name, change in IMPOSSIBLE.items()
     }
     messages["no weights"] = message(lambda: Llama.build(folder / "impossible", model_parallel_size=mp_size()))
