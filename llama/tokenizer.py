@@ -157,19 +157,17 @@ class Tokenizer:
         unnamed = set(range(rules.vocab_size)) - {*ids.values(), *named.values()}
         # Bytes without a token get ids beyond the vocabulary, which `encode` leaves out
         self._unknown = {bytes([b]): self.n_words + b for b in range(256) if bytes([b]) not in ids}
-        *first, last = rules.split
-        self._first_splits = [regex.compile(pattern) for pattern in first]
+        # tiktoken splits by LLaMA-3's rule, the fast way, or not at all
+        is_llama3 = rules.split == [LLAMA3_SPLIT]
+        self._splits = [] if is_llama3 else [regex.compile(pattern) for pattern in rules.split]
         longest_first = sorted(rules.added_tokens, key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
-        try:
-            self._encoding = tiktoken.Encoding(
-                name=Path(path).name,
-                pat_str=last if last == LLAMA3_SPLIT else _with_rest(last),
-                mergeable_ranks=ids | self._unknown,
-                special_tokens=named | {f"<|unused_token_{i}|>": i for i in unnamed},
-            )
-        except ValueError as error:  # a regular expression that only Python knows
-            raise ValueError(f"{path}: line 1: {error}") from None
+        self._encoding = tiktoken.Encoding(
+            name=Path(path).name,
+            pat_str=LLAMA3_SPLIT if is_llama3 else r"[\s\S]+",
+            mergeable_ranks=ids | self._unknown,
+            special_tokens=named | {f"<|unused_token_{i}|>": i for i in unnamed},
+        )
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of `text`. The spelling of a special token inside a text is ordinary text."""
@@ -189,17 +187,11 @@ class Tokenizer:
         return self._encoding.decode(list(ids))
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """A text as all splitting rules but the last cut it, which tiktoken applies."""
+        """A text as the splitting rules cut it, or LLaMA-3's in lengths that tiktoken can take."""
         pieces = [unicodedata.normalize(self.rules.normalize, text) if self.rules.normalize else text]
-        for pattern in self._first_splits:
-            pieces = [part for piece in pieces for part in _isolate(pattern, piece)]
-        for piece in pieces:
-            yield from _short_pieces(piece)
-
-
-def _with_rest(pattern: str) -> str:
-    """The pattern, and as another match whatever lies between its matches, which tiktoken would drop."""
-    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+        for pattern in self._splits:
+            pieces = [part for piece in pieces for part in _isolate(pattern, piece) if part]
+        return iter(pieces) if self._splits else _short_pieces(pieces[0])
 
 
 def _isolate(pattern: regex.Pattern, text: str) -> Iterator[str]:

@@ -159,11 +159,12 @@ def test_a_wrong_flag_is_refused_before_torch_is_loaded_or_a_file_made(tmp_path)
     ],
 )
 def test_a_base_or_rows_that_are_not_right_are_refused_before_a_folder_is_made(content, words, tmp_path):
-    base, rows = tmp_path / "base", tmp_path / "rows.json"
+    base, rows = tmp_path / "base", write_rows(tmp_path / "rows.json")
     shutil.copytree(BASE, base)
     if content is None:
         os.truncate(base / "consolidated.00.pth", 5000)
-    rows.write_text(content or "[]")
+    else:
+        rows.write_text(content)
     refused(run("finetune.py", *train_flags(rows, tmp_path / "out", ckpt_dir=base)), *words)
     assert not (tmp_path / "out").exists()
 

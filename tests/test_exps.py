@@ -244,17 +244,13 @@ def test_the_small_table(script, tmp_path):
     names = [(config.train.method, config.train.seed) for config in trained]
     assert names == [(method, seed) for method in ("soft_moa", "molora") for seed in (4, 4, 5, 5)]
     for config, (batch, warmup) in zip(trained, [(2, 0.008), (4, 0.01)] * 4, strict=True):
-        expected = {"max_steps": 200, "batch_size": batch, "accum_iter": 1, "lr": 1e-3, "max_seq_len": 200}
-        expected |= {"warmup_epochs": warmup, "bf16": None}
+        expected = {"max_steps": 200, "batch_size": batch, "accum_iter": 1, "lr": 1e-3, "warmup_epochs": warmup}
         assert fields(config.train, expected) == expected
         assert config.adapter == ({"swi_x": 4} if config.train.method == "soft_moa" and batch == 4 else {})
     answered = [parse(Flags, words[1:]) for words in calls if words[0] == "generate.py"]
-    assert len(answered) == 5 * (4 + 6)
-    for flags in answered:
-        out, length = Path(flags.save_path).parent, 120 if "/gsm8k/" in flags.save_path else 16
-        expected = {"max_gen_len": length, "min_gen_len": length, "max_seq_len": 512, "max_rows": 64, "temperature": 0}
-        assert fields(flags, expected) == expected
-        assert flags.adapter_path == (None if out.parent.name == "base" else str(out / "adapter.pth"))
+    lengths = [120 if "/gsm8k/" in flags.save_path else 16 for flags in answered]
+    assert [flags.max_gen_len for flags in answered] == lengths and len(lengths) == 5 * (4 + 6)
+    assert {(flags.max_rows, flags.temperature) for flags in answered} == {(64, 0)}
     assert "## gsm8k" in result.stdout and "## commonsense_15k_mixed" in result.stdout
 
 

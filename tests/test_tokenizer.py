@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hostile import damaged, hostile, sentence_of
 from llama.tokenizer import LLAMA3_SPLIT, MAX_RUN, Rules, Tokenizer, special_tokens, write_tokenizer
 
 BYTES = Path(__file__).resolve().parent / "golden" / "base" / "tokenizer.model"
@@ -195,11 +196,13 @@ def test_damaged_rules_are_named(change: dict, words: str, tmp_path: Path) -> No
     assert str(error.value).startswith(f"{path}: ") and words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_rules_cut_short_are_named(tmp_path: Path) -> None:
-    content = json.dumps(RULES)
-    (tmp_path / "t").write_text(content[:60])
-    with pytest.raises(ValueError, match="t: line 1: not .*valid JSON"):
-        Tokenizer(tmp_path / "t")
+@hostile(150)
+@given(data=st.data())
+def test_a_damaged_line_of_rules_is_named_or_still_one(data: st.DataObject, tmp_path: Path) -> None:
+    rules, _, tokens = write_tokenizer({bytes([b]): b for b in range(256)}, Rules(**RULES)).partition(b"\n")
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data.draw(damaged(rules)) + b"\n" + tokens)
+    sentence_of(lambda: Tokenizer(path).encode("12 <t> e\u0301 \n", eos=True), f"{path}: ")
 
 
 def test_no_file(tmp_path: Path) -> None:
