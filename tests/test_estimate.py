@@ -62,7 +62,7 @@ def test_saved_activations_are_computed_to_the_byte(method, args, lengths, bf16)
     with fake_rank(1, 1):
         computed = saved_activation_bytes(meta_model(args, tiny.config(method), bf16), lengths, CPU)
     model, storages = count.zeros(method, args, bf16), {}
-    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
