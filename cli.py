@@ -56,6 +56,8 @@ class Flag:
     group: str = "flags"
     positional: bool = False
     switch: tuple[str, str] | None = None
+    least: float | None = None
+    above: float | None = None
 
     @property
     def is_switch(self) -> bool:
@@ -73,11 +75,16 @@ class Flag:
             text = self.switch[SWITCHED.index(text.lower())]
         try:
             value = SWITCHED.index(text.lower()) == 1 if self.type is bool else self.type(text)
-            # nan and inf are numbers to Python, but no rate, size or temperature.
-            if value in self.choices or not self.choices and (self.type is not float or math.isfinite(value)):
-                return value
         except ValueError:
-            pass
+            value = None
+        # nan and inf are numbers to Python, but no rate, size or temperature
+        is_value = value is not None and (self.type is not float or math.isfinite(value))
+        if is_value and (value in self.choices or not self.choices):
+            if self.least is not None and value < self.least:
+                raise ValueError(f"--{self.name} must be at least {self.least}, not {value}")
+            if self.above is not None and value <= self.above:
+                raise ValueError(f"--{self.name} must be above {self.above}, not {value}")
+            return value
         words = [str(choice) for choice in self.choices]
         expected = f"one of {', '.join(words)}" if words else EXPECTED[self.type] + " or None" * self.optional
         near = f" (nearest: {nearest(text, words)})" if words else ""
@@ -93,13 +100,17 @@ def flag(
     group: str | None = None,
     positional: bool = False,
     switch: tuple[str, str] | None = None,
+    least: float | None = None,
+    above: float | None = None,
 ) -> Any:
     """Make a dataclass field that is a flag; without a `default` the flag is required.
 
     group: the heading it stands under in `--help`. positional: it may be given without its name as well.
     switch: two of the choices that may also be typed as False and as True; the flag alone means True.
+    least, above: bounds of a number that is typed.
     """
     metadata = {"help": help, "choices": choices, "group": group, "positional": positional, "switch": switch}
+    metadata |= {"least": least, "above": above}
     return dataclasses.field(
         default=default, kw_only=True, metadata=metadata
     )  # required flags may follow optional ones

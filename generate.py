@@ -33,26 +33,25 @@ class Flags:
     )
     data_path: str | None = flag(None, help="test rows, JSON or JSON lines; default: the demo's", group=WHAT)
     overwrite: bool = flag(False, help="begin anew where save_path exists", group=WHAT)
-    max_rows: int | None = flag(None, help="answer only the first so many rows (more may follow later)", group=WHAT)
-    max_gen_len: int = flag(200, help="new tokens at most", group=HOW)
+    max_rows: int | None = flag(
+        None, least=1, help="answer only the first so many rows (more may follow later)", group=WHAT
+    )
+    max_gen_len: int = flag(200, least=1, help="new tokens at most", group=HOW)
     min_gen_len: int = flag(120, help="a row's input is cut so that so many tokens can follow", group=HOW)
     min_new_tokens: int = flag(0, help="the end of the answer is not chosen before this many tokens", group=HOW)
     temperature: float = flag(0.1, help="0: greedy", group=HOW)
     top_p: float = flag(0.75, help="draw from the most likely tokens that together have this probability", group=HOW)
-    num_samples: int = flag(1, help="answers per row; more than one: 'generate' is a list", group=HOW)
+    num_samples: int = flag(1, least=1, help="answers per row; more than one: 'generate' is a list", group=HOW)
     seed: int = flag(0, help="seed of the draws", group=HOW)
-    max_seq_len: int = flag(512, help="longest prompt with its answer, in tokens", group=HOW)
-    max_batch_size: int = flag(32, help="rows that are generated at once", group=MACHINE)
+    max_seq_len: int = flag(512, least=1, help="longest prompt with its answer, in tokens", group=HOW)
+    max_batch_size: int = flag(32, least=1, help="rows that are generated at once", group=MACHINE)
     bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
     flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
     cuda_graphs: bool = flag(False, help="record a decode step's kernels, start them together (a GPU)", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
-    model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
+    model_parallel_size: int = flag(1, least=1, help="processes that share one copy of the model", group=MACHINE)
 
     def __post_init__(self):
-        for name in ("max_gen_len", "num_samples", "max_seq_len", "max_batch_size", "model_parallel_size", "max_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         check_sampling(self.temperature, self.top_p)
         check_machine(self.device, self.bf16, self.flash_attention2)
         if self.cuda_graphs and (self.device == "cpu" or self.model_parallel_size > 1):

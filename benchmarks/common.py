@@ -48,13 +48,6 @@ SHAPES = {"8B": LLAMA_3_1["8B"], "SMOLLM2_135M": SMOLLM2_135M, "tiny": TINY}  # 
 # Flags
 
 
-def require_positive(flags: object) -> None:
-    """Raise ValueError unless all whole numbers among the flags are at least 1."""
-    for name, value in vars(flags).items():
-        if type(value) is int and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-
-
 def methods_named(text: str) -> list[str]:
     """Split --methods: names with commas, "all", or "" for none. ValueError for one that is unknown or repeated."""
     methods = ALL_METHODS if text == "all" else text.split(",") if text else []
@@ -72,13 +65,10 @@ class SideBySide:
 
     ckpt_dir: str | None = flag(None, help="base model, a folder in Meta's layout; default: the demo model")
     data_path: str | None = flag(None, help="rows, JSON or JSON lines; default: the demo's")
-    rounds: int = flag(3, help="processes of each kind")
-    threads: int = flag(torch.get_num_threads(), help="threads of each process")
+    rounds: int = flag(3, least=1, help="processes of each kind")
+    threads: int = flag(torch.get_num_threads(), least=1, help="threads of each process")
     bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16")
     json: str | None = flag(None, help="write the figures to this file too")
-
-    def __post_init__(self):
-        require_positive(self)
 
     def base_folder(self) -> str:
         """Return the base model's folder."""

@@ -63,14 +63,13 @@ class Flags(common.SideBySide):
     base: str = flag(help="another checkout of this project")
     what: str = flag(help="what is measured", choices=tuple(SAME))
     methods: str = flag("soft_moa,lora", help="methods, with commas, or all")
-    rounds: int = flag(5, help="runs of each checkout and method")
-    max_steps: int | None = flag(None, help="steps, or calls after the first, of a run; default: 8, or 2")
-    batch_size: int = flag(4, help="step: rows of a step")
-    prompts: int = flag(16, help="generation: prompts, answered at once")
-    new_tokens: int = flag(64, help="generation: tokens of each answer")
+    rounds: int = flag(5, least=1, help="runs of each checkout and method")
+    max_steps: int | None = flag(None, least=1, help="steps, or calls after the first, of a run; default: 8, or 2")
+    batch_size: int = flag(4, least=1, help="step: rows of a step")
+    prompts: int = flag(16, least=1, help="generation: prompts, answered at once")
+    new_tokens: int = flag(64, least=1, help="generation: tokens of each answer")
 
     def __post_init__(self):
-        super().__post_init__()
         common.methods_named(self.methods)
         if not Path(self.base, "finetune.py").is_file():
             raise ValueError(f"--base {self.base}: no finetune.py there, expected a checkout of this project")

@@ -44,15 +44,14 @@ class Flags(common.SideBySide):
     methods: str | None = flag(None, help="methods with new adapters; default: soft_moa,lora without --adapter_path")
     adapter_path: str | None = flag(None, help="trained adapters, folders or files, with commas")
     peft: bool = flag(False, help="also transformers, and PEFT's LoRA on it (if installed)")
-    prompts: int = flag(16, help="prompts, the first of the rows")
+    prompts: int = flag(16, least=1, help="prompts, the first of the rows")
     natural_stops: bool = flag(False, help="answers end where the model ends them")
-    new_tokens: int | None = flag(None, help="tokens of each answer (64), with --natural_stops at most (200)")
-    batch_size: int | None = flag(None, help="rows at once; default: all, with --natural_stops 32")
-    repeats: int = flag(2, help="times that count in each process")
+    new_tokens: int | None = flag(None, least=1, help="tokens of each answer (64), with --natural_stops at most (200)")
+    batch_size: int | None = flag(None, least=1, help="rows at once; default: all, with --natural_stops 32")
+    repeats: int = flag(2, least=1, help="times that count in each process")
     only: str | None = flag(None, help="answer by this kind alone, in this process, and print its figures as JSON")
 
     def __post_init__(self):
-        super().__post_init__()
         self.fresh()
 
     def fresh(self) -> list[str]:

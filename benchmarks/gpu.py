@@ -62,14 +62,13 @@ class Flags:
     parts: str = flag(",".join(PARTS), help="what to measure, with commas")
     minutes: float = flag(7.0, help="begin nothing after so many minutes")
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N")
-    rows: int = flag(8, help="rows of a training step")
+    rows: int = flag(8, least=1, help="rows of a training step")
     decode_rows: str = flag("1,16,64", help="rows of a decode step, with commas")
-    context: int = flag(96, help="tokens of each prompt of those")
-    repeats: int = flag(3, help="measured steps, and decode runs, of each")
+    context: int = flag(96, least=1, help="tokens of each prompt of those")
+    repeats: int = flag(3, least=1, help="measured steps, and decode runs, of each")
     json: str | None = flag(None, help="write the figures to this file too")
 
     def __post_init__(self):
-        common.require_positive(self)
         common.methods_named(self.methods)
         if unknown := set(self.parts.split(",")) - set(PARTS):
             raise ValueError(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")

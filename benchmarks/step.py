@@ -29,13 +29,12 @@ from training.loop import peak_memory
 class Flags(common.SideBySide):
     methods: str = flag("soft_moa,sparse_moa,lora", help="methods to measure, with commas, or all")
     peft: bool = flag(False, help="also transformers + PEFT's LoRA, rank 16 (if installed)")
-    rows: int = flag(4, help="rows of a step")
-    repeats: int = flag(4, help="steps that count in each process")
-    max_seq_len: int = flag(300, help="longest row")
+    rows: int = flag(4, least=1, help="rows of a step")
+    repeats: int = flag(4, least=1, help="steps that count in each process")
+    max_seq_len: int = flag(300, least=1, help="longest row")
     only: str | None = flag(None, help="train this kind alone, in this process, and print its figures as JSON")
 
     def __post_init__(self):
-        super().__post_init__()
         common.methods_named(self.methods)
 
 

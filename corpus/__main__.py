@@ -55,12 +55,7 @@ class Fetch(Named):
     source: str = flag(SOURCE, help="beginning of the URLs, or a folder laid out like them")
     output_dir: str = flag("data", help="folder to make: NAME/train.json and NAME/test.json")
     overwrite: bool = flag(False, help="replace files that are there and do not pass the check")
-    timeout: float = flag(30.0, help="seconds to wait for a server that does not answer")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.timeout <= 0:
-            raise ValueError(f"--timeout must be above 0, not {self.timeout}")
+    timeout: float = flag(30.0, above=0, help="seconds to wait for a server that does not answer")
 
     def run(self) -> int:
         chosen, failed = self.chosen(), 0
@@ -112,15 +107,13 @@ class Contamination:
     data_path: str | None = flag(None, help="file of training rows, JSON or JSON lines")
     tests: str | None = flag(None, help="test files, or folders with test.json in them or in their folders; commas")
     within: str | None = flag(None, help="instead of both: files or folders whose rows are compared with one another")
-    ngram: int = flag(NGRAM, help="words of an n-gram; in questions under 12 words 2 at most")
+    ngram: int = flag(NGRAM, least=1, help="words of an n-gram; in questions under 12 words 2 at most")
     overlap: float = flag(OVERLAP, help="share of a test question's n-grams that makes a row near")
-    show: int = flag(0, help="print the first N matches of each file")
+    show: int = flag(0, least=0, help="print the first N matches of each file")
     show_kind: str = flag("all", help="which matches --show prints", choices=("all", *KINDS))
     save_path: str | None = flag(None, help="JSON file to write all matches to, with both texts")
 
     def __post_init__(self):
-        if self.ngram < 1 or self.show < 0:
-            raise ValueError("--ngram must be at least 1, --show at least 0")
         if not 0 < self.overlap <= 1:
             raise ValueError(f"--overlap must be above 0 and at most 1, not {self.overlap}")
         given = (self.data_path is not None, self.tests is not None)

@@ -23,7 +23,6 @@ from typing import Any
 import cli
 from cli import flag
 from inspection import chart_style, plots
-from inspection.model import check_positive
 from inspection.router_file import PARTS, read_statistics
 from inspection.runs import RULES, columns_of, expecting, find_runs, group_runs, headlines
 from moa.reading import parse_json, read_text
@@ -45,7 +44,7 @@ class Flags:
         choices=("auto", "load", "weight"),
     )
     runs: str | None = flag(None, help="losses, tradeoff: folders of runs, with commas; of each, all runs in it")
-    smooth: int = flag(20, help="losses: the line is the mean of so many steps (1: as they are)")
+    smooth: int = flag(20, least=1, help="losses: the line is the mean of so many steps (1: as they are)")
     rule: str = flag("robust", help="tradeoff: which score", choices=RULES)
     costs: str | None = flag(None, help="cost: the JSON file of `python -m benchmarks.step`")
 
@@ -59,7 +58,6 @@ class Flags:
             raise ValueError(f"--names has {len(names)} names for {len(files)} --statistics")
         if self.figure == "loads" and len(files) > 1:
             raise ValueError("--statistics: a chart of loads is of one file")
-        check_positive(self, "smooth")
 
 
 def draw(flags: Flags) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from cli import flag
 from llama import Llama
@@ -12,13 +11,6 @@ from llama.machine import check_machine
 from moa.methods import METHODS
 
 WHAT, MACHINE = "model", "machine"
-
-
-def check_positive(flags: Any, *names: str) -> None:
-    """ValueError naming the first of these flags that is below 1."""
-    for name in names:
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(flags, name)}")
 
 
 @dataclass(frozen=True)
@@ -30,14 +22,13 @@ class ModelFlags:
     method: str | None = flag(
         None, help="method of a reference adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
     )
-    max_seq_len: int = flag(512, help="longest prompt with its answer, in tokens", group=WHAT)
-    max_batch_size: int = flag(32, help="rows that are read at once", group=MACHINE)
+    max_seq_len: int = flag(512, least=1, help="longest prompt with its answer, in tokens", group=WHAT)
+    max_batch_size: int = flag(32, least=1, help="rows that are read at once", group=MACHINE)
     bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
-    model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
+    model_parallel_size: int = flag(1, least=1, help="processes that share one copy of the model", group=MACHINE)
 
     def __post_init__(self):
-        check_positive(self, "max_seq_len", "max_batch_size", "model_parallel_size")
         check_machine(self.device, self.bf16, False)
 
 

@@ -44,13 +44,13 @@ LOGGED += ("peak_memory_bytes", "adapter_bytes")
 class Flags:
     runs: str = flag(help="folder of runs", positional=True)
     save_path: str = flag("report.html", help="HTML file to write; replaced if it exists")
-    samples: int = flag(1, help="answers shown per test and run of each kind: right, wrong, judged differently")
+    samples: int = flag(
+        1, least=0, help="answers shown per test and run of each kind: right, wrong, judged differently"
+    )
     costs: str | None = flag(None, help="what `python -m benchmarks.step --json FILE` wrote: times on equal terms")
     title: str | None = flag(None, help="the page's title; default: the folder's name")
 
     def __post_init__(self):
-        if self.samples < 0:
-            raise ValueError(f"--samples must be at least 0, not {self.samples}")
         if not self.save_path or Path(self.save_path).is_dir():
             raise ValueError(f"--save_path {self.save_path!r} must be the path of a file")
 

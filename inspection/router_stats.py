@@ -19,7 +19,7 @@ import numpy as np
 
 from cli import cli_errors, die, flag, parse_into
 from evaluate.rows import read_rows as read_predictions
-from inspection.model import ModelFlags, check_positive, running
+from inspection.model import ModelFlags, running
 from inspection.router_recorder import read_answers
 from inspection.running_stats import RouterStatistics
 from llama import Llama
@@ -39,8 +39,10 @@ class Flags:
     data_path: str | None = flag(None, help="test rows, JSON or JSON lines, to be answered", group=ROWS)
     prompt: str | None = flag(None, help="an instruction to be answered, instead of a file", group=ROWS)
     predict_file: str | None = flag(None, help="predictions of generate.py: prompts with their answers", group=ROWS)
-    max_rows: int | None = flag(None, help="only the first so many rows", group=ROWS)
-    max_gen_len: int = flag(200, help="new tokens at most; --predict_file: of an answer, the first so many", group=ROWS)
+    max_rows: int | None = flag(None, least=1, help="only the first so many rows", group=ROWS)
+    max_gen_len: int = flag(
+        200, least=1, help="new tokens at most; --predict_file: of an answer, the first so many", group=ROWS
+    )
     temperature: float = flag(0.0, help="0: greedy", group=ROWS)
     top_p: float = flag(0.75, help="draw from the most likely tokens that together have this probability", group=ROWS)
     seed: int = flag(0, help="seed of the draws", group=ROWS)
@@ -51,7 +53,6 @@ class Flags:
             raise ValueError(
                 f"give one of --data_path, --prompt and --predict_file, not {' and '.join(given) or 'none of them'}"
             )
-        check_positive(self, "max_rows", "max_gen_len")
         check_sampling(self.temperature, self.top_p)
         if Path(self.save_path).is_dir():
             raise ValueError(f"--save_path {self.save_path} is a folder, expected the path of a file")

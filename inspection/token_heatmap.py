@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cli import cli_errors, flag, parse_into
 from inspection.html import visible, write_page
-from inspection.model import ModelFlags, check_positive, running
+from inspection.model import ModelFlags, running
 from inspection.router_recorder import RouterBatch, RouterRecorder, read_answers
 from llama import Llama
 from llama.data import encode_prompt
@@ -42,9 +42,9 @@ DARK = 0.465  # below this share of the scale white letters can be read better t
 class Flags:
     prompt: str | None = flag(None, help="an instruction", group=TEXT)
     data_path: str | None = flag(None, help="a file of test rows, instead of --prompt", group=TEXT)
-    row: int | None = flag(None, help="which of its rows, from 1", group=TEXT)
+    row: int | None = flag(None, least=1, help="which of its rows, from 1", group=TEXT)
     answer: str | None = flag(None, help="the answer to read; default: the model's own", group=TEXT)
-    max_gen_len: int = flag(200, help="new tokens at most", group=TEXT)
+    max_gen_len: int = flag(200, least=1, help="new tokens at most", group=TEXT)
     show: str = flag("gate", help="what colours stand for", choices=("gate", "used", "weight"), group=VIEW)
     layers: str = flag("mean", help="layers with commas, as 0,14,29; or mean: over all layers", group=VIEW)
     slots: str | None = flag(None, help="adapters with commas, as lora_Q,p_adapter; default: all", group=VIEW)
@@ -56,7 +56,6 @@ class Flags:
             raise ValueError("give one of --prompt and --data_path")
         if (self.data_path is None) != (self.row is None):
             raise ValueError("--data_path and --row go together")
-        check_positive(self, "row", "max_gen_len")
         if (self.show == "weight") != (self.expert is not None):
             raise ValueError("--expert and --show weight go together")
         layers = self.layers.split(",")

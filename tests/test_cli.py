@@ -30,9 +30,9 @@ class Model:
 class Train:
     """Stands for the training part."""
 
-    lr: float | None = flag(None, help="learning rate", group="optimiser")
+    lr: float | None = flag(None, above=-5, help="learning rate", group="optimiser")
     data: str = flag(help="training rows")
-    max_steps: int | None = flag(None, help="stop early")
+    max_steps: int | None = flag(None, least=1, help="stop early")
     save: bool | None = flag(None, help="write checkpoints")
     gradient: str | None = flag(None, help="how it learns", choices=("on", "none"))
     again: str = flag("auto", help="what is done again", choices=("auto", "off", "half", "all"), switch=("off", "all"))
@@ -153,6 +153,8 @@ def test_several_dataclasses_share_a_line() -> None:
         (["0"], "unexpected argument '0'"),
         (["--lr", "1", "-", "values"], "unexpected argument 'values'"),
         (["--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
+        (["--max_steps", "0"], "--max_steps must be at least 1, not 0"),
+        (["--lr", "-5"], "--lr must be above -5, not -5.0"),
     ],
 )
 def test_what_is_wrong_is_named(capsys: pytest.CaptureFixture, argv: list[str], words: str) -> None:

@@ -34,30 +34,30 @@ class TrainConfig:
         None, help="test files, or folders of them, to look for among the training rows first; commas", group=DATA
     )
     max_seq_len: int = flag(
-        300, help="longest row in tokens, prompt and answer; longer ones are cut or left out", group=DATA
+        300, least=1, help="longest row in tokens, prompt and answer; longer ones are cut or left out", group=DATA
     )
     output_dir: str | None = flag(None, help="folder of the run; default: runs/METHOD-DATA-sSEED", group=RUN)
-    seed: int = flag(0, help="seed of the adapters' start and of the order of rows", group=RUN)
-    save_every: int | None = flag(None, help="steps between checkpoints; default: one per epoch", group=RUN)
-    keep_checkpoints: int | None = flag(None, help="only the newest so many stay; default: all", group=RUN)
+    seed: int = flag(0, least=0, help="seed of the adapters' start and of the order of rows", group=RUN)
+    save_every: int | None = flag(None, least=1, help="steps between checkpoints; default: one per epoch", group=RUN)
+    keep_checkpoints: int | None = flag(None, least=1, help="only the newest so many stay; default: all", group=RUN)
     resume: bool = flag(False, help="go on from the output folder's last whole checkpoint, if it has one", group=RUN)
     overwrite: bool = flag(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
     dry_run: bool = flag(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
-    epochs: float = flag(2.0, help="passes over the data", group=STEPS)
-    max_steps: int | None = flag(None, help="stop after this many optimizer steps instead", group=STEPS)
-    batch_size: int = flag(4, help="rows per data-parallel rank and micro-batch", group=STEPS)
-    accum_iter: int = flag(1, help="micro-batches per optimizer step", group=STEPS)
-    lr: float | None = flag(None, help="peak learning rate; default: blr * rows per step / 256", group=STEPS)
-    blr: float = flag(6e-3, help="peak learning rate per 256 rows", group=STEPS)
-    min_lr: float = flag(0.0, help="learning rate at the end", group=STEPS)
+    epochs: float = flag(2.0, above=0, help="passes over the data", group=STEPS)
+    max_steps: int | None = flag(None, least=1, help="stop after this many optimizer steps instead", group=STEPS)
+    batch_size: int = flag(4, least=1, help="rows per data-parallel rank and micro-batch", group=STEPS)
+    accum_iter: int = flag(1, least=1, help="micro-batches per optimizer step", group=STEPS)
+    lr: float | None = flag(None, above=0, help="peak learning rate; default: blr * rows per step / 256", group=STEPS)
+    blr: float = flag(6e-3, above=0, help="peak learning rate per 256 rows", group=STEPS)
+    min_lr: float = flag(0.0, least=0, help="learning rate at the end", group=STEPS)
     warmup_epochs: float | None = flag(
-        None, help="epochs of linear warm-up; default: half of the run, at most 1", group=STEPS
+        None, least=0, help="epochs of linear warm-up; default: half of the run, at most 1", group=STEPS
     )
     lr_schedule: str = flag("cosine", help="after the warm-up", choices=("cosine", "constant"), group=STEPS)
-    weight_decay: float = flag(0.02, help="AdamW's, on matrices", group=STEPS)
+    weight_decay: float = flag(0.02, least=0, help="AdamW's, on matrices", group=STEPS)
     beta2: float = flag(0.95, help="AdamW's second beta; the first is 0.9", group=STEPS)
     grad_clip: float | None = flag(
-        None, help="largest norm of a step's gradient, over all adapters; default: no limit", group=STEPS
+        None, above=0, help="largest norm of a step's gradient, over all adapters; default: no limit", group=STEPS
     )
     train_on_input: bool = flag(False, help="learn the prompt as well, not the answer alone", group=STEPS)
     bf16: bool | None = flag(
@@ -65,7 +65,7 @@ class TrainConfig:
     )
     flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
-    model_parallel_size: int = flag(1, help="processes that share one copy of the model", group=MACHINE)
+    model_parallel_size: int = flag(1, least=1, help="processes that share one copy of the model", group=MACHINE)
     activation_checkpointing: str = flag(
         "auto",
         help="what the backward pass recomputes to save memory: nothing, the blocks' feed-forward parts, or whole "
@@ -76,16 +76,6 @@ class TrainConfig:
     )
 
     def __post_init__(self):
-        counts = ("max_seq_len", "max_steps", "batch_size", "accum_iter", "save_every", "keep_checkpoints")
-        for name in (*counts, "model_parallel_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("epochs", "lr", "blr", "grad_clip"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
-        for name in ("min_lr", "warmup_epochs", "weight_decay", "seed"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
         if self.epochs > 1e6 or self.seed >= 2**32:
             raise ValueError(f"--epochs {self.epochs:g} or --seed {self.seed} is too large (1e6, 2**32 - 1)")
         if not 0 <= self.beta2 < 1:

@@ -52,8 +52,8 @@ def _read_start(path: Path) -> tuple[RunConfig, int]:
         flags = {flag.name: flag for flag in flags_of(TrainConfig)}
         start = TrainConfig(**{name: flags[name].convert(str(settings[name])) for name in flags.keys() & settings})
         adapter = AdapterConfig.from_dict(record["adapter"], n_layers).to_dict()
-        if adapter.pop("method") != start.method:
-            raise ValueError("two methods")
+        if (method := adapter.pop("method")) != start.method:
+            raise ValueError(f"its settings are of method {start.method}, its adapters of {method}")
         for name, least in (("rows_per_step", 1), ("warmup_steps", 0)):
             if type(record[name]) is not int or record[name] < least:
                 raise ValueError(f"{name} is no number")
