@@ -62,6 +62,7 @@ def model_on(args: ModelArgs, base: Mapping[str, Tensor], config: AdapterConfig 
     init_distributed(device)
     model = Transformer(args, config)
     model.load_state_dict(dict(base), strict=False, assign=True)
+    model.tie_embeddings()
     reset_adapters(model, 0)
     freeze_base(model)
     accelerate_model(model)

@@ -17,9 +17,9 @@ from moa.methods import META_NAMES
 from moa.reference_format import unsupported_settings
 from moa.state import check_state_dict, require_same_keys
 
-# The settings that W + (alpha / rank) B A can express, and the values that they may have (None: all).
+# The settings that W + scale * B A can express, and the values that they may have (None: all).
 EXPRESSIBLE: dict[str, Collection | None] = {
-    **dict.fromkeys(("lora_layers", "lora_targets", "lora_rank", "lora_alpha")),
+    **dict.fromkeys(("lora_layers", "lora_targets", "lora_rank", "lora_alpha", "lora_rslora", "lora_lr_ratio")),
     **{"block_router": ("none",), "expert_num": (1,), "train_bias_norm": (False,)},
 }
 ADAPTER_FILES = ("adapter.pth", PARAMS)  # of an output folder
@@ -92,7 +92,7 @@ def load_plain_lora(adapter_path: str | Path, args: ModelArgs) -> tuple[AdapterC
     what is added to it, float32. Raises ValueError naming the file, and what does not fit or is not plain LoRA."""
     config, state = load_adapter(adapter_path, args)
     check_plain_lora(config, state, args, str(adapter_path))
-    scale = config.adapters["lora"].alpha / config.adapters["lora"].rank
+    scale = config.adapters["lora"].scale
     updates = {
         key: Update(state[f"{lora}.lora_A"].float(), state[f"{lora}.lora_B"].float(), scale)
         for key, lora in lora_keys(config).items()

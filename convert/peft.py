@@ -34,7 +34,7 @@ PERMUTED = ("Q", "K")
 HARMLESS = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
-    *("auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    *("use_rslora", "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
 # Some ways to initialise (PiSSA, OLoRA, ...) take something out of the base's weights as well; these do not.
 HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
@@ -75,6 +75,7 @@ def to_peft(
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "use_rslora": lora.rslora,
         "target_modules": sorted(modules),
         "layers_to_transform": None if len(layers) == args.n_layers else sorted(layers),
     }
@@ -136,4 +137,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, value in config.items():
         if value and name not in HARMLESS | {"bias", "init_lora_weights"}:
             raise ValueError(f"{path}: {name} is {value!r}, which is more than plain LoRA and cannot be converted")
-    return {"method": "lora", "lora_rank": config.get("r"), "lora_alpha": config.get("lora_alpha")}
+    rslora = config.get("use_rslora", False)
+    return {
+        "method": "lora",
+        "lora_rank": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "lora_rslora": rslora,
+    }

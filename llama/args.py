@@ -18,7 +18,8 @@ _SIZE, _NUMBER = (1, 2**24), (1e-12, 1e12)
 _BOUNDS = {
     **{"n_layers": (1, MAX_LAYERS), "vocab_size": (-1, 2**24), "ffn_dim_multiplier": (1e-12, 1e3)},
     **dict.fromkeys(("norm_eps", "rope_theta", *_SCALING), _NUMBER),
-    **dict.fromkeys(("dim", "n_heads", "n_kv_heads", "multiple_of", "rope_original_max_seq_len"), _SIZE),
+    **dict.fromkeys(("dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "multiple_of"), _SIZE),
+    "rope_original_max_seq_len": _SIZE,
 }
 
 # Meta's own files say `use_scaled_rope` and not by how much. The factors of its releases, published in the config.json
@@ -35,6 +36,10 @@ _RELEASES = {
 @dataclass(frozen=True)
 class ModelArgs:
     """Sizes of the frozen base. Field names are the keys of `params.json`; an unknown key is an error.
+
+    Beyond Meta's keys: head_dim (default: dim / n_heads), ffn_dim, the feed-forward width (default: Meta's rule of
+    multiple_of and ffn_dim_multiplier; 14336 for LLaMA-3.1-8B), qk_norm (queries and keys are normed head by head, as
+    in Qwen3) and tied_embeddings (the output matrix is the embedding).
 
     The four `rope_*` numbers of LLaMA-3.1's frequency scaling count only where `use_scaled_rope` is true; their
     defaults are LLaMA-3.1's.
@@ -54,19 +59,28 @@ class ModelArgs:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_seq_len: int = 8192
+    head_dim: int | None = None
+    ffn_dim: int | None = None
+    qk_norm: bool = False
+    tied_embeddings: bool = False
 
     def __post_init__(self):
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         for name, bounds in _BOUNDS.items():
-            if name != "ffn_dim_multiplier" or self.ffn_dim_multiplier is not None:
+            if getattr(self, name) is not None or name not in ("ffn_dim_multiplier", "head_dim", "ffn_dim"):
                 _require_number(name, getattr(self, name), *bounds)
         if self.vocab_size == 0:
             raise ValueError("vocab_size must be positive (or -1), not 0")
-        if not isinstance(self.use_scaled_rope, bool):
-            raise ValueError(f"use_scaled_rope must be true or false, not {short_repr(self.use_scaled_rope)}")
-        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+        for name in ("use_scaled_rope", "qk_norm", "tied_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {short_repr(getattr(self, name))}")
+        if self.head_dim is None and self.dim % self.n_heads or (self.head_dim or self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must split into n_heads {self.n_heads} heads of even width")
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.ffn_dim is None:
+            object.__setattr__(self, "ffn_dim", self._ffn_dim_by_rule())
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.use_scaled_rope and self.rope_low_freq_factor >= self.rope_high_freq_factor:
@@ -75,13 +89,7 @@ class ModelArgs:
                 f"rope_high_freq_factor {self.rope_high_freq_factor}"
             )
 
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def ffn_dim(self) -> int:
-        """Hidden width of the feed-forward block, by Meta's rule (14336 for LLaMA-3.1-8B)."""
+    def _ffn_dim_by_rule(self) -> int:
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
@@ -92,7 +100,7 @@ class ModelArgs:
         """What the model computes with: equal for two spellings of the same model."""
         names = [f.name for f in fields(self) if self.use_scaled_rope or f.name not in _SCALING]
         spelling = ("multiple_of", "ffn_dim_multiplier")
-        return {name: getattr(self, name) for name in [*names, "ffn_dim"] if name not in spelling}
+        return {name: getattr(self, name) for name in names if name not in spelling}
 
     def require_fits(self, recorded: Any) -> None:
         """ValueError naming the difference, unless `recorded`, the base in an adapter's settings, is this model."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from llama.args import ModelArgs
 from llama.model import Transformer
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from llama.quantize import is_quantizable, quantize_layer
 from llama.tokenizer import Tokenizer
 from moa.adapter import AdapterModule
 from moa.files import file_hash, load_tensors, tensor_problem
@@ -30,21 +31,21 @@ class ShardSpec(NamedTuple):
 
 
 def shard_specs(model: Transformer) -> dict[str, ShardSpec]:
-    """Key -> whole shape and sharded dimension, for every base tensor."""
+    """Key -> whole shape and sharded dimension, for every base tensor of a checkpoint."""
     specs = {}
     for path, module in model.named_modules():
         if isinstance(module, AdapterModule):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, ColumnParallelLinear):
-                spec = ShardSpec((module.out_features, module.in_features), 0)
-            elif isinstance(module, RowParallelLinear):
-                spec = ShardSpec((module.out_features, module.in_features), 1)
-            elif isinstance(module, VocabParallelEmbedding):
-                spec = ShardSpec((module.num_embeddings, module.embedding_dim), 0)
-            else:
-                spec = ShardSpec(tuple(parameter.shape), None)
-            specs[f"{path}.{name}"] = spec
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            dim = 0 if isinstance(module, ColumnParallelLinear) else 1
+            specs[f"{path}.weight"] = ShardSpec((module.out_features, module.in_features), dim)
+        elif isinstance(module, VocabParallelEmbedding):
+            specs[f"{path}.weight"] = ShardSpec((module.num_embeddings, module.embedding_dim), 0)
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                specs[f"{path}.{name}"] = ShardSpec(tuple(parameter.shape), None)
+    if model.args.tied_embeddings:
+        del specs["output.weight"]
     return specs
 
 
@@ -65,8 +66,12 @@ def load_params_and_tokenizer(ckpt_dir: str | Path) -> tuple[ModelArgs, Tokenize
     return args, tokenizer
 
 
-def load_base_weights(model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, device: torch.device) -> None:
+def load_base_weights(
+    model: Transformer, ckpt_dir: str | Path, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+) -> None:
     """Fill the base of `model` from all shards in `ckpt_dir`, as `dtype` on `device`; adapters go to `device` too.
+
+    quantize: "nf4" stores each matrix of the blocks in 4 bits as soon as it is read (`llama.quantize`).
 
     A rank reads only its own part of the files. Files stay memory-mapped: a tensor, or rows of it, that needs no other
     type or device is not copied, and the processes of a machine share its pages. Columns of a tensor (wo and w2, with
@@ -85,8 +90,13 @@ def load_base_weights(model: Transformer, ckpt_dir: str | Path, dtype: torch.dty
         file_dim = shard_dim(key, spec, files, shards, getattr(layer, "heads", None))
         n = 1 if spec.dim is None else spec.shape[spec.dim] // getattr(layer, name).shape[spec.dim]
         index = 0 if spec.dim is None else Shard(spec.dim, n).index(mp_rank())
-        state[key] = assemble(spec, file_dim, [shard[key] for shard in shards], index, n).to(device, dtype)
+        tensor = assemble(spec, file_dim, [shard[key] for shard in shards], index, n).to(device, dtype)
+        if quantize and is_quantizable(key):
+            quantize_layer(layer, tensor)
+        else:
+            state[key] = tensor
     model.load_state_dict(state, strict=False, assign=True)
+    model.tie_embeddings()
     model.to(device)
     for name, tensor in model.named_parameters():
         assert not tensor.is_meta, name

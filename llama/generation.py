@@ -13,6 +13,7 @@ from llama.distributed import get_device, init_distributed
 from llama.engine import Request, SamplingParams, decode, generate, seeded_uniforms
 from llama.machine import check_sampling
 from llama.model import Transformer
+from llama.quantize import require_quantization
 from llama.tokenizer import Tokenizer
 from moa import state
 from moa.adapter_file import load_adapter
@@ -54,18 +55,22 @@ class Llama:
         flash_attention2: bool = False,
         cuda_graphs: bool = False,
         accelerate: bool = True,
+        quantize: str | None = None,
     ) -> "Llama":
         """Load a base, with an adapter from a file, or with fresh ones of a configuration (started from `seed`), or
         alone. The base does not train; adapters are float32 whatever the type of the base.
 
         method: of an adapter in the reference format, where its flags do not tell. accelerate: False runs the plain
-        formulas. Raises ValueError naming the file, tensor or setting that is wrong.
+        formulas. quantize: "nf4" holds the matrices of the blocks in 4 bits. Raises ValueError naming the file, tensor
+        or setting that is wrong.
         """
         for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         torch_device = get_device(device)
         check_gpu_features(torch_device, bf16, model_parallel_size, flash_attention2, cuda_graphs)
+        if quantize:
+            require_quantization(model_parallel_size)
         args, tokenizer = load_params_and_tokenizer(ckpt_dir)
         adapter = None
         if adapter_path is not None:
@@ -73,7 +78,7 @@ class Llama:
             config, adapter = load_adapter(adapter_path, args, method)
         init_distributed(torch_device, model_parallel_size)
         model = Transformer(args, config)
-        load_base_weights(model, ckpt_dir, torch.bfloat16 if bf16 else torch.float32, torch_device)
+        load_base_weights(model, ckpt_dir, torch.bfloat16 if bf16 else torch.float32, torch_device, quantize)
         if adapter is not None:
             state.load_adapter_state_dict(model, adapter, str(adapter_path))
         else:

@@ -28,22 +28,28 @@ from moa.adapter import Target
 from moa.bias_norm import TrainableNormWeight
 from moa.block import AdapterDict, Routing, build_router
 from moa.config import AdapterConfig, Slot
-from moa.expert_routers import RouterStats
+from moa.expert_routers import RouterStats, stack_stats
 from moa.parallel import copy_to_model_parallel_region, divide, num_kv_shards
 from moa.routers import Gates
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight. trained: its weight trains (`train_bias_norm`), beside the base's."""
+    """x / sqrt(mean(x^2) + eps) * weight. trained: its weight trains (`train_bias_norm`), beside the base's.
 
-    def __init__(self, dim: int, eps: float, trained: bool = False):
+    of_heads: x is this rank's heads, (N, heads, h), so that its gradient of a trained weight is a part of a sum.
+    """
+
+    def __init__(self, dim: int, eps: float, trained: bool = False, of_heads: bool = False):
         super().__init__()
-        self.eps = eps
+        self.eps, self.of_heads = eps, of_heads
         self.weight = meta_parameter(dim)
         self.adapters = nn.ModuleDict({"norm": TrainableNormWeight(dim, lambda: self.weight)} if trained else {})
 
     def current_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.adapters["norm"].weight.to(dtype) if self.adapters else self.weight
+        if not self.adapters:
+            return self.weight
+        weight = self.adapters["norm"].weight.to(dtype)
+        return copy_to_model_parallel_region(weight) if self.of_heads else weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.current_weight(x.dtype), self.eps)
@@ -121,12 +127,13 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(dim, kv, args.n_kv_heads)
         self.wv = ColumnParallelLinear(dim, kv, args.n_kv_heads)
         self.wo = RowParallelLinear(heads, dim)
+        self.q_norm, self.k_norm = build_qk_norm(args, config), build_qk_norm(args, config)
         kv_shards = num_kv_shards(args.n_kv_heads)
         targets = {
             "wq": Target(dim, heads, "column", args.n_heads, [self.wq]),
             "wk": Target(dim, kv, "column", args.n_heads, [self.wk], kv_shards),
             "wv": Target(dim, kv, "column", args.n_heads, [self.wv], kv_shards),
-            "attention": Target(dim, heads, "column", args.n_heads, [self.wk, self.wv]),
+            "attention": Target(dim, heads, "column", args.n_heads, [self.wk, self.wv, self.k_norm]),
             "wo": Target(heads, dim, "row", args.n_heads, [self.wo]),
         }
         self.adapters = AdapterDict(config, slots, targets)
@@ -138,6 +145,7 @@ class Attention(nn.Module):
         k = self.adapters.apply("wk", self.wk(shared), x, routing)
         v = self.adapters.apply("wv", self.wv(shared), x, routing)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (N, H or K, h)
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary_emb(q, context.freqs_cis), apply_rotary_emb(k, context.freqs_cis)
         heads = self.attend(q, k, v, context)
         heads = self.adapters.apply("attention", heads, x, routing, q).flatten(1)
@@ -164,6 +172,7 @@ class FeedForward(nn.Module):
             "w1": Target(dim, hidden, "column", args.n_heads, [self.w1]),
             "w2": Target(hidden, dim, "row", args.n_heads, [self.w2]),
             "w3": Target(dim, hidden, "column", args.n_heads, [self.w3]),
+            "FFN": Target(dim, dim, None, args.n_heads, [self.w2]),
         }
         self.adapters = AdapterDict(config, slots, targets)
 
@@ -173,12 +182,14 @@ class FeedForward(nn.Module):
         up = self.adapters.apply("w3", self.w3(shared), x, routing)
         gate = self.adapters.apply("w1", self.w1(shared), x, routing)
         hidden = F.silu(gate) * up  # (N, F)
-        return self.adapters.apply("w2", self.w2(hidden), hidden, routing)
+        out = self.adapters.apply("w2", self.w2(hidden), hidden, routing)
+        return self.adapters.apply("FFN", out, x, routing, gate, up)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, layer: int, args: ModelArgs, config: AdapterConfig | None):
         super().__init__()
+        config = config.at_layer(layer) if config else None
         slots = config.slots(layer) if config else []
         self.layer = layer
         self.attention_norm = build_norm(args, config)
@@ -216,8 +227,13 @@ class TransformerBlock(nn.Module):
         return {slot: batch.expand_to_tokens(gate) for slot, gate in gates.items()}
 
 
-def build_norm(args: ModelArgs, config: AdapterConfig | None) -> RMSNorm:
-    return RMSNorm(args.dim, args.norm_eps, config is not None and config.bias_norm.train_bias_norm)
+def build_norm(args: ModelArgs, config: AdapterConfig | None, of_heads: bool = False) -> RMSNorm:
+    trained = config is not None and config.bias_norm.train_bias_norm
+    return RMSNorm(args.head_dim if of_heads else args.dim, args.norm_eps, trained, of_heads)
+
+
+def build_qk_norm(args: ModelArgs, config: AdapterConfig | None) -> nn.Module:
+    return build_norm(args, config, of_heads=True) if args.qk_norm else nn.Identity()
 
 
 def maybe_checkpoint(fn: Callable[..., Any], *inputs: Any, enabled: bool) -> Any:
@@ -256,6 +272,11 @@ class Transformer(nn.Module):
         self.rope_freqs = rope_frequencies(args)
         self.freqs_cis = self.rope_freqs.new_empty(0, args.head_dim // 2, dtype=torch.complex64)
 
+    def tie_embeddings(self) -> None:
+        """After loading: the output matrix is the embedding, where the model ties them. Both are sharded alike."""
+        if self.args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
     def forward(
         self,
         tokens: Tensor,
@@ -281,7 +302,7 @@ class Transformer(nn.Module):
         positions = is_label.nonzero().squeeze(1)
         predicting, labels = (async_to_device(t, hidden.device) for t in (positions - 1, labels[positions]))
         ce_loss = self.cross_entropy(hidden[predicting], labels)
-        return Losses(ce_loss, RouterStats(*map(torch.stack, zip(*stats, strict=True))) if stats else None)
+        return Losses(ce_loss, stack_stats(stats) if stats else None)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of -log p(label), float32. hidden (M, D): at the positions that predict labels (M,)."""

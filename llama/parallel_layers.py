@@ -37,8 +37,11 @@ class ColumnParallelLinear(FairscaleColumnParallelLinear):
         self.weight = meta_parameter(divide(out_features, "output width", num_shards), in_features)
         self.register_parameter("bias", None)
 
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = self.product(x)
         return gather_from_model_parallel_region(y) if self.gather_output and mp_size() > 1 else y
 
 
@@ -51,8 +54,11 @@ class RowParallelLinear(FairscaleRowParallelLinear):
         self.weight = meta_parameter(out_features, divide(in_features, "input width"))
         self.register_parameter("bias", None)
 
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from_model_parallel_region(F.linear(x, self.weight))
+        return reduce_from_model_parallel_region(self.product(x))
 
 
 class VocabParallelEmbedding(FairscaleVocabParallelEmbedding):

@@ -47,9 +47,10 @@ def linear_init(in_features: int) -> Init:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A trained parameter: whole shape, initial values, shards over model-parallel ranks, weight decay.
+    """A parameter: whole shape, initial values, shards over model-parallel ranks, weight decay.
 
-    local_init: `init` makes this rank's shard, not the whole tensor.
+    local_init: `init` makes this rank's shard, not the whole tensor. lr_scale: factor of the learning rate.
+    trained: False for numbers that are saved with the adapter and never change.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +58,8 @@ class ParamSpec:
     shard: Shard | None
     decay: bool
     local_init: bool = False
+    lr_scale: float = 1.0
+    trained: bool = True
 
 
 class AdapterModule(nn.Module):
@@ -81,22 +84,25 @@ class AdapterModule(nn.Module):
         shard: Shard | None = None,
         decay: bool | None = None,
         local_init: bool = False,
+        lr_scale: float = 1.0,
+        trained: bool = True,
     ) -> None:
         """Make parameter `name` of whole shape `shape`; this rank holds its shard of it.
 
         shard: `target.shard_outputs(dim)` or `target.shard_inputs(dim)` for a parameter that runs along the outputs or
         inputs of the adapted layer. Where several ranks hold the same shard, its gradient is summed over them.
-        decay: whether weight decay applies (default: to all but 1-D parameters).
+        decay: whether weight decay applies (default: to all but 1-D parameters). The rest: see `ParamSpec`.
         """
         local = list(shape)
         if shard is not None:
             what = f"dimension {shard.dim} of {type(self).__name__}.{name}"
             local[shard.dim] = divide(shape[shard.dim], what, shard.num_shards)
-        parameter = nn.Parameter(torch.empty(local, dtype=torch.float32))
-        if shard is not None and shard.num_shards < mp_size():
+        parameter = nn.Parameter(torch.empty(local, dtype=torch.float32), requires_grad=trained)
+        if trained and shard is not None and shard.num_shards < mp_size():
             parameter.register_hook(partial(all_reduce_shared_grad, shard=shard))
         self.register_parameter(name, parameter)
-        self.specs[name] = ParamSpec(shape, init, shard, len(shape) > 1 if decay is None else decay, local_init)
+        decay = len(shape) > 1 if decay is None else decay
+        self.specs[name] = ParamSpec(shape, init, shard, decay, local_init, lr_scale, trained)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from moa import reference_format
 from moa.config import AdapterConfig
 from moa.files import atomic_write, load_tensors, read_json, write_json, write_torch
+from moa.methods import ADDED_LATER
 from moa.state import rename_old_keys, require_tensors
 
 PARAMS = "adapter_params.json"
@@ -80,7 +81,7 @@ def load_adapter(path: str | Path, base: Base, method: str | None = None) -> tup
             if "base" in params:
                 base.require_fits(params["base"])
         config = AdapterConfig.from_dict(flat, base.n_layers)
-        missing = [] if is_reference else sorted(config.active_fields() - params.keys())
+        missing = [] if is_reference else sorted(config.active_fields() - params.keys() - set(ADDED_LATER))
         if missing:  # a preset's value in its place might not be what was trained
             raise ValueError(f"missing setting{'s' * (len(missing) > 1)} {', '.join(missing)}")
     except (ValueError, KeyError, TypeError) as error:

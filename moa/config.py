@@ -7,7 +7,7 @@ A method is a preset of options (`moa.methods.METHODS`), nothing else. The flat 
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -94,6 +94,14 @@ class AdapterConfig:
             flat |= asdict(getattr(self, section))
         return flat
 
+    def at_layer(self, layer: int) -> "AdapterConfig":
+        """This configuration as one layer has it: `layer_experts` gives its number of experts."""
+        if not self.experts.layer_experts:
+            return self
+        by_depth = self.experts.layer_experts.split(",")
+        num_experts = int(by_depth[layer * len(by_depth) // self.n_layers])
+        return replace(self, experts=replace(self.experts, expert_num=num_experts))
+
     def slots(self, layer: int) -> list[Slot]:
         """The adapters of one block, in the order of its router's outputs."""
         slots = [
@@ -125,8 +133,11 @@ class AdapterConfig:
         if not (self.bias_norm.train_bias_norm or any(self._layers.values())):
             raise ValueError(f"method {self.method} with these layers has no adapter: nothing would be trained")
         experts = self.experts
-        if experts.expert_router == "topk" and 1 < experts.expert_num < experts.top_k:
-            raise ValueError(f"top_k {experts.top_k} is more than the {experts.expert_num} experts (expert_num)")
+        if experts.layer_experts and not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", experts.layer_experts):
+            raise ValueError(f"layer_experts: {short_repr(experts.layer_experts)} is no list such as 2,4,6,8")
+        fewest = min([experts.expert_num, *map(int, filter(None, experts.layer_experts.split(",")))])
+        if experts.expert_router == "topk" and 1 < fewest < experts.top_k:
+            raise ValueError(f"top_k {experts.top_k} is more than the {fewest} experts of an adapter")
         if experts.expert_num == 1 < METHODS[self.method].get("expert_num", 1):
             raise ValueError(f"expert_num 1: method {self.method} is a mixture of experts, it needs two or more")
 
@@ -135,12 +146,13 @@ class AdapterConfig:
         present = [name for name, options in self.adapters.items() if options.layers]
         names = {"train_bias_norm"} | {f"{name}_layers" for name in self.adapters}
         names |= {f"{name}_{f.name}" for name in present for f in fields(self.adapters[name])}
+        names |= {setting for name in present for setting in ADAPTERS[name].uses}
         if present:
             names |= {"block_router", "expert_num"} | set(BLOCK_ROUTERS[self.router.block_router].uses)
         if self.router.const_threshold:
             names.discard("threshold_gradient")
         if present and self.experts.expert_num > 1:
-            return names | {"expert_router"} | set(EXPERT_ROUTERS[self.experts.expert_router].uses)
+            return names | {"expert_router", "layer_experts"} | set(EXPERT_ROUTERS[self.experts.expert_router].uses)
         return names - {f"{name}_hydra" for name in present}
 
     def unused_flag_message(self, given: set[str]) -> str | None:

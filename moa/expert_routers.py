@@ -19,22 +19,29 @@ from moa.routers import RouterLinear
 
 class RouterStats(NamedTuple):
     """Sums over the tokens of a micro-batch, (..., E) float32: tokens that chose each expert (without a gradient), and
-    router probabilities."""
+    E times the router probabilities."""
 
     tokens_per_expert: Tensor
-    probs: Tensor
+    scaled_probs: Tensor
 
     def load_balancing_loss(self, fraction: Tensor) -> Tensor:
         """E sum_e f_e p_e summed over the tokens and over several routers, a float32 scalar.
 
         fraction (..., E): f_e, over all tokens that share the loss.
         """
-        return self.probs.shape[-1] * (fraction * self.probs).sum()
+        return (fraction * self.scaled_probs).sum()
 
 
 def router_stats(chosen: Tensor, probs: Tensor) -> RouterStats:
     """chosen (N, E), bool; probs (N, E)."""
-    return RouterStats(chosen.float().sum(0), probs.sum(0))
+    return RouterStats(chosen.float().sum(0), probs.shape[1] * probs.sum(0))
+
+
+def stack_stats(stats: list[RouterStats]) -> RouterStats:
+    """The statistics of several routers, (routers, E); zeros where one has fewer experts than another."""
+    most = max(len(counts) for counts, _ in stats)
+    columns = zip(*stats, strict=True)
+    return RouterStats(*(torch.stack([F.pad(t, (0, most - len(t))) for t in column]) for column in columns))
 
 
 class SoftmaxRouter(AdapterModule):
@@ -62,7 +69,7 @@ class TopKRouter(AdapterModule):
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
         super().__init__()
         num_experts, noisy = config.experts.expert_num, config.experts.noisy_router
-        self.top_k, self.is_stochastic = config.experts.top_k, noisy
+        self.num_experts, self.top_k, self.is_stochastic = num_experts, config.experts.top_k, noisy
         self.proj = RouterLinear(target.in_features, num_experts, target=target)
         self.noise = RouterLinear(target.in_features, num_experts, target=target) if noisy else None
 
@@ -86,7 +93,8 @@ class AdaMoLERouter(AdapterModule):
 
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
         super().__init__()
-        self.proj = RouterLinear(target.in_features, config.experts.expert_num, target=target)
+        self.num_experts = config.experts.expert_num
+        self.proj = RouterLinear(target.in_features, self.num_experts, target=target)
         self.threshold = RouterLinear(target.in_features, 1, target=target)
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:

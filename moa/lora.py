@@ -1,6 +1,8 @@
 """LoRA: a low-rank update beside a linear layer (arXiv 2106.09685).
 
 W x + sum_e g_e (alpha / r) B_e A_e x
+
+rsLoRA's scale is alpha / sqrt(r) (arXiv 2312.03732). LoRA+ gives B a larger learning rate (arXiv 2402.12354).
 """
 
 from torch import Tensor
@@ -17,11 +19,12 @@ class LoRA(AdapterModule):
     def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
         lora, num_experts = config.adapters["lora"], config.experts.expert_num
-        self.target, self.rank, self.scale = target, lora.rank, lora.alpha / lora.rank
+        self.target, self.rank, self.scale = target, lora.rank, lora.scale
         width = lora.rank * num_experts
         a_shape = (lora.rank if lora.hydra else width, target.in_features)
         self.add_parameter("lora_A", a_shape, linear_init(target.in_features), target.shard_inputs(1))
-        self.add_parameter("lora_B", (target.out_features, width), zeros, target.shard_outputs(0))
+        shard = target.shard_outputs(0)
+        self.add_parameter("lora_B", (target.out_features, width), zeros, shard, lr_scale=lora.lr_ratio)
         self.expert_router = build_expert_router(target, config, softmax_bias=False)
 
     def forward(self, x: Tensor, output: Tensor, gate: Tensor | None) -> Tensor:

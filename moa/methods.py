@@ -4,14 +4,16 @@ Every option is declared once, here, as a field of a dataclass. Its flag is `<ad
 (`lora_rank`, `prompt_len`) and `<field>` for the rest (`swi_x`).
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from importlib import import_module
 from typing import Any
 
 # Where an adapter can stand in a block, in the order of the router's outputs: beside a linear layer, at the attention
-# (its heads' output before wo), or at the block (its output). The names are those of --lora_targets.
-TARGETS = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "block")
+# (its heads' output before wo), at the feed-forward block or at the whole block (their outputs). The names are those of
+# --lora_targets.
+TARGETS = ("Q", "K", "V", "attention", "O", "FFN_UP", "FFN_GATE", "FFN_DOWN", "FFN", "block")
 
 # Target -> the linear layer there, by its name in Meta's checkpoints.
 META_NAMES = {
@@ -48,6 +50,12 @@ class LoRAConfig:
     rank: int = option(8, "rank of each LoRA")
     alpha: float = option(8.0, "LoRA's scale is alpha / rank")
     hydra: bool = option(False, "the LoRA experts of a layer share one A")
+    rslora: bool = option(False, "LoRA's scale is alpha / sqrt(rank)")
+    lr_ratio: float = option(1.0, "learning rate of B, as a multiple of A's (LoRA+)")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,77 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
+class DoRAConfig:
+    """Low-rank updates with a trained length of each row."""
+
+    layers: str = option("", "layers with DoRA, as for --lora_layers")
+    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with DoRA, as for --lora_targets")
+    rank: int = option(16, "rank of each DoRA")
+    alpha: float = option(16.0, "DoRA's scale is alpha / rank")
+
+
+@dataclass(frozen=True)
+class PiSSAConfig:
+    """Low-rank updates that start from the principal part of the matrix."""
+
+    layers: str = option("", "layers with PiSSA, as for --lora_layers")
+    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with PiSSA, as for --lora_targets")
+    rank: int = option(16, "rank of each PiSSA")
+    alpha: float = option(16.0, "PiSSA's scale is alpha / rank")
+
+
+@dataclass(frozen=True)
+class CoMoLConfig:
+    """Low-rank updates whose core, a small matrix, is mixed from experts."""
+
+    layers: str = option("", "layers with CoMoL, as for --lora_layers")
+    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with CoMoL, as for --lora_targets")
+    rank: int = option(16, "rank of each CoMoL")
+    alpha: float = option(16.0, "CoMoL's scale is alpha / rank")
+    cores: int = option(8, "experts of each CoMoL")
+
+
+@dataclass(frozen=True)
+class VeRAConfig:
+    """Two trained vectors per layer around random matrices that all layers share."""
+
+    layers: str = option("", "layers with VeRA, as for --lora_layers")
+    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with VeRA, as for --lora_targets")
+    rank: int = option(256, "rank of the shared matrices")
+    seed: int = option(0, "the shared matrices follow from it", bounds=(0, 2**31))
+
+
+@dataclass(frozen=True)
+class IA3Config:
+    """A trained factor for each output of a linear layer."""
+
+    layers: str = option("", "layers with IA3, as for --lora_layers")
+    targets: str = option("K,V,FFN_UP", "linear layers with IA3, as for --lora_targets (FFN_UP: the paper's FFN_DOWN)")
+
+
+@dataclass(frozen=True)
+class MixLoRAConfig:
+    """Experts of the feed-forward block, each with low-rank updates of all its layers."""
+
+    layers: str = option("", "layers with MixLoRA, as for --lora_layers")
+    rank: int = option(8, "rank of each update of a MixLoRA expert")
+    alpha: float = option(16.0, "MixLoRA's scale is alpha / rank")
+    experts: int = option(8, "experts of each feed-forward block")
+    top_k: int = option(2, "experts that a token goes to")
+
+
+@dataclass(frozen=True)
 class AdapterType:
-    """A type of adapter: `module` ("package.module:Class") is built at each chosen target of each chosen layer."""
+    """A type of adapter: `module` ("package.module:Class") is built at each chosen target of each chosen layer.
+
+    uses: the settings it reads beside its own options.
+    """
 
     name: str
     options: type
     module: str
     targets: tuple[str, ...]
+    uses: tuple[str, ...] = ()
 
     def slot(self, target: str) -> str:
         """Name of this adapter at a target: what gates, keys and statistics call it."""
@@ -85,17 +157,26 @@ class AdapterType:
 ADAPTERS: dict[str, AdapterType] = {}
 
 
-def register_adapter(name: str, options: type, module: str, targets: tuple[str, ...]) -> None:
+def register_adapter(
+    name: str, options: type, module: str, targets: tuple[str, ...], uses: tuple[str, ...] = ()
+) -> None:
     """Make a type of adapter known.
 
     options: a frozen dataclass with at least `layers` (and `targets` where the adapter can stand at several); its
     fields become the flags `<name>_<field>`.
     """
-    ADAPTERS[name] = AdapterType(name, options, module, targets)
+    ADAPTERS[name] = AdapterType(name, options, module, targets, uses)
 
 
+# At one target they apply in this order: DoRA's norm is that of the frozen layer, IA3 scales what stands there.
+register_adapter("dora", DoRAConfig, "moa.dora:DoRA", LINEAR_TARGETS)
 register_adapter("lora", LoRAConfig, "moa.lora:LoRA", LINEAR_TARGETS)
+register_adapter("pissa", PiSSAConfig, "moa.pissa:PiSSA", LINEAR_TARGETS)
+register_adapter("comol", CoMoLConfig, "moa.comol:CoMoL", LINEAR_TARGETS)
+register_adapter("vera", VeRAConfig, "moa.vera:VeRA", LINEAR_TARGETS)
+register_adapter("ia3", IA3Config, "moa.ia3:IA3", LINEAR_TARGETS)
 register_adapter("prompt", PromptConfig, "moa.prompt:Prompt", ("attention",))
+register_adapter("mixlora", MixLoRAConfig, "moa.mixlora:MixLoRA", ("FFN",), uses=("lb_loss_coeff",))
 register_adapter("p_adapter", ParallelAdapterConfig, "moa.parallel_adapter:ParallelAdapter", ("block",))
 
 
@@ -150,7 +231,10 @@ class RouterConfig:
 class ExpertConfig:
     """Several adapters of one type in place of one."""
 
-    expert_num: int = option(1, "experts in each adapter's place")
+    expert_num: int = option(1, "experts in the place of each LoRA, prompt and parallel adapter")
+    layer_experts: str = option(
+        "", "number of experts by depth: 2,4,6,8 for four equal groups of layers (default: expert_num in all)"
+    )
     expert_router: str = option("soft", "router of the experts of each adapter", EXPERT_ROUTERS)
     top_k: int = option(2, "topk router: experts that a token goes to")
     noisy_router: bool = option(False, "topk router: learned noise on its logits while training")
@@ -166,6 +250,10 @@ class BiasNormConfig:
 
 # Sections of a configuration beside the adapters, by their name there.
 SECTIONS: dict[str, type] = {"router": RouterConfig, "experts": ExpertConfig, "bias_norm": BiasNormConfig}
+
+
+# Settings that are younger than some adapter files: where one is missing, its default is what was trained.
+ADDED_LATER = ("lora_rslora", "lora_lr_ratio", "layer_experts")
 
 
 def config_fields() -> dict[str, Field]:
@@ -193,5 +281,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamole": {**_LORA, **_EXPERTS, "expert_router": "adamole"},
     "parallel_adapter_moe": {**_P_ADAPTER, **_EXPERTS, "p_adapter_hydra": True},
     "prompt_moe": {**_PROMPT, **_EXPERTS},
+    "rslora": {**_LORA, "lora_rank": 16, "lora_alpha": 16.0, "lora_rslora": True},
+    "lora_plus": {**_LORA, "lora_rank": 16, "lora_alpha": 16.0, "lora_lr_ratio": 16.0},
+    "dora": {"dora_layers": "all"},
+    "pissa": {"pissa_layers": "all"},
+    "vera": {"vera_layers": "all"},
+    "ia3": {"ia3_layers": "all"},
+    "comol": {"comol_layers": "all"},
+    "mola": {
+        **_LORA,
+        **{"lora_targets": ",".join(LINEAR_TARGETS), "lora_rank": 8, "lora_alpha": 16.0},
+        **{"expert_num": 8, "layer_experts": "2,4,6,8", "expert_router": "topk"},
+    },
+    "mixlora": {**_LORA, "lora_targets": "Q,K,V,O", "lora_alpha": 16.0, "mixlora_layers": "all", "lb_loss_coeff": 0.01},
     "custom": {},  # one's own, from flags or a file
 }

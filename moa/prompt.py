@@ -4,7 +4,7 @@ Each head's query also attends to E L trained vectors P, L of each expert, in a 
 
     z sum_e g_e softmax(q (W_k P)^T / sqrt(h))_e (W_v P_e)
 
-W_k and W_v are the frozen projections; the keys get no rotary embedding.
+W_k and W_v are the frozen projections; the keys get no rotary embedding. Where the model norms its keys, so are these.
 """
 
 import math
@@ -32,8 +32,8 @@ class Prompt(AdapterModule):
     def keys_and_values(self, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(E L, K, h) each, of this rank's key/value heads."""
         prompt = copy_to_model_parallel_region(self.prompt.to(dtype))
-        wk, wv = self.target.layers
-        return wk(prompt).unflatten(-1, (-1, head_dim)), wv(prompt).unflatten(-1, (-1, head_dim))
+        wk, wv, k_norm = self.target.layers
+        return k_norm(wk(prompt).unflatten(-1, (-1, head_dim))), wv(prompt).unflatten(-1, (-1, head_dim))
 
     def forward(self, x: Tensor, output: Tensor, gate: Tensor | None, query: Tensor) -> Tensor:
         """output (N, H, h), the attention's; query (N, H, h), rotated; gate (N, E) -> output with the prompt's part.

@@ -40,7 +40,10 @@ EXPRESSIBLE: dict[str, Collection | None] = {
     "p_adapter_activation": ("silu",),
     "block_router": ("none", "soft", "sparse", "instance", "unipelt"),
     "gate_activation": ("sigmoid",),
-    "threshold_gradient": None,  # left out of their file: it changes training alone
+    "threshold_gradient": None,  # left out of their file, as the next: they change training alone
+    "lora_lr_ratio": None,
+    "lora_rslora": (False,),
+    "layer_experts": ("",),
     "expert_router": ("soft", "topk", "adamole"),
 }
 # Their flags. The last six do not change what a trained adapter computes.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Target, linear_init, zeros
+from moa.adapter import AdapterModule, Init, Target, linear_init, zeros
 from moa.config import AdapterConfig, Slot
 from moa.parallel import reduce_from_model_parallel_region
 
@@ -16,13 +16,23 @@ Gates = dict[str, Tensor]  # slot -> (N, 1)
 
 
 class RouterLinear(AdapterModule):
-    """W x + b in float32, b zero at the start. target: the layer whose input x is; W is sharded as its inputs."""
+    """W x + b in float32, b zero at the start. target: the layer whose input x is; W is sharded as its inputs.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, target: Target | None = None):
+    init: of W (default: `linear_init`).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        target: Target | None = None,
+        init: Init | None = None,
+    ):
         super().__init__()
         self.row_parallel = target is not None and target.parallel == "row"
         shard = target.shard_inputs(1) if target is not None else None
-        self.add_parameter("weight", (out_features, in_features), linear_init(in_features), shard)
+        self.add_parameter("weight", (out_features, in_features), init or linear_init(in_features), shard)
         if bias:
             self.add_parameter("bias", (out_features,), zeros)
         else:

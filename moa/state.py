@@ -26,15 +26,19 @@ class AdapterParameter(NamedTuple):
     slot: str  # adapter's name in its block ("lora_Q", "prompt", ...), or "router"
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, AdapterParameter]:
-    """Key in the state dict -> parameter, for all parameters of all adapters and routers of `model`."""
+def adapter_parameters(model: nn.Module, untrained: bool = False) -> dict[str, AdapterParameter]:
+    """Key in the state dict -> parameter, for all that trains of the adapters and routers of `model`.
+
+    untrained: with those that are saved but never change.
+    """
     parameters = {}
     for path, module in model.named_modules():
         if isinstance(module, AdapterModule):
             parts = path.split(".")
             slot = parts[parts.index("adapters") + 1] if "adapters" in parts else "router"
             for name, spec in module.specs.items():
-                parameters[f"{path}.{name}"] = AdapterParameter(getattr(module, name), spec, slot)
+                if spec.trained or untrained:
+                    parameters[f"{path}.{name}"] = AdapterParameter(getattr(module, name), spec, slot)
     return parameters
 
 
@@ -52,7 +56,7 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
     layout.
     """
     with torch.no_grad():
-        for key, (parameter, spec, _) in adapter_parameters(model).items():
+        for key, (parameter, spec, _) in adapter_parameters(model, untrained=True).items():
             digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             values = spec.init(spec.shape, generator)
@@ -69,37 +73,43 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for AdamW: weight decay on matrices, none on biases and 1-D parameters."""
-    entries = adapter_parameters(model).values()
+    """Parameter groups for AdamW: weight decay on matrices, none on biases and 1-D parameters.
+
+    "lr_scale" of a group: the factor of its learning rate.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for parameter, spec, _ in adapter_parameters(model).values():
+        groups.setdefault((spec.decay, spec.lr_scale), []).append(parameter)
     return [
-        {"params": [e.parameter for e in entries if e.spec.decay], "weight_decay": weight_decay},
-        {"params": [e.parameter for e in entries if not e.spec.decay], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": weight_decay if decay else 0.0, "lr_scale": lr_scale}
+        for (decay, lr_scale), parameters in groups.items()
     ]
 
 
 def gather_full(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Whole CPU tensors, keyed like `adapter_parameters(model)`, from this rank's shards.
+    """Whole CPU tensors, keyed like `tensors`, from this rank's shards.
 
-    tensors: the parameters, or others of their shapes, such as optimizer moments. Every rank of a model-parallel group
-    must call it.
+    tensors: parameters by the keys of `adapter_parameters`, or others of their shapes, such as optimizer moments. Every
+    rank of a model-parallel group must call it.
     """
-    result = {}
-    for key, (_, spec, _) in adapter_parameters(model).items():
-        tensor = tensors[key].detach()
-        tensor = tensor if tensor.shape == spec.shape else gather(tensor, spec.shard)
-        result[key] = tensor.cpu().clone()
+    entries, result = adapter_parameters(model, untrained=True), {}
+    for key, tensor in tensors.items():
+        spec = entries[key].spec
+        whole = tensor.detach() if tensor.shape == spec.shape else gather(tensor.detach(), spec.shard)
+        result[key] = whole.cpu().clone()
     return result
 
 
 def shard_all(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Inverse of `gather_full`: this rank's shards of whole tensors."""
-    shards = {key: entry.spec.shard for key, entry in adapter_parameters(model).items()}
+    shards = {key: entry.spec.shard for key, entry in adapter_parameters(model, untrained=True).items()}
     return {k: t if shards[k] is None else shard_of(t, shards[k]) for k, t in tensors.items()}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The whole adapter, float32 on the CPU: the content of `adapter.pth`."""
-    return gather_full({key: entry.parameter for key, entry in adapter_parameters(model).items()}, model)
+    entries = adapter_parameters(model, untrained=True)
+    return gather_full({key: entry.parameter for key, entry in entries.items()}, model)
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -107,7 +117,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], origi
 
     Raises ValueError naming `origin` and the tensors that do not fit, before the model is changed.
     """
-    entries = adapter_parameters(model)
+    entries = adapter_parameters(model, untrained=True)
     check_state_dict(model, state, origin)
     with torch.no_grad():
         for key, part in shard_all({key: state[key] for key in entries}, model).items():
@@ -136,12 +146,12 @@ def _renamed(key: Any) -> Any:
     return key
 
 
-def check_state_dict(model: nn.Module, state: Any, origin: str) -> None:
+def check_state_dict(model: nn.Module, state: Any, origin: str, untrained: bool = True) -> None:
     """ValueError naming `origin` and the tensors at fault, unless `state` has the adapter's keys and whole shapes.
 
-    state: an adapter, or moments of its optimizer.
+    state: an adapter, or moments of its optimizer (untrained False).
     """
-    entries = adapter_parameters(model)
+    entries = adapter_parameters(model, untrained)
     require_tensors(state, origin)
     require_same_keys(entries, state, origin, "adapter tensor")
     for key, (_, spec, _) in entries.items():

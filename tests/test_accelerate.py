@@ -11,7 +11,7 @@ from llama.accelerate import Lanes, accelerate_model, restore_model
 from llama.accelerate.lanes import split_lanes
 from llama.model import ForwardContext, Transformer
 from llama.packing import PackedBatch
-from tiny import METHODS, build, drawn, float64, gradients, prompts, relative, require_close, shared, tokens
+from tiny import BASELINES, METHODS, build, drawn, float64, gradients, prompts, relative, require_close, shared, tokens
 from training.loop import expert_fraction, forward_backward, uses_load_balancing
 
 LENGTHS, PROMPT_LENS = [5, 11, 1, 8], [2, 6, 1, 4]
@@ -42,7 +42,7 @@ def require_same_step(actual: Step, name: str, bound: float) -> None:
     require_close(actual[1], grads, bound)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_an_accelerated_step_is_that_of_the_formulas(name: str) -> None:
     model = copy.deepcopy(shared(name).model)
     accelerate_model(model)
@@ -51,7 +51,7 @@ def test_an_accelerated_step_is_that_of_the_formulas(name: str) -> None:
             require_same_step(step(model), name, 1e-10)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_two_lanes_give_the_same_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(shared(name).model)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -70,7 +70,7 @@ def test_lanes_where_they_help(lengths: list[int], threads: int, lanes: int) -> 
     assert len(split) == lanes and sorted(i for lane in split for i in lane) == list(range(len(lengths)))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_a_block_compiles_without_graph_breaks(name: str) -> None:
     """Forward and backward, of the plain formulas."""
     model = copy.deepcopy(shared(name).model)
@@ -82,7 +82,7 @@ def test_a_block_compiles_without_graph_breaks(name: str) -> None:
     block, results = model.layers[1], []
     for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
         out, stats = run(drawn(7, 64).requires_grad_(), context)
-        (out.square().sum() + sum(s.probs.square().sum() for s in stats)).backward()
+        (out.square().sum() + sum(s.scaled_probs.square().sum() for s in stats)).backward()
         results.append((out.detach(), gradients(model)))
     (expected, plain), (out, compiled) = results
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
@@ -101,15 +101,16 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_any_frozen_linear_layer_can_be_the_base(name: str, accelerated: bool) -> None:
     llm, rows = build(name), prompts(4, 2)
     for block in llm.model.layers:
         for part, names in ((block.attention, ("wq", "wk", "wv", "wo")), (block.feed_forward, ("w1", "w2", "w3"))):
             for layer in names:
                 setattr(part, layer, Scaled(getattr(part, layer)))
-        # the prompt reads the key and value projections
-        block.attention.adapters.targets["attention"].layers[:] = [block.attention.wk, block.attention.wv]
+        # the prompt reads the key and value projections, MixLoRA the second layer of the feed-forward block
+        block.attention.adapters.targets["attention"].layers[:2] = [block.attention.wk, block.attention.wv]
+        block.feed_forward.adapters.targets["FFN"].layers[:] = [block.feed_forward.w2]
     if not accelerated:
         restore_model(llm.model)
         llm.fast_decoding = None

@@ -28,12 +28,14 @@ def require_saved_and_loaded(llm: Llama, folder: Path) -> None:
 @pytest.mark.parametrize("flat", [{"method": "lora", "lora_layers": ""}, METHODS["soft_moa"], METHODS["sparse_moa"]])
 def test_a_new_kind_of_adapter_needs_one_registration(flat: dict, tmp_path: Path) -> None:
     with dora.registered():
-        config = AdapterConfig.from_dict(flat | {"dora_layers": "1-3", "dora_targets": "Q,FFN_DOWN"}, ARGS.n_layers)
+        config = AdapterConfig.from_dict(
+            flat | {"my_dora_layers": "1-3", "my_dora_targets": "Q,FFN_DOWN"}, ARGS.n_layers
+        )
         llm, batch = Llama.build(BASE, config=config, device="cpu"), tokens(2, 6)
         model = llm.model
-        assert count_parameters(model)["dora_Q"] == 2 * (4 * (64 + 64) + 64)
+        assert count_parameters(model)["my_dora_Q"] == 2 * (4 * (64 + 64) + 64)
         slots = {slot.name for slot in config.slots(1)}
-        assert {"dora_Q", "dora_FFN_DOWN"} <= slots
+        assert {"my_dora_Q", "my_dora_FFN_DOWN"} <= slots
         if model.layers[1].router is not None:
             assert set(model.layers[1].router(torch.zeros(1, 64))) == slots
         before, losses = adapter_state_dict(model), []
@@ -47,8 +49,8 @@ def test_a_new_kind_of_adapter_needs_one_registration(flat: dict, tmp_path: Path
         still = [key for key, tensor in adapter_state_dict(model).items() if torch.equal(tensor, before[key])]
         assert losses[2] < losses[0] and not [key for key in still if "dora" in key]
         require_saved_and_loaded(llm, tmp_path / "out")
-    with pytest.raises(ValueError, match="unknown adapter setting dora_layers"):
-        AdapterConfig.from_dict({"method": "lora", "dora_layers": "all"}, 3)
+    with pytest.raises(ValueError, match="unknown adapter setting my_dora_layers"):
+        AdapterConfig.from_dict({"method": "lora", "my_dora_layers": "all"}, 3)
 
 
 class LastRouter(AdapterModule):

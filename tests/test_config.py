@@ -55,9 +55,30 @@ def test_presets(method: str, slots: list[str], router: str) -> None:
     assert AdapterConfig.from_dict(flat, N) == preset
 
 
+@pytest.mark.parametrize(
+    "method, slots, flat",
+    [
+        ("rslora", LORA_5, {"lora_rank": 16, "lora_rslora": True}),
+        ("lora_plus", LORA_5, {"lora_rank": 16, "lora_lr_ratio": 16.0}),
+        ("dora", [slot.replace("lora", "dora") for slot in LORA_5], {"dora_rank": 16, "dora_alpha": 16.0}),
+        ("pissa", [slot.replace("lora", "pissa") for slot in LORA_5], {"pissa_rank": 16, "pissa_alpha": 16.0}),
+        ("vera", [slot.replace("lora", "vera") for slot in LORA_5], {"vera_rank": 256}),
+        ("ia3", ["ia3_K", "ia3_V", "ia3_FFN_UP"], {}),
+        ("comol", [slot.replace("lora", "comol") for slot in LORA_5], {"comol_rank": 16, "comol_cores": 8}),
+        ("mola", [*LORA_5[:4], "lora_FFN_UP", "lora_FFN_GATE", "lora_FFN_DOWN"], {"layer_experts": "2,4,6,8"}),
+        ("mixlora", [*LORA_5[:4], "mixlora"], {"mixlora_experts": 8, "mixlora_top_k": 2, "lb_loss_coeff": 0.01}),
+    ],
+)
+def test_presets_beyond_the_paper(method: str, slots: list[str], flat: dict) -> None:
+    preset = config(method)
+    assert all(names(preset, layer) == slots for layer in range(N))
+    assert preset.router.block_router == "none" and preset.to_dict().items() >= flat.items()
+    assert AdapterConfig.from_dict(preset.to_dict(), N) == preset
+
+
 def test_every_method_has_a_test_here() -> None:
-    (presets,) = (mark.args[1] for mark in test_presets.pytestmark if mark.name == "parametrize")
-    assert set(METHODS) == {method for method, *_ in presets} | {"custom"}
+    marks = [*test_presets.pytestmark, *test_presets_beyond_the_paper.pytestmark]
+    assert set(METHODS) == {method for mark in marks for method, *_ in mark.args[1]} | {"custom"}
 
 
 def test_targets_may_come_in_any_order_and_with_spaces() -> None:

@@ -47,7 +47,12 @@ def test_two_processes_exchange_what_is_computed(tmp_path) -> None:
 
 
 SHALLOW = replace(ModelArgs(**SMOLLM2_135M), n_layers=tiny.ARGS.n_layers)  # a real width
-SAVED = [(m, tiny.ARGS, n, bf16) for m in tiny.METHODS for n in (LENGTHS, [5, 5]) for bf16 in (False, True)]
+SAVED = [
+    (m, tiny.ARGS, n, bf16)
+    for m in (*tiny.METHODS, *tiny.BASELINES)
+    for n in (LENGTHS, [5, 5])
+    for bf16 in (False, True)
+]
 SAVED += [("soft_moa", SHALLOW, [20, 17], False), ("molora", SHALLOW, [20, 17], True)]
 
 
@@ -57,7 +62,7 @@ def test_saved_activations_are_computed_to_the_byte(method, args, lengths, bf16)
     with fake_rank(1, 1):
         computed = saved_activation_bytes(meta_model(args, tiny.config(method), bf16), lengths, CPU)
     model, storages = count.zeros(method, args, bf16), {}
-    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()

@@ -29,7 +29,7 @@ def allowed(ours: str = "", libraries: str = "", late: str = "") -> Allowed:
 RULES = {
     "cli": allowed(libraries="fire"),
     "moa": allowed(libraries="torch fairscale filelock"),
-    "llama": allowed("moa", libraries="torch numpy fairscale tiktoken regex tqdm", late="flash_attn"),
+    "llama": allowed("moa", libraries="torch numpy fairscale tiktoken regex tqdm", late="flash_attn bitsandbytes"),
     "corpus": allowed("moa cli", libraries="tabulate", late="pooch requests"),
     "training": allowed("llama moa cli corpus", libraries="torch numpy fairscale tqdm tensorboard"),
     "convert": allowed("llama moa cli", libraries="torch numpy tqdm gguf safetensors"),

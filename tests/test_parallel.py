@@ -16,7 +16,6 @@ from moa.state import adapter_state_dict
 from observe import COPIED, EVERYTHING, IMPOSSIBLE, LARGE, OBSERVED, SIZES, WORLD
 from tiny import (
     BASE,
-    METHODS,
     PARAMS,
     build,
     golden_state,
@@ -143,14 +142,16 @@ def test_gradients_of_what_several_ranks_hold_are_equal_on_them(compared) -> Non
 def test_adapters_are_sharded_as_their_layers_are(compared) -> None:
     alone, shared = compared
     columns, rows = ("Q", "K", "V", "FFN_UP", "FFN_GATE"), ("O", "FFN_DOWN")
-    outputs = {f"_{target}.{name}" for target in columns for name in ("lora_B", "bias", "magnitude")}
-    inputs = {f"_{target}.lora_A" for target in rows}
+    along_outputs = ("lora_B", "bias", "magnitude", "lambda_b", "factor")
+    outputs = {f"_{target}.{name}" for target in columns for name in along_outputs}
+    outputs |= {"mixlora.lora_B1", "mixlora.lora_B3"}
+    inputs = {*(f"_{target}.lora_A" for target in rows), "mixlora.lora_A2"}
     routers = {f"lora_{target}.expert_router.{name}.weight" for target in rows for name in ("proj", "threshold")}
     expected = {key for key in alone["state"] if key.endswith((*outputs, *inputs, *routers, "prompt.gate"))}
     for rank in shared:
         assert set(rank["shards"]) == expected
         for key, (_, shards) in rank["shards"].items():
-            kv_heads = key.endswith(("_K.lora_B", "_V.lora_B", "_K.magnitude", "_V.magnitude"))
+            kv_heads = key.endswith(tuple(f"_{target}.{name}" for target in "KV" for name in along_outputs))
             assert shards == (2 if kv_heads else len(shared)), key
 
 
@@ -174,7 +175,7 @@ def test_initial_values_and_state_do_not_depend_on_the_size(compared) -> None:
         assert rank["fresh"].keys() == alone["fresh"].keys()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", observe.STEPPED)
 def test_a_step_divided_between_replicas_is_the_step_of_one_process(processes, name: str) -> None:
     """Through the project's own loop, rows of unequal lengths, replicas of two ranks each."""
     steps = [by_size[2]["steps"][name] for by_size in processes]

@@ -170,7 +170,7 @@ def test_first_loss_is_the_mean_over_the_steps_rows():
     assert log[0]["label_tokens"] == labels and log[0]["tokens"] == sum(len(r.tokens) for r in rows)
 
 
-@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("method", [*tiny.METHODS, *tiny.BASELINES])
 def test_only_adapters_move_and_all_of_them_do(method):
     before = tiny.build(method, seed=3)
     after, _, _ = trained(method)
@@ -180,7 +180,7 @@ def test_only_adapters_move_and_all_of_them_do(method):
         assert torch.equal(tensor, old[key]) != (key in adapters), key
 
 
-@pytest.mark.parametrize("method", [*tiny.METHODS, "noisy"])
+@pytest.mark.parametrize("method", [*tiny.METHODS, *tiny.BASELINES, "noisy"])
 def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method):
     unbroken, _, log = trained(method, steps=6, on_step=saving(tmp_path, 2))
     resumed, _, rest = trained(method, done=2, steps=6, state=tmp_path / "checkpoint-2.pth")

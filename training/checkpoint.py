@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llama.distributed import broadcast_from_rank0, is_rank0
 from moa.files import load_tensors, write_torch
 from moa.state import (
+    AdapterParameter,
     adapter_parameters,
     adapter_state_dict,
     check_state_dict,
@@ -55,9 +56,10 @@ def load_state_dict(content: dict[str, Any] | None, model: nn.Module, optimizer:
     """Restore a checkpoint (`read`). Rank 0 gives it, the others None: they need not see its file."""
     entries = adapter_parameters(model)
     step, skipped = broadcast_from_rank0(lambda: (content["step"], content["skipped"]))
-    load_adapter_state_dict(model, broadcast_tensors(content and content["adapter"], model), "checkpoint")
+    adapter = broadcast_tensors(content and content["adapter"], adapter_parameters(model, untrained=True))
+    load_adapter_state_dict(model, adapter, "checkpoint")
     for name in MOMENTS:
-        moments = broadcast_tensors(content and content["optimizer"][name], model)
+        moments = broadcast_tensors(content and content["optimizer"][name], entries)
         for key, shard in shard_all(moments, model).items():
             parameter = entries[key].parameter
             state = optimizer.state[parameter]
@@ -66,11 +68,12 @@ def load_state_dict(content: dict[str, Any] | None, model: nn.Module, optimizer:
     return TrainState(step, list(skipped))
 
 
-def broadcast_tensors(tensors: Mapping[str, Tensor] | None, model: nn.Module) -> Mapping[str, Tensor]:
-    """Send rank 0's whole tensors, keyed as the adapter's, to every rank in one message."""
+def broadcast_tensors(
+    tensors: Mapping[str, Tensor] | None, entries: Mapping[str, AdapterParameter]
+) -> Mapping[str, Tensor]:
+    """Send rank 0's whole tensors of these parameters to every rank in one message."""
     if dist.get_world_size() == 1:
         return tensors
-    entries = adapter_parameters(model)
     device = next(iter(entries.values())).parameter.device
     sizes = [torch.Size(entry.spec.shape).numel() for entry in entries.values()]
     if is_rank0():
@@ -124,7 +127,7 @@ def read(path: Path, model: nn.Module) -> dict[str, Any]:
     content["adapter"] = rename_old_keys(content["adapter"])
     content["optimizer"] = {name: rename_old_keys(moments) for name, moments in optimizer.items()}
     for name, tensors in {"adapter": content["adapter"], **content["optimizer"]}.items():
-        check_state_dict(model, tensors, f"{path}: {name}")
+        check_state_dict(model, tensors, f"{path}: {name}", untrained=name == "adapter")
     return content
 
 

@@ -96,6 +96,7 @@ def meta_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool) -> Tra
         dtype = torch.bfloat16 if bf16 else torch.float32
         base = {key: torch.empty_like(model.get_parameter(key), dtype=dtype) for key in shard_specs(model)}
     model.load_state_dict(base, strict=False, assign=True)
+    model.tie_embeddings()
     freeze_base(model)
     accelerate_model(model)
     return model.train()

@@ -105,7 +105,7 @@ def train(
             if micro_batch is not None:
                 losses += forward_backward(model, micro_batch, num_labels, num_tokens)
             elif uses_load_balancing(model):
-                expert_fraction(torch.zeros(balanced_routers(model), model.config.experts.expert_num, device=device), 0)
+                expert_fraction(torch.zeros(balanced_routers(model), device=device), 0)
         all_reduce_gradients(parameters)
         ce_loss, aux_loss, finite, signum = reduce_step(losses, parameters, stop_signal())
         skipped = None
@@ -113,7 +113,7 @@ def train(
             if grad_clip is not None:
                 clip_gradients(adapters, grad_clip)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             optimizer.step()
         else:
             skipped = _not_finite(step, ce_loss + aux_loss, rows)
@@ -145,12 +145,13 @@ def train(
 
 def uses_load_balancing(model: Transformer) -> bool:
     # The coefficient first: most methods have none, and counting walks all modules
-    return model.config.experts.lb_loss_coeff > 0 and balanced_routers(model) > 0
+    return model.config.experts.lb_loss_coeff > 0 and balanced_routers(model)[0] > 0
 
 
-def balanced_routers(model: Transformer) -> int:
-    """Routers that choose among experts, and so have a load-balancing loss."""
-    return sum(getattr(module, "chooses_experts", False) for module in model.modules())
+def balanced_routers(model: Transformer) -> tuple[int, int]:
+    """Number of routers that choose among experts, and so have a load-balancing loss; experts of the largest."""
+    num_experts = [m.num_experts for m in model.modules() if getattr(m, "chooses_experts", False)]
+    return len(num_experts), max(num_experts, default=0)
 
 
 def expert_fraction(tokens_per_expert: Tensor, num_tokens: int) -> Tensor:

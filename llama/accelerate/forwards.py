@@ -116,6 +116,7 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
     k = apply(cache, adapters, "wk", k, x, downs, routing)
     v = apply(cache, adapters, "wv", v, x, downs, routing)
     q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+    q, k = self.q_norm(q), self.k_norm(k)
     freqs_cis = context.freqs_cis
     if torch.is_grad_enabled():
         q, k = RotaryFunction.apply(q, freqs_cis), RotaryFunction.apply(k, freqs_cis)
@@ -128,6 +129,8 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
 
 
 def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates) -> tuple[Tensor, list[RouterStats]]:
+    if self.feed_forward.adapters.at("FFN"):
+        return TransformerBlock.ffn_half(self, y, {slot: gate.to(y.dtype) for slot, gate in gates.items()})
     routing, x, ffn = Routing(gates), self.ffn_norm(y), self.feed_forward
     beside = fusable(self.adapters.at("block"))
     readers = [*fusable(ffn.adapters.at("w3", "w1")), *beside]
@@ -289,6 +292,7 @@ def apply(
         elif type(adapter) is Prompt:
             output = prompt(cache, adapter, output, gate, *inputs)
         else:
+            gate = gate if gate is None else gate.to(output.dtype)  # `narrow_dtype` may be wider
             output = adapter(x, output, gate, *inputs)
     return output
 

@@ -35,7 +35,7 @@ class RMSNormFunction(torch.autograd.Function):
         normed, grad_weight, grad_x = x.float() * scale, None, None
         grad = grad.float()
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).sum(0).to(weight.dtype)
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             grad = grad * weight
             mean = (grad * normed).mean(-1, keepdim=True)

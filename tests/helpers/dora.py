@@ -1,4 +1,4 @@
-"""DoRA (arXiv 2402.09353) as somebody would add it: one file with its options, its module and one registration.
+"""DoRA (arXiv 2402.09353) as an adapter of one's own: one file with its options and its module, one registration.
 
 m / |W + s B A| (W x + s B A x)        |.| is the norm of each row, taken as a constant in the backward pass
 """
@@ -30,7 +30,7 @@ class DoRAConfig:
 class DoRA(AdapterModule):
     def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
-        options, self.target = config.adapters["dora"], target
+        options, self.target = config.adapters["my_dora"], target
         self.scale = options.scale
         inputs, outputs = target.shard_inputs(1), target.shard_outputs(0)
         self.add_parameter("lora_A", (options.rank, target.in_features), linear_init(target.in_features), inputs)
@@ -56,5 +56,5 @@ class DoRA(AdapterModule):
 def registered() -> Iterator[None]:
     """The one registration; other tests know nothing of it."""
     with mock.patch.dict(ADAPTERS):
-        register_adapter("dora", DoRAConfig, "dora:DoRA", LINEAR_TARGETS)
+        register_adapter("my_dora", DoRAConfig, "dora:DoRA", LINEAR_TARGETS)
         yield

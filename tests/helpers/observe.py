@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from moa.adapter_file import adapter_params, save_adapter
 from moa.parallel import Shard, gather, mp_rank, mp_size
 from moa.replicas import assert_replicas_equal
 from moa.state import adapter_parameters, adapter_state_dict, gather_full, reset_adapters
-from tiny import ARGS, BASE, METHODS, build, config, float64, gradients, prompts, random_state, tokens
+from tiny import ARGS, BASE, METHODS, PARAMS, build, config, float64, gradients, prompts, random_state, tokens
 from training.loop import TrainState, make_optimizer, train
 from training.schedule import Schedule
 
 WORLD, SIZES = 4, (4, 2)
 CPU = torch.device("cpu")
-OBSERVED = [*METHODS, "dora"]
+STEPPED = [*METHODS, "mola", "all_kinds"]
+OBSERVED = [*METHODS, "mola", "all_kinds", "my_dora"]
 PROMPTS = prompts(5, 10, 2)
 # Shapes that neither two nor four ranks can share
 IMPOSSIBLE = {
@@ -58,7 +59,7 @@ COPIED = (
 
 def observe(name: str, model_parallel_size: int) -> dict[str, Any]:
     """Everything that must not depend on how many ranks share the model: whole tensors and plain values."""
-    with dora.registered() if name == "dora" else nullcontext():
+    with dora.registered() if name == "my_dora" else nullcontext():
         llm = build(name, model_parallel_size=model_parallel_size)
         model, batch = llm.model, tokens(2, 9)
         seen = {"state": adapter_state_dict(model), "loaded": random_state(model)}
@@ -157,7 +158,7 @@ def message(work: Callable[[], Any]) -> str | None:
 def refusals(folder: Path) -> dict[str, str | None]:
     """The messages about sizes that these ranks cannot share."""
     messages = {
-        name: message(lambda c=change: Transformer(replace(ARGS, **c), config("lora")))
+        name: message(lambda c=change: Transformer(ModelArgs(**(PARAMS | c)), config("lora")))
         for name, change in IMPOSSIBLE.items()
     }
     messages["no weights"] = message(lambda: Llama.build(folder / "impossible", model_parallel_size=mp_size()))
@@ -188,7 +189,7 @@ def main(rank: int, folder: Path) -> None:
         seen = by_size[size] = {"rank": mp_rank()}
         # Two replicas have no need to observe the same, here and among the golden methods
         seen["methods"] = {name: observe(name, size) for name in OBSERVED[dp_rank() :: dp_size()]}
-        seen["steps"] = {name: observe_step(name, size, exact=True) for name in METHODS} if size == 2 else {}
+        seen["steps"] = {name: observe_step(name, size, exact=True) for name in STEPPED} if size == 2 else {}
         seen["step in float32"] = observe_step("soft_moa", size, exact=False)
         seen["clipped step"] = observe_step(EVERYTHING, size, exact=True, grad_clip=CLIP)
         seen |= {"noise": observe_noise(size), "golden": golden_differences(size)}

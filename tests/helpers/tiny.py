@@ -67,20 +67,49 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# Methods beyond the paper's (their formulas: test_baselines.py), and all their adapters under one router
+_SMALL_LORA = {"lora_rank": 4, "lora_alpha": 6.0}
+_MIXLORA = {"mixlora_rank": 3, "mixlora_experts": 3}
+BASELINES: dict[str, dict[str, Any]] = {
+    "rslora": {"method": "rslora", **_SMALL_LORA},
+    "lora_plus": {"method": "lora_plus", **_SMALL_LORA},
+    "dora": {"method": "dora", "dora_rank": 4},
+    "pissa": {"method": "pissa", "pissa_rank": 4},
+    "vera": {"method": "vera", "vera_rank": 8},
+    "ia3": {"method": "ia3"},
+    "comol": {"method": "comol", "comol_rank": 4, "comol_cores": 3},
+    "mola": {"method": "mola", **_SMALL_LORA, "layer_experts": "2,3,4", "expert_num": 4, "lb_loss_coeff": 0.1},
+    "mixlora": {"method": "mixlora", **_SMALL_LORA, **_MIXLORA, "lb_loss_coeff": 0.1},
+    "all_kinds": {
+        **{"method": "custom", "block_router": "soft", "swi_x": 1, "p_adapter_layers": "0-1", "p_adapter_size": 8},
+        **{"dora_layers": "0-3", "dora_rank": 4, "ia3_layers": "0-3", "vera_layers": "0-3", "vera_rank": 8},
+        **{"comol_layers": "0-2", "comol_rank": 4, "comol_cores": 3, "pissa_layers": "1-3", "pissa_rank": 4},
+        **{"mixlora_layers": "1-2", **_MIXLORA, "lb_loss_coeff": 0.1},
+    },
+}
+
 # Beside them, one whose forward pass is random while it trains, and one whose adapter `dora.registered` makes known
 OTHERS = {
     "noisy": {**METHODS["topk_moelora"], "noisy_router": True},
-    "dora": {"method": "custom", "dora_layers": "all", "p_adapter_layers": "1-3", "block_router": "soft", "swi_x": 1},
+    "my_dora": {
+        "method": "custom",
+        "my_dora_layers": "all",
+        "p_adapter_layers": "1-3",
+        "block_router": "soft",
+        "swi_x": 1,
+    },
 }
 
 
 def config(name: str | None) -> AdapterConfig | None:
-    """Configuration of one of METHODS or OTHERS; None (no adapters) for None."""
-    return None if name is None else AdapterConfig.from_dict((METHODS | OTHERS)[name], ARGS.n_layers)
+    """Configuration of one of METHODS, BASELINES or OTHERS; None (no adapters) for None."""
+    return None if name is None else AdapterConfig.from_dict((METHODS | BASELINES | OTHERS)[name], ARGS.n_layers)
 
 
 def authors_can_say(name: str) -> bool:
-    """Whether the authors' code has what one of METHODS is made of."""
+    """Whether the authors' code has what a method is made of."""
+    if name in BASELINES:
+        return name == "lora_plus"  # which differs while training alone
     adapters = config(name).adapters
     theirs = {name for name in adapters if adapters[name].layers} <= {"lora", "prompt", "p_adapter"}
     return theirs and METHODS[name]["method"] != "custom"
@@ -108,7 +137,7 @@ def _seed_name(key: str) -> str:
 def random_state(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
     """Whole adapter tensors of `model`, all random, the same whatever the model-parallel size."""
     state = {}
-    for key, (_, spec, _) in adapter_parameters(model).items():
+    for key, (_, spec, _) in adapter_parameters(model, untrained=True).items():
         digest = hashlib.sha256(f"test/{seed}/{_seed_name(key)}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         scale, middle = (
