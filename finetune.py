@@ -65,6 +65,7 @@ def fine_tune(config: RunConfig) -> None:
             seed=flags.seed,
             model_parallel_size=flags.model_parallel_size,
             flash_attention2=flags.flash_attention2,
+            quantize=flags.quantize,
         ).model
         model.activation_checkpointing = memory.agree_on_mode()
         optimizer = make_optimizer(model, flags.weight_decay, flags.beta2)

@@ -16,7 +16,7 @@ from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
 from llama.data import encode_prompt
-from llama.machine import check_machine, check_sampling, prepare_cpu
+from llama.machine import QUANTIZATIONS, check_machine, check_sampling, prepare_cpu
 from moa.methods import METHODS
 from moa.reading import read_rows
 
@@ -46,6 +46,9 @@ class Flags:
     max_seq_len: int = flag(512, least=1, help="longest prompt with its answer, in tokens", group=HOW)
     max_batch_size: int = flag(32, least=1, help="rows that are generated at once", group=MACHINE)
     bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
+    quantize: str | None = flag(
+        None, help="hold the base's matrices in 4 bits (needs bitsandbytes)", choices=QUANTIZATIONS, group=MACHINE
+    )
     flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
     cuda_graphs: bool = flag(False, help="record a decode step's kernels, start them together (a GPU)", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
@@ -104,6 +107,7 @@ def run(flags: Flags) -> None:
                 device=str(device),
                 model_parallel_size=flags.model_parallel_size,
                 flash_attention2=flags.flash_attention2,
+                quantize=flags.quantize,
                 cuda_graphs=flags.cuda_graphs,
             )
         if is_rank0():

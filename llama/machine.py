@@ -6,6 +6,7 @@ import os
 import re
 import sys
 
+QUANTIZATIONS = ("nf4",)  # of a base (`llama.quantize`)
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 M_ARENA_MAX = -8  # of glibc's <malloc.h>
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear
 
 BLOCK, NESTED_BLOCK = 64, 256
-METHODS = ("nf4",)
 
 
 def require_quantization(model_parallel_size: int) -> None:

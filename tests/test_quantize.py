@@ -8,8 +8,10 @@ from torch import nn
 
 from llama import Llama
 from llama.checkpoint import shard_specs
+from llama.packing import PackedBatch
 from llama.quantize import NF4Layer, is_quantizable, nf4_bytes
-from tiny import BASE, METHODS, build, float64, gradients, relative, tokens
+from tiny import ARGS, BASE, METHODS, build, config, float64, gradients, relative, tokens
+from training.estimate import fake_rank, meta_model, saved_activation_bytes, static_bytes
 
 bitsandbytes = pytest.importorskip("bitsandbytes.functional")
 
@@ -71,3 +73,30 @@ def test_what_is_refused(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ValueError, match="quantize: the package bitsandbytes is not installed"):
         build(None, quantize="nf4")
+
+
+def test_the_estimate_knows_what_is_held_and_what_is_saved() -> None:
+    lengths = [9, 6]
+    with fake_rank(1, 1):
+        model = meta_model(ARGS, config("soft_moa"), bf16=False, quantize="nf4")
+        computed = static_bytes(model) | {
+            "saved": saved_activation_bytes(model, lengths, torch.device("cpu")).saved["none"]
+        }
+        plain = static_bytes(meta_model(ARGS, config("soft_moa"), bf16=False))
+    llm, storages = build("soft_moa", quantize="nf4"), {}
+    own = {t.untyped_storage().data_ptr() for t in llm.model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.ones(15, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = llm.model(ids, labels=ids.clone(), batch=PackedBatch(lengths, "cpu"))
+    assert losses.ce_loss.requires_grad
+    saved = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
+    assert computed["saved"] == saved
+    matrices = [layer for layer in llm.model.modules() if isinstance(layer, NF4Layer)]
+    others = [llm.model.get_parameter(key) for key in shard_specs(llm.model) if not is_quantizable(key)]
+    kept = sum(4 * parameter.numel() for parameter in others)
+    assert computed["base"] == kept + sum(nf4_bytes(layer.weight.numel()) for layer in matrices) < plain["base"] / 2

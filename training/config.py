@@ -8,7 +8,7 @@ from typing import Any
 
 from cli import cli_errors, die, flag, parse_into
 from llama.args import ModelArgs
-from llama.machine import check_machine
+from llama.machine import QUANTIZATIONS, check_machine
 from moa.config import AdapterConfig
 from moa.methods import METHODS, config_fields
 from moa.reading import parse_json, read_text, short_repr
@@ -63,6 +63,9 @@ class TrainConfig:
     bf16: bool | None = flag(
         None, help="base in bf16 (adapters stay fp32); default: where the hardware multiplies bf16", group=MACHINE
     )
+    quantize: str | None = flag(
+        None, help="hold the base's matrices in 4 bits (needs bitsandbytes)", choices=QUANTIZATIONS, group=MACHINE
+    )
     flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
     model_parallel_size: int = flag(1, least=1, help="processes that share one copy of the model", group=MACHINE)
@@ -85,6 +88,8 @@ class TrainConfig:
         if self.min_lr > 0 and self.lr_schedule == "constant":
             raise ValueError("--min_lr has no effect with --lr_schedule constant")
         check_machine(self.device, self.bf16, self.flash_attention2)
+        if self.quantize and self.model_parallel_size > 1:
+            raise ValueError("--quantize needs --model_parallel_size 1")
         mode = self.activation_checkpointing
         object.__setattr__(self, "activation_checkpointing", _OLD_MODES.get(mode, mode))
         if self.resume and self.overwrite:

@@ -75,7 +75,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     # What is free when the run starts is not known here
     mode = "none" if flags.activation_checkpointing == "auto" else flags.activation_checkpointing
     with fake_rank(processes, flags.model_parallel_size) as messages:
-        model = meta_model(args, adapter_config, bf16)
+        model = meta_model(args, adapter_config, bf16, flags.quantize)
         n_rows = _rows(flags)
         known = n_rows is not None
         schedule = Schedule.from_config(flags, n_rows or 1, dp_size())

@@ -29,6 +29,7 @@ from llama.checkpoint import shard_specs
 from llama.distributed import destroy_distributed, init_distributed, init_single_process
 from llama.model import Transformer
 from llama.packing import PackedBatch
+from llama.quantize import NF4Layer, is_quantizable, nf4_bytes, quantize_layer
 from moa.config import AdapterConfig
 from moa.state import adapter_parameters, freeze_base
 from training.config import CHECKPOINTING_MODES
@@ -89,12 +90,14 @@ def fake_rank(processes: int, model_parallel_size: int) -> Iterator[list[Message
             init_distributed(torch.device("cpu"))
 
 
-def meta_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool) -> Transformer:
+def meta_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool, quantize: str | None = None) -> Transformer:
     """Build this rank's model on the meta device, as a run has it. ValueError where it cannot be sharded."""
     with torch.device("meta"):
         model = Transformer(args, config)
         dtype = torch.bfloat16 if bf16 else torch.float32
         base = {key: torch.empty_like(model.get_parameter(key), dtype=dtype) for key in shard_specs(model)}
+    for key in filter(is_quantizable, list(base) if quantize else ()):
+        quantize_layer(model.get_submodule(key.rpartition(".")[0]), base.pop(key))
     model.load_state_dict(base, strict=False, assign=True)
     model.tie_embeddings()
     freeze_base(model)
@@ -115,8 +118,14 @@ def base_parameters(model: Transformer) -> int:
 def static_bytes(model: Transformer) -> dict[str, int]:
     """What this rank holds all the time: its shards of the base and of the float32 adapters, gradients, and moments."""
     adapters = sum(4 * entry.parameter.numel() for entry in adapter_parameters(model).values())
-    base = sum(math.prod(t.shape) * t.element_size() for t in map(model.get_parameter, shard_specs(model)))
+    base = sum(layer_bytes(model.get_submodule(key.rpartition(".")[0])) for key in shard_specs(model))
     return {"base": base, "adapters": adapters, "gradients": adapters, "optimizer": 2 * adapters}
+
+
+def layer_bytes(layer: nn.Module) -> int:
+    """What the frozen weight of a layer takes."""
+    weight = layer.weight
+    return nf4_bytes(weight.numel()) if isinstance(layer, NF4Layer) else weight.numel() * weight.element_size()
 
 
 def cache_bytes(model: Transformer, n_rows: int, length: int) -> int:
@@ -129,15 +138,18 @@ def peak_temporary_bytes(model: Transformer, lengths: Sequence[int], device: tor
     """The most that is allocated for a moment while all activations of sequences of these lengths are saved.
 
     That is, at the end of the forward pass, each lane's logits of a chunk of labels, in the base's type and in float32;
-    or, at the start of the backward pass, gradients in a feed-forward block: 3 of its hidden width, 4 of the model's.
+    or, at the start of the backward pass, gradients in a feed-forward block: 3 of its hidden width, 4 of the model's,
+    and one of its matrices where it is quantised.
     """
     weight, n_tokens = model.output.weight, sum(lengths)
     size, (vocab, dim) = weight.element_size(), weight.shape
     lanes = split_lanes(lengths, usable_threads(model, device))
     labels = sum(min(chunk_size(vocab, device), sum(lengths[i] for i in lane)) for lane in lanes)
     logits = labels * vocab * (4 if size >= 4 else size + 4) + n_tokens * dim * size
-    hidden = model.layers[0].feed_forward.w1.weight.shape[0]
-    return max(logits, n_tokens * size * (3 * hidden + 4 * dim))
+    w1 = model.layers[0].feed_forward.w1
+    hidden = w1.weight.shape[0]
+    dequantized = hidden * dim * size if isinstance(w1, NF4Layer) else 0
+    return max(logits, n_tokens * size * (3 * hidden + 4 * dim) + dequantized)
 
 
 class SavedBytes(NamedTuple):

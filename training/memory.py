@@ -67,7 +67,7 @@ class MemoryEstimate:
 def estimate_memory(flags: TrainConfig, args: ModelArgs, config: AdapterConfig, device: torch.device) -> MemoryEstimate:
     """Estimate what this process will need, before any process group or model exists. `bf16` must be decided."""
     with fake_rank(int(os.environ.get("WORLD_SIZE", 1)), flags.model_parallel_size):
-        model = meta_model(args, config, flags.bf16)
+        model = meta_model(args, config, flags.bf16, flags.quantize)
         by_mode = memory_by_mode(model, longest_batch(flags.batch_size, flags.max_seq_len), device)
     return MemoryEstimate(by_mode, flags.activation_checkpointing, free_memory(device))
 
