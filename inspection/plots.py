@@ -23,8 +23,10 @@ def gates(all_named: Sequence[Named], part: str) -> Any:
     widths = [[width for _, statistics in band for width in _widths(statistics)] for band in bands]
     widest, n_layers = max(map(sum, widths)), max(statistics["n_layers"] for _, statistics in all_named)
     means = [m for _, s in all_named for block in s["blocks"] for m in part_of(block, part)["mean"]]
-    figure = new_figure(0.45 + (1.25 + 0.1 * max(n_layers, 12)) * len(bands))
-    subfigures = figure.subfigures(len(bands), 1, squeeze=False).flat
+    heights = [1.25 + 0.1 * max(n_layers, 12)] * len(bands)
+    heights[-1] += 0.45  # the colour bar
+    figure = new_figure(sum(heights))
+    subfigures = figure.subfigures(len(bands), 1, squeeze=False, height_ratios=heights).flat
     for subfigure, band, columns in zip(subfigures, bands, widths, strict=True):
         columns += [widest - sum(columns)] if sum(columns) < widest else []  # empty
         grid = panels(subfigure, len(columns), len(columns), width_ratios=columns)
@@ -194,6 +196,8 @@ def tradeoff(groups: Sequence[RunGroup], rule: str, column: str) -> Any:
     """The score of each group against what it trained, how long that took, and its memory. A bar reaches a standard
     deviation over the seeds to both sides; with one seed it is the 95 % interval that the number of test problems
     leaves. Groups that trained nothing are a dashed line."""
+    from matplotlib.ticker import EngFormatter
+
     figure = new_figure(3.1)
     grid = panels(figure, len(PRICES), len(PRICES))
     tuned = [group for group in groups if group.trained]
@@ -212,8 +216,10 @@ def tradeoff(groups: Sequence[RunGroup], rule: str, column: str) -> Any:
         sizes = [group.over(name).mean for group in tuned]
         if max(sizes) > 10 * min(sizes) > 0:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter("")
         else:
             axes.locator_params(axis="x", nbins=3)
+        axes.xaxis.set_major_formatter(EngFormatter(sep="") if name == "trainable_parameters" else "{x:g}")
         axes.margins(0.12)
         axes.set_xlabel(QUANTITIES[name].label)
         axes.grid()

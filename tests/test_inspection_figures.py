@@ -32,7 +32,8 @@ def runs(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "math"
     for method in ("soft_moa", "lora", "a_method_with_a_long_name"):
         for seed in (0, 1):
-            write_run(folder / method / f"s{seed}", (40.0 + seed,), steps=30)
+            sizes = {"trainable_parameters": 30_000} if method.startswith("a_") else {}
+            write_run(folder / method / f"s{seed}", (40.0 + seed,), steps=30, **sizes)
     write_run(folder / "base" / "s0", (40.0,))
     return folder
 
@@ -217,6 +218,7 @@ def test_tradeoff_and_scores(runs: Path, rule: str, extra: int) -> None:
     groups, column = group_runs(find_runs([runs])), "AddSub (100 of 395)"
     figure = plots.tradeoff(groups, rule, column)
     require_legible(figure)
+    assert {"100k", "1M"} <= {tick.get_text() for tick in figure.axes[0].get_xticklabels()}
     by_label = {line.get_label(): line for line in figure.axes[1].lines}
     assert by_label["lora"].get_xdata()[0] == 30 * 18 / 60 and by_label["lora"].get_ydata()[0] == 40.5 + extra
     assert by_label["base"].get_ydata()[0] == 40 + extra
