@@ -94,7 +94,8 @@ def from_hf(folder: Path, rows: int) -> Vocabulary:
             ids, rules = read_tokenizer(path)
             if rules.vocab_size != rows:
                 raise ValueError(f"{path}: has {rules.vocab_size} tokens, but the embedding has {rows} rows")
-            return Vocabulary(ids, rules, _declared_ends(ends, rules.special_tokens, rules.stop_ids)[1])
+            token_ids = rules.special_tokens | rules.added_tokens
+            return Vocabulary(ids, rules, _declared_ends(ends, token_ids, rules.stop_ids)[1])
     raise ValueError(f"{folder}: holds no tokenizer.json and no tokenizer.model")
 
 
@@ -206,10 +207,13 @@ def _vocabulary(source: Source, rows: int) -> Vocabulary:
     # An added token is read whole from a text, but may also be on the way to a larger one
     made = {b"".join(merge) for merge in merges}
     ids = {name.encode(): i for name, i in source.added.items() if name.encode() in made} | ids
-    names = {i: name for name, i in (source.special | source.added).items()}
+    token_ids = source.special | source.added
+    names = {i: name for name, i in token_ids.items()}
     numbers = [*source.base.values(), *source.special.values(), *source.added.values()]
     if len({*numbers}) < len(numbers) or min(numbers) < 0:
         raise ValueError("ids of tokens must be 0 and more, none twice")
+    if both := source.special.keys() & source.added.keys():
+        raise ValueError(f"token {min(both)!r} is there both as a special one and as one that is read from a text")
     if max(numbers) >= rows:
         raise ValueError(f"has {max(numbers) + 1} tokens, but the embedding has {rows} rows")
     _check_merges(ids, merges, source.ignore_merges)
@@ -218,12 +222,13 @@ def _vocabulary(source: Source, rows: int) -> Vocabulary:
     has_llama3_ids = sorted(ids.values()) == list(range(first)) and rows == first + N_SPECIAL
     if has_llama3_ids and not source.added and all(_alike(names.get(first + k), meta[k]) for k in range(N_SPECIAL)):
         special = {name: first + k for k, name in enumerate(meta)}
-    token_ids = source.special | source.added
     declared, notes = _declared_ends(source.ends, token_ids, names)
     stop_ids = declared + [special[name] for name in ENDS if name in special]
     if not stop_ids:
         raise ValueError(f"no end of answers is declared, and there is none of {', '.join(ENDS)}")
     bos, eos = _token_id(source.bos, token_ids), stop_ids[0]
+    if source.bos is not None and bos not in names:
+        raise ValueError(f"the first token of texts, {source.bos!r}, is no special token")
     if has_llama3_ids:  # as published, also where the model's own answers end otherwise
         bos = first + BOS if special.get(meta[BOS]) == first + BOS else bos
         eos = first + EOS if first + EOS in stop_ids else eos

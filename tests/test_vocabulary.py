@@ -208,6 +208,9 @@ def test_the_first_token_is_what_the_sources_tokenizer_puts_there(tmp_path):
     source.post_processor = processors.ByteLevel()
     _, ours, theirs = convert(write(tmp_path / "t", source, **files))
     assert ours.encode("Hello", bos=True) == theirs.encode("Hello").ids
+    files["tokenizer_config"] = {"bos_token": "<begin>", "add_bos_token": True}
+    with pytest.raises(ValueError, match="the first token of texts, '<begin>', is no special token"):
+        convert(write(tmp_path / "t", source, **files))
 
 
 @pytest.mark.parametrize("declared", [35, 9999, [421, 35]])
@@ -284,6 +287,10 @@ REFUSED = {
     "too many tokens": (vocab("qz", 422), "has 423 tokens, but the embedding has 422 rows"),
     "an id twice": (vocab("qz", 300), "ids of tokens must be 0 and more, none twice"),
     "no number": (vocab("qz", "300"), "not a tokenizer.json .TypeError"),
+    "a name twice": (
+        lambda c: c["added_tokens"].append(c["added_tokens"][0] | {"id": 421, "special": False}),
+        "token '<.endoftext.>' is there both as a special one and as one that is read",
+    ),
     "merge of no token": (lambda c: c["model"]["merges"].append(["q", "z"]), "the merge 'q' and 'z' makes a token"),
     "merge order": (first_merge_last, r"\(id 257\) is merged|\(id 256\) is merged after id 419"),
     "merge missing": (without_first_merge, "are not merged to token 256; tiktoken would do it"),
