@@ -124,7 +124,8 @@ def loads(name: str, statistics: dict[str, Any], part: str, show: str) -> Any:
             mixture["layer"]: mixture["parts"][part] for mixture in statistics["experts"] if mixture["slot"] == slot
         }
         cells = np.full((n_layers, n), np.nan)
-        cells[list(parts)] = [numbers[show] for numbers in parts.values()]
+        for layer, numbers in parts.items():
+            cells[layer, : len(numbers[show])] = numbers[show]
         mesh = heatmap(heat, cells, (0, high), slot)
         heat.set(xlabel="expert", ylabel="layer" if heat.get_subplotspec().is_first_col() else "")
         heat.set_xticks([0.5, n - 0.5], ["0", str(n - 1)])

@@ -77,8 +77,8 @@ class RouterStatistics:
                 columns[RouterKey("gates", block.layer)] = len(model.config.slots(block.layer))
             if isinstance(block.router, SparseRouter):
                 columns[RouterKey("threshold", block.layer)] = 1
-        for layer, slot, _ in multi_expert_adapters(model):
-            columns[RouterKey("experts", layer, slot)] = model.config.experts.expert_num
+        for layer, slot, adapter in multi_expert_adapters(model):
+            columns[RouterKey("experts", layer, slot)] = len(adapter.expert_router.proj.weight)
         if not columns:
             raise ValueError(f"a model with {model.config.method if model.config else 'no adapter'} has no router")
         # Of the prompts' tokens and of the answers'
@@ -122,7 +122,7 @@ class RouterStatistics:
             "counts": {"prompt": prompt, "answer": answer, "all": prompt + answer},
             "blocks": [self._block(key) for key in self.stats if key.kind == "gates"],
             "experts": [
-                {"layer": key.layer, "slot": key.slot, "experts": config.experts.expert_num}
+                {"layer": key.layer, "slot": key.slot, "experts": len(self.stats[key][0].sum)}
                 | {"parts": {part: s.numbers() | s.evenness() for part, s in self._parts(key).items()}}
                 for key in self.stats
                 if key.kind == "experts"

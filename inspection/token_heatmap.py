@@ -48,7 +48,7 @@ class Flags:
     show: str = flag("gate", help="what colours stand for", choices=("gate", "used", "weight"), group=VIEW)
     layers: str = flag("mean", help="layers with commas, as 0,14,29; or mean: over all layers", group=VIEW)
     slots: str | None = flag(None, help="adapters with commas, as lora_Q,p_adapter; default: all", group=VIEW)
-    expert: int | None = flag(None, help="--show weight: of which expert, from 0", group=VIEW)
+    expert: int | None = flag(None, least=0, help="--show weight: of which expert, from 0", group=VIEW)
     save_path: str | None = flag(None, help="HTML file to write; replaced if it exists", group=VIEW)
 
     def __post_init__(self):
@@ -145,14 +145,13 @@ def _numbers(flags: Flags, config: AdapterConfig, batch: RouterBatch) -> dict[st
             columns = {slot or "adapters": (values > 0).sum(1)}
         elif flags.show == "gate" and kind == "gates":
             columns = {slot.name: values[:, i] for i, slot in enumerate(config.slots(layer))}
-        elif flags.show == "weight" and kind == "experts":
-            if flags.expert not in range(values.shape[1]):
-                raise ValueError(f"--expert must be from 0 to {values.shape[1] - 1}, not {flags.expert}")
+        elif flags.show == "weight" and kind == "experts" and flags.expert < values.shape[1]:
             columns = {slot: values[:, flags.expert]}
         for name, column in columns.items():
             numbers.setdefault(name, {})[layer] = column
     if not numbers:
         lacks = "no router of a block's adapters" if flags.show == "gate" else "no adapter with several experts"
+        lacks = f"no adapter with an expert {flags.expert}" if flags.show == "weight" else lacks
         raise ValueError(f"--show {flags.show}: method {config.method} has {lacks}")
     return numbers
 

@@ -137,7 +137,7 @@ def test_statistics_equal_the_formulas(name: str, monkeypatch: pytest.MonkeyPatc
             assert numbers["entropy"] == pytest.approx(np.mean([entropy(p) for p in values]), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "unipeft", "adamole", "custom"])
+@pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "unipeft", "adamole", "mola", "mixlora", "custom"])
 @pytest.mark.parametrize("max_rows", [1, 8])
 def test_generating_counts_what_one_pass_over_prompts_and_answers_counts(name: str, max_rows: int) -> None:
     llm = shared(name)

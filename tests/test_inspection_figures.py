@@ -184,16 +184,16 @@ def test_agreement_of_mean_gates() -> None:
     assert len(plots.agreement([("a", soft), ("b", sparse), ("c", soft)], "all")) == 3
 
 
-@pytest.mark.parametrize("name", ["adamole", "molora", "prompt_moe", "soft_moa_experts"])
+@pytest.mark.parametrize("name", ["adamole", "molora", "prompt_moe", "mola", "soft_moa_experts"])
 def test_loads(name: str) -> None:
     statistics = statistics_of(name)
-    assert plots.chooses(statistics) == (name == "adamole")
+    assert plots.chooses(statistics) == (name in ("adamole", "mola"))
     show = "active" if plots.chooses(statistics) else "mean"
     figure = plots.loads(name, statistics, "all", show)
     require_legible(figure)
     first = next(mixture for mixture in statistics["experts"] if mixture["slot"] == figure.axes[0].get_title())
     cells = figure.axes[0].collections[0].get_array()
-    assert list(cells[first["layer"]]) == pytest.approx(first["parts"]["all"][show])
+    assert list(cells[first["layer"]].compressed()) == pytest.approx(first["parts"]["all"][show])
     balance, entropy = figure.axes[1].lines
     assert balance.get_xdata()[0] == first["parts"]["all"]["balance"]
     assert entropy.get_xdata()[0] == first["parts"]["all"]["entropy"]

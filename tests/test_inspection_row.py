@@ -78,10 +78,10 @@ def test_an_answer_is_generated_where_none_is_given() -> None:
         ("soft_moa", {"slots": "lora_X"}, "--slots: 'lora_X' is none of lora_Q"),
         ("soft_moa", {"slots": "prompt", "layers": "0"}, "--layers: layer 0 has no prompt"),
         ("soft_moa", {"layers": "9"}, "--layers: layer 9"),
-        ("soft_moa", {"show": "weight", "expert": 0}, "no adapter with several experts"),
+        ("soft_moa", {"show": "weight", "expert": 0}, "no adapter with an expert 0"),
         ("molora", {}, "--show gate: method molora has no router of a block's adapters"),
         ("soft_moa", {"show": "used", "slots": "lora_Q"}, "no adapter with several experts"),
-        ("molora", {"show": "weight", "expert": 4}, "--expert must be from 0 to 3"),
+        ("molora", {"show": "weight", "expert": 4}, "no adapter with an expert 4"),
         ("lora", {}, "method lora has no router"),
     ],
 )
