@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from cli import cli_errors
 from demo import RECIPE
 from llama.machine import prepare_cpu
+from llama.templates import ALPACA
 from training.config import RunConfig, parse_flags
 from training.resume import merge_with_previous_run
 
@@ -54,7 +55,7 @@ def fine_tune(config: RunConfig) -> None:
     with distributed_run(device, flags.model_parallel_size), oom_hint(flags, memory):
         run = RunFolder(config, args)
         examples = load_examples(
-            flags.data_path, tokenizer, flags.max_seq_len, flags.train_on_input, quiet=not is_rank0()
+            flags.data_path, tokenizer, flags.max_seq_len, flags.train_on_input, not is_rank0(), flags.template
         )
         schedule = Schedule.from_config(flags, len(examples), dp_size(), run.record)
         model = Llama.build(
@@ -76,6 +77,8 @@ def fine_tune(config: RunConfig) -> None:
                 return
             log_rank0(f"{run.summary(model, schedule)}\n{memory.report()}")
             params = adapter_params(adapter_config, asdict(args))
+            if flags.template != ALPACA:
+                params["template"] = flags.template
             with (
                 Recorder(run.path, flags, schedule, model, optimizer, state, params) as recorder,
                 Lanes(model, forward_backward, expert_fraction, uses_load_balancing(model)) as fast,

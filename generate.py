@@ -17,6 +17,7 @@ from demo.model import ensure_model
 from demo.problems import ensure_data
 from llama.data import encode_prompt
 from llama.machine import QUANTIZATIONS, check_machine, check_sampling, prepare_cpu
+from llama.templates import ALPACA, TEMPLATES, require_template
 from moa.methods import METHODS
 from moa.reading import read_rows
 
@@ -30,6 +31,9 @@ class Flags:
     adapter_path: str | None = flag(None, help="adapter.pth, beside its adapter_params.json; default: none", group=WHAT)
     method: str | None = flag(
         None, help="method of an authors' adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
+    )
+    template: str | None = flag(
+        None, help="how rows become prompts; default: as the adapter was trained", choices=TEMPLATES, group=WHAT
     )
     data_path: str | None = flag(None, help="test rows, JSON or JSON lines; default: the demo's", group=WHAT)
     overwrite: bool = flag(False, help="begin anew where save_path exists", group=WHAT)
@@ -87,11 +91,13 @@ def run(flags: Flags) -> None:
     from llama import Llama
     from llama.distributed import assert_same_on_all_ranks, distributed_run, dp_rank, dp_size, get_device, is_rank0
     from llama.predictions import Predictions
+    from moa.adapter_file import recorded_template
 
     ckpt_dir, data_path = with_demo(flags)
     device = get_device(flags.device)
     with distributed_run(device, flags.model_parallel_size):
-        rows = read_rows(data_path, ("instruction", "input"))[: flags.max_rows]
+        template = flags.template or recorded_template(flags.adapter_path, ALPACA)
+        rows = read_rows(data_path, ("instruction", "input") if template == ALPACA else ())[: flags.max_rows]
         settings = settings_of(flags, ckpt_dir, data_path, device)
         predictions = Predictions(Path(flags.save_path), rows, settings, dp_rank(), flags.overwrite)
         missing = predictions.missing
@@ -116,7 +122,7 @@ def run(flags: Flags) -> None:
         predictions.require_started()
         try:
             if missing:
-                answer_rows(flags, llm, rows, missing[dp_rank() :: dp_size()], predictions)
+                answer_rows(flags, template, llm, rows, missing[dp_rank() :: dp_size()], predictions)
             dist.barrier()
             if is_rank0():
                 predictions.finish()
@@ -125,12 +131,19 @@ def run(flags: Flags) -> None:
             predictions.release()
 
 
-def answer_rows(flags: Flags, llm, rows: list[dict], share: list[int], predictions) -> None:
+def answer_rows(flags: Flags, template: str, llm, rows: list[dict], share: list[int], predictions) -> None:
     """Answer this data-parallel rank's share of the rows (their numbers)."""
     from llama.distributed import is_rank0
     from moa.parallel import mp_rank
 
-    prompts = {i: encode_prompt(llm.tokenizer, rows[i], flags.max_seq_len - flags.min_gen_len) for i in share}
+    require_template(llm.tokenizer, template)
+    room = flags.max_seq_len - flags.min_gen_len
+    prompts = {}
+    for i in share:
+        try:
+            prompts[i] = encode_prompt(llm.tokenizer, rows[i], room, template)
+        except ValueError as error:
+            raise ValueError(f"row {i + 1} of the rows to answer: {error}") from None
     too_long = [i for i in share if len(prompts[i]) >= flags.max_seq_len]
     jobs = [(i, sample) for i in sorted({*share} - {*too_long}) for sample in range(flags.num_samples)]
     answers: dict[int, list[str | None]] = {i: [None] * flags.num_samples for i in share}

@@ -8,6 +8,8 @@ from cli import flag
 from llama import Llama
 from llama.distributed import bf16_is_fast, distributed_run, get_device
 from llama.machine import check_machine
+from llama.templates import ALPACA
+from moa.adapter_file import recorded_template
 from moa.methods import METHODS
 
 WHAT, MACHINE = "model", "machine"
@@ -34,7 +36,12 @@ class ModelFlags:
 
 @contextmanager
 def running(flags: ModelFlags) -> Iterator[Llama]:
-    """The model among the processes of this run."""
+    """The model among the processes of this run. ValueError where its prompts are not of Alpaca's template."""
+    template = recorded_template(flags.adapter_path, ALPACA)
+    if template != ALPACA:
+        raise ValueError(
+            f"{flags.adapter_path}: trained with --template {template}; only {ALPACA}'s prompts are read here"
+        )
     device = get_device(flags.device)
     with distributed_run(device, flags.model_parallel_size):
         yield Llama.build(

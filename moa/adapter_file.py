@@ -11,9 +11,11 @@ from moa import reference_format
 from moa.config import AdapterConfig
 from moa.files import atomic_write, load_tensors, read_json, write_json, write_torch
 from moa.methods import ADDED_LATER
+from moa.reading import short_repr
 from moa.state import rename_old_keys, require_tensors
 
 PARAMS = "adapter_params.json"
+BESIDE = ("base", "template")  # its keys beside the settings: the base's shape, and the template of the training rows
 
 
 def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str, Any]) -> Path:
@@ -23,7 +25,7 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str,
     """
     require_tensors(state, "the adapter")
     try:
-        AdapterConfig.from_dict({k: v for k, v in params.items() if k != "base"}, params["base"]["n_layers"])
+        AdapterConfig.from_dict({k: v for k, v in params.items() if k not in BESIDE}, params["base"]["n_layers"])
         text = json.dumps(dict(params), indent=1, allow_nan=False) + "\n"
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"the adapter's settings are damaged ({error})") from None
@@ -36,6 +38,17 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str,
 def adapter_params(config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, Any]:
     """The content of adapter_params.json: every setting by flag name, and the shape of the base it was trained on."""
     return config.to_dict() | {"base": dict(base)}
+
+
+def recorded_template(path: str | Path | None, default: str) -> str:
+    """The template of the rows that an adapter was trained on; default where there is no adapter or it tells none."""
+    if path is None:
+        return default
+    path = Path(path)
+    template = read_json((path / "adapter.pth" if path.is_dir() else path).with_name(PARAMS)).get("template", default)
+    if not isinstance(template, str):
+        raise ValueError(f"{path.with_name(PARAMS)}: template must be a name, not {short_repr(template)}")
+    return template
 
 
 def save_reference_adapter(folder: Path, state: Mapping[str, Tensor], config: AdapterConfig) -> Path:
@@ -75,7 +88,7 @@ def load_adapter(path: str | Path, base: Base, method: str | None = None) -> tup
             flat = reference_format.from_reference_params(params, state)
             flat["method"] = method or flat["method"]
         else:
-            flat = {key: value for key, value in params.items() if key != "base"}
+            flat = {key: value for key, value in params.items() if key not in BESIDE}
             if method not in (None, flat["method"]):
                 raise ValueError(f"this is an adapter of method {flat['method']}, not {method}")
             if "base" in params:

@@ -47,12 +47,17 @@ def parse_rows(text: str, where: str, fields: Sequence[str] = ()) -> list[dict[s
     """The rows of a text as `read_rows` reads them from a file; messages begin with `where`."""
     rows = numbered_rows(text, where)
     for number, row in rows:
-        for field in fields:
-            if field not in row:
-                raise ValueError(f"{where}: {number}: field {field!r} is missing")
-            if not isinstance(row[field], str):
-                raise ValueError(f"{where}: {number}: field {field!r} must be text, not {type(row[field]).__name__}")
+        require_text_fields(row, fields, f"{where}: {number}")
     return [row for _, row in rows]
+
+
+def require_text_fields(row: dict[str, Any], fields: Sequence[str], where: str) -> None:
+    """ValueError, beginning with `where`, naming the field of a row that is missing or no text."""
+    for field in fields:
+        if field not in row:
+            raise ValueError(f"{where}: field {field!r} is missing")
+        if not isinstance(row[field], str):
+            raise ValueError(f"{where}: field {field!r} must be text, not {type(row[field]).__name__}")
 
 
 def numbered_rows(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:

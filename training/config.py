@@ -9,6 +9,7 @@ from typing import Any
 from cli import cli_errors, die, flag, parse_into
 from llama.args import ModelArgs
 from llama.machine import QUANTIZATIONS, check_machine
+from llama.templates import TEMPLATES
 from moa.config import AdapterConfig
 from moa.methods import METHODS, config_fields
 from moa.reading import parse_json, read_text, short_repr
@@ -30,6 +31,7 @@ class TrainConfig:
     data_path: str | None = flag(
         None, help="training rows, JSON or JSON lines of instruction, input, output; default: the demo data", group=DATA
     )
+    template: str = flag("alpaca", help="how rows become prompts; chats need another", choices=TEMPLATES, group=DATA)
     leak_tests: str | None = flag(
         None, help="test files, or folders of them, to look for among the training rows first; commas", group=DATA
     )

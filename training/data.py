@@ -3,25 +3,38 @@
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama.data import IGNORE_INDEX, Example, encode_example
 from llama.packing import PackedBatch, async_to_device, balance_by_length
+from llama.templates import ALPACA, CHAT_TEMPLATES, require_template
 from llama.tokenizer import Tokenizer
-from moa.reading import read_rows
+from moa.reading import numbered_rows, read_text, require_text_fields
 
 FIELDS = ("instruction", "input", "output")
 MicroBatch = tuple[Tensor, Tensor, PackedBatch]  # tokens (N,), labels (N,) on the CPU, their sequences
 
 
 def load_examples(
-    path: str | Path, tokenizer: Tokenizer, max_seq_len: int, train_on_input: bool = False, quiet: bool = False
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    train_on_input: bool = False,
+    quiet: bool = False,
+    template: str = ALPACA,
 ) -> list[Example]:
     """All training rows that fit `max_seq_len`; those that do not are counted aloud. ValueError where none is left."""
-    rows = read_rows(path, FIELDS)
-    examples = [encode_example(tokenizer, row, max_seq_len, train_on_input) for row in rows]
+    require_template(tokenizer, template)
+    rows = read_training_rows(path, template)
+    examples = []
+    for number, row in rows:
+        try:
+            examples.append(encode_example(tokenizer, row, max_seq_len, train_on_input, template))
+        except ValueError as error:
+            raise ValueError(f"{path}: {number}: {error}") from None
     too_long = [i for i, example in enumerate(examples, 1) if example is None]
     if len(too_long) == len(rows):
         raise ValueError(f"{path}: none of the {len(rows)} rows fits --max_seq_len {max_seq_len}")
@@ -30,6 +43,17 @@ def load_examples(
         count = f"{len(too_long)} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} and left out"
         print(f"{path}: {count} (rows {listed})", file=sys.stderr)
     return [example for example in examples if example is not None]
+
+
+def read_training_rows(path: str | Path, template: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a file with their numbers; of Alpaca's template with its three fields."""
+    rows = numbered_rows(read_text(Path(path)), str(path))
+    if template == ALPACA:
+        if "messages" in rows[0][1] or "conversations" in rows[0][1]:
+            raise ValueError(f"{path}: {rows[0][0]} is a chat; give --template {', '.join(CHAT_TEMPLATES)}")
+        for number, row in rows:
+            require_text_fields(row, FIELDS, f"{path}: {number}")
+    return rows
 
 
 def label_count(example: Example) -> int:

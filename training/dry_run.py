@@ -14,10 +14,9 @@ from corpus.contamination import check_contamination
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer
 from llama.distributed import bf16_is_fast, dp_size, get_device
-from moa.reading import read_rows
 from moa.state import count_parameters
 from training.config import RunConfig, TrainConfig
-from training.data import FIELDS, load_examples
+from training.data import load_examples, read_training_rows
 from training.estimate import (
     base_parameters,
     cache_bytes,
@@ -119,5 +118,6 @@ def _rows(flags: TrainConfig) -> int | None:
         return None
     if (Path(flags.ckpt_dir) / "tokenizer.model").is_file():
         _, tokenizer = load_params_and_tokenizer(flags.ckpt_dir)
-        return len(load_examples(flags.data_path, tokenizer, flags.max_seq_len, flags.train_on_input))
-    return len(read_rows(flags.data_path, FIELDS))
+        length, on_input = flags.max_seq_len, flags.train_on_input
+        return len(load_examples(flags.data_path, tokenizer, length, on_input, template=flags.template))
+    return len(read_training_rows(flags.data_path, flags.template))
