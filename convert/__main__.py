@@ -37,7 +37,7 @@ class _Output:
 
 @dataclass
 class HfFlags(_Output):
-    """Convert a Hugging Face folder (LLaMA-3.x, SmolLM2) into Meta's layout."""
+    """Convert a Hugging Face folder (LLaMA-3.x, SmolLM2, Qwen3) into Meta's layout."""
 
     input: str = flag(help="folder with config.json, *.safetensors and tokenizer.json or tokenizer.model")
     dtype: str = flag("bf16", help="number format of the written tensors", choices=DTYPES)
@@ -45,9 +45,9 @@ class HfFlags(_Output):
 
 @dataclass
 class GgufFlags(HfFlags):
-    """Convert a GGUF file (llama architecture) into Meta's layout."""
+    """Convert a GGUF file (architecture llama or qwen3) into Meta's layout."""
 
-    input: str = flag(help="a .gguf file of the llama architecture")
+    input: str = flag(help="a .gguf file of the architecture llama or qwen3")
 
 
 @dataclass

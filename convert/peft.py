@@ -12,9 +12,9 @@ from typing import Any
 
 from safetensors.torch import save
 
-from convert import hf
 from convert.adapters import ADAPTER_FILES, check_plain_lora, load_plain_lora, recorded_shape
-from convert.meta_format import HF, LAYER_NAMES, check_output, new_folder
+from convert.hf import open_safetensors
+from convert.meta_format import HF, LAYER_NAMES, check_output, new_folder, permute_rope, unpermute_rope
 from llama.checkpoint import load_params_and_tokenizer
 from moa.adapter_file import adapter_params, save_adapter
 from moa.config import AdapterConfig
@@ -62,7 +62,7 @@ def to_peft(
         _, layer, name = key.removesuffix(".weight").split(".", 2)
         module, b = MODULES[targets[name]], update.lora_B
         if targets[name] in PERMUTED:
-            b = hf.unpermute_rope(b, args.head_dim)
+            b = unpermute_rope(b, args.head_dim)
         tensors[f"{PREFIX}{layer}.{module}.lora_A.weight"] = update.lora_A.contiguous()
         tensors[f"{PREFIX}{layer}.{module}.lora_B.weight"] = b.contiguous()
         modules.add(module.partition(".")[2])
@@ -98,14 +98,14 @@ def from_peft(input: str | Path, ckpt_dir: str | Path, output_dir: str | Path, o
     if not tensor_file.is_file():
         raise ValueError(f"{tensor_file}: no such file (pickled adapters are not read, save them as safetensors)")
     state, targets, layers = {}, set(), set()
-    with hf.open_safetensors(tensor_file) as file:
+    with open_safetensors(tensor_file) as file:
         for name in file.keys():
             match = NAME.fullmatch(name)
             if not match or match[2] not in TARGETS:
                 raise ValueError(f"{tensor_file}: tensor {name} is no LoRA at a linear layer of a LLaMA block")
             layer, target, tensor = match[1], TARGETS[match[2]], file.get_tensor(name)
             if target in PERMUTED and match[3] == "B" and tensor.dim() == 2 and len(tensor) % args.head_dim == 0:
-                tensor = hf.permute_rope(tensor, args.head_dim)
+                tensor = permute_rope(tensor, args.head_dim)
             part = META_NAMES[target].partition(".")[0]
             state[f"layers.{layer}.{part}.adapters.lora_{target}.lora_{match[3]}"] = tensor
             targets.add(target)
