@@ -8,7 +8,7 @@ Checkpoints in Meta's layout: another number of shards, and whether one is whole
     python -m convert reshard   --ckpt_dir DIR --output_dir DIR --shards N [--dtype ...] [--overwrite]
     python -m convert check     DIR
 
-Plain LoRA into its base; LoRA, DoRA, IA3 and VeRA into a PEFT folder, and all but VeRA out of one:
+Plain LoRA into its base; LoRA, DoRA, IA3 and VeRA into a PEFT folder, and out of one:
     python -m convert merge     --ckpt_dir DIR --adapter_path FILE --output_dir DIR [--dtype ...] [--overwrite]
     python -m convert peft      --adapter_path FILE --output_dir DIR [--base_model NAME] [--ckpt_dir DIR] [--overwrite]
     python -m convert from_peft --input DIR --ckpt_dir DIR --output_dir DIR [--overwrite]
@@ -91,7 +91,7 @@ class PeftFlags(_Output):
 
 @dataclass
 class FromPeftFlags(_Output):
-    """Write a PEFT folder's LoRA, DoRA or IA3 as an adapter of ours."""
+    """Write a PEFT folder's LoRA, DoRA, IA3 or VeRA (as LoRA) as an adapter of ours."""
 
     input: str = flag(help="folder with adapter_config.json and adapter_model.safetensors")
     ckpt_dir: str = flag(help="the base that the adapter is for, in Meta's layout")

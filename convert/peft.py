@@ -1,10 +1,11 @@
-"""LoRA, DoRA and IA3 to and from PEFT's folders, adapter_config.json and adapter_model.safetensors; VeRA to them.
+"""LoRA, DoRA, IA3 and VeRA to and from PEFT's folders: adapter_config.json and adapter_model.safetensors.
 
 Module names are those of transformers' LlamaForCausalLM and Qwen3ForCausalLM. Their rotary embedding pairs the halves
 of a head and Meta's pairs neighbours, so that what runs along the outputs of Q and K has another order.
 
-IA3 at FFN_UP is PEFT's at the input of down_proj. VeRA is written as the LoRA that it is, of the same rank: PEFT's own
-cuts the matrix of every layer from one, which leaves none in the order of Q and K beside those of other layers.
+IA3 at FFN_UP is PEFT's at the input of down_proj. VeRA becomes the LoRA that it is, of the same rank, both ways: PEFT's
+own cuts the matrices of every layer from one pair, which leaves none in the order of Q and K beside those of other
+layers, and no seed gives PEFT's.
 """
 
 import json
@@ -38,6 +39,7 @@ from moa.state import load_adapter_state_dict
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_FILES = (CONFIG, TENSORS, "README.md")
 PREFIX = "base_model.model.model.layers."
+VERA_A, VERA_B = "base_model.vera_A", "base_model.vera_B"  # of all layers
 # Our tensors' names -> PEFT's
 NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector", "factor": "ia3_l"}
 OUR_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
@@ -48,12 +50,13 @@ MODULES = {target: row[HF] for target, name in META_NAMES.items() for row in LAY
 TARGETS = {module: target for target, module in MODULES.items()}
 PERMUTED = ("Q", "K")
 
-# Settings of PEFT's LoRA and IA3 that change nothing in what a trained adapter computes. Any other must be off.
+# Settings of PEFT's LoRA, IA3 and VeRA that change nothing in what a trained adapter computes. Any other must be off.
 HARMLESS = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("use_rslora", "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
     *("use_dora", "feedforward_modules", "init_ia3_weights"),
+    *("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"),
 }
 # Some ways to initialise (PiSSA, OLoRA, ...) take something out of the base's weights as well; these do not.
 HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
@@ -135,7 +138,7 @@ def _vera_as_lora(config: AdapterConfig, state: dict[str, Tensor], args: ModelAr
 
 
 def from_peft(input: str | Path, ckpt_dir: str | Path, output_dir: str | Path, overwrite: bool = False) -> Path:
-    """Write a PEFT folder's LoRAs, DoRAs or IA3 as an adapter of ours, for the base of `ckpt_dir`.
+    """Write a PEFT folder's LoRAs, DoRAs, IA3 or VeRA (as LoRAs) as an adapter of ours, for the base of `ckpt_dir`.
 
     Raises ValueError or OSError naming the file and the setting or tensor that has no counterpart; then nothing was
     written.
@@ -143,32 +146,35 @@ def from_peft(input: str | Path, ckpt_dir: str | Path, output_dir: str | Path, o
     config_file, tensor_file = Path(input) / CONFIG, Path(input) / TENSORS
     output_dir = check_output(output_dir, overwrite, ADAPTER_FILES)
     args, _ = load_params_and_tokenizer(ckpt_dir)
-    settings = _read_config(config_file)
+    peft_type, settings = _read_config(config_file)
     kind = settings["method"]
     if not tensor_file.is_file():
         raise ValueError(f"{tensor_file}: no such file (pickled adapters are not read, save them as safetensors)")
-    state, targets, layers = {}, set(), set()
     with open_safetensors(tensor_file) as file:
-        for name in file.keys():
-            match = NAME.fullmatch(name)
-            if not match or match[2] not in TARGETS:
-                raise ValueError(f"{tensor_file}: tensor {name} is no LoRA, DoRA or IA3 at a linear layer of a block")
-            layer, target, ours, tensor = match[1], TARGETS[match[2]], OUR_NAMES[match[3]], file.get_tensor(name)
-            if target in PERMUTED and ours in ALONG_OUTPUTS and tensor.dim() and len(tensor) % args.head_dim == 0:
-                tensor = permute_rope(tensor, args.head_dim)
-            if ours == "factor":
-                if tensor.dim() == 2 and len(tensor) == 1:  # of a module of feedforward_modules
-                    if target != "FFN_DOWN":
-                        raise ValueError(f"{tensor_file}: {name} scales an input, which only down_proj's has here")
-                    target = "FFN_UP"
-                tensor = tensor.flatten()
-            key = f"layers.{layer}.{META_NAMES[target].partition('.')[0]}.adapters.{kind}_{target}.{ours}"
-            if key in state:
-                problem = "up_proj's outputs and down_proj's inputs are both scaled, only one can be converted"
-                raise ValueError(f"{tensor_file}: layer {layer}: {problem}")
-            state[key] = tensor
-            targets.add(target)
-            layers.add(int(layer))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if peft_type == "VERA":
+        tensors = _peft_vera_as_lora(tensors, args, tensor_file)
+    state, targets, layers = {}, set(), set()
+    for name, tensor in tensors.items():
+        match = NAME.fullmatch(name)
+        if not match or match[2] not in TARGETS:
+            raise ValueError(f"{tensor_file}: tensor {name} is no LoRA, DoRA or IA3 at a linear layer of a block")
+        layer, target, ours = match[1], TARGETS[match[2]], OUR_NAMES[match[3]]
+        if target in PERMUTED and ours in ALONG_OUTPUTS and tensor.dim() and len(tensor) % args.head_dim == 0:
+            tensor = permute_rope(tensor, args.head_dim)
+        if ours == "factor":
+            if tensor.dim() == 2 and len(tensor) == 1:  # of a module of feedforward_modules
+                if target != "FFN_DOWN":
+                    raise ValueError(f"{tensor_file}: {name} scales an input, which only down_proj's has here")
+                target = "FFN_UP"
+            tensor = tensor.flatten()
+        key = f"layers.{layer}.{META_NAMES[target].partition('.')[0]}.adapters.{kind}_{target}.{ours}"
+        if key in state:
+            problem = "up_proj's outputs and down_proj's inputs are both scaled, only one can be converted"
+            raise ValueError(f"{tensor_file}: layer {layer}: {problem}")
+        state[key] = tensor
+        targets.add(target)
+        layers.add(int(layer))
     settings |= {
         f"{kind}_targets": ",".join(target for target in META_NAMES if target in targets),
         f"{kind}_layers": ",".join(f"{i}-{i + 1}" for i in layers),
@@ -184,11 +190,31 @@ def from_peft(input: str | Path, ckpt_dir: str | Path, output_dir: str | Path, o
     return output_dir
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Method, rank and alpha of an adapter_config.json. ValueError for what is not LoRA, DoRA or IA3."""
+def _peft_vera_as_lora(tensors: dict[str, Tensor], args: ModelArgs, file: Path) -> dict[str, Tensor]:
+    """PEFT's LoRA tensors for its VeRA: of each layer (l_b * the first rows of B) (l_d * the first columns of A)."""
+    a, b = tensors.pop(VERA_A, None), tensors.pop(VERA_B, None)
+    widths, loras = {"FFN_DOWN": args.ffn_dim, "O": args.n_heads * args.head_dim}, {}
+    for name in [name for name in tensors if name.endswith(".vera_lambda_d")]:
+        stem = name.removesuffix("vera_lambda_d")
+        n_in = widths.get(TARGETS.get(".".join(stem.split(".")[-3:-1])), args.dim)
+        lambda_d, lambda_b = tensors.pop(name), tensors.pop(f"{stem}vera_lambda_b", None)
+        given = [a, b, lambda_d, lambda_b]
+        fits = all(isinstance(t, Tensor) for t in given) and [t.dim() for t in given] == [2, 2, 1, 1]
+        if not (fits and a.shape[1] >= n_in and len(b) >= len(lambda_b) and len(a) == b.shape[1] == len(lambda_d)):
+            raise ValueError(f"{file}: {stem}vera_lambda_d and vera_lambda_b, vera_A and vera_B do not fit each other")
+        loras[f"{stem}lora_A.weight"] = lambda_d[:, None] * a[:, :n_in]
+        loras[f"{stem}lora_B.weight"] = lambda_b[:, None] * b[: len(lambda_b)]
+    for name in tensors:
+        raise ValueError(f"{file}: tensor {name} is no part of VeRA")
+    return loras
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """`peft_type` of an adapter_config.json, and our method, rank and alpha. ValueError for what has no counterpart."""
     config = read_json(path)
-    if config.get("peft_type") not in ("LORA", "IA3"):
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, only 'LORA' and 'IA3' can be converted")
+    peft_type, rank = config.get("peft_type"), config.get("r")
+    if peft_type not in ("LORA", "IA3", "VERA"):
+        raise ValueError(f"{path}: peft_type is {peft_type!r}, only 'LORA', 'IA3' and 'VERA' can be converted")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias is {config['bias']!r}, only 'none' can be converted")
     if config.get("init_lora_weights") not in HARMLESS_INITS:
@@ -196,13 +222,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, value in config.items():
         if value and name not in HARMLESS | {"bias", "init_lora_weights"}:
             raise ValueError(f"{path}: {name} is {value!r}, which has no counterpart here and cannot be converted")
-    if config["peft_type"] == "IA3":
-        return {"method": "ia3"}
-    numbers = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
-    if not config.get("use_dora"):
-        return {"method": "lora", "lora_rslora": config.get("use_rslora", False)} | {
-            f"lora_{name}": value for name, value in numbers.items()
-        }
-    if config.get("use_rslora"):
+    alpha, rslora = config.get("lora_alpha"), config.get("use_rslora", False)
+    if peft_type == "IA3":
+        settings = {"method": "ia3"}
+    elif peft_type == "VERA":
+        if not config.get("save_projection", True):
+            raise ValueError(f"{path}: save_projection is false: the folder lacks vera_A and vera_B")
+        settings = {"method": "lora", "lora_rank": rank, "lora_alpha": rank}
+    elif not config.get("use_dora"):
+        settings = {"method": "lora", "lora_rank": rank, "lora_alpha": alpha, "lora_rslora": rslora}
+    elif rslora:
         raise ValueError(f"{path}: use_rslora with use_dora has no counterpart here")
-    return {"method": "dora"} | {f"dora_{name}": value for name, value in numbers.items()}
+    else:
+        settings = {"method": "dora", "dora_rank": rank, "dora_alpha": alpha}
+    return peft_type, settings

@@ -136,7 +136,7 @@ def make_by_peft(settings: LoraConfig | IA3Config, base: Any, folder: Path) -> A
     torch.manual_seed(0)
     model = get_peft_model(copy.deepcopy(base), settings).eval()
     for name, parameter in model.named_parameters():
-        if "magnitude" in name or "ia3" in name:
+        if any(word in name for word in ("magnitude", "ia3", "lambda")):
             parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return model
@@ -154,18 +154,19 @@ DORA = {"r": 3, "lora_alpha": 5, "use_dora": True, "init_lora_weights": False}
 OTHERS_OF_PEFT = {
     "dora": LoraConfig(**DORA, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"),
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "vera": VeraConfig(r=5, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]),
     "ia3 of outputs": IA3Config(target_modules=["q_proj", "up_proj", "down_proj"], feedforward_modules=[]),
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", OTHERS_OF_PEFT)
-def test_a_dora_and_an_ia3_made_by_peft(kind: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
+def test_another_kind_made_by_peft(kind: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
     theirs = make_by_peft(OTHERS_OF_PEFT[kind], pair[0], tmp_path / "made")
     from_peft(tmp_path / "made", pair[1], tmp_path / "ours")
     batch = tokens(2, 40)
     actual = Llama.build(pair[1], tmp_path / "ours").model(batch)
-    close(actual, theirs(batch).logits, pair[0](batch).logits)
+    close(actual, theirs(batch).logits, pair[0](batch).logits, least=0.01)
 
 
 UP_AND_DOWN = ["up_proj", "down_proj"]
@@ -179,8 +180,35 @@ REFUSED_OF_PEFT = {
         "layer 0: up_proj's outputs and down_proj's inputs are both scaled",
     ),
     "scale": (LoraConfig(**DORA, use_rslora=True, target_modules=UP_AND_DOWN), "use_rslora with use_dora"),
-    "vera": (VeraConfig(target_modules=UP_AND_DOWN), "peft_type is 'VERA'"),
+    "no matrices": (VeraConfig(target_modules=UP_AND_DOWN, save_projection=False), "save_projection is false"),
 }
+
+
+LAMBDA = "base_model.model.model.layers.1.mlp.down_proj.vera_lambda_b"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (LAMBDA, lambda t: t[:-1], r"lora_FFN_DOWN.lora_B has shape \(47, 4\)"),
+        (LAMBDA, lambda t: t[None], "down_proj.vera_lambda_d and vera_lambda_b, vera_A and vera_B do not fit"),
+        (LAMBDA, None, "do not fit"),
+        ("base_model.vera_A", lambda t: t[:, :-1], "do not fit"),
+        ("base_model.vera_B", lambda t: t[:, :-1], "do not fit"),
+        ("base_model.vera_B", None, "do not fit"),
+        ("base_model.vera_A", lambda t: t[0], "do not fit"),
+        ("base_model.vera_A", None, "do not fit"),
+    ],
+)
+def test_a_bad_vera_of_peft(name: str, change: Any, message: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
+    make_by_peft(VeraConfig(r=4, target_modules=["down_proj"]), pair[0], tmp_path / "made")
+    state = load_file(tmp_path / "made" / "adapter_model.safetensors")
+    tensor = state.pop(name)
+    if change:
+        state[name] = change(tensor).contiguous()
+    save_file(state, tmp_path / "made" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        from_peft(tmp_path / "made", pair[1], tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", REFUSED_OF_PEFT)
@@ -223,6 +251,7 @@ BAD_PEFT = {
     "other kind": (settings(peft_type="LOHA"), "adapter_config.json: peft_type is 'LOHA'"),
     "biases": (settings(bias="lora_only"), "adapter_config.json: bias is 'lora_only'"),
     "dora": (settings(use_dora=True), "safetensors: missing tensors .*dora_K.magnitude"),
+    "VeRA": (settings(peft_type="VERA"), r"safetensors: tensor \S+lora_A.weight is no part of VeRA"),
     "IA3": (settings(peft_type="IA3"), "safetensors: .*unexpected.*ia3_K.lora_A"),
     "unknown": (settings(use_tomorrow=1), "adapter_config.json: use_tomorrow is 1"),
     "residual base": (settings(init_lora_weights="pissa"), "init_lora_weights 'pissa' changes the base"),
