@@ -13,8 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.common import CPU, timed
 from benchmarks.models import Trainer, schedule_of
-from convert.hf import unpermute_rope
-from convert.meta_format import HF, source_names
+from convert.meta_format import HF, source_names, unpermute_rope
 from convert.peft import to_peft
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer, open_shard, shard_files
@@ -62,6 +61,7 @@ def transformers_on(args: ModelArgs, base: Mapping[str, Tensor]) -> nn.Module:
     state = {
         name: unpermute_rope(base[key], args.head_dim) if key.endswith(PERMUTED) else base[key]
         for key, name in names.items()
+        if key in base
     }
     model.load_state_dict(state, assign=True)
     angles = type(model.model.rotary_emb)(config)  # no weights, so not in the state

@@ -8,7 +8,7 @@ Checkpoints in Meta's layout: another number of shards, and whether one is whole
     python -m convert reshard   --ckpt_dir DIR --output_dir DIR --shards N [--dtype ...] [--overwrite]
     python -m convert check     DIR
 
-Plain LoRA into its base, into a PEFT folder, and out of one:
+Plain LoRA into its base; LoRA, DoRA, IA3 and VeRA into a PEFT folder, and out of one:
     python -m convert merge     --ckpt_dir DIR --adapter_path FILE --output_dir DIR [--dtype ...] [--overwrite]
     python -m convert peft      --adapter_path FILE --output_dir DIR [--base_model NAME] [--ckpt_dir DIR] [--overwrite]
     python -m convert from_peft --input DIR --ckpt_dir DIR --output_dir DIR [--overwrite]
@@ -37,7 +37,7 @@ class _Output:
 
 @dataclass
 class HfFlags(_Output):
-    """Convert a Hugging Face folder (LLaMA-3.x, SmolLM2) into Meta's layout."""
+    """Convert a Hugging Face folder (LLaMA-3.x, SmolLM2, Qwen3) into Meta's layout."""
 
     input: str = flag(help="folder with config.json, *.safetensors and tokenizer.json or tokenizer.model")
     dtype: str = flag("bf16", help="number format of the written tensors", choices=DTYPES)
@@ -45,9 +45,9 @@ class HfFlags(_Output):
 
 @dataclass
 class GgufFlags(HfFlags):
-    """Convert a GGUF file (llama architecture) into Meta's layout."""
+    """Convert a GGUF file (architecture llama or qwen3) into Meta's layout."""
 
-    input: str = flag(help="a .gguf file of the llama architecture")
+    input: str = flag(help="a .gguf file of the architecture llama or qwen3")
 
 
 @dataclass
@@ -82,7 +82,7 @@ class CheckFlags:
 
 @dataclass
 class PeftFlags(_Output):
-    """Write a plain LoRA as a folder that PEFT loads beside transformers' LLaMA."""
+    """Write an adapter of LoRAs, DoRAs, IA3 or VeRA as a folder that PEFT loads beside transformers' model."""
 
     adapter_path: str = flag(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
     base_model: str | None = flag(None, help="name or path of the Hugging Face model that PEFT is to load with it")
@@ -91,7 +91,7 @@ class PeftFlags(_Output):
 
 @dataclass
 class FromPeftFlags(_Output):
-    """Write a PEFT folder's plain LoRA as an adapter of ours."""
+    """Write a PEFT folder's LoRA, DoRA, IA3 or VeRA (as LoRA) as an adapter of ours."""
 
     input: str = flag(help="folder with adapter_config.json and adapter_model.safetensors")
     ckpt_dir: str = flag(help="the base that the adapter is for, in Meta's layout")

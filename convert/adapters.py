@@ -17,11 +17,16 @@ from moa.methods import META_NAMES
 from moa.reference_format import unsupported_settings
 from moa.state import check_state_dict, require_same_keys
 
-# The settings that W + scale * B A can express, and the values that they may have (None: all).
-EXPRESSIBLE: dict[str, Collection | None] = {
-    **dict.fromkeys(("lora_layers", "lora_targets", "lora_rank", "lora_alpha", "lora_rslora", "lora_lr_ratio")),
-    **{"block_router": ("none",), "expert_num": (1,), "train_bias_norm": (False,)},
+# Types of adapters that other formats can express, each alone: what it is called, its settings that they can express,
+# and its tensors.
+KINDS = {
+    "lora": ("plain LoRA", ("layers", "targets", "rank", "alpha", "rslora", "lr_ratio"), ("lora_A", "lora_B")),
+    "dora": ("DoRA alone", ("layers", "targets", "rank", "alpha"), ("lora_A", "lora_B", "magnitude")),
+    "ia3": ("IA3 alone", ("layers", "targets"), ("factor",)),
+    "vera": ("VeRA alone", ("layers", "targets", "rank", "seed"), ("lambda_d", "lambda_b")),
 }
+# Settings beside an adapter's own, and the values that they may have.
+BESIDE: dict[str, Collection] = {"block_router": ("none",), "expert_num": (1,), "train_bias_norm": (False,)}
 ADAPTER_FILES = ("adapter.pth", PARAMS)  # of an output folder
 
 
@@ -61,15 +66,26 @@ def merge(
     return written._replace(summary=f"matrices changed: {len(updates)}, {written.summary}")
 
 
+def kind_of(config: AdapterConfig) -> str:
+    """The first of KINDS that stands in some layer; lora where none does."""
+    return next((kind for kind in KINDS if config.adapters[kind].layers), "lora")
+
+
+def require_alone(config: AdapterConfig, origin: str, kind: str) -> None:
+    """ValueError naming all settings that make more of an adapter than adapters of this kind at linear layers."""
+    name, settings, _ = KINDS[kind]
+    unsupported = unsupported_settings(config, BESIDE | dict.fromkeys(f"{kind}_{setting}" for setting in settings))
+    if unsupported:
+        raise ValueError(f"{origin}: only {name} can be converted, but this adapter has {', '.join(unsupported)}")
+
+
 def require_plain_lora(config: AdapterConfig, origin: str) -> None:
     """ValueError naming all settings that make more of an adapter than W + (alpha / rank) B A at linear layers."""
-    unsupported = unsupported_settings(config, EXPRESSIBLE)
-    if unsupported:
-        raise ValueError(f"{origin}: only plain LoRA can be converted, but this adapter has {', '.join(unsupported)}")
+    require_alone(config, origin, "lora")
 
 
-def lora_keys(config: AdapterConfig) -> dict[str, str]:
-    """Meta's key of each weight that a plain LoRA changes (`layers.0.attention.wq.weight`) -> our key of that LoRA."""
+def adapter_keys(config: AdapterConfig) -> dict[str, str]:
+    """Meta's key of each weight with an adapter (`layers.0.attention.wq.weight`) -> our key of that adapter."""
     return {
         f"layers.{layer}.{META_NAMES[slot.target]}.weight": f"layers.{layer}.{part}.adapters.{slot.name}"
         for layer in range(config.n_layers)
@@ -78,11 +94,11 @@ def lora_keys(config: AdapterConfig) -> dict[str, str]:
     }
 
 
-def check_plain_lora(config: AdapterConfig, state: dict[str, Tensor], args: ModelArgs, origin: str) -> None:
-    """ValueError, beginning with `origin`, unless an adapter is plain LoRA: its settings, the names of its tensors, and
-    their shapes for a base of this shape."""
-    require_plain_lora(config, origin)
-    keys = [f"{lora}.lora_{ab}" for lora in lora_keys(config).values() for ab in "AB"]
+def check_alone(config: AdapterConfig, state: dict[str, Tensor], args: ModelArgs, origin: str, kind: str) -> None:
+    """ValueError, beginning with `origin`, unless an adapter is of this kind and nothing else: its settings, the names
+    of its tensors, and their shapes for a base of this shape."""
+    require_alone(config, origin, kind)
+    keys = [f"{key}.{name}" for key in adapter_keys(config).values() for name in KINDS[kind][2]]
     require_same_keys(keys, state, origin, "tensor")
     check_state_dict(bare_model(args, config), state, origin)
 
@@ -91,11 +107,11 @@ def load_plain_lora(adapter_path: str | Path, args: ModelArgs) -> tuple[AdapterC
     """Read an adapter file for a base of this shape: its configuration, and Meta's key of each weight that changes ->
     what is added to it, float32. Raises ValueError naming the file, and what does not fit or is not plain LoRA."""
     config, state = load_adapter(adapter_path, args)
-    check_plain_lora(config, state, args, str(adapter_path))
+    check_alone(config, state, args, str(adapter_path), "lora")
     scale = config.adapters["lora"].scale
     updates = {
         key: Update(state[f"{lora}.lora_A"].float(), state[f"{lora}.lora_B"].float(), scale)
-        for key, lora in lora_keys(config).items()
+        for key, lora in adapter_keys(config).items()
     }
     return config, updates
 

@@ -1,4 +1,4 @@
-"""GGUF file -> Meta's layout, for the llama architecture with a byte-level BPE vocabulary."""
+"""GGUF file -> Meta's layout, for the architectures llama and qwen3 with a byte-level BPE vocabulary."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,6 @@ from convert.meta_format import (
     Converted,
     SourceTensor,
     check_output,
-    ffn_rule,
     source_names,
     write_converted,
 )
@@ -27,12 +26,16 @@ from llama.model import rope_frequencies
 
 ROPE_FREQS = "rope_freqs.weight"
 
+# Architecture -> whether its rotary embedding pairs the halves of a head, as Hugging Face's does (llama.cpp's rope type
+# NEOX), so that rows of wq and wk are still in that order.
+PAIRS_HALVES = {"llama": False, "qwen3": True}
+
 # Keys that are read or tell no more than tensors do, and those that change nothing with these values. Any other key of
 # the architecture is refused.
 READ = {
     *("vocab_size", "context_length", "block_count", "embedding_length", "feed_forward_length", "tensor_data_layout"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base"),
-    *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+    *("attention.key_length", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
 NEUTRAL = {
     **dict.fromkeys(("rope.scaling.factor", "rope.scale_linear"), (0, 1)),  # llama.cpp's scaling, also without a type
@@ -49,7 +52,7 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     path, output_dir = Path(input), check_output(output_dir, overwrite)
     metadata, tensors = read_gguf(path)
     try:
-        args = _read_metadata(metadata, tensors.pop(ROPE_FREQS, None))
+        args = _read_metadata(metadata, "output.weight" not in tensors, tensors.pop(ROPE_FREQS, None))
         vocabulary = from_gguf(metadata, args.vocab_size)
     except (ValueError, KeyError) as error:
         problem = f"the metadata lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
@@ -57,7 +60,8 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
     names = source_names(args.n_layers, GGUF)
     if names[OUTPUT] not in tensors:  # tied
         names[OUTPUT] = names[EMBEDDING]
-    return write_converted(output_dir, args, vocabulary, tensors, names, path, dtype, overwrite)
+    pairs_halves = PAIRS_HALVES[metadata["general.architecture"]]
+    return write_converted(output_dir, args, vocabulary, tensors, names, path, dtype, overwrite, pairs_halves)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, SourceTensor]]:
@@ -96,39 +100,45 @@ class _WholeReader(GGUFReader):
         return values
 
 
-def _read_metadata(metadata: dict[str, Any], divisors: SourceTensor | None) -> ModelArgs:
-    """The model's shape. ValueError or KeyError for what is missing or has no counterpart in Meta's layout."""
-    if metadata["general.architecture"] != "llama":
-        raise ValueError(f"architecture {metadata['general.architecture']!r}, expected 'llama'")
-    dim, heads = _count(metadata, "embedding_length"), _count(metadata, "attention.head_count")
-    widths = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-    neutral = NEUTRAL | dict.fromkeys(widths, (dim // heads,))
-    unscaled = ("rope.scaling.factor", "rope.scale_linear") if metadata.get("llama.rope.scaling.type") == "none" else ()
+def _read_metadata(metadata: dict[str, Any], tied: bool, divisors: SourceTensor | None) -> ModelArgs:
+    """The model's shape. ValueError or KeyError for what is missing or has no counterpart here."""
+    architecture = metadata["general.architecture"]
+    if architecture not in PAIRS_HALVES:
+        raise ValueError(f"architecture {architecture!r}, expected {' or '.join(map(repr, PAIRS_HALVES))}")
+    prefix, is_qwen3 = f"{architecture}.", architecture == "qwen3"
+    dim, heads = _count(metadata, f"{prefix}embedding_length"), _count(metadata, f"{prefix}attention.head_count")
+    head_dim = _count(metadata, f"{prefix}attention.key_length", dim // heads)
+    neutral = NEUTRAL | dict.fromkeys(("rope.dimension_count", "attention.value_length"), (head_dim,))
+    is_unscaled = metadata.get(f"{prefix}rope.scaling.type") == "none"
+    unscaled = ("rope.scaling.factor", "rope.scale_linear") if is_unscaled else ()
     for name, value in metadata.items():
-        key = name.removeprefix("llama.")
-        if name.startswith("llama.") and key not in READ and key not in unscaled and value not in neutral.get(key, ()):
+        key = name.removeprefix(prefix)
+        if name.startswith(prefix) and key not in READ and key not in unscaled and value not in neutral.get(key, ()):
             expected = f" (expected {' or '.join(map(str, neutral[key]))})" if key in neutral else ""
             raise ValueError(f"{name} is {value!r}, which is not supported{expected}")
     if metadata.get("split.count", 0) > 1:
         raise ValueError(f"split.count is {metadata['split.count']}: the file is one of several, which are not read")
     args = ModelArgs(
         dim=dim,
-        n_layers=_count(metadata, "block_count"),
+        n_layers=_count(metadata, f"{prefix}block_count"),
         n_heads=heads,
-        n_kv_heads=_count(metadata, "attention.head_count_kv", heads),
+        n_kv_heads=_count(metadata, f"{prefix}attention.head_count_kv", heads),
         vocab_size=len(metadata["tokenizer.ggml.tokens"]),
-        norm_eps=_shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-        rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10000.0)),
-        **ffn_rule(dim, _count(metadata, "feed_forward_length")),
+        norm_eps=_shortest(metadata[f"{prefix}attention.layer_norm_rms_epsilon"]),
+        rope_theta=_shortest(metadata.get(f"{prefix}rope.freq_base", 10000.0)),
+        head_dim=head_dim,
+        ffn_dim=_count(metadata, f"{prefix}feed_forward_length"),
+        qk_norm=is_qwen3,
+        tied_embeddings=is_qwen3 and tied,
     )
     return args if divisors is None else _with_scaling(args, divisors.read())
 
 
 def _count(metadata: dict[str, Any], key: str, *default: int) -> int:
     """A positive whole number. ValueError for any other value, KeyError where it is missing."""
-    value = metadata.get(f"llama.{key}", *default) if default else metadata[f"llama.{key}"]
+    value = metadata.get(key, *default) if default else metadata[key]
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"llama.{key} must be one positive whole number, not {value!r}")
+        raise ValueError(f"{key} must be one positive whole number, not {value!r}")
     return value
 
 

@@ -1,4 +1,5 @@
-"""Hugging Face folder -> Meta's layout, for LLaMA-3.x and other plain LlamaForCausalLM models such as SmolLM2."""
+"""Hugging Face folder -> Meta's layout, for LLaMA-3.x and other plain LlamaForCausalLM models such as SmolLM2, and for
+Qwen3."""
 
 import re
 from functools import partial
@@ -15,7 +16,6 @@ from convert.meta_format import (
     Converted,
     SourceTensor,
     check_output,
-    ffn_rule,
     source_names,
     write_converted,
 )
@@ -27,6 +27,10 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 # Constants that old versions saved along with the weights.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+# model_type -> its architecture. Where config.json lacks `head_dim`, Qwen3's is 128.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+QWEN3_HEAD_DIM = 128
 
 # Keys of params.json -> of the llama3 scaling in config.json
 LLAMA3_SCALING = {
@@ -56,40 +60,27 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
         if output is not embedding and not equal(output.read(), embedding.read()):
             raise ValueError(f"{output.origin} differs from {names[EMBEDDING]}, but {path} says tie_word_embeddings")
         names[OUTPUT] = names[EMBEDDING]
-
-    def change(key: str, tensor: Tensor) -> Tensor:
-        return permute_rope(tensor, args.head_dim) if key.endswith(("wq.weight", "wk.weight")) else tensor
-
-    return write_converted(output_dir, args, vocabulary, tensors, names, folder, dtype, overwrite, change)
-
-
-def permute_rope(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows (heads * head_dim, D) of wq or wk: per head from [first half, second half] to Meta's interleaved pairs."""
-    halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])
-    return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def unpermute_rope(weight: Tensor, head_dim: int) -> Tensor:
-    """Inverse of `permute_rope`."""
-    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[-1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
+    return write_converted(output_dir, args, vocabulary, tensors, names, folder, dtype, overwrite, pairs_halves=True)
 
 
 def read_config(config: dict[str, Any]) -> ModelArgs:
     """The model's shape from config.json. Raises ValueError for whatever Meta's layout cannot express."""
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
-        model_type = config.get("model_type")
-        raise ValueError(f"only LlamaForCausalLM can be converted, not {architectures} of model_type {model_type!r}")
-    for key in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"):
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if model_type not in ARCHITECTURES or (architectures or [ARCHITECTURES[model_type]]) != [ARCHITECTURES[model_type]]:
+        known = " and ".join(ARCHITECTURES.values())
+        raise ValueError(f"only {known} can be converted, not {architectures} of model_type {model_type!r}")
+    is_qwen3 = model_type == "qwen3"
+    # Qwen3's sliding_window counts only where use_sliding_window is true
+    window = "use_sliding_window" if is_qwen3 else "sliding_window"
+    for key in ("attention_bias", "mlp_bias", window, "num_experts", "quantization_config"):
         if config.get(key):
-            raise ValueError(f"{key} = {config[key]!r} has no counterpart in Meta's layout")
+            raise ValueError(f"{key} = {config[key]!r} has no counterpart here")
+    for kind in config.get("layer_types") or ():
+        if kind != "full_attention":
+            raise ValueError(f"layer_types has {kind!r}, only 'full_attention' has a counterpart here")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act must be 'silu', not {config['hidden_act']!r}")
     dim, heads = _whole_number(config, "hidden_size"), _whole_number(config, "num_attention_heads")
-    if dim % heads or _whole_number(config, "head_dim", dim // heads) != dim // heads:
-        head_dim = config.get("head_dim")
-        raise ValueError(f"head_dim {head_dim} must be hidden_size / num_attention_heads = {dim} / {heads}")
     return ModelArgs(
         dim=dim,
         n_layers=_whole_number(config, "num_hidden_layers"),
@@ -97,7 +88,10 @@ def read_config(config: dict[str, Any]) -> ModelArgs:
         n_kv_heads=_whole_number(config, "num_key_value_heads", heads),
         vocab_size=_whole_number(config, "vocab_size"),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        **ffn_rule(dim, _whole_number(config, "intermediate_size")),
+        head_dim=_whole_number(config, "head_dim", QWEN3_HEAD_DIM if is_qwen3 else dim // heads),
+        ffn_dim=_whole_number(config, "intermediate_size"),
+        qk_norm=is_qwen3,
+        tied_embeddings=is_qwen3 and bool(config.get("tie_word_embeddings")),
         **_read_rope(config),
     )
 

@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 # Tensors by their names in Meta's layout, Hugging Face's and GGUF's, all without ".weight"; those of a block come after
-# the layer's number. GGUF's wq and wk are in Meta's row order, Hugging Face's are not.
+# the layer's number. Norms of queries and keys: Qwen3 alone has them.
 NAMES = (
     ("tok_embeddings", "model.embed_tokens", "token_embd"),
     ("norm", "model.norm", "output_norm"),
@@ -35,6 +34,8 @@ LAYER_NAMES = (
     ("attention.wk", "self_attn.k_proj", "attn_k"),
     ("attention.wv", "self_attn.v_proj", "attn_v"),
     ("attention.wo", "self_attn.o_proj", "attn_output"),
+    ("attention.q_norm", "self_attn.q_norm", "attn_q_norm"),
+    ("attention.k_norm", "self_attn.k_norm", "attn_k_norm"),
     ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
     ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
     ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
@@ -42,6 +43,8 @@ LAYER_NAMES = (
     ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
 )
 HF, GGUF = 1, 2  # columns
+# Keys whose rows run along queries or keys, where the rotary embedding pairs components of a head
+ROTATED = (".wq.weight", ".wk.weight", ".q_norm.weight", ".k_norm.weight")
 LAYER_PREFIX = {HF: "model.layers.", GGUF: "blk."}
 CHECKPOINT_FILES = ("params.json", "tokenizer.model", "README.md", "consolidated.[0-9][0-9].pth")  # a folder's files
 
@@ -92,14 +95,15 @@ def source_names(n_layers: int, column: int) -> dict[str, str]:
     return names
 
 
-def ffn_rule(dim: int, hidden: int) -> dict[str, float]:
-    """`multiple_of` and `ffn_dim_multiplier` that give exactly this feed-forward width: Meta's own numbers where they
-    fit."""
-    for factor in (1.0, 1.3, 1.5):
-        for multiple in (1024, 256):
-            if ModelArgs(dim, 1, 1, multiple_of=multiple, ffn_dim_multiplier=factor).ffn_dim == hidden:
-                return {"multiple_of": multiple, "ffn_dim_multiplier": factor}
-    return {"multiple_of": hidden, "ffn_dim_multiplier": min(1.0, hidden / int(8 * dim / 3))}
+def permute_rope(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads * head_dim, ...) of queries or keys: per head from [first half, second half], which are the pairs of
+    Hugging Face's rotary embedding, to Meta's interleaved pairs."""
+    return rows.view(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def unpermute_rope(rows: Tensor, head_dim: int) -> Tensor:
+    """Inverse of `permute_rope`."""
+    return rows.view(-1, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def write_converted(
@@ -111,17 +115,17 @@ def write_converted(
     origin: Path,
     dtype: str,
     overwrite: bool,
-    change: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor,
+    pairs_halves: bool,
 ) -> Converted:
     """Write another format's tensors as a checkpoint of one shard. Every shape is checked before the first is read.
 
-    tensors: by their names there, from the file or folder `origin`. names: Meta's key -> the name there. `change` is
-    applied to each tensor read. Raises ValueError naming file and tensor that is missing, too many or of a wrong shape;
-    then nothing was written.
+    tensors: by their names there, from the file or folder `origin`. names: Meta's key -> the name there. pairs_halves:
+    rows of queries and keys are as `permute_rope` takes them, not yet in Meta's order. Raises ValueError naming file
+    and tensor that is missing, too many or of a wrong shape; then nothing was written.
     """
     shapes = {key: spec.shape for key, spec in shard_specs(bare_model(args)).items()}
     for name in tensors.keys() - {names[key] for key in shapes}:
-        raise ValueError(f"{tensors[name].origin} has no place in a LLaMA model in Meta's layout")
+        raise ValueError(f"{tensors[name].origin} has no place in a model of this shape")
     for key in shapes:
         if names[key] not in tensors:
             raise ValueError(f"{origin}: tensor {names[key]} is missing")
@@ -134,13 +138,12 @@ def write_converted(
         tensor = source.read()
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{source.origin} is {tensor.dtype}, expected floating-point numbers")
-        state[key] = change(key, tensor).to(DTYPES[dtype])
+        if pairs_halves and key.endswith(ROTATED):
+            tensor = permute_rope(tensor, args.head_dim)
+        state[key] = tensor.to(DTYPES[dtype])
         require_finite(state[key], source.origin)
-    params = asdict(args)
-    if not args.use_scaled_rope:
-        params = {key: v for key, v in params.items() if key == "rope_theta" or not key.startswith("rope_")}
     with new_folder(output_dir, overwrite) as new:
-        (new / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
+        (new / "params.json").write_text(json.dumps(args.shape, indent=2) + "\n", encoding="utf-8")
         (new / "tokenizer.model").write_bytes(vocabulary.file())
         save_shard(state, new / "consolidated.00.pth")
     return Converted(output_dir, args, vocabulary)

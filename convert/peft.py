@@ -1,7 +1,11 @@
-"""Plain LoRA to and from PEFT's folders: adapter_config.json and adapter_model.safetensors.
+"""LoRA, DoRA, IA3 and VeRA to and from PEFT's folders: adapter_config.json and adapter_model.safetensors.
 
-Module names are those of transformers' LlamaForCausalLM. Its rotary embedding pairs the halves of a head and Meta's
-pairs neighbours, so that B of Q and K has its rows in another order.
+Module names are those of transformers' LlamaForCausalLM and Qwen3ForCausalLM. Their rotary embedding pairs the halves
+of a head and Meta's pairs neighbours, so that what runs along the outputs of Q and K has another order.
+
+IA3 at FFN_UP is PEFT's at the input of down_proj. VeRA becomes the LoRA that it is, of the same rank, both ways: PEFT's
+own cuts the matrices of every layer from one pair, which leaves none in the order of Q and K beside those of other
+layers, and no seed gives PEFT's.
 """
 
 import json
@@ -11,30 +15,48 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
-from convert import hf
-from convert.adapters import ADAPTER_FILES, check_plain_lora, load_plain_lora, recorded_shape
-from convert.meta_format import HF, LAYER_NAMES, check_output, new_folder
+from convert.adapters import ADAPTER_FILES, adapter_keys, check_alone, kind_of, recorded_shape
+from convert.hf import open_safetensors
+from convert.meta_format import (
+    HF,
+    LAYER_NAMES,
+    bare_model,
+    check_output,
+    new_folder,
+    permute_rope,
+    unpermute_rope,
+)
+from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer
-from moa.adapter_file import adapter_params, save_adapter
+from moa.adapter_file import adapter_params, load_adapter, save_adapter
 from moa.config import AdapterConfig
 from moa.files import read_json
 from moa.methods import META_NAMES
+from moa.state import load_adapter_state_dict
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_FILES = (CONFIG, TENSORS, "README.md")
 PREFIX = "base_model.model.model.layers."
-NAME = re.compile(re.escape(PREFIX) + r"(0|[1-9][0-9]*)\.(\w+\.\w+)\.lora_([AB])\.weight")
-# LoRA's target -> transformers' module there: Q -> self_attn.q_proj.
+VERA_A, VERA_B = "base_model.vera_A", "base_model.vera_B"  # of all layers
+# Our tensors' names -> PEFT's
+NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector", "factor": "ia3_l"}
+OUR_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
+NAME = re.compile(rf"{re.escape(PREFIX)}(0|[1-9][0-9]*)\.(\w+\.\w+)\.({'|'.join(map(re.escape, OUR_NAMES))})")
+ALONG_OUTPUTS = ("lora_B", "magnitude", "factor")
+# An adapter's target -> transformers' module there: Q -> self_attn.q_proj.
 MODULES = {target: row[HF] for target, name in META_NAMES.items() for row in LAYER_NAMES if row[0] == name}
 TARGETS = {module: target for target, module in MODULES.items()}
 PERMUTED = ("Q", "K")
 
-# Settings of PEFT's LoRA that change nothing in what a trained adapter computes. Any other must be off.
+# Settings of PEFT's LoRA, IA3 and VeRA that change nothing in what a trained adapter computes. Any other must be off.
 HARMLESS = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("use_rslora", "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    *("use_dora", "feedforward_modules", "init_ia3_weights"),
+    *("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"),
 }
 # Some ways to initialise (PiSSA, OLoRA, ...) take something out of the base's weights as well; these do not.
 HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
@@ -47,7 +69,7 @@ def to_peft(
     ckpt_dir: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a PEFT folder of an adapter of plain LoRAs; tensors are float32.
+    """Write a PEFT folder of an adapter of LoRAs, DoRAs, IA3 or VeRA; tensors are float32.
 
     base_model: name or path of the Hugging Face model that PEFT is to put it on. ckpt_dir: the base, needed for its
     shape where the adapter's settings do not tell it (the authors' do not). Raises ValueError or OSError naming the
@@ -55,38 +77,68 @@ def to_peft(
     """
     output_dir = check_output(output_dir, overwrite, PEFT_FILES)
     args = recorded_shape(Path(adapter_path)) if ckpt_dir is None else load_params_and_tokenizer(ckpt_dir)[0]
-    config, updates = load_plain_lora(adapter_path, args)
+    config, state = load_adapter(adapter_path, args)
+    kind = kind_of(config)
+    check_alone(config, state, args, str(adapter_path), kind)
+    options = config.adapters[kind]
+    scales_up = kind == "ia3" and "FFN_DOWN" not in options.targets.split(",")  # FFN_UP at the input of down_proj
     targets = {name: target for target, name in META_NAMES.items()}
-    tensors, modules, layers = {}, set(), set()
-    for key, update in updates.items():
+    tensors, modules, feedforward = {}, set(), set()
+    parts = _vera_as_lora(config, state, args) if kind == "vera" else state
+    for key, adapter in adapter_keys(config).items():
         _, layer, name = key.removesuffix(".weight").split(".", 2)
-        module, b = MODULES[targets[name]], update.lora_B
-        if targets[name] in PERMUTED:
-            b = hf.unpermute_rope(b, args.head_dim)
-        tensors[f"{PREFIX}{layer}.{module}.lora_A.weight"] = update.lora_A.contiguous()
-        tensors[f"{PREFIX}{layer}.{module}.lora_B.weight"] = b.contiguous()
-        modules.add(module.partition(".")[2])
-        layers.add(int(layer))
-    lora = config.adapters["lora"]
-    peft_config = {  # PEFT's own defaults for the rest are plain LoRA
-        "peft_type": "LORA",
+        at_input = scales_up and targets[name] == "FFN_UP"
+        module = MODULES["FFN_DOWN" if at_input else targets[name]]
+        modules.add(f"layers.{layer}.{module}")
+        if at_input:
+            feedforward.add(f"layers.{layer}.{module}")
+        for ours, theirs in NAMES.items():
+            if (tensor := parts.get(f"{adapter}.{ours}")) is not None:
+                if targets[name] in PERMUTED and ours in ALONG_OUTPUTS:
+                    tensor = unpermute_rope(tensor, args.head_dim)
+                if ours == "factor":
+                    tensor = tensor[None] if at_input else tensor[:, None]
+                tensors[f"{PREFIX}{layer}.{module}.{theirs}"] = tensor.float().contiguous()
+    layers = sorted({int(module.split(".")[1]) for module in modules})
+    if len(layers) == args.n_layers or kind != "ia3":  # their names alone will do
+        modules, feedforward = ({module.split(".")[-1] for module in names} for names in (modules, feedforward))
+    peft_config = {  # PEFT's own defaults for the rest change nothing
+        "peft_type": "IA3" if kind == "ia3" else "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-        "use_rslora": lora.rslora,
         "target_modules": sorted(modules),
-        "layers_to_transform": None if len(layers) == args.n_layers else sorted(layers),
     }
+    if kind == "ia3":
+        peft_config |= {"feedforward_modules": sorted(feedforward)}
+    else:
+        alpha = float(options.rank) if kind == "vera" else options.alpha
+        peft_config |= {
+            "r": options.rank,
+            "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+            "use_rslora": kind == "lora" and options.rslora,
+            "use_dora": kind == "dora",
+            "layers_to_transform": None if len(layers) == args.n_layers else layers,
+        }
     with new_folder(output_dir, overwrite, PEFT_FILES) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n", encoding="utf-8")
         (new / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     return output_dir
 
 
+def _vera_as_lora(config: AdapterConfig, state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
+    """The LoRAs, B A = (l_b * B) (l_d * A), of a VeRA adapter."""
+    model, loras = bare_model(args, config), {}
+    load_adapter_state_dict(model, state, "")
+    for key in adapter_keys(config).values():
+        vera = model.get_submodule(key)
+        loras[f"{key}.lora_A"] = (vera.lambda_d * vera.matrix_a).T.detach()
+        loras[f"{key}.lora_B"] = (vera.lambda_b[:, None] * vera.matrix_b).detach()
+    return loras
+
+
 def from_peft(input: str | Path, ckpt_dir: str | Path, output_dir: str | Path, overwrite: bool = False) -> Path:
-    """Write a PEFT folder's LoRAs as an adapter of ours, for the base of `ckpt_dir`.
+    """Write a PEFT folder's LoRAs, DoRAs, IA3 or VeRA (as LoRAs) as an adapter of ours, for the base of `ckpt_dir`.
 
     Raises ValueError or OSError naming the file and the setting or tensor that has no counterpart; then nothing was
     written.
@@ -94,53 +146,93 @@ def from_peft(input: str | Path, ckpt_dir: str | Path, output_dir: str | Path, o
     config_file, tensor_file = Path(input) / CONFIG, Path(input) / TENSORS
     output_dir = check_output(output_dir, overwrite, ADAPTER_FILES)
     args, _ = load_params_and_tokenizer(ckpt_dir)
-    settings = _read_config(config_file)
+    peft_type, settings = _read_config(config_file)
+    kind = settings["method"]
     if not tensor_file.is_file():
         raise ValueError(f"{tensor_file}: no such file (pickled adapters are not read, save them as safetensors)")
+    with open_safetensors(tensor_file) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if peft_type == "VERA":
+        tensors = _peft_vera_as_lora(tensors, args, tensor_file)
     state, targets, layers = {}, set(), set()
-    with hf.open_safetensors(tensor_file) as file:
-        for name in file.keys():
-            match = NAME.fullmatch(name)
-            if not match or match[2] not in TARGETS:
-                raise ValueError(f"{tensor_file}: tensor {name} is no LoRA at a linear layer of a LLaMA block")
-            layer, target, tensor = match[1], TARGETS[match[2]], file.get_tensor(name)
-            if target in PERMUTED and match[3] == "B" and tensor.dim() == 2 and len(tensor) % args.head_dim == 0:
-                tensor = hf.permute_rope(tensor, args.head_dim)
-            part = META_NAMES[target].partition(".")[0]
-            state[f"layers.{layer}.{part}.adapters.lora_{target}.lora_{match[3]}"] = tensor
-            targets.add(target)
-            layers.add(int(layer))
+    for name, tensor in tensors.items():
+        match = NAME.fullmatch(name)
+        if not match or match[2] not in TARGETS:
+            raise ValueError(f"{tensor_file}: tensor {name} is no LoRA, DoRA or IA3 at a linear layer of a block")
+        layer, target, ours = match[1], TARGETS[match[2]], OUR_NAMES[match[3]]
+        if target in PERMUTED and ours in ALONG_OUTPUTS and tensor.dim() and len(tensor) % args.head_dim == 0:
+            tensor = permute_rope(tensor, args.head_dim)
+        if ours == "factor":
+            if tensor.dim() == 2 and len(tensor) == 1:  # of a module of feedforward_modules
+                if target != "FFN_DOWN":
+                    raise ValueError(f"{tensor_file}: {name} scales an input, which only down_proj's has here")
+                target = "FFN_UP"
+            tensor = tensor.flatten()
+        key = f"layers.{layer}.{META_NAMES[target].partition('.')[0]}.adapters.{kind}_{target}.{ours}"
+        if key in state:
+            problem = "up_proj's outputs and down_proj's inputs are both scaled, only one can be converted"
+            raise ValueError(f"{tensor_file}: layer {layer}: {problem}")
+        state[key] = tensor
+        targets.add(target)
+        layers.add(int(layer))
     settings |= {
-        "lora_targets": ",".join(target for target in META_NAMES if target in targets),
-        "lora_layers": ",".join(f"{i}-{i + 1}" for i in layers),
+        f"{kind}_targets": ",".join(target for target in META_NAMES if target in targets),
+        f"{kind}_layers": ",".join(f"{i}-{i + 1}" for i in layers),
     }
     try:
         config = AdapterConfig.from_dict(settings, args.n_layers)
     except ValueError as error:
         raise ValueError(f"{input}: {error}") from None
-    check_plain_lora(config, state, args, str(tensor_file))
+    check_alone(config, state, args, str(tensor_file), kind)
     state = {key: tensor.float() for key, tensor in state.items()}
     with new_folder(output_dir, overwrite, ADAPTER_FILES) as new:
         save_adapter(new, state, adapter_params(config, asdict(args)))
     return output_dir
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Method, rank and alpha of an adapter_config.json. ValueError for what is not plain LoRA."""
+def _peft_vera_as_lora(tensors: dict[str, Tensor], args: ModelArgs, file: Path) -> dict[str, Tensor]:
+    """PEFT's LoRA tensors for its VeRA: of each layer (l_b * the first rows of B) (l_d * the first columns of A)."""
+    a, b = tensors.pop(VERA_A, None), tensors.pop(VERA_B, None)
+    widths, loras = {"FFN_DOWN": args.ffn_dim, "O": args.n_heads * args.head_dim}, {}
+    for name in [name for name in tensors if name.endswith(".vera_lambda_d")]:
+        stem = name.removesuffix("vera_lambda_d")
+        n_in = widths.get(TARGETS.get(".".join(stem.split(".")[-3:-1])), args.dim)
+        lambda_d, lambda_b = tensors.pop(name), tensors.pop(f"{stem}vera_lambda_b", None)
+        given = [a, b, lambda_d, lambda_b]
+        fits = all(isinstance(t, Tensor) for t in given) and [t.dim() for t in given] == [2, 2, 1, 1]
+        if not (fits and a.shape[1] >= n_in and len(b) >= len(lambda_b) and len(a) == b.shape[1] == len(lambda_d)):
+            raise ValueError(f"{file}: {stem}vera_lambda_d and vera_lambda_b, vera_A and vera_B do not fit each other")
+        loras[f"{stem}lora_A.weight"] = lambda_d[:, None] * a[:, :n_in]
+        loras[f"{stem}lora_B.weight"] = lambda_b[:, None] * b[: len(lambda_b)]
+    for name in tensors:
+        raise ValueError(f"{file}: tensor {name} is no part of VeRA")
+    return loras
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """`peft_type` of an adapter_config.json, and our method, rank and alpha. ValueError for what has no counterpart."""
     config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, only 'LORA' can be converted")
+    peft_type, rank = config.get("peft_type"), config.get("r")
+    if peft_type not in ("LORA", "IA3", "VERA"):
+        raise ValueError(f"{path}: peft_type is {peft_type!r}, only 'LORA', 'IA3' and 'VERA' can be converted")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias is {config['bias']!r}, only 'none' can be converted")
     if config.get("init_lora_weights") not in HARMLESS_INITS:
         raise ValueError(f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base's weights too")
     for name, value in config.items():
         if value and name not in HARMLESS | {"bias", "init_lora_weights"}:
-            raise ValueError(f"{path}: {name} is {value!r}, which is more than plain LoRA and cannot be converted")
-    rslora = config.get("use_rslora", False)
-    return {
-        "method": "lora",
-        "lora_rank": config.get("r"),
-        "lora_alpha": config.get("lora_alpha"),
-        "lora_rslora": rslora,
-    }
+            raise ValueError(f"{path}: {name} is {value!r}, which has no counterpart here and cannot be converted")
+    alpha, rslora = config.get("lora_alpha"), config.get("use_rslora", False)
+    if peft_type == "IA3":
+        settings = {"method": "ia3"}
+    elif peft_type == "VERA":
+        if not config.get("save_projection", True):
+            raise ValueError(f"{path}: save_projection is false: the folder lacks vera_A and vera_B")
+        settings = {"method": "lora", "lora_rank": rank, "lora_alpha": rank}
+    elif not config.get("use_dora"):
+        settings = {"method": "lora", "lora_rank": rank, "lora_alpha": alpha, "lora_rslora": rslora}
+    elif rslora:
+        raise ValueError(f"{path}: use_rslora with use_dora has no counterpart here")
+    else:
+        settings = {"method": "dora", "dora_rank": rank, "dora_alpha": alpha}
+    return peft_type, settings

@@ -1,187 +1,40 @@
-"""Plain LoRA merged into its base, to PEFT and from it: the same logits everywhere, or a refusal by name."""
+"""Plain LoRA merged into its base, what no converter takes, and the authors' format."""
 
-import copy
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from convert import hf
 from convert.__main__ import main
 from convert.adapters import merge, to_reference
 from convert.peft import from_peft, to_peft
-from convert_samples import cut_embedding_by_width, edit_shard, load_shards, refused_by_command, write_hf
+from convert_samples import close, cut_embedding_by_width, edit_shard, load_shards, refused_by_command
 from llama import Llama
 from moa.adapter import AdapterModule, Target, normal
-from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 from moa.lora import LoRA
 from moa.methods import ADAPTERS, LINEAR_TARGETS, META_NAMES, LoRAConfig, option, register_adapter
-from moa.state import load_adapter_state_dict
-from tiny import ARGS, BASE, GOLDEN, METHODS, PARAMS, golden_state, random_state, save, shared, tokens, write_base
-
-# Of transformers, for a word that PEFT uses
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-
-ALL = "Q,K,V,O,FFN_UP,FFN_GATE,FFN_DOWN"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A random model of transformers (2 layers, 6 heads, 2 key/value heads) and its checkpoint in Meta's layout."""
-    root = tmp_path_factory.mktemp("pair")
-    model = write_hf(root / "hf", "llama3")
-    hf.convert(root / "hf", root / "meta", dtype="fp32")
-    return model, root / "meta"
+from tiny import (
+    ARGS,
+    BASE,
+    BASELINES,
+    GOLDEN,
+    METHODS,
+    PARAMS,
+    golden_state,
+    save,
+    shared,
+    tokens,
+    write_base,
+)
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """Random LoRAs at every linear layer of the golden base."""
     return save(shared("lora"), tmp_path / "adapter")
-
-
-def random_lora(ckpt_dir: Path, folder: Path, **flat: Any) -> tuple[Llama, Path]:
-    """A model with random LoRAs, and their file."""
-    config = AdapterConfig.from_dict({"method": "lora", **flat}, n_layers=2)
-    llm = Llama.build(ckpt_dir, config=config)
-    load_adapter_state_dict(llm.model, random_state(llm.model), "random")
-    return llm, save(llm, folder)
-
-
-def close(actual: Tensor, expected: Tensor, other: Tensor) -> None:
-    """Equal to float32's rounding, which is no accident: `other`, without the adapter, is far away."""
-    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=2e-4)
-    assert (expected - other).abs().max() > 0.1
-
-
-# --- PEFT ---
-
-SUBSETS = {
-    "all": {"lora_targets": ALL, "lora_rank": 3, "lora_alpha": 6.0},
-    "some": {"lora_targets": "K,FFN_DOWN,O", "lora_layers": "1-2", "lora_rank": 4, "lora_alpha": 2.5},
-    "custom": {"method": "custom", "lora_targets": "Q,FFN_UP", "lora_layers": "0-1", "lora_hydra": True},
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("subset", SUBSETS)
-def test_peft_computes_the_same_logits_there_and_back(subset: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
-    original, ckpt_dir = pair
-    llm, path = random_lora(ckpt_dir, tmp_path / "ours", **SUBSETS[subset])
-    to_peft(path, tmp_path / "peft")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "peft").eval()
-    batch = tokens(2, 70)
-    close(theirs(batch).logits, llm.model(batch), original(batch).logits)
-    flags = ["--input", str(tmp_path / "peft"), "--ckpt_dir", str(ckpt_dir), "--output_dir", str(tmp_path / "back")]
-    main(["from_peft", *flags])
-    (config, state), (back_config, back) = (load_adapter(p, llm.model.args) for p in (path, tmp_path / "back"))
-    assert state.keys() == back.keys() and all(torch.equal(state[key], back[key]) for key in state)
-    ours, again = config.adapters["lora"], back_config.adapters["lora"]
-    assert set(ours.targets.split(",")) == set(again.targets.split(","))
-    assert (ours.layers, ours.rank, ours.alpha) == (again.layers, again.rank, again.alpha)
-
-
-def test_what_the_folder_says(pair: tuple[Any, Path], tmp_path: Path) -> None:
-    _, path = random_lora(pair[1], tmp_path / "ours", **SUBSETS["some"])
-    main(["peft", "--adapter_path", str(path), "--output_dir", str(tmp_path / "peft"), "--base_model", "meta/base"])
-    assert sorted(p.name for p in (tmp_path / "peft").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    expected = {"peft_type": "LORA", "r": 4, "lora_alpha": 2.5, "target_modules": ["down_proj", "k_proj", "o_proj"]}
-    assert expected.items() <= config.items()
-    assert (config["base_model_name_or_path"], config["layers_to_transform"]) == ("meta/base", [1])
-    with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-        actual = {name: file.get_tensor(name) for name in file.keys()}
-    block = "base_model.model.model.layers.1."
-    names = ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")
-    assert actual.keys() == {f"{block}{name}.lora_{ab}.weight" for name in names for ab in "AB"}
-    assert {t.dtype for t in actual.values()} == {torch.float32}
-    assert actual[f"{block}mlp.down_proj.lora_A.weight"].shape == (4, 160)
-
-
-def test_an_adapter_of_the_authors_needs_the_bases_shape(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="adapter_params.json: does not tell the shape.*--ckpt_dir"):
-        to_peft(GOLDEN / "lora" / "adapter.pth", tmp_path / "peft")
-    to_peft(GOLDEN / "lora", tmp_path / "peft", ckpt_dir=BASE)
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["layers_to_transform"] is None
-
-
-@pytest.fixture
-def made_by_peft(pair: tuple[Any, Path], tmp_path: Path) -> tuple[Any, Path]:
-    """A random LoRA as PEFT itself builds and writes it: model and folder."""
-    modules = ["q_proj", "k_proj", "up_proj", "down_proj"]
-    settings = LoraConfig(r=3, lora_alpha=5, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
-    torch.manual_seed(0)
-    model = get_peft_model(copy.deepcopy(pair[0]), settings).eval()
-    model.save_pretrained(tmp_path / "made")
-    return model, tmp_path / "made"
-
-
-@torch.no_grad()
-def test_an_adapter_made_by_peft(made_by_peft: tuple[Any, Path], pair: tuple[Any, Path], tmp_path: Path) -> None:
-    theirs, folder = made_by_peft
-    from_peft(folder, pair[1], tmp_path / "ours")
-    llm = Llama.build(pair[1], tmp_path / "ours" / "adapter.pth")
-    batch = tokens(2, 40)
-    close(llm.model(batch), theirs(batch).logits, pair[0](batch).logits)
-
-
-def settings(**changes: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return damage
-
-
-def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        state = load_file(folder / "adapter_model.safetensors")
-        change(state)
-        save_file(state, folder / "adapter_model.safetensors")
-
-    return damage
-
-
-Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-BAD_PEFT = {
-    "other kind": (settings(peft_type="IA3"), "adapter_config.json: peft_type is 'IA3'"),
-    "biases": (settings(bias="lora_only"), "adapter_config.json: bias is 'lora_only'"),
-    "dora": (settings(use_dora=True), "adapter_config.json: use_dora is True"),
-    "unknown": (settings(use_tomorrow=1), "adapter_config.json: use_tomorrow is 1"),
-    "residual base": (settings(init_lora_weights="pissa"), "init_lora_weights 'pissa' changes the base"),
-    "rank is text": (settings(r="3"), "made: lora_rank must be of type int, not '3'"),
-    "rank": (settings(r=4), r"adapter_model.safetensors: \S+ has shape \(3, 48\), the model's is \(4, 48\)"),
-    "no file": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
-    "no settings": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
-    "missing": (tensors(lambda t: t.pop(Q)), "adapter_model.safetensors: missing tensor .*lora_Q.lora_B"),
-    "elsewhere": (
-        tensors(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 48)})),
-        "tensor base_model.model.lm_head.lora_A.weight is no LoRA at a linear layer",
-    ),
-    "not finite": (tensors(lambda t: t[Q].fill_(torch.nan)), "lora_Q.lora_B has values that are not finite"),
-    "integers": (tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), "not a plain tensor of floating-point"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_PEFT)
-def test_a_bad_peft_folder(case: str, made_by_peft: tuple[Any, Path], pair: tuple[Any, Path], tmp_path: Path) -> None:
-    damage, message = BAD_PEFT[case]
-    damage(made_by_peft[1])
-    with pytest.raises(ValueError, match=message) as caught:
-        from_peft(made_by_peft[1], pair[1], tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["made"]
 
 
 # --- merging ---
@@ -246,12 +99,13 @@ NOT_PLAIN = {
     "hydralora": ["expert_num 3"],
     "lora_bias_norm": ["train_bias_norm True"],
     "LoRA behind a router": ["block_router soft"],
+    "pissa": ["pissa_layers 0-3"],
 }
 
 
 @pytest.mark.parametrize("name", NOT_PLAIN)
 def test_what_is_more_than_plain_lora(name: str, tmp_path: Path) -> None:
-    flat = METHODS.get(name, METHODS["lora"] | {"block_router": "soft"})
+    flat = (METHODS | BASELINES).get(name, METHODS["lora"] | {"block_router": "soft"})
     path = save(Llama.build(BASE, config=AdapterConfig.from_dict(flat, ARGS.n_layers)), tmp_path / "adapter")
     for convert in (lambda: to_peft(path, tmp_path / "out"), lambda: merge(BASE, path, tmp_path / "out")):
         with pytest.raises(ValueError, match="adapter.pth: only plain LoRA can be converted") as caught:

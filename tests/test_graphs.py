@@ -1,72 +1,16 @@
-"""Recorded decode steps, without a GPU (`cuda_graphs`): the same answers, from few recordings.
-
-A stand-in for CUDA graphs records every operation with the tensors it works on, and replays these. What a step reads
-from anywhere else stays as it was.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
-from typing import Any
+"""Recorded decode steps, without a GPU (`graph_stand_in`): the same answers, from few recordings."""
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from graph_stand_in import Graph, Recording, stand_in_for_graphs
 from llama.accelerate import FastDecoding, cuda_graphs
 from tiny import ALL, changed, prompts, shared
 
 
-class Graph:
-    """Of `torch.cuda.CUDAGraph`: what `llama.accelerate.cuda_graphs` uses."""
-
-    def __init__(self):
-        self.tape: list[tuple[Any, tuple, dict, Any]] = []
-        self.replays = 0
-        self.memory: object = self
-
-    def pool(self) -> object:
-        return self.memory
-
-    def replay(self) -> None:
-        self.replays += 1
-        for func, args, kwargs, results in self.tape:
-            for old, new in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-                    old.copy_(new)
-
-
-class Recording(TorchDispatchMode):
-    def __init__(self, graph: Graph):
-        super().__init__()
-        self.graph = graph
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        self.graph.tape.append((func, args, kwargs or {}, results))
-        return results
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
-    """The graphs that are recorded from now on."""
-    recorded: list[Graph] = []
-
-    @contextmanager
-    def record(graph: Graph, pool: object, **_: Any) -> Iterator[None]:
-        graph.memory = pool or graph
-        recorded.append(graph)
-        with Recording(graph):
-            yield
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(cuda_graphs, "side_stream", lambda: stream)
-    stand_ins = {"CUDAGraph": Graph, "graph": record, "current_stream": lambda: stream, "stream": nullcontext}
-    for name, value in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return recorded
+    return stand_in_for_graphs(monkeypatch)
 
 
 @pytest.mark.parametrize("block", [4, 128])

@@ -166,7 +166,7 @@ def expert_fraction(tokens_per_expert: Tensor, num_tokens: int) -> Tensor:
 
     tokens_per_expert (routers, E) and num_tokens are this rank's; every rank must call it (arXiv 2501.11873).
     """
-    counts = torch.cat([tokens_per_expert.flatten(), tokens_per_expert.new_tensor([num_tokens])])
+    counts = torch.cat([tokens_per_expert.flatten(), tokens_per_expert.new_full((1,), num_tokens)])
     if dp_size() > 1:
         dist.all_reduce(counts, group=mp.get_data_parallel_group())
     return counts[:-1].view_as(tokens_per_expert) / counts[-1]

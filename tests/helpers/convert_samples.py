@@ -10,13 +10,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from gguf.quants import quantize
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from convert.__main__ import main
+from convert.meta_format import Converted
 from convert.vocabulary import QWEN2_SPLIT
+from llama import Llama
 from llama.tokenizer import LLAMA3_SPLIT, special_tokens
 
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -24,10 +27,12 @@ OTHERS = [b for b in range(256) if b not in PRINTABLE]
 # GPT-2 spells the bytes that have no printable character as U+0100, U+0101, ... in byte order.
 SPELLING = {b: chr(b) for b in PRINTABLE} | {b: chr(0x100 + i) for i, b in enumerate(OTHERS)}
 
+TEXTS = ("in the thin hat", "the\n\n  tin's 12345!", "na\u00efve \u20ac \U0001f600 hein\t")
 MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("1", "2")]
 HF_TO_GGUF = {
     **{"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "model.layers": "blk"},
     **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+    **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
     **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
     **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
 }
@@ -100,8 +105,13 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def write_hf(
-    folder: Path, style: str, max_shard_size: str = "1GB", dtype: torch.dtype = torch.float32, **config: Any
-) -> LlamaForCausalLM:
+    folder: Path,
+    style: str,
+    max_shard_size: str = "1GB",
+    dtype: torch.dtype = torch.float32,
+    qwen3: bool = False,
+    **config: Any,
+) -> LlamaForCausalLM | Qwen3ForCausalLM:
     """A folder as Hugging Face has it, with a style's tokenizer; returns its model. That of llama3 has a scaled rotary
     embedding and is untied, the others are neither."""
     tokens, special = STYLES[style].vocabulary()
@@ -115,7 +125,8 @@ def write_hf(
     else:
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         sizes |= {"intermediate_size": 128, "rope_parameters": rope, "tie_word_embeddings": True}
-    model = LlamaForCausalLM(LlamaConfig(**sizes | config)).eval()
+    config_type, model_type = (Qwen3Config, Qwen3ForCausalLM) if qwen3 else (LlamaConfig, LlamaForCausalLM)
+    model = model_type(config_type(**sizes | config)).eval()
     randomise(model)
     model.tie_weights()
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
@@ -123,15 +134,14 @@ def write_hf(
     return model
 
 
-def as_gguf(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
-    """The weights of a model by GGUF's names, permuted as llama.cpp's converter does."""
-    tensors, heads = {}, model.config.num_attention_heads
+def as_gguf(model: LlamaForCausalLM | Qwen3ForCausalLM) -> dict[str, np.ndarray]:
+    """The weights of a model by GGUF's names, those of a LLaMA permuted as llama.cpp's converter does."""
+    tensors, half = {}, model.config.head_dim // 2
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            head_dim = weight.shape[1] // heads
-            weight = weight.view(-1, 2, head_dim // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        if name.endswith(("q_proj.weight", "k_proj.weight")) and model.config.model_type == "llama":
+            weight = weight.view(-1, 2, half, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         for theirs, gguf_name in HF_TO_GGUF.items():
             name = name.replace(theirs, gguf_name)
         tensors[name] = weight.float().numpy()
@@ -164,7 +174,7 @@ def write_gguf(
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
     metadata: dict[str, int | float | str] | None = None,
 ) -> None:
-    """A llama GGUF (2 key/value heads) with these tensors; `metadata` adds keys."""
+    """A GGUF (2 key/value heads) with these tensors; `metadata` adds keys."""
     tokens, special = STYLES[style].vocabulary()
     writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     writer.add_block_count(sum(name.endswith("attn_norm.weight") for name in tensors))
@@ -190,6 +200,29 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def close(actual: Tensor, expected: Tensor, other: Tensor, least: float = 0.1) -> None:
+    """Equal to float32's rounding, which is no accident: `other`, without the adapter, is far away."""
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=2e-4)
+    assert (expected - other).abs().max() > least
+
+
+@torch.no_grad()
+def same_logits(result: Converted, reference: Any) -> None:
+    """The same logits from the converted checkpoint, at more positions than scaled rotary embeddings are made for."""
+    tokens = torch.randint(result.args.vocab_size, (2, 90), generator=torch.Generator().manual_seed(1))
+    ours = Llama.build(result.folder, device="cpu").model(tokens)
+    torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def same_ids(result: Converted, tokenizer_json: Path) -> None:
+    """The same ids for a text as by the source's own tokenizer."""
+    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+    ours = Llama.build(result.folder, device="cpu").tokenizer
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours.encode(text)) == text
 
 
 def load_shards(folder: Path) -> list[dict[str, Tensor]]:

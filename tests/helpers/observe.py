@@ -57,10 +57,10 @@ COPIED = (
 )
 
 
-def observe(name: str, model_parallel_size: int) -> dict[str, Any]:
+def observe(name: str, model_parallel_size: int, ckpt_dir: Path = BASE) -> dict[str, Any]:
     """Everything that must not depend on how many ranks share the model: whole tensors and plain values."""
     with dora.registered() if name == "my_dora" else nullcontext():
-        llm = build(name, model_parallel_size=model_parallel_size)
+        llm = build(name, model_parallel_size=model_parallel_size, ckpt_dir=ckpt_dir)
         model, batch = llm.model, tokens(2, 9)
         seen = {"state": adapter_state_dict(model), "loaded": random_state(model)}
         with torch.no_grad():
