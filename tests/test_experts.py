@@ -80,7 +80,7 @@ def test_the_balance_loss_is_least_where_all_experts_are_used_alike() -> None:
     even, uneven = torch.full((E,), 1 / E), torch.eye(E)[0]
 
     def loss(fraction: Tensor, mean_prob: Tensor) -> float:
-        stats = RouterStats(N * fraction, N * mean_prob)
+        stats = RouterStats(N * fraction, N * E * mean_prob)
         return stats.load_balancing_loss(stats.tokens_per_expert / N).item() / N
 
     assert loss(even, even) == pytest.approx(1.0)
@@ -96,7 +96,7 @@ def test_the_balance_is_of_what_is_chosen_and_of_what_would_be(kind: str) -> Non
     if kind == "adamole":
         p = p - torch.sigmoid(choosing.threshold(u)) / E
     torch.testing.assert_close(stats.tokens_per_expert / N, fraction)
-    torch.testing.assert_close(stats.probs / N, p.mean(0))
+    torch.testing.assert_close(stats.scaled_probs / (N * E), p.mean(0))
     (expected,) = torch.autograd.grad(E * (fraction * p.mean(0)).sum(), choosing.proj.weight)
     (grad,) = torch.autograd.grad(stats.load_balancing_loss(fraction) / N, choosing.proj.weight)
     torch.testing.assert_close(grad, expected)

@@ -156,7 +156,7 @@ def test_what_has_no_recipe_is_refused(words, expected):
 PYTHON = f"""#!{sys.executable}
 import json, os, pathlib, sys
 words = sys.argv[1:]
-if words[0] in ("finetune.py", "extract_adapter.py", "generate.py"):
+if {{"finetune.py", "extract_adapter.py", "generate.py"}} & set(words):
     with open(os.environ["CALLS"], "a") as file:
         file.write(json.dumps(words) + "\\n")
 elif words[:3] == ["-m", "exps.recipe", "fingerprint"]:
@@ -256,6 +256,23 @@ def test_the_small_table(script, tmp_path):
     assert [flags.max_gen_len for flags in answered] == lengths and len(lengths) == 5 * (4 + 6)
     assert {(flags.max_rows, flags.temperature) for flags in answered} == {(64, 0)}
     assert "## gsm8k" in result.stdout and "## commonsense_15k_mixed" in result.stdout
+
+
+@pytest.mark.parametrize(("method", "processes"), [("soft_moa", 1), ("lora", 4)])
+def test_qwen3_runs_as_published(method, processes, script):
+    result, calls = script("qwen3.sh", method, 125, CKPT_DIR=BASE, NPROC=processes)
+    assert result.returncode == 0, result.stderr
+    trained = [
+        parse_flags(words[words.index("finetune.py") + 1 :], {}, "") for words in calls if "finetune.py" in words
+    ]
+    (config,) = trained
+    expected = {"epochs": 1, "lr": 1e-4, "lr_schedule": "constant", "weight_decay": 0, "max_seq_len": 300, "seed": 125}
+    assert fields(config.train, expected) == expected
+    assert config.train.batch_size * config.train.accum_iter * processes == 16
+    assert round(config.train.warmup_epochs * 13_921 / 16) == 200
+    assert config.adapter == ({"prompt_layers": "0-0"} if method == "soft_moa" else {"lora_rank": 8, "lora_alpha": 8.0})
+    answered = [parse(Flags, words[words.index("generate.py") + 1 :]) for words in calls if "generate.py" in words]
+    assert {(flags.temperature, flags.max_gen_len) for flags in answered} == {(0, 300)} and len(answered) == 6
 
 
 def test_code_is_run_only_where_that_is_allowed(script, tmp_path):
