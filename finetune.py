@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 
 from cli import cli_errors
 from demo import RECIPE
-from llama.machine import prepare_cpu
+from llama.machine import prepare_libraries
 from llama.templates import ALPACA
 from training.config import RunConfig, parse_flags
 from training.resume import merge_with_previous_run
@@ -21,7 +21,7 @@ from training.resume import merge_with_previous_run
 def main(argv: list[str] | None = None) -> None:
     config = parse_flags(argv, RECIPE, __doc__)
     with cli_errors():
-        prepare_cpu()
+        prepare_libraries()
         config = with_demo(merge_with_previous_run(config))
         if config.train.dry_run:
             from training.dry_run import print_dry_run

@@ -16,7 +16,7 @@ from cli import cli_errors, flag, parse
 from demo.model import ensure_model
 from demo.problems import ensure_data
 from llama.data import encode_prompt
-from llama.machine import QUANTIZATIONS, check_machine, check_sampling, prepare_cpu
+from llama.machine import QUANTIZATIONS, check_machine, check_sampling, prepare_libraries
 from llama.templates import ALPACA, TEMPLATES, require_template
 from moa.methods import METHODS
 from moa.reading import read_rows
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="generate.py", description=__doc__)
     advice = f"lower --max_batch_size (now {flags.max_batch_size}) or --max_seq_len ({flags.max_seq_len})"
     with cli_errors(memory_advice=advice):
-        prepare_cpu()
+        prepare_libraries()
         run(flags)
 
 

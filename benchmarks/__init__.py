@@ -3,6 +3,6 @@
 Measured under the settings of the CPU libraries that the entry scripts have; they must stand before torch is loaded.
 """
 
-from llama.machine import prepare_cpu
+from llama.machine import prepare_libraries
 
-prepare_cpu()
+prepare_libraries()

@@ -35,12 +35,13 @@ OTHER, THIS = "base", "this"
 SAME = {"step": "largest difference of a loss", "generation": "same tokens"}  # what `same_task` tells
 # What a process runs in either checkout; its argument is a task in JSON.
 GENERATE = """
-import hashlib, json, resource, sys, time
-try:
-    from llama.machine import prepare_cpu
-except ImportError:
-    from llama.cpu import prepare_cpu  # until revision 79f64d3
-prepare_cpu()
+import hashlib, importlib, json, resource, sys, time
+for module, function in (("machine", "prepare_libraries"), ("machine", "prepare_cpu"), ("cpu", "prepare_cpu")):
+    try:
+        getattr(importlib.import_module(f"llama.{module}"), function)()
+        break
+    except (ImportError, AttributeError):  # the names of earlier revisions
+        pass
 from llama import Llama
 task = json.load(open(sys.argv[1]))
 prompts, n = task["prompts"], task["new_tokens"]

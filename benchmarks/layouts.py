@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+import training.memory
 from benchmarks.common import LLAMA_3_1, Cell, Figures, number, table
 from benchmarks.models import config_of
 from cli import cli_errors, flag, parse
@@ -40,7 +41,7 @@ HELD = ("base", "adapters", "gradients", "optimizer")  # all the time
 LENGTH, ROWS_PER_STEP, BATCH_SIZE = 300, 32, 4
 ANSWERS, ANSWER_LENGTH = 32, 512  # generated at once: generate.py's defaults
 MIB, GIB = 2**20, 2**30
-RESERVED = 2 * GIB  # of a GPU's memory: for CUDA, NCCL and what the allocator cannot use
+RESERVED = training.memory.RESERVED["cuda"]
 MOST_ROWS = 4096  # of a micro-batch, in search of the most that fit
 GPU = torch.device("cuda")
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import cli
-from llama.machine import prepare_cpu
+from llama.machine import prepare_libraries
 
 MODULES = {"gates": "router_stats", "row": "token_heatmap", "figures": "figures", "report": "report"}
 
@@ -21,7 +21,7 @@ MODULES = {"gates": "router_stats", "row": "token_heatmap", "figures": "figures"
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     word = cli.subcommand(argv, tuple(MODULES), __doc__ + "\nThe flags of each: python -m inspection gates --help")
-    prepare_cpu()  # before torch is imported
+    prepare_libraries()  # before torch is imported
     import_module(f"inspection.{MODULES[word]}").main(argv[1:], f"python -m inspection {word}")
 
 

@@ -44,6 +44,7 @@ def get_device(device: str = "auto") -> torch.device:
         if chosen.index >= torch.cuda.device_count():
             raise ValueError(f"device {chosen}: there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(chosen)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it prepares each new shape anew, and shapes change all the time
     return chosen
 
 
@@ -121,7 +122,8 @@ def init_distributed(device: torch.device, model_parallel_size: int = 1) -> None
     """
     if not dist.is_initialized():
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=DIST_TIMEOUT)
+            gpu = device if device.type == "cuda" else None  # named, so that NCCL need not guess it from the rank
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=DIST_TIMEOUT, device_id=gpu)
         else:
             init_single_process()
     world = dist.get_world_size()

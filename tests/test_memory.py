@@ -9,6 +9,7 @@ import training.memory
 from commands import script, train_flags, write_rows
 from llama.distributed import init_distributed
 from llama.free_memory import available_memory, cgroup_limits, free_memory
+from tiny import ARGS, config
 from training.config import CHECKPOINTING_MODES, TrainConfig
 from training.memory import RESERVED, MemoryEstimate, oom_hint
 
@@ -18,7 +19,7 @@ GB = 2**30
 def estimate(free, requested="auto"):
     """Of a run that takes 20, 12 and 8 GiB."""
     by_mode = {mode: {"base": 0, "total": n * GB} for mode, n in zip(CHECKPOINTING_MODES, (20, 12, 8), strict=True)}
-    return MemoryEstimate(by_mode, requested, None if free is None else free * GB + RESERVED)
+    return MemoryEstimate(by_mode, requested, None if free is None else free * GB + RESERVED["cpu"])
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,14 @@ def test_the_hint_names_the_modes_that_fit(memory, words):
     with pytest.raises(MemoryError) as raised, oom_hint(TrainConfig(), memory):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert words in str(raised.value) and memory.total(memory.mode) in str(raised.value)
+
+
+def test_more_is_kept_back_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(training.memory, "free_memory", lambda _: 3 * GB // 2)
+    task = TrainConfig(bf16=True), ARGS, config("lora")
+    on_cpu, on_gpu = (training.memory.estimate_memory(*task, torch.device(name)) for name in ("cpu", "cuda"))
+    assert on_gpu.reserved == 2 * on_cpu.reserved == 2 * GB
+    assert on_cpu.mode == "none" and not on_gpu.fitting() and "2.00 GiB are left to the libraries" in on_gpu.report()
 
 
 def test_one_process_is_all():

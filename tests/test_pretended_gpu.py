@@ -1,19 +1,23 @@
 """What a GPU would run, on one that is not there: no wait in the passes of a training step nor in decode steps, no
 mixed devices, no copy while a graph is recorded; and, of tensors with numbers, the CPU's results."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import llama.packing
 from graph_stand_in import Graph, stand_in_for_graphs
 from llama.accelerate import FastDecoding, restore_model
 from llama.data import IGNORE_INDEX, Example
-from llama.distributed import init_distributed
+from llama.distributed import destroy_distributed, get_device, init_distributed
 from llama.engine import Request, SamplingParams, generate
+from llama.machine import prepare_libraries
 from llama.model import Transformer
 from llama.packing import async_to_device
 from moa.state import adapter_parameters
@@ -106,6 +110,39 @@ def test_the_same_numbers(name: str) -> None:
             actual = micro_batch_step(llm.model), gradients(llm.model)
     torch.testing.assert_close(actual[0], losses)
     require_close(actual[1], grads, 1e-9)
+
+
+def test_a_gpu_is_set_up(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process group is bound to it, and attention does not go to cuDNN."""
+    calls, join = [], dist.init_process_group
+
+    def init_process_group(backend: str, **kwargs: Any) -> None:
+        calls.append((backend, kwargs["device_id"]))
+        join("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert get_device("cuda") == CUDA and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "init_process_group", init_process_group)
+        for device in (CUDA, torch.device("cpu")):
+            destroy_distributed()
+            init_distributed(device)
+    assert calls == [("nccl", CUDA), ("gloo", None)]
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}]
+)
+def test_segments_grow_unless_the_user_says_otherwise(given: dict[str, str]) -> None:
+    with mock.patch.dict(os.environ, given, clear=True):
+        prepare_libraries()
+        settings = {name: value for name, value in os.environ.items() if "ALLOC" in name}
+    assert settings == (given or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
 
 
 def read_a_value(x: Tensor) -> None:

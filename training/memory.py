@@ -1,5 +1,6 @@
 """Memory of a run: estimated before it starts, fitted by recomputation, and explained where it runs out."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from moa.config import AdapterConfig
 from training.config import CHECKPOINTING_MODES, TrainConfig
 from training.estimate import fake_rank, longest_batch, memory_by_mode, meta_model
 
-RESERVED = 2**30  # bytes of free memory that are left to the libraries and to fragmentation
+RESERVED = {"cpu": 2**30, "cuda": 2 * 2**30}  # bytes of free memory left to the libraries and to fragmentation
 
 
 @dataclass
@@ -23,11 +24,13 @@ class MemoryEstimate:
     """Bytes of one process. by_mode: checkpointing mode -> bytes by what takes them (`training.estimate`).
 
     requested: --activation_checkpointing. free: bytes that the process can have; None where that is not known.
+    reserved: bytes of these that are left to the libraries.
     """
 
     by_mode: dict[str, dict[str, int]]
     requested: str
     free: int | None
+    reserved: int = RESERVED["cpu"]
 
     @property
     def mode(self) -> str:
@@ -42,7 +45,8 @@ class MemoryEstimate:
         return self.mode
 
     def fitting(self) -> list[str]:
-        return [m for m in CHECKPOINTING_MODES if self.free is None or self.by_mode[m]["total"] + RESERVED <= self.free]
+        room = math.inf if self.free is None else self.free - self.reserved
+        return [mode for mode in CHECKPOINTING_MODES if self.by_mode[mode]["total"] <= room]
 
     def total(self, mode: str) -> str:
         return _gib(self.by_mode[mode]["total"])
@@ -58,7 +62,7 @@ class MemoryEstimate:
         if self.requested == "auto" and self.mode != "none":
             text += (
                 f"\n--activation_checkpointing {self.mode}: a step would take {self.total('none')} by the estimate, "
-                f"{_gib(self.free)} are free, of which {_gib(RESERVED)} are left to the libraries; so it takes "
+                f"{_gib(self.free)} are free, of which {_gib(self.reserved)} are left to the libraries; so it takes "
                 f"{self.total(self.mode)}{'' if self.fitting() else '; that may not be enough'}"
             )
         return text
@@ -69,7 +73,7 @@ def estimate_memory(flags: TrainConfig, args: ModelArgs, config: AdapterConfig, 
     with fake_rank(int(os.environ.get("WORLD_SIZE", 1)), flags.model_parallel_size):
         model = meta_model(args, config, flags.bf16, flags.quantize)
         by_mode = memory_by_mode(model, longest_batch(flags.batch_size, flags.max_seq_len), device)
-    return MemoryEstimate(by_mode, flags.activation_checkpointing, free_memory(device))
+    return MemoryEstimate(by_mode, flags.activation_checkpointing, free_memory(device), RESERVED[device.type])
 
 
 def _gib(size: float) -> str:
