@@ -3,7 +3,7 @@
     python extract_adapter.py OUT/checkpoint-LAST.pth
 
 writes OUT/adapter.pth (the adapter's tensors) and OUT/adapter_params.json (all that rebuilds the model around them).
-LAST stands for the newest step.
+LAST stands for the newest step; checkpoint-BEST.pth, the lowest validation loss, is a file of a run with validation.
 """
 
 import sys
@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import cli_errors, flag, parse
-from training.resume import checkpoints
+from training.resume import BEST, checkpoints
 
 
 @dataclass(frozen=True)
 class Flags:
-    checkpoint: str = flag(help="OUT/checkpoint-STEP.pth, OUT/checkpoint-LAST.pth, or the folder OUT", positional=True)
+    checkpoint: str = flag(help="OUT/checkpoint-STEP.pth (LAST, BEST), or the folder OUT", positional=True)
+    best: bool = flag(False, help="of a folder: the checkpoint of the lowest validation loss, not the newest")
     output_dir: str | None = flag(None, help="where to write; default: the checkpoint's folder")
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The file itself, or the newest checkpoint where a folder or .../checkpoint-LAST.pth is named."""
+def find_checkpoint(path: Path, best: bool) -> Path:
+    """The file itself, or the newest (best) checkpoint where a folder or .../checkpoint-LAST.pth is named."""
+    if best:
+        if not path.is_dir():
+            raise ValueError(f"{path}: no folder; --best takes {BEST} of a folder")
+        return path / BEST
     if path.is_file() or not (path.is_dir() or path.name == "checkpoint-LAST.pth"):
         return path
     folder = path if path.is_dir() else path.parent
@@ -37,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         from moa.files import load_tensors
         from moa.reading import short_repr
 
-        checkpoint = find_checkpoint(Path(flags.checkpoint))
+        checkpoint = find_checkpoint(Path(flags.checkpoint), flags.best)
         content = load_tensors(checkpoint)
         if not {"adapter", "adapter_params", "step"} <= content.keys():
             raise ValueError(f"{checkpoint}: not a checkpoint of finetune.py (no adapter in it)")

@@ -39,12 +39,14 @@ def fine_tune(config: RunConfig) -> None:
     from llama.checkpoint import load_params_and_tokenizer
     from llama.distributed import bf16_is_fast, distributed_run, dp_size, get_device, is_rank0
     from moa.adapter_file import adapter_params
-    from training.data import load_examples
+    from training.checkpoint import load_initial_adapter
+    from training.data import load_train_and_validation
     from training.loop import expert_fraction, forward_backward, make_optimizer, train, uses_load_balancing
     from training.memory import estimate_memory, oom_hint
     from training.recorder import Recorder, log_rank0
     from training.run_folder import RunFolder
     from training.schedule import Schedule
+    from training.validation import Validation
 
     device = get_device(config.train.device)
     args, tokenizer = load_params_and_tokenizer(config.train.ckpt_dir)
@@ -54,9 +56,7 @@ def fine_tune(config: RunConfig) -> None:
     memory = estimate_memory(flags, args, adapter_config, device)
     with distributed_run(device, flags.model_parallel_size), oom_hint(flags, memory):
         run = RunFolder(config, args)
-        examples = load_examples(
-            flags.data_path, tokenizer, flags.max_seq_len, flags.train_on_input, not is_rank0(), flags.template
-        )
+        examples, val_examples = load_train_and_validation(flags, tokenizer, quiet=not is_rank0())
         schedule = Schedule.from_config(flags, len(examples), dp_size(), run.record)
         model = Llama.build(
             flags.ckpt_dir,
@@ -69,18 +69,25 @@ def fine_tune(config: RunConfig) -> None:
             quantize=flags.quantize,
         ).model
         model.activation_checkpointing = memory.agree_on_mode()
+        if flags.init_adapter is not None:
+            load_initial_adapter(flags.init_adapter, model, args)
+        validation = None
+        if val_examples:
+            every = flags.eval_every or schedule.steps_per_epoch
+            validation = Validation(val_examples, flags.batch_size, every, flags.patience)
         optimizer = make_optimizer(model, flags.weight_decay, flags.beta2)
         with run.locked():
             state = run.begin(model, optimizer, schedule)
-            if state.done >= schedule.steps:
-                log_rank0(f"{run.path}: the run is complete, all {schedule.steps} steps are done")
+            if state.is_complete(schedule.steps):
+                how = f"over after step {state.done}, {state.best}" if state.best.stop else "all {} steps are done"
+                log_rank0(f"{run.path}: the run is complete, {how.format(schedule.steps)}")
                 return
-            log_rank0(f"{run.summary(model, schedule)}\n{memory.report()}")
+            log_rank0(f"{run.summary(model, schedule, len(val_examples))}\n{memory.report()}")
             params = adapter_params(adapter_config, asdict(args))
             if flags.template != ALPACA:
                 params["template"] = flags.template
             with (
-                Recorder(run.path, flags, schedule, model, optimizer, state, params) as recorder,
+                Recorder(run.path, flags, schedule, model, optimizer, state, params, validation) as recorder,
                 Lanes(model, forward_backward, expert_fraction, uses_load_balancing(model)) as fast,
             ):
                 train(
@@ -96,7 +103,10 @@ def fine_tune(config: RunConfig) -> None:
                     flags.grad_clip,
                     fast,
                 )
-        log_rank0(f"{run.path}/checkpoint-{schedule.steps}.pth: done; python extract_adapter.py writes the adapter")
+        if validation:
+            no_lower = f"no lower one in {state.best.stale} evaluations, so " if state.best.stop else ""
+            log_rank0(f"{no_lower}the run ends after step {state.done}; {state.best}")
+        log_rank0(f"{run.path}/checkpoint-{state.done}.pth: done; python extract_adapter.py writes the adapter")
 
 
 def with_demo(config: RunConfig) -> RunConfig:

@@ -27,9 +27,9 @@ SETTINGS = ".jsonl.settings.json"
 # Runs of one group may differ in what a resumed run may change, in their seed, and in how the length and the learning
 # rate were given: RESOLVED holds what those came to.
 NOT_COMPARED = RESUMABLE_FIELDS | {"seed", "flash_attention2", "epochs", "max_steps", "lr", "blr", "warmup_epochs"}
-NOT_COMPARED |= {"adapter_sha256", "adapter_params_sha256"}
+NOT_COMPARED |= {"init_adapter", "adapter_sha256", "adapter_params_sha256"}
 COUNTS = ("steps", "rows_per_step", "trainable_parameters")
-RESOLVED = (*COUNTS, "base_fingerprint", "data_sha256", "rows", "warmup_steps", "lr")
+RESOLVED = (*COUNTS, "base_fingerprint", "data_sha256", "init_adapter_sha256", "rows", "warmup_steps", "lr")
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Run:
     record: dict[str, Any] | None = None
     numbers: dict[str, float] = field(default_factory=dict)
     logged_steps: int = 0
+    stopped_early: bool = False
     losses: list[tuple[int, float]] = field(default_factory=list)
     scores_file: dict[str, Any] | None = None
     scores: dict[str, dict[str, Spread]] = field(default_factory=dict)
@@ -179,6 +180,7 @@ def _read_log(run: Run, name: str, text: str) -> None:
                 seconds, tokens, peak = (float(entry[name]) for name in ("seconds", "tokens", "peak_memory_bytes"))
                 loss = None if entry.get("loss") is None else float(entry["loss"])
                 entries.append((int(entry["step"]), loss, seconds, tokens, peak))
+                run.stopped_early = entry.get("early_stop") is True
         except ValueError as error:
             if number < len(lines):  # the last one may have been cut short
                 run.damaged.append(f"{name}: {error}")
@@ -228,7 +230,7 @@ def _read_answer_settings(run: Run, name: str, text: str) -> None:
 def _find_missing(run: Run) -> None:
     if run.trained:
         steps = run.numbers.get("steps", "unknown")
-        if steps != run.logged_steps:
+        if steps != run.logged_steps and not run.stopped_early:
             run.unfinished.append(f"{run.logged_steps} of {steps} steps in log.jsonl")
         if len(run.losses) < run.logged_steps:
             lacking = run.logged_steps - len(run.losses)

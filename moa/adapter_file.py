@@ -40,14 +40,20 @@ def adapter_params(config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, 
     return config.to_dict() | {"base": dict(base)}
 
 
+def adapter_file(path: str | Path) -> Path:
+    """The file itself, or the adapter.pth of a folder."""
+    path = Path(path)
+    return path / "adapter.pth" if path.is_dir() else path
+
+
 def recorded_template(path: str | Path | None, default: str) -> str:
     """The template of the rows that an adapter was trained on; default where there is no adapter or it tells none."""
     if path is None:
         return default
-    path = Path(path)
-    template = read_json((path / "adapter.pth" if path.is_dir() else path).with_name(PARAMS)).get("template", default)
+    params_file = adapter_file(path).with_name(PARAMS)
+    template = read_json(params_file).get("template", default)
     if not isinstance(template, str):
-        raise ValueError(f"{path.with_name(PARAMS)}: template must be a name, not {short_repr(template)}")
+        raise ValueError(f"{params_file}: template must be a name, not {short_repr(template)}")
     return template
 
 
@@ -75,8 +81,7 @@ def load_adapter(path: str | Path, base: Base, method: str | None = None) -> tup
 
     method: overrides what the authors' flags tell. Raises ValueError naming the file.
     """
-    path = Path(path)
-    path = path / "adapter.pth" if path.is_dir() else path
+    path = adapter_file(path)
     params_file = path.with_name(PARAMS)
     params, state = read_json(params_file), load_tensors(path)
     if "adapter" in state and "optimizer" in state:

@@ -214,7 +214,7 @@ def test_a_checkpoint_holds_the_adapter_and_its_training_state_alone(tmp_path):
     adapter_bytes = sum(t.numel() * 4 for t in adapter_state_dict(llm.model).values())
     entries = 3 * len(adapter_state_dict(llm.model))
     assert 3 * adapter_bytes < path.stat().st_size < 3 * adapter_bytes + 600 * entries
-    assert set(load_tensors(path)) == {"adapter", "adapter_params", "optimizer", "step", "skipped"}
+    assert set(load_tensors(path)) == {"adapter", "adapter_params", "optimizer", "step", "skipped", "validation"}
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-2.pth"]
 
 

@@ -1,10 +1,12 @@
 """Checkpoints of a run: the adapter and the state of its training, never the base.
 
-`checkpoint-<step>.pth` is written whole or not at all. Tensors are whole, whatever the model-parallel layout.
+`checkpoint-<step>.pth` and `checkpoint-BEST.pth`, that of the lowest validation loss, are written whole or not at all.
+Tensors are whole, whatever the model-parallel layout.
 """
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llama.args import ModelArgs
 from llama.distributed import broadcast_from_rank0, is_rank0
+from llama.model import Transformer
+from moa.adapter_file import PARAMS, adapter_file, load_adapter
 from moa.files import load_tensors, write_torch
+from moa.reading import short_repr
 from moa.state import (
     AdapterParameter,
     adapter_parameters,
@@ -27,8 +33,10 @@ from moa.state import (
     shard_all,
 )
 from training.loop import TrainState
-from training.resume import checkpoints
+from training.resume import BEST, checkpoints
+from training.validation import BestLoss
 
+TRAINING_ONLY = {"lora_lr_ratio", "threshold_gradient", "lb_loss_coeff"}  # settings that an adapter's output is without
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -48,14 +56,14 @@ def state_dict(
     for name, whole in tensors.items():
         require_tensors(whole, f"the {name} after step {state.done}")
     adapter = tensors.pop("adapter")
-    progress = {"step": state.done, "skipped": list(state.skipped)}
+    progress = {"step": state.done, "skipped": list(state.skipped), "validation": asdict(state.best)}
     return {"adapter": adapter, "adapter_params": dict(params), "optimizer": tensors} | progress
 
 
 def load_state_dict(content: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.AdamW) -> TrainState:
     """Restore a checkpoint (`read`). Rank 0 gives it, the others None: they need not see its file."""
     entries = adapter_parameters(model)
-    step, skipped = broadcast_from_rank0(lambda: (content["step"], content["skipped"]))
+    step, skipped, best = broadcast_from_rank0(lambda: (content["step"], content["skipped"], content["validation"]))
     adapter = broadcast_tensors(content and content["adapter"], adapter_parameters(model, untrained=True))
     load_adapter_state_dict(model, adapter, "checkpoint")
     for name in MOMENTS:
@@ -65,7 +73,20 @@ def load_state_dict(content: dict[str, Any] | None, model: nn.Module, optimizer:
             state = optimizer.state[parameter]
             state[name] = torch.empty_like(parameter).copy_(shard)  # laid out as the parameter, as fused AdamW has it
             state["step"] = torch.tensor(float(step - len(skipped)), device=parameter.device)  # of updates
-    return TrainState(step, list(skipped))
+    return TrainState(step, list(skipped), BestLoss(**best))
+
+
+def load_initial_adapter(path: str, model: Transformer, base: ModelArgs) -> None:
+    """Load the numbers of an adapter file. ValueError where its settings are not the model's."""
+    config, tensors = load_adapter(path, base)
+    ours, theirs = model.config.to_dict(), config.to_dict()
+    for name in sorted((model.config.active_fields() | config.active_fields()) - TRAINING_ONLY):
+        if ours[name] != theirs[name]:
+            raise ValueError(
+                f"{path}: the adapter has {name} {short_repr(theirs[name])}, the run {short_repr(ours[name])} "
+                f"(--adapter_config {adapter_file(path).with_name(PARAMS)} takes its settings)"
+            )
+    load_adapter_state_dict(model, tensors, path)
 
 
 def broadcast_tensors(
@@ -101,12 +122,21 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
 
-    def save(self, content: dict[str, Any]) -> None:
-        """Begin to write `content`, which must not change any more; then raise the error of the one before, if any."""
+    def save(self, content: dict[str, Any], numbered: bool = True, best: bool = False) -> None:
+        """Begin to write `content`, which must not change any more; then raise the error of the one before, if any.
+
+        numbered, best: as checkpoint-<step>.pth, as checkpoint-BEST.pth.
+        """
         previous = self._pending
-        self._pending = self._thread.submit(save, self._folder, content, self._keep)
+        self._pending = self._thread.submit(self._write, content, numbered, best)
         if previous:
             previous.result()
+
+    def _write(self, content: dict[str, Any], numbered: bool, best: bool) -> None:
+        if best:  # first: a run that goes on from the numbered one does not evaluate its step again
+            write_torch(self._folder / BEST, content)
+        if numbered:
+            save(self._folder, content, self._keep)
 
     def wait(self) -> None:
         """Return when all is on the disk. OSError where it could not be written."""
@@ -119,10 +149,16 @@ def read(path: Path, model: nn.Module) -> dict[str, Any]:
     """Read a checkpoint of a run of this model. ValueError names the file and what is wrong with it."""
     content = load_tensors(path)
     content.setdefault("skipped", [])  # runs of earlier revisions
-    require_same_keys(("adapter", "adapter_params", "optimizer", "step", "skipped"), content, str(path), "entry")
+    content.setdefault("validation", asdict(BestLoss()))
+    keys = ("adapter", "adapter_params", "optimizer", "step", "skipped", "validation")
+    require_same_keys(keys, content, str(path), "entry")
     step, skipped, optimizer = content["step"], content["skipped"], content["optimizer"]
     if not isinstance(skipped, list) or not all(type(n) is int and 1 <= n <= step for n in (step, *skipped)):
         raise ValueError(f"{path}: step must be a positive whole number, and skipped a list of earlier ones")
+    try:
+        BestLoss.from_dict(content["validation"], step)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     require_same_keys(MOMENTS, optimizer if isinstance(optimizer, dict) else {}, str(path), "optimizer entry")
     content["adapter"] = rename_old_keys(content["adapter"])
     content["optimizer"] = {name: rename_old_keys(moments) for name, moments in optimizer.items()}

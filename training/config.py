@@ -31,6 +31,10 @@ class TrainConfig:
     data_path: str | None = flag(
         None, help="training rows, JSON or JSON lines of instruction, input, output; default: the demo data", group=DATA
     )
+    val_data_path: str | None = flag(None, help="validation rows, like --data_path; default: none", group=DATA)
+    val_share: float | None = flag(
+        None, above=0, help="share of the training rows that the seed takes out for validation instead", group=DATA
+    )
     template: str = flag("alpaca", help="how rows become prompts; chats need another", choices=TEMPLATES, group=DATA)
     leak_tests: str | None = flag(
         None, help="test files, or folders of them, to look for among the training rows first; commas", group=DATA
@@ -38,10 +42,21 @@ class TrainConfig:
     max_seq_len: int = flag(
         300, least=1, help="longest row in tokens, prompt and answer; longer ones are cut or left out", group=DATA
     )
+    init_adapter: str | None = flag(
+        None, help="adapter.pth, or its folder, whose numbers the adapters start from; same settings", group=DATA
+    )
     output_dir: str | None = flag(None, help="folder of the run; default: runs/METHOD-DATA-sSEED", group=RUN)
     seed: int = flag(0, least=0, help="seed of the adapters' start and of the order of rows", group=RUN)
     save_every: int | None = flag(None, least=1, help="steps between checkpoints; default: one per epoch", group=RUN)
-    keep_checkpoints: int | None = flag(None, least=1, help="only the newest so many stay; default: all", group=RUN)
+    keep_checkpoints: int | None = flag(
+        None, least=1, help="only the newest so many, and the best, stay; default: all", group=RUN
+    )
+    eval_every: int | None = flag(
+        None, least=1, help="steps between validations; default: one per epoch; always one at the end", group=RUN
+    )
+    patience: int | None = flag(
+        None, least=1, help="end after so many validations without a lower loss; default: never", group=RUN
+    )
     resume: bool = flag(False, help="go on from the output folder's last whole checkpoint, if it has one", group=RUN)
     overwrite: bool = flag(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
     dry_run: bool = flag(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
@@ -94,6 +109,10 @@ class TrainConfig:
             raise ValueError("--quantize needs --model_parallel_size 1")
         mode = self.activation_checkpointing
         object.__setattr__(self, "activation_checkpointing", _OLD_MODES.get(mode, mode))
+        if self.val_data_path is not None and self.val_share is not None:
+            raise ValueError("--val_data_path and --val_share exclude each other")
+        if self.val_share is not None and self.val_share >= 1:
+            raise ValueError(f"--val_share must be below 1, not {self.val_share:g}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
 
@@ -111,11 +130,13 @@ AdapterFlags = make_dataclass(
 # Flags in which a resumed run may differ from its start: they do not change what is computed. Where the rows and the
 # base lie may change too; that they are the same is told by their contents.
 RESUMABLE_FIELDS = frozenset(
-    "resume overwrite dry_run save_every keep_checkpoints device ckpt_dir data_path output_dir leak_tests "
-    "adapter_config model_parallel_size batch_size accum_iter activation_checkpointing".split()
+    "resume overwrite dry_run save_every keep_checkpoints device ckpt_dir data_path val_data_path output_dir "
+    "leak_tests adapter_config model_parallel_size batch_size accum_iter activation_checkpointing".split()
 )
 # Flags in which the processes of a run may differ: paths and devices of a process's own machine.
-PER_HOST_FIELDS = frozenset("device ckpt_dir data_path output_dir leak_tests adapter_config".split())
+PER_HOST_FIELDS = frozenset(
+    "device ckpt_dir data_path val_data_path init_adapter output_dir leak_tests adapter_config".split()
+)
 
 
 @dataclass(frozen=True)
@@ -177,10 +198,15 @@ def parse_flags(argv: list[str] | None, recipe: Mapping[str, Any], description: 
         options = from_file | options
     if train.data_path is None and train.ckpt_dir is None:
         values |= {name: value for name, value in recipe.items() if name not in decided}
+    if {"resume", "init_adapter"} <= explicit:
+        die("--resume goes on with a run's own adapter: leave --init_adapter out", status=2)
     config = RunConfig(TrainConfig(**values), options, explicit)
     # Whether flags fit the start of a run to resume is checked by `merge_with_previous_run`
     if not (train.resume and config.record.exists()):
         _check_adapters(config)
+        for name in ("eval_every", "patience"):
+            if name in explicit and train.val_data_path is None and train.val_share is None:
+                die(f"--{name} has no effect without --val_data_path or --val_share", status=2)
     return config
 
 

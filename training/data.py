@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from llama.packing import PackedBatch, async_to_device, balance_by_length
 from llama.templates import ALPACA, CHAT_TEMPLATES, require_template
 from llama.tokenizer import Tokenizer
 from moa.reading import numbered_rows, read_text, require_text_fields
+from training.config import TrainConfig
 
 FIELDS = ("instruction", "input", "output")
+Row = TypeVar("Row")
 MicroBatch = tuple[Tensor, Tensor, PackedBatch]  # tokens (N,), labels (N,) on the CPU, their sequences
 
 
@@ -43,6 +45,28 @@ def load_examples(
         count = f"{len(too_long)} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} and left out"
         print(f"{path}: {count} (rows {listed})", file=sys.stderr)
     return [example for example in examples if example is not None]
+
+
+def load_train_and_validation(
+    flags: TrainConfig, tokenizer: Tokenizer, quiet: bool = False
+) -> tuple[list[Example], list[Example]]:
+    """The rows to train on, and those to validate on: of `val_data_path`, a share of the training rows, or none."""
+    encoding = (tokenizer, flags.max_seq_len, flags.train_on_input, quiet, flags.template)
+    examples = load_examples(flags.data_path, *encoding)
+    if flags.val_data_path is not None:
+        return examples, load_examples(flags.val_data_path, *encoding)
+    return split_rows(examples, flags.val_share, flags.seed)
+
+
+def split_rows(rows: Sequence[Row], share: float | None, seed: int) -> tuple[list[Row], list[Row]]:
+    """Take a share of the rows out, chosen by the seed -> the rows that stay and those taken, in their order."""
+    if share is None:
+        return list(rows), []
+    count = max(1, round(share * len(rows)))
+    if count == len(rows):
+        raise ValueError(f"--val_share {share:g} of {len(rows)} rows leaves none to train on")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(2**40 + seed)).tolist()
+    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
 
 
 def read_training_rows(path: str | Path, template: str) -> list[tuple[str, dict[str, Any]]]:

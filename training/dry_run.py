@@ -16,7 +16,7 @@ from llama.checkpoint import load_params_and_tokenizer
 from llama.distributed import bf16_is_fast, dp_size, get_device
 from moa.state import count_parameters
 from training.config import RunConfig, TrainConfig
-from training.data import load_examples, read_training_rows
+from training.data import load_train_and_validation, read_training_rows, split_rows
 from training.estimate import (
     base_parameters,
     cache_bytes,
@@ -75,7 +75,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     mode = "none" if flags.activation_checkpointing == "auto" else flags.activation_checkpointing
     with fake_rank(processes, flags.model_parallel_size) as messages:
         model = meta_model(args, adapter_config, bf16, flags.quantize)
-        n_rows = _rows(flags)
+        n_rows, n_val_rows = _rows(flags)
         known = n_rows is not None
         schedule = Schedule.from_config(flags, n_rows or 1, dp_size())
         memory = memory_by_mode(model, lengths, device)
@@ -96,6 +96,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
             "generation": GENERATION | {"kv_cache_bytes": cache_bytes(model, *GENERATION.values())},
             "bf16": bf16,
             "rows": n_rows,
+            "val_rows": n_val_rows,
             "leaks": check_contamination(flags.data_path, flags.leak_tests) if leaks else None,
             "rows_per_step": schedule.rows_per_step,
             "steps": schedule.steps if known or flags.max_steps else None,
@@ -112,12 +113,15 @@ def _processes(flags: TrainConfig) -> int:
     return int(text)
 
 
-def _rows(flags: TrainConfig) -> int | None:
-    """Count the rows that fit; all rows where there is no tokenizer to tell; None without data."""
+def _rows(flags: TrainConfig) -> tuple[int | None, int | None]:
+    """Count the rows to train on and to validate on that fit; all where no tokenizer can tell; None without data."""
     if flags.data_path is None:
-        return None
+        return None, None
     if (Path(flags.ckpt_dir) / "tokenizer.model").is_file():
         _, tokenizer = load_params_and_tokenizer(flags.ckpt_dir)
-        length, on_input = flags.max_seq_len, flags.train_on_input
-        return len(load_examples(flags.data_path, tokenizer, length, on_input, template=flags.template))
-    return len(read_training_rows(flags.data_path, flags.template))
+        train, validation = load_train_and_validation(flags, tokenizer)
+    else:
+        train, validation = split_rows(read_training_rows(flags.data_path, flags.template), flags.val_share, flags.seed)
+        if flags.val_data_path is not None:
+            validation = read_training_rows(flags.val_data_path, flags.template)
+    return len(train), len(validation)

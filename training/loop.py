@@ -24,6 +24,7 @@ from moa.parallel import mp_size
 from moa.state import AdapterParameter, adapter_parameters, optimizer_groups
 from training.data import MicroBatch, label_count, local_micro_batches
 from training.schedule import Schedule
+from training.validation import BestLoss
 
 
 @dataclass
@@ -32,6 +33,10 @@ class TrainState:
 
     done: int = 0
     skipped: list[int] = field(default_factory=list)
+    best: BestLoss = field(default_factory=BestLoss)
+
+    def is_complete(self, steps: int) -> bool:
+        return self.done >= steps or self.best.stop
 
 
 class NonFiniteLoss(ValueError):
@@ -82,6 +87,8 @@ def train(
 ) -> None:
     """Run steps `state.done` + 1 to `schedule.steps`, calling on_step with each step's log entry after it.
 
+    on_step may set `state.best.stop`: then there are no further steps.
+
     A step whose loss or gradient is not finite is skipped, and its entry says so. A second one in a row raises
     NonFiniteLoss, naming steps and rows, and is not counted: the adapters are as they were before both. Raises Stopped,
     after a step, when `stop_signal` is not 0 on any process. grad_clip: the largest norm of a step's gradient.
@@ -91,7 +98,7 @@ def train(
     parameters = [entry.parameter for entry in adapters]
     device = parameters[0].device
     model.train()
-    while state.done < schedule.steps:
+    while not state.is_complete(schedule.steps):
         step, begin = state.done, time.perf_counter()
         rows, lr = schedule.rows(step, seed), schedule.learning_rate(step)
         batch = [examples[row] for row in rows]
@@ -214,7 +221,7 @@ def reduce_step(losses: Tensor, parameters: list[nn.Parameter], signum: int) -> 
 def _not_finite(step: int, loss: float, rows: list[int]) -> str:
     listed = ", ".join(str(row + 1) for row in sorted(rows)[:16]) + (", ..." if len(rows) > 16 else "")
     what = "a gradient" if math.isfinite(loss) else "the loss"
-    return f"step {step + 1}: {what} is not finite (loss {loss:g}; rows {listed} of the rows that fit)"
+    return f"step {step + 1}: {what} is not finite (loss {loss:g}; rows {listed} of the training rows that fit)"
 
 
 def peak_memory(device: torch.device) -> int:

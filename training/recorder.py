@@ -1,6 +1,7 @@
 """What the steps of a run leave behind: a progress bar, `log.jsonl`, TensorBoard, checkpoints; also on an early end."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from training.checkpoint import CheckpointWriter, state_dict
 from training.config import TrainConfig
 from training.loop import NonFiniteLoss, Stopped, TrainState
 from training.schedule import Schedule
+from training.validation import Validation
 
 
 def log_rank0(text: str) -> None:
@@ -31,7 +33,8 @@ def log_rank0(text: str) -> None:
 
 
 class Recorder:
-    """Logs each step; writes a checkpoint every `save_every` steps, at the end, and before an early end in order.
+    """Logs each step, and validates where that is due. Writes a checkpoint every `save_every` steps, at the lowest
+    validation loss, at the end, and before an early end in order.
 
     A context manager around `training.loop.train`, which calls `on_step` and `stop_signal`. All processes have one,
     rank 0 writes. params: of the adapter (`moa.adapter_file.adapter_params`).
@@ -46,10 +49,11 @@ class Recorder:
         optimizer: torch.optim.AdamW,
         state: TrainState,
         params: dict[str, Any],
+        validation: Validation | None = None,
     ):
         self._model, self._optimizer, self._state, self._params = model, optimizer, state, params
         self._steps, self._save_every = schedule.steps, flags.save_every or schedule.steps_per_epoch
-        self._saved = state.done
+        self._saved, self._validation = state.done, validation
         self._open = ExitStack()
         self._shutdown = self._open.enter_context(GracefulShutdown())
         self._writer = CheckpointWriter(folder, flags.keep_checkpoints)
@@ -59,10 +63,20 @@ class Recorder:
             self._open.callback(self._log.close)
 
     def on_step(self, entry: dict[str, Any]) -> None:
+        step, lowest = entry["step"], False
+        if self._validation and (step % self._validation.every == 0 or step == self._steps):
+            loss, best = self._validation.loss(self._model), self._state.best
+            lowest = best.update(step, loss, self._validation.patience)
+            entry = entry | {"val_loss": loss if math.isfinite(loss) else None}
+            if best.stop:
+                entry["early_stop"] = True
         if self._log:
             self._log.step(entry)
-        if entry["step"] % self._save_every == 0 or entry["step"] == self._steps:
-            self._save()
+            if "val_loss" in entry:
+                self._log.note(f"step {step}: validation loss {loss:.4f}; {'the lowest so far' if lowest else best}")
+        numbered = step % self._save_every == 0 or self._state.is_complete(self._steps)
+        if numbered or lowest:
+            self._save(numbered, lowest)
 
     def stop_signal(self) -> int:
         return self._shutdown.signum
@@ -75,16 +89,17 @@ class Recorder:
             if isinstance(error, (NonFiniteLoss, Stopped)):
                 self._end_early(error)
 
-    def _save(self) -> None:
-        if self._saved != self._state.done:
-            assert_replicas_equal(self._model)
-            content = state_dict(self._model, self._optimizer, self._state, self._params)
-            if is_rank0():
-                self._writer.save(content)
+    def _save(self, numbered: bool, best: bool) -> None:
+        assert_replicas_equal(self._model)
+        content = state_dict(self._model, self._optimizer, self._state, self._params)
+        if is_rank0():
+            self._writer.save(content, numbered, best)
+        if numbered:
             self._saved = self._state.done
 
     def _end_early(self, error: NonFiniteLoss | Stopped) -> None:
-        self._save()
+        if self._saved != self._state.done:
+            self._save(numbered=True, best=False)
         self._writer.wait()
         dist.barrier()  # no process ends, and takes the others along, before the checkpoint is on the disk
         done = self._state.done
@@ -142,19 +157,23 @@ class RunLog:
     def step(self, entry: dict[str, Any]) -> None:
         """Log the entry of a step, as `training.loop.train` gives it."""
         self._file.write(json.dumps(entry) + "\n")
-        for name in ("loss", "lr", "tokens_per_s"):
-            if entry[name] is not None:
+        for name in ("loss", "lr", "tokens_per_s", "val_loss"):
+            if entry.get(name) is not None:
                 self._board.add_scalar(name, entry[name], entry["step"])
         step, loss = entry["step"], "not finite" if entry["loss"] is None else f"{entry['loss']:.3f}"
         speed = f"loss {loss}, {entry['tokens_per_s']:.0f} tokens/s"
         if "skipped" in entry:
-            self._bar.write(f"{entry['skipped']}: skipped", file=sys.stderr)
+            self.note(f"{entry['skipped']}: skipped")
         self._bar.set_postfix_str(speed, refresh=False)
         self._bar.update()
         self._seconds += entry["seconds"]
         if self._bar.disable and (step % 10 == 0 or step == self._steps):
             left = (self._steps - step) * self._seconds / (step - self._first)
             print(f"step {step}/{self._steps}, {speed}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line for the user."""
+        self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -10,6 +10,8 @@ from moa.config import AdapterConfig
 from moa.reading import parse_json, read_text
 from training.config import RESUMABLE_FIELDS, RunConfig, TrainConfig
 
+BEST = "checkpoint-BEST.pth"  # of the step of the lowest validation loss
+
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, file) of a run's `checkpoint-<step>.pth`, oldest first."""
@@ -37,6 +39,8 @@ def merge_with_previous_run(config: RunConfig) -> RunConfig:
                 "(--overwrite in the place of --resume begins anew)"
             )
     # Each is asked for once, and the folder is the one whose record was read
+    if checkpoints(config.folder):
+        typed["init_adapter"] = None  # the checkpoint has all numbers
     once = {"overwrite": False, "dry_run": False, "leak_tests": None, "output_dir": str(config.folder)}
     return RunConfig(TrainConfig(**asdict(start.train) | once | typed), start.adapter, config.explicit)
 
@@ -84,8 +88,10 @@ def record_to_resume(config: RunConfig, hashes: dict[str, str], ranks: int) -> d
     for name, file, what in (
         ("data_sha256", flags.data_path, "not the rows"),
         ("base_fingerprint", flags.ckpt_dir, "not the base"),
+        ("val_data_sha256", flags.val_data_path, "not the validation rows"),
+        ("init_adapter_sha256", flags.init_adapter, "not the adapter"),
     ):
-        if hashes[name] != record.get(name):
+        if name in hashes and hashes[name] != record.get(name):
             raise ValueError(f"{file}: {what} that the run in {folder} was started with")
     rows = record["rows_per_step"]
     if "accum_iter" in config.explicit and rows != flags.batch_size * flags.accum_iter * ranks:

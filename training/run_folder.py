@@ -20,7 +20,7 @@ from llama.args import ModelArgs
 from llama.checkpoint import fingerprint
 from llama.distributed import assert_same_on_all_ranks, broadcast_from_rank0, dp_size, is_rank0
 from llama.model import Transformer
-from moa.adapter_file import PARAMS
+from moa.adapter_file import PARAMS, adapter_file
 from moa.files import file_hash, lock, read_json, remove_stale_temp_files, write_json
 from moa.replicas import assert_replicas_equal
 from moa.state import count_parameters
@@ -29,7 +29,7 @@ from training.config import PER_HOST_FIELDS, RunConfig
 from training.estimate import base_parameters
 from training.loop import TrainState
 from training.recorder import log_rank0
-from training.resume import checkpoints, record_to_resume
+from training.resume import BEST, checkpoints, record_to_resume
 from training.schedule import Schedule
 
 PACKAGES = ("torch", "numpy", "fairscale", "tiktoken", "flash-attn")
@@ -47,6 +47,10 @@ class RunFolder:
         flags = config.train
         self.path, self._config, self._args = config.folder, config, args
         self._hashes = {"base_fingerprint": fingerprint(flags.ckpt_dir), "data_sha256": file_hash(flags.data_path)}
+        if flags.val_data_path is not None:
+            self._hashes["val_data_sha256"] = file_hash(flags.val_data_path)
+        if flags.init_adapter is not None:
+            self._hashes["init_adapter_sha256"] = file_hash(adapter_file(flags.init_adapter))
         self.record = broadcast_from_rank0(lambda: record_to_resume(config, self._hashes, dp_size()))
         shared = {f"--{name}": value for name, value in asdict(flags).items() if name not in PER_HOST_FIELDS}
         adapter = config.adapter_config(args).to_dict()
@@ -77,7 +81,7 @@ class RunFolder:
         assert_replicas_equal(model)
         if is_rank0() and resumes:
             record = read_json(self._config.record)
-            if state.done < schedule.steps:
+            if not state.is_complete(schedule.steps):
                 record["resumed"] = [*record.get("resumed", []), {"step": state.done, **run_metadata()}]
             write_json(self._config.record, record | self._leaks)
         elif is_rank0():
@@ -85,10 +89,11 @@ class RunFolder:
             write_json(self._config.record, self._start_record(schedule, count_parameters(model)["total"]))
         return state
 
-    def summary(self, model: Transformer, schedule: Schedule) -> str:
+    def summary(self, model: Transformer, schedule: Schedule, val_rows: int) -> str:
         """What is trained, on what, and where, in one line."""
         trainable, weight = count_parameters(model)["total"], model.output.weight
         percent = 100 * trainable / base_parameters(model)
+        rows = f"{schedule.n_rows} rows" + (f" and {val_rows} for validation" if val_rows else "")
         steps = f"{schedule.steps} steps of {schedule.rows_per_step} rows"
         if schedule.warmup_steps > schedule.steps:
             steps += f" (within a warm-up of {schedule.warmup_steps}: the learning rate ends at "
@@ -96,7 +101,7 @@ class RunFolder:
         dtype = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
         return (
             f"{model.config.method}: {trainable:,} trainable parameters ({percent:.2f} % of the base), "
-            f"{schedule.n_rows} rows, {steps}, {dtype} on {weight.device}, in {self.path}"
+            f"{rows}, {steps}, {dtype} on {weight.device}, in {self.path}"
         )
 
     def _latest(self, model: Transformer) -> dict[str, Any]:
@@ -110,7 +115,7 @@ class RunFolder:
     def _delete_old_run(self) -> None:
         """Delete the checkpoints, adapter and log of an earlier run (--overwrite)."""
         old = [*(file for _, file in reversed(checkpoints(self.path))), *self.path.glob(f"checkpoint-*{DAMAGED}")]
-        for file in [*old, *(self.path / name for name in ("adapter.pth", PARAMS, "log.jsonl"))]:
+        for file in [*old, *(self.path / name for name in (BEST, "adapter.pth", PARAMS, "log.jsonl"))]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 

@@ -80,21 +80,26 @@ def lines(out: Path) -> list[str]:
         return []
 
 
-def content(out: Path, step: int) -> dict[str, Any]:
+def content(out: Path, step: int | str) -> dict[str, Any]:
     return torch.load(out / f"checkpoint-{step}.pth", weights_only=True)
 
 
 def compare(out: Path, expected: Path, steps: int) -> None:
     """Every number that the run leaves, and every file."""
     assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in expected.iterdir())
-    checkpoint, undisturbed = content(out, steps), content(expected, steps)
-    for key, tensor in undisturbed["adapter"].items():
-        assert torch.equal(checkpoint["adapter"][key], tensor), key
-    for name in MOMENTS:
-        for key, tensor in undisturbed["optimizer"][name].items():
-            assert torch.equal(checkpoint["optimizer"][name][key], tensor), (name, key)
-    logs = [[(entry["step"], entry["loss"]) for entry in map(json.loads, lines(folder))] for folder in (out, expected)]
-    assert logs[0] == logs[1] and [step for step, _ in logs[0]] == list(range(1, steps + 1))
+    for step in (steps, "BEST"):
+        checkpoint, undisturbed = content(out, step), content(expected, step)
+        for key, tensor in undisturbed["adapter"].items():
+            assert torch.equal(checkpoint["adapter"][key], tensor), key
+        for name in MOMENTS:
+            for key, tensor in undisturbed["optimizer"][name].items():
+                assert torch.equal(checkpoint["optimizer"][name][key], tensor), (name, key)
+        assert checkpoint["validation"] == undisturbed["validation"]
+    logs = [
+        [(entry["step"], entry["loss"], entry.get("val_loss")) for entry in map(json.loads, lines(folder))]
+        for folder in (out, expected)
+    ]
+    assert logs[0] == logs[1] and [step for step, *_ in logs[0]] == list(range(1, steps + 1))
 
 
 def main(kills: int, seed: int, folder: Path) -> Counter:
@@ -102,6 +107,7 @@ def main(kills: int, seed: int, folder: Path) -> Counter:
     steps, chance, hit = STEPS_PER_KILL * kills, random.Random(seed), Counter()
     data = write_rows(folder / "rows.json")
     settings = {"max_steps": steps, "accum_iter": 1, "save_every": 1, "keep_checkpoints": 2}
+    settings |= {"val_share": 0.25, "eval_every": 3}
     unbroken(train_flags(data, folder / "unbroken", **settings), folder / "unbroken.txt")
     out, log = folder / "killed", folder / "killed.txt"
     flags = [*train_flags(data, out, **settings), "--resume"]
