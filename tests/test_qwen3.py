@@ -17,7 +17,8 @@ from llama import Llama
 from llama.accelerate import accelerate_model, restore_model
 from observe import observe
 from qwen3 import METHODS, SHAPES
-from tiny import build, float64, gradients, relative, require_close, tokens
+from tiny import BASELINES, build, float64, gradients, relative, require_close, tokens
+from tiny import METHODS as ALL_METHODS
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -71,9 +72,9 @@ def test_greedy_answers(pair: tuple[Any, Path]) -> None:
         assert len(answer) > 2 and answer == theirs[: ends[0] if ends else None]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_gradient_is_the_same_with_and_without_acceleration(pair: tuple[Any, Path], name: str) -> None:
-    plain = build(name, ckpt_dir=pair[1] / "meta").model
+def require_same_gradients(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The gradients of a method, which are the same with and without acceleration."""
+    plain = build(name, ckpt_dir=folder).model
     restore_model(plain)
     fast = copy.deepcopy(plain)
     accelerate_model(fast)
@@ -85,8 +86,27 @@ def test_every_gradient_is_the_same_with_and_without_acceleration(pair: tuple[An
             results.append((loss.detach(), gradients(model)))
     (loss, grads), (fast_loss, fast_grads) = results
     assert all(grad.norm() > 0 for grad in grads.values()) and relative(fast_loss, loss) < 1e-6
-    assert name == "soft_moa" or "layers.1.attention.k_norm.adapters.norm.weight" in grads
     require_close(fast_grads, grads, 1e-9)
+    return grads
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_gradient_is_the_same_with_and_without_acceleration(pair: tuple[Any, Path], name: str) -> None:
+    grads = require_same_gradients(pair[1] / "meta", name)
+    assert name == "soft_moa" or "layers.1.attention.k_norm.adapters.norm.weight" in grads
+
+
+@pytest.fixture(scope="module")
+def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    qwen3.write(folder / "hf", "wide heads")
+    from_hf.convert(folder / "hf", folder / "meta", dtype="fp32")
+    return folder / "meta"
+
+
+@pytest.mark.parametrize("name", [name for name in (*ALL_METHODS, *BASELINES) if name not in METHODS])
+def test_every_other_method(wide_heads: Path, name: str) -> None:
+    require_same_gradients(wide_heads, name)
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
