@@ -77,33 +77,19 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
-class DoRAConfig:
-    """Low-rank updates with a trained length of each row."""
+class LowRankConfig:
+    """Low-rank updates beside linear layers, of the kinds that have no experts in their place (DoRA, PiSSA)."""
 
-    layers: str = option("", "layers with DoRA, as for --lora_layers")
-    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with DoRA, as for --lora_targets")
-    rank: int = option(16, "rank of each DoRA")
-    alpha: float = option(16.0, "DoRA's scale is alpha / rank")
-
-
-@dataclass(frozen=True)
-class PiSSAConfig:
-    """Low-rank updates that start from the principal part of the matrix."""
-
-    layers: str = option("", "layers with PiSSA, as for --lora_layers")
-    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with PiSSA, as for --lora_targets")
-    rank: int = option(16, "rank of each PiSSA")
-    alpha: float = option(16.0, "PiSSA's scale is alpha / rank")
+    layers: str = option("", "layers with this adapter, as for --lora_layers")
+    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with it, as for --lora_targets")
+    rank: int = option(16, "rank of each")
+    alpha: float = option(16.0, "its scale is alpha / rank")
 
 
 @dataclass(frozen=True)
-class CoMoLConfig:
+class CoMoLConfig(LowRankConfig):
     """Low-rank updates whose core, a small matrix, is mixed from experts."""
 
-    layers: str = option("", "layers with CoMoL, as for --lora_layers")
-    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with CoMoL, as for --lora_targets")
-    rank: int = option(16, "rank of each CoMoL")
-    alpha: float = option(16.0, "CoMoL's scale is alpha / rank")
     cores: int = option(8, "experts of each CoMoL")
 
 
@@ -169,9 +155,9 @@ def register_adapter(
 
 
 # At one target they apply in this order: DoRA's norm is that of the frozen layer, IA3 scales what stands there.
-register_adapter("dora", DoRAConfig, "moa.dora:DoRA", LINEAR_TARGETS)
+register_adapter("dora", LowRankConfig, "moa.dora:DoRA", LINEAR_TARGETS)
 register_adapter("lora", LoRAConfig, "moa.lora:LoRA", LINEAR_TARGETS)
-register_adapter("pissa", PiSSAConfig, "moa.pissa:PiSSA", LINEAR_TARGETS)
+register_adapter("pissa", LowRankConfig, "moa.pissa:PiSSA", LINEAR_TARGETS)
 register_adapter("comol", CoMoLConfig, "moa.comol:CoMoL", LINEAR_TARGETS)
 register_adapter("vera", VeRAConfig, "moa.vera:VeRA", LINEAR_TARGETS)
 register_adapter("ia3", IA3Config, "moa.ia3:IA3", LINEAR_TARGETS)
