@@ -129,8 +129,6 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
 
 
 def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates) -> tuple[Tensor, list[RouterStats]]:
-    if self.feed_forward.adapters.at("FFN"):
-        return TransformerBlock.ffn_half(self, y, {slot: gate.to(y.dtype) for slot, gate in gates.items()})
     routing, x, ffn = Routing(gates), self.ffn_norm(y), self.feed_forward
     beside = fusable(self.adapters.at("block"))
     readers = [*fusable(ffn.adapters.at("w3", "w1")), *beside]
@@ -148,6 +146,7 @@ def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates
         hidden = SwiGLUFunction.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
         (out,), down = fused_linear(cache, ffn.adapters, hidden, [ffn.w2], readers)
     out = apply(cache, ffn.adapters, "w2", out, hidden, down, routing)
+    out = apply(cache, ffn.adapters, "FFN", out, x, downs, routing, gate, up)
     return apply(cache, self.adapters, "block", y + out, x, downs, routing), routing.stats
 
 
