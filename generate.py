@@ -190,16 +190,14 @@ def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
     """Everything that the answers depend on; paths are not among it, what the files hold is."""
     from llama.checkpoint import fingerprint
     from llama.distributed import bf16_is_fast
-    from moa.adapter_file import PARAMS
+    from moa.adapter_file import PARAMS, adapter_file
     from moa.files import file_hash
 
     named = {"save_path", "ckpt_dir", "adapter_path", "data_path"}
     free = named | {"overwrite", "max_rows", "max_batch_size", "device", "model_parallel_size", "cuda_graphs"}
     settings = {name: value for name, value in asdict(flags).items() if name not in free}
     settings["bf16"] = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
-    adapter = Path(flags.adapter_path) if flags.adapter_path else None
-    if adapter is not None and adapter.is_dir():
-        adapter = adapter / "adapter.pth"
+    adapter = adapter_file(flags.adapter_path) if flags.adapter_path else None
     return settings | {
         "base_fingerprint": fingerprint(ckpt_dir),
         "data_sha256": file_hash(data_path),

@@ -61,8 +61,7 @@ def model_on(args: ModelArgs, base: Mapping[str, Tensor], config: AdapterConfig 
     device = base["output.weight"].device
     init_distributed(device)
     model = Transformer(args, config)
-    model.load_state_dict(dict(base), strict=False, assign=True)
-    model.tie_embeddings()
+    model.assign_base(base)
     reset_adapters(model, 0)
     freeze_base(model)
     accelerate_model(model)

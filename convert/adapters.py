@@ -10,7 +10,7 @@ from convert.meta_format import Written, bare_model, check_output, new_folder
 from convert.reshard import reshard
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer
-from moa.adapter_file import PARAMS, load_adapter, save_reference_adapter
+from moa.adapter_file import PARAMS, adapter_file, load_adapter, save_reference_adapter
 from moa.config import AdapterConfig
 from moa.files import read_json
 from moa.methods import META_NAMES
@@ -131,7 +131,7 @@ def to_reference(adapter_path: str | Path, output_dir: str | Path, overwrite: bo
 
 def recorded_shape(adapter_path: Path) -> ModelArgs:
     """Return the shape of the base that an adapter of ours was trained on. ValueError naming the file."""
-    path = adapter_path / PARAMS if adapter_path.is_dir() else adapter_path.with_name(PARAMS)
+    path = adapter_file(adapter_path).with_name(PARAMS)
     base = read_json(path).get("base")
     if base is None:
         raise ValueError(f"{path}: does not tell the shape of the adapter's base; give the base as --ckpt_dir")

@@ -27,6 +27,7 @@ from llama.checkpoint import fingerprint
 from llama.data import encode_prompt
 from llama.distributed import dp_rank, dp_size, is_rank0
 from llama.machine import check_sampling
+from moa.adapter_file import adapter_file
 from moa.files import file_hash, write_json
 from moa.reading import read_rows
 
@@ -98,7 +99,7 @@ def count_and_save(flags: Flags, llm: Llama, rows: list[dict[str, Any]], model_f
     if not is_rank0():
         return
     # What was read; files by name and content, not by where they lie
-    file, adapter = flags.data_path or flags.predict_file, Path(model_flags.adapter_path)
+    file = flags.data_path or flags.predict_file
     result = statistics.result(
         {
             "rows": len(fitting),
@@ -109,7 +110,7 @@ def count_and_save(flags: Flags, llm: Llama, rows: list[dict[str, Any]], model_f
             "prompt": flags.prompt,
             "max_gen_len": flags.max_gen_len,
             "base_fingerprint": fingerprint(model_flags.ckpt_dir),
-            "adapter_sha256": file_hash(adapter / "adapter.pth" if adapter.is_dir() else adapter),
+            "adapter_sha256": file_hash(adapter_file(model_flags.adapter_path)),
             "max_seq_len": llm.max_seq_len,
             "adapter": llm.model.config.to_dict(),
             **(sampling if flags.predict_file is None else {}),

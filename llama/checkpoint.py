@@ -95,8 +95,7 @@ def load_base_weights(
             quantize_layer(layer, tensor)
         else:
             state[key] = tensor
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_embeddings()
+    model.assign_base(state)
     model.to(device)
     for name, tensor in model.named_parameters():
         assert not tensor.is_meta, name

@@ -11,7 +11,7 @@ with more ranks than key/value heads K is 1, and neighbouring ranks hold the sam
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -272,8 +272,9 @@ class Transformer(nn.Module):
         self.rope_freqs = rope_frequencies(args)
         self.freqs_cis = self.rope_freqs.new_empty(0, args.head_dim // 2, dtype=torch.complex64)
 
-    def tie_embeddings(self) -> None:
-        """After loading: the output matrix is the embedding, where the model ties them. Both are sharded alike."""
+    def assign_base(self, weights: Mapping[str, Tensor]) -> None:
+        """Take this rank's base weights, by their keys. Tied embeddings, which are sharded alike, become one tensor."""
+        self.load_state_dict(weights, strict=False, assign=True)
         if self.args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 

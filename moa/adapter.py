@@ -28,6 +28,14 @@ def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.zeros(shape)
 
 
+def constant(value: float) -> Init:
+    return partial(_constant, value)
+
+
+def _constant(value: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.full(shape, value)
+
+
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 

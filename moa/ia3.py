@@ -6,15 +6,10 @@ The paper scales keys, values and the input of the feed-forward block's second l
 silu(W1 x) * (W3 x), so a factor at the output of W3 (FFN_UP) is the same.
 """
 
-import torch
 from torch import Tensor
 
-from moa.adapter import AdapterModule, Target
+from moa.adapter import AdapterModule, Target, constant
 from moa.config import AdapterConfig
-
-
-def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.ones(shape)
 
 
 class IA3(AdapterModule):
@@ -23,7 +18,7 @@ class IA3(AdapterModule):
     def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
         self.target = target
-        self.add_parameter("factor", (target.out_features,), ones, target.shard_outputs(0))
+        self.add_parameter("factor", (target.out_features,), constant(1.0), target.shard_outputs(0))
 
     def forward(self, x: Tensor, output: Tensor, gate: Tensor | None) -> Tensor:
         """output (N, out), gate (N, 1) -> (N, out)."""

@@ -7,18 +7,14 @@ A and B follow from `vera_seed` and their shapes; they are not saved.
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from moa.adapter import AdapterModule, Target, zeros
+from moa.adapter import AdapterModule, Target, constant, zeros
 from moa.config import AdapterConfig
 from moa.parallel import mp_rank
-
-
-def constant(value: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.full(shape, value)
 
 
 @cache
@@ -45,7 +41,7 @@ class VeRA(AdapterModule):
         super().__init__()
         options = config.adapters["vera"]
         self.target, self.rank, self.seed = target, options.rank, options.seed
-        self.add_parameter("lambda_d", (options.rank,), partial(constant, 0.1))
+        self.add_parameter("lambda_d", (options.rank,), constant(0.1))
         self.add_parameter("lambda_b", (target.out_features,), zeros, target.shard_outputs(0))
         self.share_matrices()
 

@@ -98,8 +98,7 @@ def meta_model(args: ModelArgs, config: AdapterConfig | None, bf16: bool, quanti
         base = {key: torch.empty_like(model.get_parameter(key), dtype=dtype) for key in shard_specs(model)}
     for key in filter(is_quantizable, list(base) if quantize else ()):
         quantize_layer(model.get_submodule(key.rpartition(".")[0]), base.pop(key))
-    model.load_state_dict(base, strict=False, assign=True)
-    model.tie_embeddings()
+    model.assign_base(base)
     freeze_base(model)
     accelerate_model(model)
     return model.train()
