@@ -58,7 +58,7 @@ class ParamSpec:
     """A parameter: whole shape, initial values, shards over model-parallel ranks, weight decay.
 
     local_init: `init` makes this rank's shard, not the whole tensor. lr_scale: factor of the learning rate.
-    trained: False for numbers that are saved with the adapter and never change.
+    trained: False for numbers that are saved with the adapter and have no gradient.
     """
 
     shape: tuple[int, ...]
@@ -78,6 +78,9 @@ class AdapterModule(nn.Module):
 
     per_sequence = False  # of a block's router: it runs once per sequence instead of once per token
     is_stochastic = False  # draws random numbers while training
+    # A training step sets its `token_counts` to zero, sums them over the ranks after all backward passes, then calls
+    # its `balance()`
+    self_balancing = False
 
     def __init__(self):
         super().__init__()

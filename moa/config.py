@@ -138,6 +138,9 @@ class AdapterConfig:
         fewest = min([experts.expert_num, *map(int, filter(None, experts.layer_experts.split(",")))])
         if experts.expert_router == "topk" and 1 < fewest < experts.top_k:
             raise ValueError(f"top_k {experts.top_k} is more than the {fewest} experts of an adapter")
+        flylora = self.adapters["flylora"]
+        if flylora.layers and flylora.top_k > flylora.rank:
+            raise ValueError(f"flylora_top_k {flylora.top_k} is more than flylora_rank {flylora.rank}")
         if experts.expert_num == 1 < METHODS[self.method].get("expert_num", 1):
             raise ValueError(f"expert_num 1: method {self.method} is a mixture of experts, it needs two or more")
 

@@ -94,6 +94,15 @@ class CoMoLConfig(LowRankConfig):
 
 
 @dataclass(frozen=True)
+class FlyLoRAConfig(LowRankConfig):
+    """Low-rank updates with a frozen A, of which each token uses some ranks."""
+
+    rank: int = option(32, "rank of each")
+    alpha: float = option(64.0, "its scale is alpha / rank")
+    top_k: int = option(8, "ranks that a token uses")
+
+
+@dataclass(frozen=True)
 class VeRAConfig:
     """Two trained vectors per layer around random matrices that all layers share."""
 
@@ -159,6 +168,7 @@ register_adapter("dora", LowRankConfig, "moa.dora:DoRA", LINEAR_TARGETS)
 register_adapter("lora", LoRAConfig, "moa.lora:LoRA", LINEAR_TARGETS)
 register_adapter("pissa", LowRankConfig, "moa.pissa:PiSSA", LINEAR_TARGETS)
 register_adapter("comol", CoMoLConfig, "moa.comol:CoMoL", LINEAR_TARGETS)
+register_adapter("flylora", FlyLoRAConfig, "moa.flylora:FlyLoRA", LINEAR_TARGETS)
 register_adapter("vera", VeRAConfig, "moa.vera:VeRA", LINEAR_TARGETS)
 register_adapter("ia3", IA3Config, "moa.ia3:IA3", LINEAR_TARGETS)
 register_adapter("prompt", PromptConfig, "moa.prompt:Prompt", ("attention",))
@@ -274,6 +284,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {"vera_layers": "all"},
     "ia3": {"ia3_layers": "all"},
     "comol": {"comol_layers": "all"},
+    "flylora": {"flylora_layers": "all"},
     "mola": {
         **_LORA,
         **{"lora_targets": ",".join(LINEAR_TARGETS), "lora_rank": 8, "lora_alpha": 16.0},

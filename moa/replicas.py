@@ -44,7 +44,7 @@ def assert_replicas_equal(model: nn.Module) -> None:
 
 def _replicated(model: nn.Module) -> Iterator[tuple[str, Shard, Tensor]]:
     """(key, how it is sharded, this process's shard) of all tensors that several processes may hold."""
-    for key, (parameter, spec, _) in adapter_parameters(model).items():
+    for key, (parameter, spec, _) in adapter_parameters(model, untrained=True).items():
         yield key, spec.shard or REPLICATED, parameter
     for path, module in model.named_modules():
         if not isinstance(module, (AdapterModule, ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):

@@ -29,7 +29,7 @@ class AdapterParameter(NamedTuple):
 def adapter_parameters(model: nn.Module, untrained: bool = False) -> dict[str, AdapterParameter]:
     """Key in the state dict -> parameter, for all that trains of the adapters and routers of `model`.
 
-    untrained: with those that are saved but never change.
+    untrained: with those that are saved but have no gradient.
     """
     parameters = {}
     for path, module in model.named_modules():
@@ -40,6 +40,11 @@ def adapter_parameters(model: nn.Module, untrained: bool = False) -> dict[str, A
                 if spec.trained or untrained:
                     parameters[f"{path}.{name}"] = AdapterParameter(getattr(module, name), spec, slot)
     return parameters
+
+
+def self_balancing(model: nn.Module) -> list[AdapterModule]:
+    """The adapters that balance the use of their parts after each training step."""
+    return [module for module in model.modules() if isinstance(module, AdapterModule) and module.self_balancing]
 
 
 def freeze_base(model: nn.Module) -> None:

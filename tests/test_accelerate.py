@@ -11,6 +11,7 @@ from llama.accelerate import Lanes, accelerate_model, restore_model
 from llama.accelerate.lanes import split_lanes
 from llama.model import ForwardContext, Transformer
 from llama.packing import PackedBatch
+from moa.state import self_balancing
 from tiny import BASELINES, METHODS, build, drawn, float64, gradients, prompts, relative, require_close, shared, tokens
 from training.loop import expert_fraction, forward_backward, uses_load_balancing
 
@@ -53,12 +54,13 @@ def test_an_accelerated_step_is_that_of_the_formulas(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_two_lanes_give_the_same_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = copy.deepcopy(shared(name).model)
+    model = copy.deepcopy(shared(name).model).train()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with float64(model), Lanes(model, forward_backward, expert_fraction, uses_load_balancing(model)) as in_lanes:
         first = step(model, in_lanes)
         again, _ = step(model, in_lanes)
     assert torch.equal(first[0], again)
+    assert all(m.token_counts.sum() == 2 * sum(LENGTHS) * m.top_k for m in self_balancing(model))
     require_same_step(first, name, 1e-9)
 
 

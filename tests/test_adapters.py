@@ -70,7 +70,8 @@ def test_adapters_stay_float32_beside_a_bf16_base(name: str) -> None:
     assert len(llm.generate([[256, 5, 6]], max_gen_len=4)[0]) == 4
     # Whoever picks some adapters or experts picks others after rounding
     router, experts, adapters = model.config.router, model.config.experts, model.config.adapters
-    if router.block_router != "sparse" and experts.expert_router == "soft" and not adapters["mixlora"].layers:
+    chooses = adapters["mixlora"].layers or adapters["flylora"].layers
+    if router.block_router != "sparse" and experts.expert_router == "soft" and not chooses:
         model.loss(batch, batch).backward()
         off = [relative(grads[key], grad) for key, grad in gradients(model).items()]
         # Small rests of large sums are far off; PiSSA's update is one
@@ -155,7 +156,7 @@ def test_three_steps_move_every_adapter_tensor_and_no_base_tensor(name: str) -> 
     # In the first step B = 0 keeps A where it is, z = 0 keeps P, and both keep the gates; after it nothing stays
     waiting = (".lora_A", ".lora_A1", ".lora_A2", ".lora_A3", ".prompt", ".cores", ".core_router", ".lambda_d")
     assert all(key.endswith(waiting) or "router." in key for key in still[0])
-    assert bool(still[0]) == (name not in ("parallel_adapter", "parallel_adapter_moe", "ia3", "pissa"))
+    assert bool(still[0]) == (name not in ("parallel_adapter", "parallel_adapter_moe", "ia3", "pissa", "flylora"))
     assert not still[1] and not still[2]
     adapters = adapter_parameters(model)
     for key, parameter in model.named_parameters():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llama.parallel_layers import ColumnParallelLinear
 from moa.adapter import AdapterModule, Target
@@ -41,7 +42,7 @@ def require_equal(adapter: AdapterModule, by_formula, *inputs: Tensor) -> None:
     """Values and gradients of adapter(*inputs) and of by_formula(its parameters, one token's inputs)."""
     inputs = [t.clone().requires_grad_() if t.requires_grad else t for t in inputs]
     w = dict(adapter.named_parameters())
-    trained = [*w.values(), *(t for t in inputs if t.requires_grad)]
+    trained = [t for t in (*w.values(), *inputs) if t.requires_grad]
     results = []
     for output in (adapter(*inputs), torch.stack([by_formula(w, *token) for token in zip(*inputs, strict=True)])):
         results.append(
@@ -90,6 +91,19 @@ def ia3(w, weight, scale):
     return lambda w, x, wx, g: wx + g * (w["factor"] * wx - wx)
 
 
+def flylora(w, weight, scale):
+    def formula(w, x, wx, g):
+        a = w["lora_A"] @ x
+        chosen = best_ranks(a + w["rank_bias"], 2)
+        return wx + scale * g * sum(w["lora_B"][:, i] * a[i] for i in chosen)
+
+    return formula
+
+
+def best_ranks(scores: Tensor, k: int) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: -abs(scores[i].item()))[:k]
+
+
 def rslora(w, weight, scale):
     return lambda w, x, wx, g: wx + g * scale * w["lora_B"] @ (w["lora_A"] @ x)
 
@@ -101,6 +115,7 @@ def rslora(w, weight, scale):
         (comol, "comol", {"comol_rank": 4, "comol_alpha": 6.0, "comol_cores": E}, 1.5),
         (vera, "vera", {"vera_rank": 4, "vera_seed": 7}, 1),
         (ia3, "ia3", {}, 1),
+        (flylora, "flylora", {"flylora_rank": 4, "flylora_alpha": 6.0, "flylora_top_k": 2}, 1.5),
         (rslora, "lora", {"lora_rank": 4, "lora_alpha": 6.0, "lora_rslora": True}, 3),
     ],
 )
@@ -178,6 +193,40 @@ def test_the_shared_matrices_of_vera_follow_from_the_seed_and_are_shared() -> No
     first_layer, second_layer = (build({"vera_rank": 4}, "vera", target) for _ in range(2))
     assert first_layer.matrix_a is second_layer.matrix_a and first_layer.matrix_b is second_layer.matrix_b
     assert first_layer.state_dict().keys() == {"lambda_d", "lambda_b"}
+
+
+def test_flylora_starts_from_a_sparse_projection() -> None:
+    adapter = build({"flylora_rank": 8, "flylora_top_k": 3}, "flylora", Target(1000, F, "column", 1))
+    start = adapter.specs["lora_A"].init((8, 1000), torch.Generator().manual_seed(0))
+    assert (start != 0).sum(1).tolist() == [375] * 8 and len({tuple(row.tolist()) for row in start != 0}) == 8
+    assert start[start != 0].std().item() == pytest.approx(1 / 8, rel=0.05) and abs(start.sum(1)).max() < 10
+    with pytest.raises(ValueError, match="flylora_top_k 9 is more than flylora_rank 8"):
+        AdapterConfig.from_dict({"method": "flylora", "flylora_rank": 8, "flylora_top_k": 9}, 4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flylora_balances_its_ranks_once_a_step(recompute: bool) -> None:
+    layer = frozen(D, F)
+    adapter = build({"flylora_rank": 4, "flylora_top_k": 2}, "flylora", Target(D, F, "column", 1, [layer]))
+    x, before, counts = drawn(8, D), adapter.rank_bias.clone(), [0] * 4
+    for token in x:
+        for rank in best_ranks(adapter.lora_A @ token + before, 2):
+            counts[rank] += 1
+    for part in x.split(5):  # micro-batches
+        output = layer(part)
+        with torch.no_grad():
+            adapter(part, output, None)
+        adapter.eval()(part, output, None).sum().backward()
+        adapter.train()
+        if recompute:
+            checkpoint(adapter, part, output, None, use_reentrant=False).sum().backward()
+        else:
+            adapter(part, output, None).sum().backward()
+    assert adapter.token_counts.tolist() == counts and torch.equal(adapter.rank_bias, before)
+    adapter.balance()
+    steps = [0.001 * ((4 > count) - (4 < count)) for count in counts]  # the mean is 8 * 2 / 4
+    assert any(steps)
+    torch.testing.assert_close(adapter.rank_bias - before, torch.tensor(steps, dtype=torch.float64))
 
 
 def test_experts_by_depth() -> None:

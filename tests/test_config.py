@@ -65,6 +65,7 @@ def test_presets(method: str, slots: list[str], router: str) -> None:
         ("vera", [slot.replace("lora", "vera") for slot in LORA_5], {"vera_rank": 256}),
         ("ia3", ["ia3_K", "ia3_V", "ia3_FFN_UP"], {}),
         ("comol", [slot.replace("lora", "comol") for slot in LORA_5], {"comol_rank": 16, "comol_cores": 8}),
+        ("flylora", [slot.replace("lora", "flylora") for slot in LORA_5], {"flylora_rank": 32, "flylora_top_k": 8}),
         ("mola", [*LORA_5[:4], "lora_FFN_UP", "lora_FFN_GATE", "lora_FFN_DOWN"], {"layer_experts": "2,4,6,8"}),
         ("mixlora", [*LORA_5[:4], "mixlora"], {"mixlora_experts": 8, "mixlora_top_k": 2, "lb_loss_coeff": 0.01}),
     ],

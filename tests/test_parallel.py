@@ -142,10 +142,10 @@ def test_gradients_of_what_several_ranks_hold_are_equal_on_them(compared) -> Non
 def test_adapters_are_sharded_as_their_layers_are(compared) -> None:
     alone, shared = compared
     columns, rows = ("Q", "K", "V", "FFN_UP", "FFN_GATE"), ("O", "FFN_DOWN")
-    along_outputs = ("lora_B", "bias", "magnitude", "lambda_b", "factor")
+    along_outputs = ("lora_B", "start_B", "bias", "magnitude", "lambda_b", "factor")
     outputs = {f"_{target}.{name}" for target in columns for name in along_outputs}
     outputs |= {"mixlora.lora_B1", "mixlora.lora_B3"}
-    inputs = {*(f"_{target}.lora_A" for target in rows), "mixlora.lora_A2"}
+    inputs = {*(f"_{target}.{name}_A" for target in rows for name in ("lora", "start")), "mixlora.lora_A2"}
     routers = {f"lora_{target}.expert_router.{name}.weight" for target in rows for name in ("proj", "threshold")}
     expected = {key for key in alone["state"] if key.endswith((*outputs, *inputs, *routers, "prompt.gate"))}
     for rank in shared:

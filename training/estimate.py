@@ -31,7 +31,7 @@ from llama.model import Transformer
 from llama.packing import PackedBatch
 from llama.quantize import NF4Layer, is_quantizable, nf4_bytes, quantize_layer
 from moa.config import AdapterConfig
-from moa.state import adapter_parameters, freeze_base
+from moa.state import adapter_parameters, freeze_base, self_balancing
 from training.config import CHECKPOINTING_MODES
 from training.loop import all_reduce_gradients, forward_backward
 
@@ -116,9 +116,10 @@ def base_parameters(model: Transformer) -> int:
 
 def static_bytes(model: Transformer) -> dict[str, int]:
     """What this rank holds all the time: its shards of the base and of the float32 adapters, gradients, and moments."""
-    adapters = sum(4 * entry.parameter.numel() for entry in adapter_parameters(model).values())
+    adapters = sum(4 * entry.parameter.numel() for entry in adapter_parameters(model, untrained=True).values())
+    trained = sum(4 * entry.parameter.numel() for entry in adapter_parameters(model).values())
     base = sum(layer_bytes(model.get_submodule(key.rpartition(".")[0])) for key in shard_specs(model))
-    return {"base": base, "adapters": adapters, "gradients": adapters, "optimizer": 2 * adapters}
+    return {"base": base, "adapters": adapters, "gradients": trained, "optimizer": 2 * trained}
 
 
 def layer_bytes(layer: nn.Module) -> int:
@@ -291,7 +292,7 @@ def trace_step(model: Transformer, lengths: list[int], messages: list[Message]) 
     hooks = [model.norm.register_forward_hook(mark), model.register_forward_hook(mark_backward)]
     forward_backward(model, _micro_batch(lengths), sum(lengths), sum(lengths))
     mark()
-    all_reduce_gradients([entry.parameter for entry in adapter_parameters(model).values()])
+    all_reduce_gradients([entry.parameter for entry in adapter_parameters(model).values()], self_balancing(model))
     mark()
     for hook in hooks:
         hook.remove()

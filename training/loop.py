@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from llama.data import Example
 from llama.distributed import dp_rank, dp_size
 from llama.model import Transformer
+from moa.adapter import AdapterModule
 from moa.parallel import mp_size
-from moa.state import AdapterParameter, adapter_parameters, optimizer_groups
+from moa.state import AdapterParameter, adapter_parameters, optimizer_groups, self_balancing
 from training.data import MicroBatch, label_count, local_micro_batches
 from training.schedule import Schedule
 from training.validation import BestLoss
@@ -95,7 +96,7 @@ def train(
     forward_backward: or a faster equal (`llama.accelerate`).
     """
     adapters = list(adapter_parameters(model).values())
-    parameters = [entry.parameter for entry in adapters]
+    parameters, balancing = [entry.parameter for entry in adapters], self_balancing(model)
     device = parameters[0].device
     model.train()
     while not state.is_complete(schedule.steps):
@@ -107,13 +108,15 @@ def train(
         torch.manual_seed((seed * schedule.steps + step) * dp_size() + dp_rank())
 
         optimizer.zero_grad(set_to_none=True)
+        for module in balancing:
+            module.token_counts.zero_()
         losses = torch.zeros(2, device=device)  # cross-entropy; auxiliary
         for micro_batch in local_micro_batches(batch, batch_size, device, dp_rank(), dp_size()):
             if micro_batch is not None:
                 losses += forward_backward(model, micro_batch, num_labels, num_tokens)
             elif uses_load_balancing(model):
                 expert_fraction(torch.zeros(balanced_routers(model), device=device), 0)
-        all_reduce_gradients(parameters)
+        all_reduce_gradients(parameters, balancing)
         ce_loss, aux_loss, finite, signum = reduce_step(losses, parameters, stop_signal())
         skipped = None
         if finite:
@@ -122,6 +125,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             optimizer.step()
+            for module in balancing:
+                module.balance()
         else:
             skipped = _not_finite(step, ce_loss + aux_loss, rows)
             if state.skipped[-1:] == [step]:
@@ -172,17 +177,21 @@ def expert_fraction(tokens_per_expert: Tensor, num_tokens: int) -> Tensor:
     return counts[:-1].view_as(tokens_per_expert) / counts[-1]
 
 
-def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum gradients over the data-parallel ranks in one message. An unused parameter counts with zeros."""
+def all_reduce_gradients(parameters: list[nn.Parameter], balancing: list[AdapterModule]) -> None:
+    """Sum gradients, and the counts of adapters that balance themselves, over the data-parallel ranks in one message.
+
+    An unused parameter counts with zeros.
+    """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     if dp_size() == 1:
         return
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    tensors = [parameter.grad for parameter in parameters] + [module.token_counts for module in balancing]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=mp.get_data_parallel_group())
-    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(grad.view_as(parameter))
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def clip_gradients(adapters: list[AdapterParameter], max_norm: float) -> None:

@@ -15,14 +15,14 @@ from llama import ModelArgs, Transformer
 from llama.accelerate import accelerate_model
 from llama.distributed import destroy_distributed, init_distributed
 from llama.packing import PackedBatch
-from moa.state import adapter_parameters, freeze_base, reset_adapters
+from moa.state import adapter_parameters, freeze_base, reset_adapters, self_balancing
 from tiny import ARGS, config
 from training.config import CHECKPOINTING_MODES
 from training.estimate import CommRecorder
 from training.loop import all_reduce_gradients, forward_backward
 
 LENGTHS = [7, 9, 4]
-METHODS = ("soft_moa", "unipeft", "adamole", "custom")
+METHODS = ("soft_moa", "unipeft", "adamole", "custom", "flylora")
 
 
 def zeros(method: str, args: ModelArgs = ARGS, bf16: bool = False) -> Transformer:
@@ -44,7 +44,8 @@ def exchanged(method: str, mode: str) -> list:
     with CommRecorder(messages):
         micro_batch = torch.ones(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64), PackedBatch(LENGTHS, "cpu")
         forward_backward(model, micro_batch, n, n)
-        all_reduce_gradients([entry.parameter for entry in adapter_parameters(model).values()])
+        parameters = [entry.parameter for entry in adapter_parameters(model).values()]
+        all_reduce_gradients(parameters, self_balancing(model))
     return messages
 
 

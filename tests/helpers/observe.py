@@ -73,7 +73,7 @@ def observe(name: str, model_parallel_size: int, ckpt_dir: Path = BASE) -> dict[
             for choice in ("none", "selective", "full") if model_parallel_size < 4 else ("none",):
                 model.activation_checkpointing = choice
                 seen[choice] = _backward(model, batch)
-        shards = {key: entry.spec.shard for key, entry in adapter_parameters(model).items()}
+        shards = {key: entry.spec.shard for key, entry in adapter_parameters(model, untrained=True).items()}
         seen["shards"] = {key: tuple(shard) for key, shard in shards.items() if shard is not None}
         reset_adapters(model, seed=3)
         return seen | {"fresh": adapter_state_dict(model)}

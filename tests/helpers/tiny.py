@@ -78,12 +78,14 @@ BASELINES: dict[str, dict[str, Any]] = {
     "vera": {"method": "vera", "vera_rank": 8},
     "ia3": {"method": "ia3"},
     "comol": {"method": "comol", "comol_rank": 4, "comol_cores": 3},
+    "flylora": {"method": "flylora", "flylora_rank": 8, "flylora_alpha": 16.0, "flylora_top_k": 3},
     "mola": {"method": "mola", **_SMALL_LORA, "layer_experts": "2,3,4", "expert_num": 4, "lb_loss_coeff": 0.1},
     "mixlora": {"method": "mixlora", **_SMALL_LORA, **_MIXLORA, "lb_loss_coeff": 0.1},
     "all_kinds": {
         **{"method": "custom", "block_router": "soft", "swi_x": 1, "p_adapter_layers": "0-1", "p_adapter_size": 8},
         **{"dora_layers": "0-3", "dora_rank": 4, "ia3_layers": "0-3", "vera_layers": "0-3", "vera_rank": 8},
         **{"comol_layers": "0-2", "comol_rank": 4, "comol_cores": 3, "pissa_layers": "1-3", "pissa_rank": 4},
+        **{"flylora_layers": "0-2", "flylora_rank": 8, "flylora_top_k": 3, "flylora_targets": "Q,V,O,FFN_UP"},
         **{"mixlora_layers": "1-2", **_MIXLORA, "lb_loss_coeff": 0.1},
     },
 }
