@@ -109,13 +109,13 @@ class RouterStatistics:
     def result(self, source: dict[str, Any]) -> dict[str, Any]:
         """The statistics as they are saved."""
         config, (prompt, answer) = self.model.config, map(int, self.counts)
-        several = config.experts.expert_num > 1
+        several = config.expert_num > 1
         return {
             "format": FORMAT,
             "version": VERSION,
             "method": config.method,
-            "block_router": config.router.block_router,
-            "expert_router": config.experts.expert_router if several else None,
+            "block_router": config.block_router,
+            "expert_router": config.expert_router if several else None,
             "n_layers": config.n_layers,
             "source": source,
             "bins": BINS,

@@ -228,7 +228,7 @@ class TransformerBlock(nn.Module):
 
 
 def build_norm(args: ModelArgs, config: AdapterConfig | None, of_heads: bool = False) -> RMSNorm:
-    trained = config is not None and config.bias_norm.train_bias_norm
+    trained = config is not None and config.train_bias_norm
     return RMSNorm(args.head_dim if of_heads else args.dim, args.norm_eps, trained, of_heads)
 
 
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
 
         fraction (routers, E): of tokens that chose each expert.
         """
-        return self.config.experts.lb_loss_coeff * stats.load_balancing_loss(fraction)
+        return self.config.lb_loss_coeff * stats.load_balancing_loss(fraction)
 
     def forward_hidden(
         self, tokens: Tensor, batch: PackedBatch, cache: KVCache | None = None, cache_rows: list[int] | None = None

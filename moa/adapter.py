@@ -1,10 +1,10 @@
 """The base of adapters and routers: a module that declares each trained parameter once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,16 @@ from moa.parallel import (
     reduce_from_model_parallel_region,
 )
 
+# Initial values: (whole shape, generator) -> whole tensor, or this rank's shard of it.
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
-class Init(Protocol):
-    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor: ...
+
+def constant(value: float) -> Init:
+    return lambda shape, generator: torch.full(shape, value)
 
 
 def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.zeros(shape)
-
-
-def constant(value: float) -> Init:
-    return partial(_constant, value)
-
-
-def _constant(value: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.full(shape, value)
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -41,11 +36,7 @@ def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def uniform(bound: float) -> Init:
-    return partial(_uniform, bound)
-
-
-def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
+    return lambda shape, generator: torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
 
 
 def linear_init(in_features: int) -> Init:
@@ -55,17 +46,17 @@ def linear_init(in_features: int) -> Init:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A parameter: whole shape, initial values, shards over model-parallel ranks, weight decay.
+    """A parameter of an adapter or a router.
 
-    local_init: `init` makes this rank's shard, not the whole tensor. lr_scale: factor of the learning rate.
-    trained: False for numbers that are saved with the adapter and have no gradient.
+    shape: whole. shard: `target.shard_outputs(dim)` or `target.shard_inputs(dim)` for one that runs along the outputs
+    or inputs of the adapted layer. decay: whether weight decay applies (None: to all but 1-D ones). lr_scale: factor of
+    the learning rate. trained: False for numbers that are saved with the adapter and have no gradient.
     """
 
     shape: tuple[int, ...]
     init: Init
-    shard: Shard | None
-    decay: bool
-    local_init: bool = False
+    shard: Shard | None = None
+    decay: bool | None = None
     lr_scale: float = 1.0
     trained: bool = True
 
@@ -88,32 +79,21 @@ class AdapterModule(nn.Module):
         self.expert_router: nn.Module | None = None  # of an adapter with several experts
 
     def add_parameter(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        init: Init,
-        shard: Shard | None = None,
-        decay: bool | None = None,
-        local_init: bool = False,
-        lr_scale: float = 1.0,
-        trained: bool = True,
+        self, name: str, shape: tuple[int, ...], init: Init, shard: Shard | None = None, **options: Any
     ) -> None:
-        """Make parameter `name` of whole shape `shape`; this rank holds its shard of it.
+        """Make parameter `name` of whole shape `shape`; this rank holds its shard of it. options: see `ParamSpec`.
 
-        shard: `target.shard_outputs(dim)` or `target.shard_inputs(dim)` for a parameter that runs along the outputs or
-        inputs of the adapted layer. Where several ranks hold the same shard, its gradient is summed over them.
-        decay: whether weight decay applies (default: to all but 1-D parameters). The rest: see `ParamSpec`.
+        Where several ranks hold the same shard, its gradient is summed over them.
         """
+        spec = self.specs[name] = ParamSpec(shape, init, shard, **options)
         local = list(shape)
         if shard is not None:
             what = f"dimension {shard.dim} of {type(self).__name__}.{name}"
             local[shard.dim] = divide(shape[shard.dim], what, shard.num_shards)
-        parameter = nn.Parameter(torch.empty(local, dtype=torch.float32), requires_grad=trained)
-        if trained and shard is not None and shard.num_shards < mp_size():
+        parameter = nn.Parameter(torch.empty(local, dtype=torch.float32), requires_grad=spec.trained)
+        if spec.trained and shard is not None and shard.num_shards < mp_size():
             parameter.register_hook(partial(all_reduce_shared_grad, shard=shard))
         self.register_parameter(name, parameter)
-        decay = len(shape) > 1 if decay is None else decay
-        self.specs[name] = ParamSpec(shape, init, shard, decay, local_init, lr_scale, trained)
 
 
 @dataclass(frozen=True)

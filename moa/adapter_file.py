@@ -99,10 +99,7 @@ def load_adapter(path: str | Path, base: Base, method: str | None = None) -> tup
             if "base" in params:
                 base.require_fits(params["base"])
         config = AdapterConfig.from_dict(flat, base.n_layers)
-        # A type of adapter that neither the file nor its method names is not there
-        absent = {f"{name}_layers" for name, options in config.adapters.items() if not options.layers}
-        known = params.keys() | absent | set(ADDED_LATER)
-        missing = [] if is_reference else sorted(config.active_fields() - known)
+        missing = [] if is_reference else sorted(config.active_fields() - params.keys() - ADDED_LATER)
         if missing:  # a preset's value in its place might not be what was trained
             raise ValueError(f"missing setting{'s' * (len(missing) > 1)} {', '.join(missing)}")
     except (ValueError, KeyError, TypeError) as error:

@@ -41,7 +41,7 @@ class AdapterDict(nn.ModuleDict):
             if name in targets:
                 self[slot.name] = import_class(ADAPTERS[slot.type].module)(targets[name], config)
                 self.slots_at[name].append(slot.name)
-        if config is not None and config.bias_norm.train_bias_norm:
+        if config is not None and config.train_bias_norm:
             for target in BIASED_TARGETS:
                 name = layer_name(target)
                 if name in targets:
@@ -70,6 +70,6 @@ class AdapterDict(nn.ModuleDict):
 
 def build_router(config: AdapterConfig | None, slots: list[Slot], dim: int) -> AdapterModule | None:
     """The router of a block with these adapters; None where the method has none or the block nothing to route."""
-    if config is None or not slots or config.router.block_router == "none":
+    if config is None or not slots or config.block_router == "none":
         return None
-    return import_class(BLOCK_ROUTERS[config.router.block_router].module)(slots, dim, config)
+    return import_class(BLOCK_ROUTERS[config.block_router].module)(slots, dim, config)

@@ -31,8 +31,11 @@ class CoMoL(AdapterModule):
     def forward(self, x: Tensor, output: Tensor, gate: Tensor | None) -> Tensor:
         """x (N, in), the layer's output (N, out), gate (N, 1) -> output with the update, (N, out)."""
         a = self.target.project_in(x, self.lora_A)  # (N, r)
-        weights = F.linear(a, self.core_router.to(a.dtype)).softmax(-1)  # (N, E)
-        mixed = torch.einsum("ne,nr,erk->nk", weights, a, self.cores.to(a.dtype))  # sum_e p_e C_e^T A x
+        mixed = torch.einsum("ne,nr,erk->nk", self.core_weights(a), a, self.cores.to(a.dtype))  # sum_e p_e C_e^T A x
         if gate is not None:
             mixed = mixed * gate
         return output + self.scale * self.target.project_out(mixed, self.lora_B)
+
+    def core_weights(self, a: Tensor) -> Tensor:
+        """p of each token: from a = A x (N, r) to (N, E)."""
+        return F.linear(a, self.core_router.to(a.dtype)).softmax(-1)

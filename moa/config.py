@@ -16,11 +16,8 @@ from moa.methods import (
     BLOCK_ROUTERS,
     EXPERT_ROUTERS,
     METHODS,
-    SECTIONS,
     TARGETS,
-    BiasNormConfig,
-    ExpertConfig,
-    RouterConfig,
+    MixtureConfig,
     config_fields,
 )
 from moa.reading import safe_name, short_repr
@@ -37,8 +34,8 @@ class Slot:
     target: str
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(MixtureConfig):
     """All adapters of a model and how they are mixed, for a model of `n_layers` layers. Built by `from_dict`.
 
     adapters: the options of each type of adapter, by its name.
@@ -47,9 +44,6 @@ class AdapterConfig:
     method: str
     n_layers: int
     adapters: Mapping[str, Any]
-    router: RouterConfig = RouterConfig()
-    experts: ExpertConfig = ExpertConfig()
-    bias_norm: BiasNormConfig = BiasNormConfig()
 
     @classmethod
     def from_dict(cls, flat: Mapping[str, Any], n_layers: int) -> "AdapterConfig":
@@ -77,11 +71,11 @@ class AdapterConfig:
             elif name.endswith("_layers"):
                 values[name] = format_layers(parse_layers(name, values[name], n_layers))
 
-        def options(section: type, prefix: str = "") -> Any:
-            return section(**{f.name: values[prefix + f.name] for f in fields(section)})
+        def chosen(options: type, prefix: str = "") -> dict[str, Any]:
+            return {f.name: values[prefix + f.name] for f in fields(options)}
 
-        adapters = {name: options(adapter.options, f"{name}_") for name, adapter in ADAPTERS.items()}
-        config = cls(method, n_layers, adapters, **{name: options(section) for name, section in SECTIONS.items()})
+        adapters = {name: kind.options(**chosen(kind.options, f"{name}_")) for name, kind in ADAPTERS.items()}
+        config = cls(method=method, n_layers=n_layers, adapters=adapters, **chosen(MixtureConfig))
         config._check()
         return config
 
@@ -90,17 +84,14 @@ class AdapterConfig:
         flat = {"method": self.method}
         for name, options in self.adapters.items():
             flat |= {f"{name}_{key}": value for key, value in asdict(options).items()}
-        for section in SECTIONS:
-            flat |= asdict(getattr(self, section))
-        return flat
+        return flat | {f.name: getattr(self, f.name) for f in fields(MixtureConfig)}
 
     def at_layer(self, layer: int) -> "AdapterConfig":
         """This configuration as one layer has it: `layer_experts` gives its number of experts."""
-        if not self.experts.layer_experts:
+        if not self.layer_experts:
             return self
-        by_depth = self.experts.layer_experts.split(",")
-        num_experts = int(by_depth[layer * len(by_depth) // self.n_layers])
-        return replace(self, experts=replace(self.experts, expert_num=num_experts))
+        by_depth = self.layer_experts.split(",")
+        return replace(self, expert_num=int(by_depth[layer * len(by_depth) // self.n_layers]))
 
     def slots(self, layer: int) -> list[Slot]:
         """The adapters of one block, in the order of its router's outputs."""
@@ -130,46 +121,44 @@ class AdapterConfig:
         """Check what concerns several settings."""
         for name in self.adapters:
             self._targets(name)
-        if not (self.bias_norm.train_bias_norm or any(self._layers.values())):
+        if not (self.train_bias_norm or any(self._layers.values())):
             raise ValueError(f"method {self.method} with these layers has no adapter: nothing would be trained")
-        experts = self.experts
-        if experts.layer_experts and not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", experts.layer_experts):
-            raise ValueError(f"layer_experts: {short_repr(experts.layer_experts)} is no list such as 2,4,6,8")
-        fewest = min([experts.expert_num, *map(int, filter(None, experts.layer_experts.split(",")))])
-        if experts.expert_router == "topk" and 1 < fewest < experts.top_k:
-            raise ValueError(f"top_k {experts.top_k} is more than the {fewest} experts of an adapter")
+        if self.layer_experts and not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", self.layer_experts):
+            raise ValueError(f"layer_experts: {short_repr(self.layer_experts)} is no list such as 2,4,6,8")
+        fewest = min([self.expert_num, *map(int, filter(None, self.layer_experts.split(",")))])
+        if self.expert_router == "topk" and 1 < fewest < self.top_k:
+            raise ValueError(f"top_k {self.top_k} is more than the {fewest} experts of an adapter")
         flylora = self.adapters["flylora"]
         if flylora.layers and flylora.top_k > flylora.rank:
             raise ValueError(f"flylora_top_k {flylora.top_k} is more than flylora_rank {flylora.rank}")
-        if experts.expert_num == 1 < METHODS[self.method].get("expert_num", 1):
+        if self.expert_num == 1 < METHODS[self.method].get("expert_num", 1):
             raise ValueError(f"expert_num 1: method {self.method} is a mixture of experts, it needs two or more")
 
     def active_fields(self) -> set[str]:
         """The settings that this configuration reads, by flag name; the others change nothing."""
-        present = [name for name, options in self.adapters.items() if options.layers]
-        names = {"train_bias_norm"} | {f"{name}_layers" for name in self.adapters}
-        names |= {f"{name}_{f.name}" for name in present for f in fields(self.adapters[name])}
-        names |= {setting for name in present for setting in ADAPTERS[name].uses}
+        active, present = {"train_bias_norm"}, [name for name in self.adapters if self.adapters[name].layers]
+        for name in present:
+            active |= {f"{name}_{f.name}" for f in fields(self.adapters[name])} | set(ADAPTERS[name].uses)
         if present:
-            names |= {"block_router", "expert_num"} | set(BLOCK_ROUTERS[self.router.block_router].uses)
-        if self.router.const_threshold:
-            names.discard("threshold_gradient")
-        if present and self.experts.expert_num > 1:
-            return names | {"expert_router", "layer_experts"} | set(EXPERT_ROUTERS[self.experts.expert_router].uses)
-        return names - {f"{name}_hydra" for name in present}
+            active |= {"block_router", "expert_num", *BLOCK_ROUTERS[self.block_router].uses}
+        if self.const_threshold:
+            active.discard("threshold_gradient")
+        if present and self.expert_num > 1:
+            return active | {"expert_router", "layer_experts", *EXPERT_ROUTERS[self.expert_router].uses}
+        return active - {f"{name}_hydra" for name in present}
 
     def unused_flag_message(self, given: set[str]) -> str | None:
         """A sentence about the first flag in `given` that this configuration does not use, else None."""
-        unused = sorted(given & (config_fields().keys() - self.active_fields()))
+        layers = {f"{name}_layers" for name in self.adapters}  # which may say that there are none
+        unused = sorted(given & (config_fields().keys() - self.active_fields() - layers))
         if not unused:
             return None
         for name, options in self.adapters.items():
             if unused[0].startswith(f"{name}_") and not options.layers:
                 missing = f"method {self.method} has no such adapter (--{name}_layers adds it)"
                 return f"--{unused[0]} has no effect: {missing}"
-        router, experts = self.router, self.experts
-        settings = f"--block_router {router.block_router}, --expert_num {experts.expert_num}"
-        settings += f", --expert_router {experts.expert_router}" if experts.expert_num > 1 else ""
+        settings = f"--block_router {self.block_router}, --expert_num {self.expert_num}"
+        settings += f", --expert_router {self.expert_router}" if self.expert_num > 1 else ""
         return f"--{unused[0]} has no effect with method {self.method} ({settings})"
 
 

@@ -24,7 +24,7 @@ class DoRA(AdapterModule):
         a_shape, shard = (options.rank, target.in_features), target.shard_outputs(0)
         self.add_parameter("lora_A", a_shape, linear_init(target.in_features), target.shard_inputs(1))
         self.add_parameter("lora_B", (target.out_features, options.rank), zeros, shard)
-        self.add_parameter("magnitude", (target.out_features,), self._initial_magnitude, shard, local_init=True)
+        self.add_parameter("magnitude", (target.out_features,), self._initial_magnitude, shard)
 
     def _initial_magnitude(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self._sum_over_inputs(self.target.layers[0].weight.float().square().sum(1)).sqrt().cpu()

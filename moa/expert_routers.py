@@ -49,7 +49,7 @@ class SoftmaxRouter(AdapterModule):
 
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
         super().__init__()
-        self.proj = RouterLinear(target.in_features, config.experts.expert_num, softmax_bias, target)
+        self.proj = RouterLinear(target.in_features, config.expert_num, softmax_bias, target)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.route(x.dtype, self.proj(x))
@@ -68,8 +68,8 @@ class TopKRouter(AdapterModule):
 
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
         super().__init__()
-        num_experts, noisy = config.experts.expert_num, config.experts.noisy_router
-        self.num_experts, self.top_k, self.is_stochastic = num_experts, config.experts.top_k, noisy
+        num_experts, noisy = config.expert_num, config.noisy_router
+        self.num_experts, self.top_k, self.is_stochastic = num_experts, config.top_k, noisy
         self.proj = RouterLinear(target.in_features, num_experts, target=target)
         self.noise = RouterLinear(target.in_features, num_experts, target=target) if noisy else None
 
@@ -93,7 +93,7 @@ class AdaMoLERouter(AdapterModule):
 
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
         super().__init__()
-        self.num_experts = config.experts.expert_num
+        self.num_experts = config.expert_num
         self.proj = RouterLinear(target.in_features, self.num_experts, target=target)
         self.threshold = RouterLinear(target.in_features, 1, target=target)
 
@@ -114,6 +114,6 @@ def build_expert_router(target: Target, config: AdapterConfig, softmax_bias: boo
 
     softmax_bias: whether a softmax router has a bias. LoRA's has none, as published.
     """
-    if config.experts.expert_num == 1:
+    if config.expert_num == 1:
         return None
-    return import_class(EXPERT_ROUTERS[config.experts.expert_router].module)(target, config, softmax_bias)
+    return import_class(EXPERT_ROUTERS[config.expert_router].module)(target, config, softmax_bias)

@@ -18,7 +18,7 @@ class LoRA(AdapterModule):
 
     def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
-        lora, num_experts = config.adapters["lora"], config.experts.expert_num
+        lora, num_experts = config.adapters["lora"], config.expert_num
         self.target, self.rank, self.scale = target, lora.rank, lora.scale
         width = lora.rank * num_experts
         a_shape = (lora.rank if lora.hydra else width, target.in_features)

@@ -42,11 +42,21 @@ def import_class(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class AdapterOptions:
+    """Options of every type of adapter. A type that can stand at several targets has `targets` as well."""
+
+    layers: str = option("", "layers with this adapter: all, or ranges with the end excluded, as 0-8,24-32")
+
+
+@dataclass(frozen=True)
+class LinearAdapterOptions(AdapterOptions):
+    targets: str = option("Q,K,V,O,FFN_DOWN", f"linear layers with this adapter, of {','.join(LINEAR_TARGETS)}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig(LinearAdapterOptions):
     """Low-rank updates beside linear layers."""
 
-    layers: str = option("", "layers with LoRA: all, or ranges with the end excluded, as 0-8,24-32")
-    targets: str = option("Q,K,V,O,FFN_DOWN", f"linear layers with LoRA, of {','.join(LINEAR_TARGETS)}")
     rank: int = option(8, "rank of each LoRA")
     alpha: float = option(8.0, "LoRA's scale is alpha / rank")
     hydra: bool = option(False, "the LoRA experts of a layer share one A")
@@ -59,29 +69,25 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
-class ParallelAdapterConfig:
+class ParallelAdapterConfig(AdapterOptions):
     """A bottleneck network beside the feed-forward block."""
 
-    layers: str = option("", "layers with a parallel adapter, as for --lora_layers")
     size: int = option(16, "hidden width of each parallel adapter")
     activation: str = option("silu", "activation of the parallel adapters", ("silu", "gelu", "relu"))
     hydra: bool = option(False, "the parallel adapters of a layer share one down projection")
 
 
 @dataclass(frozen=True)
-class PromptConfig:
+class PromptConfig(AdapterOptions):
     """Trained vectors that each layer's queries attend to."""
 
-    layers: str = option("", "layers with a prompt, as for --lora_layers")
     len: int = option(10, "prompt vectors per layer (of each expert)")
 
 
 @dataclass(frozen=True)
-class LowRankConfig:
+class LowRankConfig(LinearAdapterOptions):
     """Low-rank updates beside linear layers, of the kinds that have no experts in their place (DoRA, PiSSA)."""
 
-    layers: str = option("", "layers with this adapter, as for --lora_layers")
-    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with it, as for --lora_targets")
     rank: int = option(16, "rank of each")
     alpha: float = option(16.0, "its scale is alpha / rank")
 
@@ -103,28 +109,24 @@ class FlyLoRAConfig(LowRankConfig):
 
 
 @dataclass(frozen=True)
-class VeRAConfig:
+class VeRAConfig(LinearAdapterOptions):
     """Two trained vectors per layer around random matrices that all layers share."""
 
-    layers: str = option("", "layers with VeRA, as for --lora_layers")
-    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with VeRA, as for --lora_targets")
     rank: int = option(256, "rank of the shared matrices")
     seed: int = option(0, "the shared matrices follow from it", bounds=(0, 2**31))
 
 
 @dataclass(frozen=True)
-class IA3Config:
+class IA3Config(LinearAdapterOptions):
     """A trained factor for each output of a linear layer."""
 
-    layers: str = option("", "layers with IA3, as for --lora_layers")
     targets: str = option("K,V,FFN_UP", "linear layers with IA3, as for --lora_targets (FFN_UP: the paper's FFN_DOWN)")
 
 
 @dataclass(frozen=True)
-class MixLoRAConfig:
+class MixLoRAConfig(AdapterOptions):
     """Experts of the feed-forward block, each with low-rank updates of all its layers."""
 
-    layers: str = option("", "layers with MixLoRA, as for --lora_layers")
     rank: int = option(8, "rank of each update of a MixLoRA expert")
     alpha: float = option(16.0, "MixLoRA's scale is alpha / rank")
     experts: int = option(8, "experts of each feed-forward block")
@@ -203,8 +205,8 @@ EXPERT_ROUTERS: dict[str, RouterType] = {
 
 
 @dataclass(frozen=True)
-class RouterConfig:
-    """The block's router and its gates."""
+class MixtureConfig:
+    """What weighs adapters and experts, and what trains of the base itself."""
 
     block_router: str = option(
         "none",
@@ -221,12 +223,6 @@ class RouterConfig:
     threshold_gradient: str = option(
         "straight_through", "sparse router: how the threshold learns (none: not at all)", ("straight_through", "none")
     )
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """Several adapters of one type in place of one."""
-
     expert_num: int = option(1, "experts in the place of each LoRA, prompt and parallel adapter")
     layer_experts: str = option(
         "", "number of experts by depth: 2,4,6,8 for four equal groups of layers (default: expert_num in all)"
@@ -235,27 +231,17 @@ class ExpertConfig:
     top_k: int = option(2, "topk router: experts that a token goes to")
     noisy_router: bool = option(False, "topk router: learned noise on its logits while training")
     lb_loss_coeff: float = option(0.0, "topk and adamole routers: weight of the load-balancing loss", bounds=(0, 1e9))
-
-
-@dataclass(frozen=True)
-class BiasNormConfig:
-    """What trains of the base itself."""
-
     train_bias_norm: bool = option(False, "also train the norms' weights, and biases of wq, wo, w1, w2 and w3")
 
 
-# Sections of a configuration beside the adapters, by their name there.
-SECTIONS: dict[str, type] = {"router": RouterConfig, "experts": ExpertConfig, "bias_norm": BiasNormConfig}
-
-
 # Settings that are younger than some adapter files: where one is missing, its default is what was trained.
-ADDED_LATER = ("lora_rslora", "lora_lr_ratio", "layer_experts")
+ADDED_LATER = {"lora_rslora", "lora_lr_ratio", "layer_experts"}
 
 
 def config_fields() -> dict[str, Field]:
     """Every flag of the adapter configuration -> its dataclass field (type, default, help, choices)."""
     flags = {f"{kind.name}_{f.name}": f for kind in ADAPTERS.values() for f in fields(kind.options)}
-    return flags | {f.name: f for section in SECTIONS.values() for f in fields(section)}
+    return flags | {f.name: f for f in fields(MixtureConfig)}
 
 
 # The methods: each a set of options on top of the defaults. Published sizes; "all" means every layer of the model.

@@ -5,21 +5,15 @@ sum_e g_e (W2 + D2_e) (silu((W1 + D1_e) x) * (W3 + D3_e) x)        D = s B A, s 
 g is a top-k router's: the k largest of softmax(R x), divided by their sum.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Target, linear_init, zeros
+from moa.adapter import AdapterModule, Target, linear_init, normal, zeros
 from moa.config import AdapterConfig
 from moa.expert_routers import TopKRouter
 from moa.parallel import copy_to_model_parallel_region
 from moa.routers import RouterLinear
-
-
-def normal_of(std: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator) * std
 
 
 class MixLoRARouter(TopKRouter):
@@ -28,7 +22,7 @@ class MixLoRARouter(TopKRouter):
     def __init__(self, target: Target, num_experts: int, top_k: int):
         AdapterModule.__init__(self)
         self.top_k, self.noise, self.num_experts = top_k, None, num_experts
-        self.proj = RouterLinear(target.in_features, num_experts, bias=False, init=partial(normal_of, 0.02))
+        self.proj = RouterLinear(target.in_features, num_experts, bias=False, init=lambda *args: 0.02 * normal(*args))
 
 
 class MixLoRA(AdapterModule):

@@ -22,7 +22,7 @@ class ParallelAdapter(AdapterModule):
 
     def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
-        options, num_experts, dim = config.adapters["p_adapter"], config.experts.expert_num, target.in_features
+        options, num_experts, dim = config.adapters["p_adapter"], config.expert_num, target.in_features
         self.target, self.size, self.activation = target, options.size, ACTIVATIONS[options.activation]
         width = options.size if options.hydra else options.size * num_experts
         xavier = uniform(1e-4 * math.sqrt(6 / (dim + options.size)))  # Xavier's with gain 1e-4

@@ -23,7 +23,7 @@ class Prompt(AdapterModule):
 
     def __init__(self, target: Target, config: AdapterConfig):
         super().__init__()
-        self.target, self.num_experts = target, config.experts.expert_num
+        self.target, self.num_experts = target, config.expert_num
         length = self.num_experts * config.adapters["prompt"].len
         self.add_parameter("prompt", (length, target.in_features), normal)
         self.add_parameter("gate", (target.n_heads,), zeros, target.shard_outputs(0))

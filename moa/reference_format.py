@@ -54,10 +54,8 @@ KNOWN_FLAGS = {
 
 
 def unsupported_settings(config: AdapterConfig, expressible: Mapping[str, Collection | None]) -> list[str]:
-    """List, as "name value", the settings in use that are not in `expressible` with that value. An adapter type that
-    stands in no layer is not in use."""
-    absent = {f"{adapter_type}_layers" for adapter_type, options in config.adapters.items() if not options.layers}
-    active = config.active_fields() - absent
+    """List, as "name value", the settings in use that are not in `expressible` with that value."""
+    active = config.active_fields()
     return [
         f"{name} {value}"
         for name, value in config.to_dict().items()
@@ -127,30 +125,30 @@ def to_reference_params(config: AdapterConfig) -> dict[str, Any]:
     unsupported = unsupported_settings(config, EXPRESSIBLE)
     if unsupported:
         raise ValueError(f"the authors' format cannot express {', '.join(unsupported)}")
-    flat, router, experts = config.to_dict(), config.router, config.experts
-    soft = experts.expert_num == 1 or experts.expert_router == "soft"
-    beside = [flat["p_adapter_layers"], flat["prompt_layers"], flat["lora_hydra"], router.block_router != "none"]
+    flat = config.to_dict()
+    soft = config.expert_num == 1 or config.expert_router == "soft"
+    beside = [flat["p_adapter_layers"], flat["prompt_layers"], flat["lora_hydra"], config.block_router != "none"]
     if not soft and any(beside):
-        raise ValueError(f"expert_router {experts.expert_router}: the authors' has it for LoRA alone, without hydra")
-    if router.block_router == "sparse" and experts.expert_num > 1:
-        raise ValueError(f"expert_num {experts.expert_num}: the authors' sparse_moa has one")
+        raise ValueError(f"expert_router {config.expert_router}: the authors' has it for LoRA alone, without hydra")
+    if config.block_router == "sparse" and config.expert_num > 1:
+        raise ValueError(f"expert_num {config.expert_num}: the authors' sparse_moa has one")
     flat |= {name: flat[name] or "0-0" for name in LAYERS}
     flat["lora_alpha"] = int(flat["lora_alpha"]) if flat["lora_alpha"].is_integer() else flat["lora_alpha"]
     names = ["train_bias_norm", *LAYERS, *(option for name in LAYERS for option in OPTIONS[name])]
     params = {"bf16": False, "max_seq_len": 300, "flash_attention2": False}
-    if router.block_router == "unipelt":
+    if config.block_router == "unipelt":
         params["swi_x"] = 0
-    elif router.block_router != "none":
-        names += OPTIONS["sparse_moa" if router.block_router == "sparse" else "soft_moa"]
-    if router.block_router == "sparse":
+    elif config.block_router != "none":
+        names += OPTIONS["sparse_moa" if config.block_router == "sparse" else "soft_moa"]
+    if config.block_router == "sparse":
         params |= {"bool_weights": False, "adapter_noisy": False}
     else:
-        params |= {"expert_num": experts.expert_num, "expert_weight": False}
+        params |= {"expert_num": config.expert_num, "expert_weight": False}
     if not soft:
-        params["adamole"] = experts.expert_router == "adamole"
+        params["adamole"] = config.expert_router == "adamole"
         flat |= {"top_k": 1, "noisy_router": False} if params["adamole"] else {}
         names += OPTIONS["topk_moelora"]
-    if not soft or router.block_router == "sparse":
+    if not soft or config.block_router == "sparse":
         names.remove("lora_hydra")
     return params | {THEIR_NAMES.get(name, name): flat[name] for name in names}
 
@@ -197,7 +195,7 @@ def _names(config: AdapterConfig) -> dict[str, _Name]:
     for layer in range(config.n_layers):
         for key, name in _block_names(config, layer).items():
             names[f"layers.{layer}.{key}"] = name._replace(theirs=[f"{PREFIX}layers.{layer}.{t}" for t in name.theirs])
-    if config.bias_norm.train_bias_norm:
+    if config.train_bias_norm:
         names["norm.adapters.norm.weight"] = _Name([f"{PREFIX}norm.weight"])
     return names
 
@@ -215,15 +213,15 @@ def _block_names(config: AdapterConfig, layer: int) -> dict[str, _Name]:
             names |= _expert_router_names(config, "attention.adapters.prompt", "attention.prompt_router")
         elif slot.type == "p_adapter":
             names |= _parallel_adapter_names(config)
-    if slots and config.router.block_router == "unipelt":
+    if slots and config.block_router == "unipelt":
         for adapter_type in dict.fromkeys(slot.type for slot in slots):
             names |= _linear(f"router.{adapter_type}", f"{adapter_type}_gate")
-    elif slots and config.router.block_router != "none":
-        for layer_name in (".w1", ".w2", ".w3") if config.router.swi_x else ("",):
+    elif slots and config.block_router != "none":
+        for layer_name in (".w1", ".w2", ".w3") if config.swi_x else ("",):
             names |= _linear(f"router.proj{layer_name}", f"adapter_type_router{layer_name}")
-        if config.router.block_router == "sparse" and not config.router.const_threshold:
+        if config.block_router == "sparse" and not config.const_threshold:
             names |= _linear("router.threshold", "adapter_threshold_fn")
-    if config.bias_norm.train_bias_norm:
+    if config.train_bias_norm:
         for target in BIASED_TARGETS:
             part = META_NAMES[target].partition(".")[0]
             names[f"{part}.adapters.bias_{target}.bias"] = _Name([f"{META_NAMES[target]}.bias"])
@@ -236,10 +234,10 @@ def _linear(ours: str, theirs: str) -> dict[str, _Name]:
 
 
 def _lora_names(config: AdapterConfig, ours: str, theirs: str) -> dict[str, _Name]:
-    experts = range(config.experts.expert_num)
+    experts = range(config.expert_num)
     if len(experts) == 1:
         return {f"{ours}.lora_{ab}": _Name([f"{theirs}.lora_{ab}.weight"]) for ab in "AB"}
-    if config.experts.expert_router == "soft":
+    if config.expert_router == "soft":
         a, b = ([f"{theirs}.lora_{ab}_l.{e}.weight" for e in experts] for ab in "AB")
     else:
         a, b = ([f"{theirs}.experts.{e}.lora_{ab}.weight" for e in experts] for ab in "AB")
@@ -250,7 +248,7 @@ def _lora_names(config: AdapterConfig, ours: str, theirs: str) -> dict[str, _Nam
 
 
 def _parallel_adapter_names(config: AdapterConfig) -> dict[str, _Name]:
-    experts, ours = config.experts.expert_num, "adapters.p_adapter"
+    experts, ours = config.expert_num, "adapters.p_adapter"
     up = [f"p_adapter.up_proj_l.{e}" for e in range(experts)] if experts > 1 else ["p_adapter.up_proj"]
     hydra = config.adapters["p_adapter"].hydra
     down = ["p_adapter.down_proj"] if hydra else [layer.replace("up", "down") for layer in up]
@@ -264,14 +262,14 @@ def _parallel_adapter_names(config: AdapterConfig) -> dict[str, _Name]:
 
 
 def _expert_router_names(config: AdapterConfig, ours: str, theirs: str) -> dict[str, _Name]:
-    ours, router = f"{ours}.expert_router", config.experts.expert_router
-    if config.experts.expert_num == 1:
+    ours, router = f"{ours}.expert_router", config.expert_router
+    if config.expert_num == 1:
         return {}
     if router == "soft" and ".lora_" in theirs:
         return {f"{ours}.proj.weight": _Name([f"{theirs}.weight"])}  # without a bias
     if router == "topk":
         names = _linear(f"{ours}.proj", f"{theirs}.topkroute_linear")
-        return names | (_linear(f"{ours}.noise", f"{theirs}.noise_linear") if config.experts.noisy_router else {})
+        return names | (_linear(f"{ours}.noise", f"{theirs}.noise_linear") if config.noisy_router else {})
     names = _linear(f"{ours}.proj", theirs)
     if router == "adamole":
         names |= _linear(f"{ours}.threshold", theirs.replace(".router", ".threshold_fn"))

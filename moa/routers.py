@@ -66,9 +66,9 @@ class SoftRouter(AdapterModule):
     def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__()
         self.slots = [slot.name for slot in slots]
-        hidden = config.router.swi_x * len(slots)
+        hidden = config.swi_x * len(slots)
         self.proj: nn.Module = SwiGLU(dim, hidden, len(slots)) if hidden else RouterLinear(dim, len(slots))
-        self.softmax = config.router.gate_activation == "softmax"
+        self.softmax = config.gate_activation == "softmax"
 
     def forward(self, x: Tensor) -> Gates:
         """x (N, D) -> gates (N, 1) by slot, in the type of x."""
@@ -115,10 +115,9 @@ class SparseRouter(SoftRouter):
 
     def __init__(self, slots: list[Slot], dim: int, config: AdapterConfig):
         super().__init__(slots, dim, config)
-        options = config.router
-        self.max_threshold = options.max_threshold
-        self.straight_through = options.threshold_gradient == "straight_through" and not options.const_threshold
-        self.threshold = None if options.const_threshold else RouterLinear(dim, 1)
+        self.max_threshold = config.max_threshold
+        self.straight_through = config.threshold_gradient == "straight_through" and not config.const_threshold
+        self.threshold = None if config.const_threshold else RouterLinear(dim, 1)
 
     def forward(self, x: Tensor) -> Gates:
         threshold = None if self.threshold is None else self.threshold(x)

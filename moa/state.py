@@ -65,8 +65,7 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
             digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             values = spec.init(spec.shape, generator)
-            whole = spec.shard is None or spec.local_init
-            parameter.copy_(values if whole else shard_of(values, spec.shard))
+            parameter.copy_(values if values.shape == parameter.shape else shard_of(values, spec.shard))
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -84,7 +83,8 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for parameter, spec, _ in adapter_parameters(model).values():
-        groups.setdefault((spec.decay, spec.lr_scale), []).append(parameter)
+        decay = len(spec.shape) > 1 if spec.decay is None else spec.decay
+        groups.setdefault((decay, spec.lr_scale), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decay else 0.0, "lr_scale": lr_scale}
         for (decay, lr_scale), parameters in groups.items()

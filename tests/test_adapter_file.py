@@ -245,7 +245,7 @@ def test_the_authors_keys_of_a_sparse_mixture_with_prompts(tmp_path: Path) -> No
     assert torch.equal(theirs["llama.layers.1.adapter_type_router.w2.bias"], state["layers.1.router.proj.w2.bias"])
     assert json.loads((tmp_path / "adapter_params.json").read_text())["prompt_layers"] == "1-3"
     other = Llama.build(BASE, path, device="cpu")
-    assert other.model.config.slots(1)[3].name == "prompt" and other.model.config.router.block_router == "sparse"
+    assert other.model.config.slots(1)[3].name == "prompt" and other.model.config.block_router == "sparse"
 
 
 def test_flags_of_theirs_as_text_and_of_kinds_that_are_not_there(tmp_path: Path) -> None:

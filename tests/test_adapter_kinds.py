@@ -71,7 +71,7 @@ class FirstExpert(AdapterModule):
 
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
         super().__init__()
-        self.weight = torch.eye(config.experts.expert_num)[0]
+        self.weight = torch.eye(config.expert_num)[0]
         self.add_parameter("factor", (1,), normal)
 
     def forward(self, u: Tensor) -> tuple[Tensor, None]:

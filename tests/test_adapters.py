@@ -69,9 +69,9 @@ def test_adapters_stay_float32_beside_a_bf16_base(name: str) -> None:
     assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() for grad in grads.values())
     assert len(llm.generate([[256, 5, 6]], max_gen_len=4)[0]) == 4
     # Whoever picks some adapters or experts picks others after rounding
-    router, experts, adapters = model.config.router, model.config.experts, model.config.adapters
-    chooses = adapters["mixlora"].layers or adapters["flylora"].layers
-    if router.block_router != "sparse" and experts.expert_router == "soft" and not chooses:
+    config = model.config
+    chooses = config.adapters["mixlora"].layers or config.adapters["flylora"].layers
+    if config.block_router != "sparse" and config.expert_router == "soft" and not chooses:
         model.loss(batch, batch).backward()
         off = [relative(grads[key], grad) for key, grad in gradients(model).items()]
         # Small rests of large sums are far off; PiSSA's update is one

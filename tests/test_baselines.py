@@ -231,7 +231,7 @@ def test_flylora_balances_its_ranks_once_a_step(recompute: bool) -> None:
 
 def test_experts_by_depth() -> None:
     config = AdapterConfig.from_dict({"method": "mola"}, 8)
-    assert [config.at_layer(layer).experts.expert_num for layer in range(8)] == [2, 2, 4, 4, 6, 6, 8, 8]
+    assert [config.at_layer(layer).expert_num for layer in range(8)] == [2, 2, 4, 4, 6, 6, 8, 8]
     with pytest.raises(ValueError, match="layer_experts: '2,x' is no list such as 2,4,6,8"):
         AdapterConfig.from_dict({"method": "mola", "layer_experts": "2,x"}, 8)
     with pytest.raises(ValueError, match="top_k 2 is more than the 1 experts|top_k 3 is more than the 2 experts"):

@@ -146,7 +146,7 @@ def require_decode_steps_like_a_whole_pass(name: str | None, bf16: bool, paths: 
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data.copy_(parameter.bfloat16())
-    routers = name and (config(name).router.block_router, config(name).experts.expert_router)
+    routers = name and (config(name).block_router, config(name).expert_router)
     bf16_bound = 0.08 if routers in (None, ("soft", "soft")) else 0.5  # rounding may choose other experts
     with torch.inference_mode():
         expected = [model(torch.tensor([row]), [len(row) - n])[0] for row in (long, short)]

@@ -100,7 +100,7 @@ def test_a_mixture_from_flags_and_from_a_file_are_the_same(tmp_path):
     file = tmp_path / "mixture.json"
     file.write_text(json.dumps(MIXTURE))
     read = settings("--adapter_config", str(file)).adapter_config(ARGS)
-    assert read == typed and read.method == "custom" and read.router.block_router == "instance"
+    assert read == typed and read.method == "custom" and read.block_router == "instance"
     assert [slot.name for slot in read.slots(1)] == ["lora_V", "prompt", "lora_O"]
     # What adapter_params.json holds is such a file
     file.write_text(json.dumps(adapter_params(read, {"dim": 99})))
@@ -113,7 +113,7 @@ def test_a_file_of_sizes_goes_with_the_method_that_is_typed(tmp_path):
     file = tmp_path / "sizes.json"
     file.write_text('{"lora_rank": 2}')
     config = settings("--method", "molora", "--adapter_config", str(file)).adapter_config(ARGS)
-    assert (config.method, config.adapters["lora"].rank, config.experts.expert_num) == ("molora", 2, 8)
+    assert (config.method, config.adapters["lora"].rank, config.expert_num) == ("molora", 2, 8)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from moa.methods import METHODS, config_fields
 from moa.reading import parse_json, read_text, short_repr
 
 CHECKPOINTING_MODES = ("none", "selective", "full")  # of --activation_checkpointing; each saves less than the last
-_OLD_MODES = dict(zip(("off", "ffn", "all"), CHECKPOINTING_MODES, strict=True))  # their names in earlier revisions
+_OLD_MODES = {"off": "none", "False": "none", "ffn": "selective", "all": "full", "True": "full"}  # earlier names
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
 
@@ -89,9 +89,9 @@ class TrainConfig:
     activation_checkpointing: str = flag(
         "auto",
         help="what the backward pass recomputes to save memory: nothing, the blocks' feed-forward parts, or whole "
-        "blocks (also the flag alone); auto: the least that fits into free memory; off, ffn and all are earlier names",
+        "blocks (also the flag alone); auto: the least that fits into free memory; the others are earlier names",
         choices=("auto", *CHECKPOINTING_MODES, *_OLD_MODES),
-        switch=("none", "full"),
+        alone="full",
         group=MACHINE,
     )
 

@@ -157,7 +157,7 @@ def train(
 
 def uses_load_balancing(model: Transformer) -> bool:
     # The coefficient first: most methods have none, and counting walks all modules
-    return model.config.experts.lb_loss_coeff > 0 and balanced_routers(model)[0] > 0
+    return model.config.lb_loss_coeff > 0 and balanced_routers(model)[0] > 0
 
 
 def balanced_routers(model: Transformer) -> tuple[int, int]:

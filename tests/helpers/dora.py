@@ -35,7 +35,7 @@ class DoRA(AdapterModule):
         inputs, outputs = target.shard_inputs(1), target.shard_outputs(0)
         self.add_parameter("lora_A", (options.rank, target.in_features), linear_init(target.in_features), inputs)
         self.add_parameter("lora_B", (target.out_features, options.rank), zeros, outputs)
-        self.add_parameter("magnitude", (target.out_features,), self._row_norms, outputs, local_init=True)
+        self.add_parameter("magnitude", (target.out_features,), self._row_norms, outputs)
 
     def _row_norms(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self._norm(self.target.layers[0].weight).cpu()

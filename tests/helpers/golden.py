@@ -29,7 +29,7 @@ def load(name: str, model_parallel_size: int = 1) -> Llama:
         return Llama.build(BASE, device="cpu", max_seq_len=64, model_parallel_size=model_parallel_size)
     path = GOLDEN / name / "adapter.pth"
     config, state = load_adapter(path, ARGS, METHOD_OF.get(name))
-    config = replace(config, router=replace(config.router, threshold_gradient="none"))
+    config = replace(config, threshold_gradient="none")
     llm = Llama.build(BASE, config=config, max_seq_len=64, seed=5, model_parallel_size=model_parallel_size)
     load_adapter_state_dict(llm.model, state, str(path))
     return llm
