@@ -121,8 +121,9 @@ def compute(layout: Layout, method: str) -> Figures:
         model = model_of(layout.model, method)
         for mode in MODES:
             model.activation_checkpointing = mode
-            trace = trace_step(model, longest_batch(BATCH_SIZE, LENGTH), messages)
-            steps[mode] = comm_bytes_of_step(trace, micro_batches)
+            steps[mode] = comm_bytes_of_step(
+                *trace_step(model, longest_batch(BATCH_SIZE, LENGTH), messages), micro_batches
+            )
         decode_step = comm_bytes(decode_messages(model, messages))
     parts, room = memory.parts["none"], layout.card * GIB - RESERVED
     return {
@@ -131,7 +132,7 @@ def compute(layout: Layout, method: str) -> Figures:
         **{name: {mode: memory.parts[mode][name] for mode in MODES} for name in ("activations", "total")},
         "largest_batch_size": {mode: largest_batch_size(memory, mode, room) for mode in MODES},
         **{f"gradients_{name}": size for name, size in steps["none"]["gradients"].items()},
-        "micro_batch": steps["none"]["micro_batch"],
+        **{f"micro_batch_{name}": size for name, size in steps["none"]["micro_batch"].items()},
         "sent": {mode: step["sent_bytes"] for mode, step in steps.items()},
         "kv_cache": memory.kv_cache,
         "generation": parts["base"] + parts["adapters"] + memory.kv_cache,
@@ -142,16 +143,6 @@ def compute(layout: Layout, method: str) -> Figures:
 def by_mode(name: str, digits: int = 0, unit: float = 1) -> Cell:
     """Return what makes a cell of a figure of each mode."""
     return lambda figures: " / ".join(f"{n / unit:,.{digits}f}" if n else "-" for n in figures[name].values())
-
-
-def exchanged(part: str) -> Cell:
-    """Return what makes a cell of the messages and bytes of a part of a micro-batch."""
-
-    def cell(figures: Figures) -> str:
-        messages = figures["micro_batch"][part]
-        return f"{messages['messages']}, {messages['bytes'] / MIB:,.1f}" if messages["messages"] else "-"
-
-    return cell
 
 
 HEAD = [("layout", lambda figures: figures["layout"]), ("method", lambda figures: figures["method"])]
@@ -167,7 +158,8 @@ SENT = [
     ("gradients: messages", number("gradients_messages", 0)),
     ("size", number("gradients_bytes", 1, MIB)),
     ("micro-batches", number("micro_batches", 0)),
-    *[(part, exchanged(part)) for part in ("forward", "loss", "backward")],
+    ("messages of each", number("micro_batch_messages", 0)),
+    ("their size", number("micro_batch_bytes", 1, MIB)),
     ("sent by a GPU", by_mode("sent", 1, MIB)),
 ]
 GENERATION = [
@@ -181,7 +173,7 @@ TABLES = {
     "--activation_checkpointing none / selective / full. The largest batch_size is the most rows that fit when "
     f"{RESERVED / GIB:.0f} GiB of a card are left to the libraries.": MEMORY,
     f"Sent in an optimizer step of {ROWS_PER_STEP} rows, MiB: between replicas, once; within a model, in each "
-    "micro-batch (messages, size). The last column is all that a GPU sends, in a ring.": SENT,
+    "micro-batch. The last column is all that a GPU sends, in a ring.": SENT,
     f"Generation, {ANSWERS} rows of up to {ANSWER_LENGTH} tokens at once: GiB of one GPU, and MiB that it sends for "
     "one more token of each row.": GENERATION,
 }

@@ -60,10 +60,10 @@ def log(out: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("killed", ["process 0 stops: another process was killed, or its machine lost"]),
-        ("refuses", ["row 7 is not acceptable", "process 0 stops: process 1 failed: row 7 is not acceptable"]),
-        ("fault of the program", ["process 0 stops: process 1 failed: KeyError 'surprise'"]),
-        ("out of memory", ["error: out of memory: CUDA out", "process 0 stops: process 1 failed: CUDA"]),
+        ("killed", ["process 0 stops: another process failed, was killed, or its machine was lost"]),
+        ("refuses", ["row 7 is not acceptable", "process 0 stops: another process failed"]),
+        ("fault of the program", ["process 0 stops: another process failed"]),
+        ("out of memory", ["error: out of memory: CUDA out", "process 0 stops: another process failed"]),
         ("both refuse", ["row 7 is not acceptable"]),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_process_that_fails_is_named_and_takes_the_others_along(results, name,
 
 def test_the_process_that_keeps_the_store_may_be_the_one_that_dies(results):
     assert results["the first is killed"]["statuses"] == [-9, 1]
-    assert "process 1 stops: another process was killed" in errors(results["the first is killed"])[-1]
+    assert "process 1 stops: another process failed, was killed" in errors(results["the first is killed"])[-1]
 
 
 def test_another_base_on_one_machine_is_refused_before_anything_is_made(results):
@@ -104,12 +104,12 @@ def test_a_signal_to_any_process_ends_the_run_with_a_checkpoint_to_go_on_from(re
     assert [entry["loss"] for entry in log(out(folder, name))] == [e["loss"] for e in log(out(folder, "nothing"))][:3]
 
 
-@pytest.mark.parametrize(("signals", "pause", "status"), [(2, 1.1, 143), (2, 0, 0), (3, 0, 143)])
-def test_signals_end_a_process_at_once_when_they_are_repeated(signals, pause, status):
+@pytest.mark.parametrize(("signals", "status"), [(2, 0), (3, 143)])
+def test_a_third_signal_ends_a_process_at_once(signals, status):
     code = (
-        "import os, signal, time; from training.recorder import GracefulShutdown\n"
+        "import os, signal; from training.recorder import GracefulShutdown\n"
         "with GracefulShutdown() as shutdown:\n"
-        f"    for _ in range({signals}): os.kill(os.getpid(), signal.SIGTERM); time.sleep({pause})\n"
+        f"    for _ in range({signals}): os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert shutdown.signum == signal.SIGTERM"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == status

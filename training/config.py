@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, make_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moa.reading import parse_json, read_text, short_repr
 
 CHECKPOINTING_MODES = ("none", "selective", "full")  # of --activation_checkpointing; each saves less than the last
 _OLD_MODES = {"off": "none", "False": "none", "ffn": "selective", "all": "full", "True": "full"}  # earlier names
+TRACKERS = ("trackio", "wandb")  # packages of which one may be installed
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
 
@@ -35,6 +37,11 @@ class TrainConfig:
     val_share: float | None = flag(
         None, above=0, help="share of the training rows that the seed takes out for validation instead", group=DATA
     )
+    val_suite: str | None = flag(
+        None, help="also answer test rows at each validation, and score the answers as python -m evaluate", group=DATA
+    )
+    val_suite_path: str | None = flag(None, help="its rows; default: those of --val_data_path", group=DATA)
+    val_suite_rows: int = flag(32, least=1, help="only the first so many of them", group=DATA)
     template: str = flag("alpaca", help="how rows become prompts; chats need another", choices=TEMPLATES, group=DATA)
     leak_tests: str | None = flag(
         None, help="test files, or folders of them, to look for among the training rows first; commas", group=DATA
@@ -56,6 +63,9 @@ class TrainConfig:
     )
     patience: int | None = flag(
         None, least=1, help="end after so many validations without a lower loss; default: never", group=RUN
+    )
+    report_to: str | None = flag(
+        None, help="log to this too, beside TensorBoard; on this machine alone", choices=TRACKERS, group=RUN
     )
     resume: bool = flag(False, help="go on from the output folder's last whole checkpoint, if it has one", group=RUN)
     overwrite: bool = flag(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
@@ -113,6 +123,10 @@ class TrainConfig:
             raise ValueError("--val_data_path and --val_share exclude each other")
         if self.val_share is not None and self.val_share >= 1:
             raise ValueError(f"--val_share must be below 1, not {self.val_share:g}")
+        if self.val_suite and not (self.val_data_path or (self.val_share and self.val_suite_path)):
+            raise ValueError("--val_suite needs --val_data_path, or --val_share and --val_suite_path")
+        if self.report_to and find_spec(self.report_to) is None:
+            raise ValueError(f"--report_to {self.report_to}: the package {self.report_to} is not installed")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
 
@@ -130,12 +144,13 @@ AdapterFlags = make_dataclass(
 # Flags in which a resumed run may differ from its start: they do not change what is computed. Where the rows and the
 # base lie may change too; that they are the same is told by their contents.
 RESUMABLE_FIELDS = frozenset(
-    "resume overwrite dry_run save_every keep_checkpoints device ckpt_dir data_path val_data_path output_dir "
-    "leak_tests adapter_config model_parallel_size batch_size accum_iter activation_checkpointing".split()
+    "resume overwrite dry_run report_to save_every keep_checkpoints device ckpt_dir data_path val_data_path "
+    "val_suite_path output_dir leak_tests adapter_config model_parallel_size batch_size accum_iter "
+    "activation_checkpointing".split()
 )
 # Flags in which the processes of a run may differ: paths and devices of a process's own machine.
 PER_HOST_FIELDS = frozenset(
-    "device ckpt_dir data_path val_data_path init_adapter output_dir leak_tests adapter_config".split()
+    "device ckpt_dir data_path val_data_path val_suite_path init_adapter output_dir leak_tests adapter_config".split()
 )
 
 
@@ -207,6 +222,9 @@ def parse_flags(argv: list[str] | None, recipe: Mapping[str, Any], description: 
         for name in ("eval_every", "patience"):
             if name in explicit and train.val_data_path is None and train.val_share is None:
                 die(f"--{name} has no effect without --val_data_path or --val_share", status=2)
+        for name in ("val_suite_path", "val_suite_rows"):
+            if name in explicit and train.val_suite is None:
+                die(f"--{name} has no effect without --val_suite", status=2)
     return config
 
 

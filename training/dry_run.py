@@ -47,10 +47,10 @@ def print_dry_run(config: RunConfig) -> None:
         ("total by --activation_checkpointing", result["activation_checkpointing"]),
     ):
         print(f"{title}: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items()))
-    sent = {"gradients between replicas, once a step": exchanged["gradients"]}
-    for name, part in exchanged["micro_batch"].items():
-        sent[f"{name} within a model, each of {exchanged['micro_batches']} micro-batches"] = part
-    for title, part in sent.items():
+    for title, part in (
+        ("gradients between replicas, once a step", exchanged["gradients"]),
+        (f"each of {exchanged['micro_batches']} micro-batches", exchanged["micro_batch"]),
+    ):
         if part["messages"]:
             print(f"{title}: {part['messages']} messages, {part['bytes'] / 2**20:.1f} MiB")
     print(json.dumps(result))
@@ -92,7 +92,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
             },
             "memory_bytes": memory[mode],
             "activation_checkpointing": {mode: parts["total"] for mode, parts in memory.items()},
-            "exchanged_per_step": comm_bytes_of_step(trace_step(model, lengths, messages), flags.accum_iter),
+            "exchanged_per_step": comm_bytes_of_step(*trace_step(model, lengths, messages), flags.accum_iter),
             "generation": GENERATION | {"kv_cache_bytes": cache_bytes(model, *GENERATION.values())},
             "bf16": bf16,
             "rows": n_rows,

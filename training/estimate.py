@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +168,7 @@ def saved_activation_bytes(model: Transformer, lengths: list[int], device: torch
     """What autograd saves on `device` of a micro-batch of sequences of these lengths, the model's own tensors aside.
 
     One forward pass without checkpointing tells it for all modes: what is saved inside a part that a mode recomputes
-    counts as recomputed, and the part's input as saved.
+    counts as recomputed, and the part's input as saved. The model is for estimates alone from then on.
     """
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     alive: list[Tensor] = []  # no address is given out twice
@@ -193,20 +192,21 @@ def saved_activation_bytes(model: Transformer, lengths: list[int], device: torch
         current[mode] = {}
         parts[mode].append(current[mode])
 
-    handles = []
+    hooks = []
     for block in model.layers:
-        handles.append(block.register_forward_pre_hook(partial(begin_part, "full")))
-        handles.append(block.ffn_norm.register_forward_pre_hook(partial(begin_part, "selective")))
-        handles.append(block.register_forward_hook(lambda *_: current.update(outside)))
+        hooks.append(block.register_forward_pre_hook(partial(begin_part, "full")))
+        hooks.append(block.ffn_norm.register_forward_pre_hook(partial(begin_part, "selective")))
+        hooks.append(block.register_forward_hook(lambda *_: current.update(outside)))
+        # A GPU's kernel for float32 and shared key heads saves all weights, as the meta device does
+        if device.type != "cuda" or model.output.weight.dtype == torch.bfloat16:
+            block.attention.causal_attention = lambda q, k, v, batch: _Attention.apply(q, k, v)
     mode, model.activation_checkpointing = model.activation_checkpointing, "none"
-    try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor), _attention_on(device, model):
-            tokens, labels, batch = _micro_batch(lengths)
-            model(tokens, labels=labels, batch=batch)
-    finally:
-        model.activation_checkpointing = mode
-        for handle in handles:
-            handle.remove()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        tokens, labels, batch = _micro_batch(lengths)
+        model(tokens, labels=labels, batch=batch)
+    model.activation_checkpointing = mode
+    for hook in hooks:
+        hook.remove()
     saved = {mode: sum(storages.values()) for mode, storages in outside.items()}
     largest = {
         mode: max(sum(size for key, size in part.items() if key not in outside[mode]) for part in of_mode)
@@ -215,33 +215,8 @@ def saved_activation_bytes(model: Transformer, lengths: list[int], device: torch
     return SavedBytes(saved, largest)
 
 
-@contextmanager
-def _attention_on(device: torch.device, model: Transformer) -> Iterator[None]:
-    """Let attention save what it saves on a device: query, key, value, output, and a float32 per query and head.
-
-    A GPU's float32 kernels take sequences one by one. With shared key heads it has none: all weights are saved, as on
-    the meta device.
-    """
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
-        if device.type != "cuda" or batch.equal_lengths or bf16:
-            return _Attention.apply(q, k, v)
-        return torch.cat([_Attention.apply(q[a:b], k[a:b], v[a:b]) for a, b in batch.spans])
-
-    bf16 = model.output.weight.dtype == torch.bfloat16
-    originals = [block.attention.causal_attention for block in model.layers]
-    if device.type != "cuda" or bf16 or model.args.n_heads == model.args.n_kv_heads:
-        for block in model.layers:
-            block.attention.causal_attention = attention
-    try:
-        yield
-    finally:
-        for block, original in zip(model.layers, originals, strict=True):
-            block.attention.causal_attention = original
-
-
 class _Attention(torch.autograd.Function):
-    """Of a forward pass alone."""
+    """Saves what fused kernels save: query, key, value, output, and a float32 per query and head."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -249,15 +224,15 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
 
 def _micro_batch(lengths: list[int]) -> tuple[Tensor, Tensor, PackedBatch]:
     """Tokens on the meta device, all of them labels; labels stay on the CPU, as in a run."""
-    n = sum(lengths)
-    return (
-        torch.empty(n, dtype=torch.int64, device="meta"),
-        torch.zeros(n, dtype=torch.int64),
-        PackedBatch(lengths, "meta"),
-    )
+    tokens = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
+    return tokens, torch.zeros(sum(lengths), dtype=torch.int64), PackedBatch(lengths, "meta")
 
 
 def memory_by_mode(model: Transformer, lengths: list[int], device: torch.device) -> dict[str, dict[str, int]]:
@@ -270,34 +245,17 @@ def memory_by_mode(model: Transformer, lengths: list[int], device: torch.device)
     return {mode: by_kind | {"total": sum(by_kind.values())} for mode, by_kind in parts.items()}
 
 
-class StepMessages(NamedTuple):
-    """The messages of a step: of each micro-batch, and of the sum of gradients at the end."""
+def trace_step(model: Transformer, lengths: list[int], messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """Run a step of one micro-batch -> its messages up to the gradients, and those that sum these at the end.
 
-    forward: list[Message]
-    loss: list[Message]
-    backward: list[Message]
-    gradients: list[Message]
-
-
-def trace_step(model: Transformer, lengths: list[int], messages: list[Message]) -> StepMessages:
-    """Run a step of one micro-batch of sequences of these lengths. messages: the list of `fake_rank`."""
-    ends = [len(messages)]
-
-    def mark(*_: Any) -> None:
-        ends.append(len(messages))
-
-    def mark_backward(module: nn.Module, inputs: Any, losses: Any) -> None:
-        losses.ce_loss.register_hook(mark)
-
-    hooks = [model.norm.register_forward_hook(mark), model.register_forward_hook(mark_backward)]
+    messages: the list of `fake_rank`.
+    """
+    begin = len(messages)
     forward_backward(model, _micro_batch(lengths), sum(lengths), sum(lengths))
-    mark()
+    end = len(messages)
     all_reduce_gradients([entry.parameter for entry in adapter_parameters(model).values()], self_balancing(model))
-    mark()
-    for hook in hooks:
-        hook.remove()
     model.zero_grad(set_to_none=True)
-    return StepMessages(*(messages[begin:end] for begin, end in pairwise(ends)))
+    return messages[begin:end], messages[end:]
 
 
 def comm_bytes(messages: Sequence[Message]) -> dict[str, int]:
@@ -306,9 +264,10 @@ def comm_bytes(messages: Sequence[Message]) -> dict[str, int]:
     return {"messages": len(messages), "bytes": sum(message.bytes for message in messages), "sent_bytes": round(sent)}
 
 
-def comm_bytes_of_step(step: StepMessages, micro_batches: int) -> dict[str, Any]:
+def comm_bytes_of_step(
+    micro_batch: Sequence[Message], gradients: Sequence[Message], micro_batches: int
+) -> dict[str, Any]:
     """Sum up what a rank exchanges in an optimizer step of so many micro-batches."""
-    within_model = {name: comm_bytes(getattr(step, name)) for name in ("forward", "loss", "backward")}
-    gradients = comm_bytes(step.gradients)
-    sent = gradients["sent_bytes"] + micro_batches * sum(part["sent_bytes"] for part in within_model.values())
-    return {"gradients": gradients, "micro_batch": within_model, "micro_batches": micro_batches, "sent_bytes": sent}
+    parts = {"gradients": comm_bytes(gradients), "micro_batch": comm_bytes(micro_batch)}
+    sent = parts["gradients"]["sent_bytes"] + micro_batches * parts["micro_batch"]["sent_bytes"]
+    return parts | {"micro_batches": micro_batches, "sent_bytes": sent}

@@ -117,21 +117,23 @@ def train(
             elif uses_load_balancing(model):
                 expert_fraction(torch.zeros(balanced_routers(model), device=device), 0)
         all_reduce_gradients(parameters, balancing)
-        ce_loss, aux_loss, finite, signum = reduce_step(losses, parameters, stop_signal())
+        result = reduce_step(losses, parameters, stop_signal())
+        if grad_clip is not None:
+            clip_gradients(adapters, grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        optimizer.found_inf = result[2]  # where it is 1, the fused step changes nothing
+        optimizer.step()
+        ce_loss, aux_loss, not_finite, signum = result.tolist()  # a step's one wait for a GPU
         skipped = None
-        if finite:
-            if grad_clip is not None:
-                clip_gradients(adapters, grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            optimizer.step()
-            for module in balancing:
-                module.balance()
-        else:
+        if not_finite:
             skipped = _not_finite(step, ce_loss + aux_loss, rows)
             if state.skipped[-1:] == [step]:
                 raise NonFiniteLoss(f"{skipped}, nor was it in step {step}; a lower --lr may help")
             state.skipped.append(step + 1)
+        else:
+            for module in balancing:
+                module.balance()
         state.done += 1
 
         seconds = time.perf_counter() - begin
@@ -152,7 +154,7 @@ def train(
             }
         )
         if signum:
-            raise Stopped(signum)
+            raise Stopped(int(signum))
 
 
 def uses_load_balancing(model: Transformer) -> bool:
@@ -209,8 +211,8 @@ def clip_gradients(adapters: list[AdapterParameter], max_norm: float) -> None:
     nn.utils.clip_grads_with_norm_([entry.parameter for entry in adapters], max_norm, total.sqrt())
 
 
-def reduce_step(losses: Tensor, parameters: list[nn.Parameter], signum: int) -> tuple[float, float, bool, int]:
-    """(loss, auxiliary loss, whether they and all gradients are finite, signal), the same on all processes.
+def reduce_step(losses: Tensor, parameters: list[nn.Parameter], signum: int) -> Tensor:
+    """(4,): loss, auxiliary loss, 1 where one of these or a gradient is not finite, signal; of all processes.
 
     losses (2,): this data-parallel rank's parts. Gradients are summed already.
     """
@@ -218,13 +220,12 @@ def reduce_step(losses: Tensor, parameters: list[nn.Parameter], signum: int) -> 
         dist.all_reduce(losses, group=mp.get_data_parallel_group())
     largest = nn.utils.get_total_norm([parameter.grad for parameter in parameters], torch.inf)
     finite = torch.isfinite(torch.stack([largest.square(), *losses])).all()  # squares are what AdamW keeps
-    bad = finite.logical_not().to(losses.dtype)
+    not_finite = finite.logical_not().to(losses.dtype)
     # Ranks of a model hold different gradients, and a signal comes to each process at its own time
-    agreed = torch.stack([bad, torch.full_like(bad, signum)])
+    agreed = torch.stack([not_finite, torch.full_like(not_finite, signum)])
     if dist.get_world_size() > 1:
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    ce_loss, aux_loss, any_bad, signum = torch.cat([losses, agreed]).tolist()  # a step's one wait for a GPU
-    return ce_loss, aux_loss, not any_bad, int(signum)
+    return torch.cat([losses, agreed])
 
 
 def _not_finite(step: int, loss: float, rows: list[int]) -> str:

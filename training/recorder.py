@@ -1,14 +1,15 @@
 """What the steps of a run leave behind: a progress bar, `log.jsonl`, TensorBoard, checkpoints; also on an early end."""
 
+import importlib
 import json
 import math
 import os
+import re
 import signal
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from tqdm import tqdm
 
 from llama.distributed import is_rank0
 from llama.model import Transformer
-from moa.files import atomic_write
-from moa.replicas import assert_replicas_equal
+from moa.files import atomic_write, read_json
+from moa.state import assert_replicas_equal
 from training.checkpoint import CheckpointWriter, state_dict
 from training.config import TrainConfig
 from training.loop import NonFiniteLoss, Stopped, TrainState
 from training.schedule import Schedule
 from training.validation import Validation
+
+SCALARS = ("loss", "lr", "tokens_per_s", "val_loss", "val_score")  # of an entry of the log, to draw
 
 
 def log_rank0(text: str) -> None:
@@ -58,7 +61,7 @@ class Recorder:
         self._shutdown = self._open.enter_context(GracefulShutdown())
         self._writer = CheckpointWriter(folder, flags.keep_checkpoints)
         self._open.callback(self._writer.wait)
-        self._log = RunLog(folder, schedule.steps, state.done) if is_rank0() else None
+        self._log = RunLog(folder, schedule.steps, state.done, flags.report_to) if is_rank0() else None
         if self._log:
             self._open.callback(self._log.close)
 
@@ -68,12 +71,16 @@ class Recorder:
             loss, best = self._validation.loss(self._model), self._state.best
             lowest = best.update(step, loss, self._validation.patience)
             entry = entry | {"val_loss": loss if math.isfinite(loss) else None}
+            if self._validation.score:
+                entry["val_score"] = self._validation.score()
             if best.stop:
                 entry["early_stop"] = True
         if self._log:
             self._log.step(entry)
             if "val_loss" in entry:
-                self._log.note(f"step {step}: validation loss {loss:.4f}; {'the lowest so far' if lowest else best}")
+                score = f", score {entry['val_score']:.1f} %" if "val_score" in entry else ""
+                result = "the lowest so far" if lowest else best
+                self._log.note(f"step {step}: validation loss {loss:.4f}{score}; {result}")
         numbered = step % self._save_every == 0 or self._state.is_complete(self._steps)
         if numbered or lowest:
             self._save(numbered, lowest)
@@ -112,13 +119,11 @@ class Recorder:
 class GracefulShutdown:
     """Notes SIGTERM (a node is taken away) and SIGINT (Ctrl-C) while it is entered: `signum` is the first, 0 before.
 
-    The same signal once more, over a second later, or any third one ends the process at once. (torchrun passes on a
-    signal that its processes have had from the terminal already.)
+    A third one ends the process at once, not a second: torchrun passes on what its processes have had already.
     """
 
     def __init__(self) -> None:
         self.signum = self._count = 0
-        self._first_time = 0.0
 
     def __enter__(self) -> "GracefulShutdown":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -129,17 +134,16 @@ class GracefulShutdown:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signum = self.signum or number
         self._count += 1
-        if self._count == 1:
-            self.signum, self._first_time = number, time.monotonic()
-        elif self._count == 3 or (number == self.signum and time.monotonic() - self._first_time > 1):
+        if self._count == 3:
             os._exit(128 + number)
 
 
 class RunLog:
     """The log of rank 0. A resumed run first drops the lines past the step that it goes on from."""
 
-    def __init__(self, folder: Path, steps: int, done: int):
+    def __init__(self, folder: Path, steps: int, done: int, report_to: str | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
 
         path = folder / "log.jsonl"
@@ -150,6 +154,7 @@ class RunLog:
         atomic_write(path, "".join(line + "\n" for line in lines if 0 < _step(line) <= done).encode())
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the run goes on
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._tracker = start_tracker(report_to, folder, done > 0) if report_to else None
         # disable=None: a bar on a terminal, nothing elsewhere; there a line now and then takes its place.
         self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)
         self._steps, self._first, self._seconds = steps, done, 0.0
@@ -157,9 +162,11 @@ class RunLog:
     def step(self, entry: dict[str, Any]) -> None:
         """Log the entry of a step, as `training.loop.train` gives it."""
         self._file.write(json.dumps(entry) + "\n")
-        for name in ("loss", "lr", "tokens_per_s", "val_loss"):
-            if entry.get(name) is not None:
-                self._board.add_scalar(name, entry[name], entry["step"])
+        scalars = {name: entry[name] for name in SCALARS if entry.get(name) is not None}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, entry["step"])
+        if self._tracker:
+            self._tracker.log(scalars, step=entry["step"])
         step, loss = entry["step"], "not finite" if entry["loss"] is None else f"{entry['loss']:.3f}"
         speed = f"loss {loss}, {entry['tokens_per_s']:.0f} tokens/s"
         if "skipped" in entry:
@@ -179,6 +186,23 @@ class RunLog:
         self._bar.close()
         self._board.close()
         self._file.close()
+        if self._tracker:
+            self._tracker.finish()
+
+
+def start_tracker(name: str, folder: Path, resumes: bool) -> ModuleType:
+    """Begin a run of trackio or wandb, named after the folder, or go on with it -> the package, to log to.
+
+    wandb writes into the folder, for `wandb sync`, unless its own WANDB_MODE says otherwise.
+    """
+    tracker, record = importlib.import_module(name), read_json(folder / "config.json")
+    run = {"project": "moa", "name": folder.name, "config": record["settings"]}
+    run["resume"] = "allow" if resumes else "never"
+    if name == "wandb":
+        run_id = re.sub(r"\W", "-", f"{folder.name}-{record['started']}")  # a resumed run is the same one
+        run |= {"id": run_id, "dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline")}
+    tracker.init(**run)
+    return tracker
 
 
 def _step(line: str) -> int:

@@ -10,6 +10,13 @@ from moa.config import AdapterConfig
 from moa.reading import parse_json, read_text
 from training.config import RESUMABLE_FIELDS, RunConfig, TrainConfig
 
+# Flags whose files must be the same for a run to go on: name of the flag, and of the hash in the record.
+HASHED_FILES = {
+    "data_path": "data",
+    "val_data_path": "val_data",
+    "val_suite_path": "val_suite",
+    "init_adapter": "init_adapter",
+}
 BEST = "checkpoint-BEST.pth"  # of the step of the lowest validation loss
 
 
@@ -56,11 +63,7 @@ def _read_start(path: Path) -> tuple[RunConfig, int]:
         flags = {flag.name: flag for flag in flags_of(TrainConfig)}
         start = TrainConfig(**{name: flags[name].convert(str(settings[name])) for name in flags.keys() & settings})
         adapter = AdapterConfig.from_dict(record["adapter"], n_layers).to_dict()
-        if (method := adapter.pop("method")) != start.method:
-            raise ValueError(f"its settings are of method {start.method}, its adapters of {method}")
-        for name, least in (("rows_per_step", 1), ("warmup_steps", 0)):
-            if type(record[name]) is not int or record[name] < least:
-                raise ValueError(f"{name} is no number")
+        del adapter["method"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         problem = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: not the record of a run that can be resumed ({problem})") from None
@@ -85,14 +88,11 @@ def record_to_resume(config: RunConfig, hashes: dict[str, str], ranks: int) -> d
             "begin anew, or another --output_dir"
         )
     record = parse_json(read_text(config.record), str(config.record))
-    for name, file, what in (
-        ("data_sha256", flags.data_path, "not the rows"),
-        ("base_fingerprint", flags.ckpt_dir, "not the base"),
-        ("val_data_sha256", flags.val_data_path, "not the validation rows"),
-        ("init_adapter_sha256", flags.init_adapter, "not the adapter"),
-    ):
-        if name in hashes and hashes[name] != record.get(name):
-            raise ValueError(f"{file}: {what} that the run in {folder} was started with")
+    hashed = {"ckpt_dir": "base_fingerprint"} | {name: f"{key}_sha256" for name, key in HASHED_FILES.items()}
+    for name, key in hashed.items():
+        if key in hashes and hashes[key] != record.get(key):
+            file = getattr(flags, name)
+            raise ValueError(f"{file}: is not the --{name} that the run in {folder} was started with, by its contents")
     rows = record["rows_per_step"]
     if "accum_iter" in config.explicit and rows != flags.batch_size * flags.accum_iter * ranks:
         raise ValueError(

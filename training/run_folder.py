@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,16 @@ from llama.distributed import assert_same_on_all_ranks, broadcast_from_rank0, dp
 from llama.model import Transformer
 from moa.adapter_file import PARAMS, adapter_file
 from moa.files import file_hash, lock, read_json, remove_stale_temp_files, write_json
-from moa.replicas import assert_replicas_equal
-from moa.state import count_parameters
+from moa.state import assert_replicas_equal, count_parameters
 from training.checkpoint import latest, load_state_dict
 from training.config import PER_HOST_FIELDS, RunConfig
 from training.estimate import base_parameters
 from training.loop import TrainState
 from training.recorder import log_rank0
-from training.resume import BEST, checkpoints, record_to_resume
+from training.resume import BEST, HASHED_FILES, checkpoints, record_to_resume
 from training.schedule import Schedule
 
-PACKAGES = ("torch", "numpy", "fairscale", "tiktoken", "flash-attn")
+PACKAGES = ("torch", "numpy", "fairscale", "tiktoken", "flash_attn")
 DAMAGED = ".damaged"  # behind the name of a checkpoint that could not be read
 
 
@@ -46,11 +45,10 @@ class RunFolder:
     def __init__(self, config: RunConfig, args: ModelArgs):
         flags = config.train
         self.path, self._config, self._args = config.folder, config, args
-        self._hashes = {"base_fingerprint": fingerprint(flags.ckpt_dir), "data_sha256": file_hash(flags.data_path)}
-        if flags.val_data_path is not None:
-            self._hashes["val_data_sha256"] = file_hash(flags.val_data_path)
-        if flags.init_adapter is not None:
-            self._hashes["init_adapter_sha256"] = file_hash(adapter_file(flags.init_adapter))
+        files = {name: getattr(flags, name) for name in HASHED_FILES}
+        files["init_adapter"] = flags.init_adapter and adapter_file(flags.init_adapter)
+        self._hashes = {f"{HASHED_FILES[name]}_sha256": file_hash(path) for name, path in files.items() if path}
+        self._hashes["base_fingerprint"] = fingerprint(flags.ckpt_dir)
         self.record = broadcast_from_rank0(lambda: record_to_resume(config, self._hashes, dp_size()))
         shared = {f"--{name}": value for name, value in asdict(flags).items() if name not in PER_HOST_FIELDS}
         adapter = config.adapter_config(args).to_dict()
@@ -143,16 +141,10 @@ def run_metadata() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "processes": dist.get_world_size(),
         "git_revision": _git_revision(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {p.name: p.version for p in distributions() if p.name in PACKAGES},
         "machine": {"platform": platform.platform(), "processor": platform.machine()},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_revision() -> str | None:

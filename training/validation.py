@@ -1,9 +1,8 @@
 """Validation: the loss on rows that are not trained on, the lowest so far, and when it is time to stop."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -28,17 +27,6 @@ class BestLoss:
     stale: int = 0
     stop: bool = False
 
-    @classmethod
-    def from_dict(cls, content: Any, done: int) -> "BestLoss":
-        """Read it from a checkpoint of step `done`. ValueError where it is damaged."""
-        types = {name: type(value) for name, value in asdict(cls()).items()}
-        if not isinstance(content, dict) or {name: type(value) for name, value in content.items()} != types:
-            raise ValueError(f"validation must be a dictionary of {', '.join(types)}")
-        best = cls(**content)
-        if math.isnan(best.loss) or not 0 <= best.step <= done or not 0 <= best.stale <= done:
-            raise ValueError("validation's loss, step or count of evaluations is out of range")
-        return best
-
     def update(self, step: int, loss: float, patience: int | None) -> bool:
         """Count an evaluation -> whether its loss is the lowest so far."""
         if loss < self.loss:
@@ -57,12 +45,14 @@ class BestLoss:
 @dataclass(frozen=True)
 class Validation:
     """Rows to validate on. batch_size: of a micro-batch on each data-parallel rank; every: steps between evaluations;
-    patience: evaluations without a lower loss after which the run ends."""
+    patience: evaluations without a lower loss after which the run ends. score: answers rows of a suite -> percent
+    right; all processes call it."""
 
     examples: Sequence[Example]
     batch_size: int
     every: int
     patience: int | None = None
+    score: Callable[[], float] | None = None
 
     def loss(self, model: Transformer) -> float:
         """Mean cross-entropy over all label tokens, the same on all processes. They share the rows; all must call it.
