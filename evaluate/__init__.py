@@ -7,8 +7,7 @@
 A task whose answers are programs runs them: `score_file("OUT/HumanEval.jsonl", sandbox=Sandbox())`.
 """
 
-from evaluate.metrics import Program
-from evaluate.sandbox import Sandbox
+from evaluate.sandbox import Program, Sandbox
 from evaluate.scoring import score_file
 from evaluate.tasks import TASKS
 

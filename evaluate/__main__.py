@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from cli import cli_errors, flag, parse
 from evaluate import report
@@ -46,30 +47,21 @@ class Flags:
     predict_files: str | None = flag(None, help="one FILE per suite, several after one another, each named after it")
     save_path: str | None = flag(None, help="write the scores there, as JSON")
     verdicts: str | None = flag(None, help="write each row there, with its text and both verdicts, as JSONL")
-    show: int = flag(0, help="print the first N such rows of each file")
-    show_rows: str = flag(
-        "wrong",
-        help="what --show prints: rows wrong under either score, or rows where the two differ",
-        choices=("wrong", "disagree"),
-    )
+    show: int = flag(0, help="print the first N rows of each file that are wrong under either score", least=0)
     allow_code_execution: bool = flag(
         False, help="run generated programs; nothing generated is ever run without it", group=_CODE
     )
     timeout: float | None = flag(
-        None, help=f"CPU seconds of a program under the robust rule; None: {SECONDS:g}", group=_CODE
+        None, help=f"CPU seconds of a program under the robust rule; None: {SECONDS:g}", group=_CODE, above=0
     )
-    jobs: int | None = flag(None, help="programs run at once; None: one per CPU", group=_CODE)
+    jobs: int | None = flag(None, help="programs run at once; None: one per CPU", group=_CODE, least=1)
     weak_sandbox: bool = flag(
         False, help="where the kernel cannot keep programs in, do with guards inside their interpreter", group=_CODE
     )
 
     def __post_init__(self) -> None:
-        if self.show < 0:
-            raise ValueError(f"--show: expected a whole number from 0, got {self.show}")
-        if self.jobs is not None and self.jobs < 1:
-            raise ValueError(f"--jobs: expected at least 1, got {self.jobs}")
-        if self.timeout is not None and not 0 < self.timeout <= _MAX_SECONDS:
-            raise ValueError(f"--timeout: expected seconds above 0, at most {_MAX_SECONDS}, got {self.timeout}")
+        if self.timeout is not None and self.timeout > _MAX_SECONDS:
+            raise ValueError(f"--timeout must be at most {_MAX_SECONDS}, not {self.timeout}")
         if (self.predict_file is None) == (self.predict_files is None):
             raise ValueError("give --predict_file or --predict_files, not both")
         if self.predict_files and self.suite:
@@ -110,16 +102,23 @@ def main(argv: list[str] | None = None, suite: str | None = None) -> None:
         sandbox = Sandbox(flags.timeout or SECONDS, flags.jobs, flags.weak_sandbox) if runs_code else None
         scores = [score_file(path, task, sandbox) for path, task in files]
         if flags.verdicts:
-            report.write(flags.verdicts, report.verdict_lines(scores))
+            _write(flags.verdicts, "".join(report.verdict_lines(scores)))
         if flags.save_path:
-            report.write(flags.save_path, [report.scores_json(scores)])
+            _write(flags.save_path, report.scores_json(scores))
         for score in scores:
-            rows = [row for row in score.rows if getattr(row, flags.show_rows)][: flags.show]
+            rows = [row for row in score.rows if row.wrong][: flags.show]
             if rows:
                 print(report.show(score, rows) + "\n")
         print(report.table(scores))
         if sandbox and sandbox.note:
             print(sandbox.note)
+
+
+def _write(path: str, text: str) -> None:
+    """Write a text file whole or not at all. Half a surrogate pair is written as JSON spells it."""
+    from moa.files import atomic_write  # late: it loads torch
+
+    atomic_write(Path(path), text.encode("utf-8", "backslashreplace"))
 
 
 def _join_files(argv: list[str]) -> list[str]:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from evaluate.answer_statements import CHAT_TOKENS, truncate_run_on, without_thinking
-from evaluate.metrics import Extraction, Metric, Program
-from evaluate.rows import text_field, texts_field
+from evaluate.rows import texts_field
+from evaluate.sandbox import Program
+from evaluate.statements import CHAT_TOKENS, Extraction, truncate_run_on, without_thinking
+from moa.reading import require_text_fields
 
 PUBLISHED_SECONDS = 3.0  # the time limit behind the paper's tables
 Sources = tuple[str, ...]  # of one program, run one after another; none where a text holds no program
@@ -32,43 +33,44 @@ class CodeProblem:
     tests: tuple[str, ...]
 
 
-def read_humaneval(fields: dict[str, Any]) -> CodeProblem:
+def read_humaneval(fields: dict[str, Any], where: str) -> CodeProblem:
     """Read a row of HumanEval, whose "test" is a function `check` of the candidate."""
-    prompt, name = text_field(fields, "prompt"), text_field(fields, "entry_point")
+    require_text_fields(fields, ("prompt", "entry_point", "test"), where)
+    name = fields["entry_point"]
     if not name.isidentifier():
-        raise ValueError(f"field 'entry_point': expected the name of a function, got {name[:60]!r}")
-    return CodeProblem(prompt, (name,), (text_field(fields, "test"), f"check({name})"))
+        raise ValueError(f"{where}: field 'entry_point': expected the name of a function, got {name[:60]!r}")
+    return CodeProblem(fields["prompt"], (name,), (fields["test"], f"check({name})"))
 
 
 _DEFINED = re.compile(r"^(?:def|class) +(\w+)", re.M)
 
 
-def read_mbpp(fields: dict[str, Any]) -> CodeProblem:
+def read_mbpp(fields: dict[str, Any], where: str) -> CodeProblem:
     """Read a row of MBPP. Its set-up code runs before the tests and may use what the program defines.
 
     `names` are what the reference defines and the tests use.
     """
-    setup = [text_field(fields, "test_setup_code")] if "test_setup_code" in fields else []
-    setup += texts_field(fields, "test_imports") if fields.get("test_imports", []) != [] else []
-    tests = (*setup, *texts_field(fields, "test_list"))
+    setup = ["test_setup_code"] if "test_setup_code" in fields else []
+    require_text_fields(fields, ["code", *setup], where)
+    imports = texts_field(fields, "test_imports", where) if fields.get("test_imports", []) != [] else ()
+    tests = (*map(fields.get, setup), *imports, *texts_field(fields, "test_list", where))
     used = set(re.findall(r"\w+", "\n".join(tests)))
-    names = tuple(name for name in _DEFINED.findall(text_field(fields, "code")) if name in used)
-    return CodeProblem("", names, tests)
+    return CodeProblem("", tuple(name for name in _DEFINED.findall(fields["code"]) if name in used), tests)
 
 
-def code_metrics(read_problem: Callable[[dict[str, Any]], CodeProblem]) -> tuple[Any, Metric, Metric]:
-    """Return how a task's rows are read, and the published and the robust metric, whose candidates are Programs."""
+def rules(read_problem: Callable[[dict[str, Any], str], CodeProblem]) -> tuple[Callable[..., Any], ...]:
+    """Return how a task's rows are read, and the published and the robust rule, whose candidates are Programs."""
 
-    def metric(read_sources: Callable[[str, str, str | None], Sources], seconds: float | None) -> Metric:
+    def rule(read_sources: Callable[[str, str, str | None], Sources], seconds: float | None) -> Callable[..., Any]:
         def extract(text: str, row: dict[str, Any]) -> Extraction | None:
-            problem = read_problem(row)
+            problem = read_problem(row, "row")
             sources = read_sources(text, problem.prompt, problem.names[-1] if problem.names else None)
             program = Program(sources, problem.tests, problem.names, seconds)
             return Extraction("\n\n".join(sources), (program,)) if sources else None
 
-        return Metric(extract)
+        return extract
 
-    return read_problem, metric(published, PUBLISHED_SECONDS), metric(robust, None)
+    return read_problem, rule(published, PUBLISHED_SECONDS), rule(robust, None)
 
 
 def published(text: str, prompt: str, name: str | None) -> Sources:

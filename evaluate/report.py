@@ -5,24 +5,23 @@ import math
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from evaluate.scoring import METRICS, SampleScore, Score, ScoredRow
+from evaluate.scoring import RULES, SampleScore, Score, ScoredRow
 from moa.reading import short_repr
 
 _SHOWN_CHARACTERS = 1500
 _HEADER = ("suite", "rows", "published %", "", "robust %", "", "no answer")
 
 
-def mean(scores: list[Score], metric: str) -> tuple[float, float]:
-    """Return (percent, half-width) of the unweighted mean over tasks; metric: "published" or "robust".
+def mean(scores: list[Score], rule: str) -> tuple[float, float]:
+    """Return (percent, half-width) of the unweighted mean over tasks; rule: "published" or "robust".
 
     The half-width takes the tasks as independent.
     """
-    each = [getattr(score, metric) for score in scores]
+    each = [getattr(score, rule) for score in scores]
     percent = math.fsum(score.percent for score in each) / len(each)
     return percent, math.sqrt(math.fsum(score.half_width**2 for score in each)) / len(each)
 
@@ -31,25 +30,25 @@ def table(scores: list[Score]) -> str:
     """Return a line per task, then the unweighted mean of each family of several, then notes about the files."""
     lines: list[list[str]] = []
     for score in scores:
-        cells = [cell for s in (score.published, score.robust) for cell in _cells(s.percent, s.half_width)]
+        cells = _cells((s.percent, s.half_width) for s in (score.published, score.robust))
         missing = f"{score.published.missing} / {score.robust.missing}"
         lines.append([score.task.name, f"{len(score.rows)} of {score.task.problems}", *cells, missing])
         if score.task.runs_code:
-            published, robust = (score.pass_at(metric) for metric in METRICS)
+            published, robust = (score.pass_at(rule) for rule in RULES)
             lines += [[f"  pass@{k}", "", f"{published[k]:.2f}", "", f"{robust[k]:.2f}", "", ""] for k in published]
     families = _families(scores)
     for family, members in families.items():
         if len(members) > 1:
-            cells = [cell for metric in METRICS for cell in _cells(*mean(members, metric))]
+            cells = _cells(mean(members, rule) for rule in RULES)
             lines.append([f"mean, {family}" if len(families) > 1 else "mean", "", *cells, ""])
     align = ("left", *("right",) * 6)
     text = tabulate(lines, _HEADER, "plain", colalign=align, disable_numparse=True, preserve_whitespace=True)
-    notes = [note for score in scores for note in _notes(score)]
+    notes = [f"note: {score.path}: {note}" for score in scores for note in _notes(score)]
     return "\n".join([*(line.rstrip() for line in text.split("\n")), *notes])
 
 
-def _cells(percent: float, half_width: float) -> tuple[str, str]:
-    return f"{percent:.2f}", f"± {half_width:5.2f}"
+def _cells(percents: Iterable[tuple[float, float]]) -> list[str]:
+    return [cell for percent, half_width in percents for cell in (f"{percent:.2f}", f"± {half_width:5.2f}")]
 
 
 def _families(scores: list[Score]) -> dict[str, list[Score]]:
@@ -59,15 +58,15 @@ def _families(scores: list[Score]) -> dict[str, list[Score]]:
 
 
 def _notes(score: Score) -> Iterable[str]:
-    rows, problems, name = len(score.rows), score.task.problems, score.task.name
-    if rows < problems:
-        yield f"note: {score.path}: only {rows} of the {problems} problems of {name}"
-    if rows > problems:
-        yield f"note: {score.path}: {rows} rows, more than the {problems} problems of {name}: are some written twice?"
-    if score.task.runs_code and len(set(score.samples)) > 1:
-        yield f"note: {score.path}: not as many samples in every row, so that only pass@1 is known"
-    if sum(score.samples) > rows:
-        yield f"note: {score.path}: {sum(score.samples)} samples; a row's score is the mean over its samples"
+    rows, problems, samples = len(score.rows), f"the {score.task.problems} problems of {score.task.name}", score.samples
+    if rows < score.task.problems:
+        yield f"only {rows} of {problems}"
+    if rows > score.task.problems:
+        yield f"{rows} rows, more than {problems}: are some written twice?"
+    if score.task.runs_code and len(set(samples)) > 1:
+        yield "not as many samples in every row, so that only pass@1 is known"
+    if sum(samples) > rows:
+        yield f"{sum(samples)} samples; a row's score is the mean over its samples"
 
 
 def show(score: Score, rows: list[ScoredRow]) -> str:
@@ -75,11 +74,11 @@ def show(score: Score, rows: list[ScoredRow]) -> str:
     blocks = []
     for row in rows:
         name = "task_id" if score.task.runs_code else "answer"
-        for number, (text, *both) in enumerate(zip(row.row.texts, row.published, row.robust, strict=True), 1):
-            sample = f", sample {number}" if row.row.has_samples else ""
-            results = ", ".join(f"{metric} {_result(s)}" for metric, s in zip(METRICS, both, strict=True))
-            answer = short_repr(row.row.fields.get(name))
-            blocks += [f"--- {score.task.name} {row.row.line}{sample}: {name} {answer}; {results}", _indented(text)]
+        for number, (text, *both) in enumerate(zip(row.texts, row.published, row.robust, strict=True), 1):
+            sample = f", sample {number}" if row.has_samples else ""
+            results = ", ".join(f"{rule} {_result(s)}" for rule, s in zip(RULES, both, strict=True))
+            answer = short_repr(row.fields.get(name))
+            blocks += [f"--- {score.task.name} {row.line}{sample}: {name} {answer}; {results}", _indented(text)]
             programs = {s.extraction.text: None for s in both if s.extraction} if score.task.runs_code else ()
             blocks += [f"  ran\n{_indented(program)}" for program in programs]
     return "\n".join(blocks)
@@ -106,9 +105,9 @@ def scores_json(scores: list[Score]) -> str:
     suites: dict[str, dict[str, Any]] = {}
     for score in scores:
         sizes = {"rows": len(score.rows), "problems": score.task.problems, "samples": sum(score.samples)}
-        pass_at = {"pass_at": {metric: score.pass_at(metric) for metric in METRICS}} if score.task.runs_code else {}
-        by_metric = {metric: asdict(getattr(score, metric)) for metric in METRICS}
-        suites[score.task.name] = {"file": score.path} | sizes | by_metric | pass_at
+        pass_at = {"pass_at": {rule: score.pass_at(rule) for rule in RULES}} if score.task.runs_code else {}
+        by_rule = {rule: asdict(getattr(score, rule)) for rule in RULES}
+        suites[score.task.name] = {"file": score.path} | sizes | by_rule | pass_at
     families = {
         family: {"suites": [score.task.name for score in members], "mean": _means(members)}
         for family, members in _families(scores).items()
@@ -118,33 +117,25 @@ def scores_json(scores: list[Score]) -> str:
 
 
 def _means(scores: list[Score]) -> dict[str, dict[str, float]]:
-    return {metric: dict(zip(("percent", "half_width"), mean(scores, metric), strict=True)) for metric in METRICS}
+    return {rule: dict(zip(("percent", "half_width"), mean(scores, rule), strict=True)) for rule in RULES}
 
 
 def verdict_lines(scores: list[Score]) -> Iterable[str]:
-    """Yield a JSON line per row: what each metric took as the answer, and whether that is right.
+    """Yield a JSON line per row: what each rule took as the answer, and whether that is right.
 
     Where "generate" is a list, so are these. A program comes with why it failed.
     """
     for score in scores:
         name = "task_id" if score.task.runs_code else "answer"
-        for row in score.rows:
-            fields = row.row.fields
-            line: dict[str, Any] = {"suite": score.task.name, "index": row.row.index, name: fields.get(name)}
-            line |= {"instruction": fields.get("instruction", ""), "generate": fields["generate"]}
-            for metric in METRICS:
-                verdicts = [_verdict(sample) for sample in getattr(row, metric)]
-                line[metric] = verdicts if row.row.has_samples else verdicts[0]
+        for index, row in enumerate(score.rows):
+            line: dict[str, Any] = {"suite": score.task.name, "index": index, name: row.fields.get(name)}
+            line |= {key: row.fields[key] for key in ("instruction", "generate")}
+            for rule in RULES:
+                verdicts = [_verdict(sample) for sample in getattr(row, rule)]
+                line[rule] = verdicts if row.has_samples else verdicts[0]
             yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _verdict(score: SampleScore) -> dict[str, Any]:
     why = {"why": score.why} if score.why else {}
     return {"found": score.extraction.text if score.extraction else None, "right": score.is_correct} | why
-
-
-def write(path: str, pieces: Iterable[str]) -> None:
-    """Write a text file whole or not at all. Half a surrogate pair is written as JSON spells it."""
-    from moa.files import atomic_write  # late: it loads torch
-
-    atomic_write(Path(path), "".join(pieces).encode("utf-8", "backslashreplace"))

@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa.reading import numbered_rows, read_text, short_repr
+from moa.reading import numbered_rows, read_text, require_text_fields, short_repr
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of a prediction file.
 
-    index: from 0. line: where it stands, for people ("line 3" of JSON lines, "row 3" of a list). texts: what was
-    generated, one or more samples. answer: what `read_rows` was asked to read from the fields.
+    line: where it stands, for people ("line 3" of JSON lines, "row 3" of a list). texts: what was generated, one or
+    more samples. answer: what the task reads from the fields, to compare these with.
     """
 
-    index: int
     line: str
     fields: dict[str, Any]
     texts: tuple[str, ...]
@@ -28,35 +27,26 @@ class Row:
         return isinstance(self.fields["generate"], list)
 
 
-def read_rows(path: str | Path, read_answer: Callable[[dict[str, Any]], Any] = lambda fields: None) -> list[Row]:
-    """Read all rows of a prediction file; read_answer(fields) makes each row's `answer`.
+def read_rows(
+    path: str | Path, read_answer: Callable[[dict[str, Any], str], Any] = lambda fields, where: None
+) -> list[Row]:
+    """Read all rows of a prediction file; read_answer(fields, where) makes each row's `answer`.
 
     Raises ValueError, which names file, line and field of the first thing wrong, and OSError.
     """
     rows = []
-    for index, (line, fields) in enumerate(numbered_rows(read_text(Path(path)), str(path))):
-        try:
-            text_field({"instruction": ""} | fields, "instruction")
-            several = isinstance(fields.get("generate"), list)
-            texts = texts_field(fields, "generate") if several else (text_field(fields, "generate"),)
-            rows.append(Row(index, line, fields, texts, read_answer(fields)))
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: {line}: {error}") from None
+    for line, fields in numbered_rows(read_text(Path(path)), str(path)):
+        where, fields = f"{path}: {line}", {"instruction": ""} | fields
+        several = isinstance(fields.get("generate"), list)
+        require_text_fields(fields, ["instruction"] + ["generate"] * (not several), where)
+        texts = texts_field(fields, "generate", where) if several else (fields["generate"],)
+        rows.append(Row(line, fields, texts, read_answer(fields, where)))
     return rows
 
 
-def text_field(fields: dict[str, Any], name: str) -> str:
-    """Return a field that must be a text."""
-    if name not in fields:
-        raise ValueError(f"field {name!r} is missing")
-    if not isinstance(fields[name], str):
-        raise ValueError(f"field {name!r}: expected a text, got {short_repr(fields[name])}")
-    return fields[name]
-
-
-def texts_field(fields: dict[str, Any], name: str) -> tuple[str, ...]:
+def texts_field(fields: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     """Return a field that must be a list of texts, at least one."""
     texts = fields.get(name)
     if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
-        raise ValueError(f"field {name!r}: expected a list of at least one text, got {short_repr(texts)}")
+        raise ValueError(f"{where}: field {name!r}: expected a list of at least one text, got {short_repr(texts)}")
     return tuple(texts)

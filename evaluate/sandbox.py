@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate.metrics import Program
 from evaluate.sandbox_kernel import policy, readable_folders
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
@@ -33,6 +32,21 @@ _FILE_SIZE = 16 << 20
 _RESULT_SIZE = 4096  # bytes of a result that are read
 
 _WEAK = "note: generated code was kept in by guards inside its own interpreter, not by this machine's kernel"
+
+
+@dataclass(frozen=True)
+class Program:
+    """Sources in Python, and the tests that they must pass.
+
+    candidate: run one after another in one module. tests: run after it, in a copy of its variables without those that
+    hide a built-in function, except `names`, which the tests are about. seconds: of CPU time that it may take; None:
+    the sandbox's limit. A program passes if nothing raises an error up to the end of the last test.
+    """
+
+    candidate: tuple[str, ...]
+    tests: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

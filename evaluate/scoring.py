@@ -1,18 +1,18 @@
-"""Scores of a prediction file under a task's two metrics, with the score of every text kept."""
+"""Scores of a prediction file under a task's two rules, with the score of every text kept."""
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from evaluate.metrics import Extraction, Metric
 from evaluate.rows import Row, read_rows
 from evaluate.sandbox import Sandbox
+from evaluate.statements import Extraction
 from evaluate.tasks import Task, task_named, task_of_file
 
-METRICS = ("published", "robust")
+RULES = ("published", "robust")
 Z_95 = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
@@ -33,7 +33,7 @@ def pass_at(k: int, samples: int, passed: int) -> float:
 
 @dataclass(frozen=True)
 class SampleScore:
-    """What a metric extracted from one text, None where it found no answer, and whether that is correct.
+    """What a rule took from one text, None where it found no answer, and whether that is correct.
 
     why: of a program that was run, "passed" or why it failed.
     """
@@ -44,30 +44,24 @@ class SampleScore:
 
 
 @dataclass(frozen=True)
-class ScoredRow:
-    """A row with its scores under both metrics, one per sample."""
+class ScoredRow(Row):
+    """A row with its scores under both rules, one per sample."""
 
-    row: Row
     published: tuple[SampleScore, ...]
     robust: tuple[SampleScore, ...]
 
     @property
     def wrong(self) -> bool:
-        """Whether some sample is wrong under some metric."""
+        """Whether some sample is wrong under some rule."""
         return not all(score.is_correct for score in self.published + self.robust)
-
-    @property
-    def disagree(self) -> bool:
-        """Whether the two metrics differ about some sample."""
-        return [score.is_correct for score in self.published] != [score.is_correct for score in self.robust]
 
 
 @dataclass(frozen=True)
-class MetricScore:
-    """A file's score under one metric.
+class RuleScore:
+    """A file's score under one rule.
 
     percent: mean over rows, each the mean over its samples. half_width: of the 95 % Wilson interval, in percentage
-    points. missing: samples in which the metric found no answer (they count as wrong).
+    points. missing: samples in which the rule saw no answer (they count as wrong).
     """
 
     percent: float
@@ -75,7 +69,7 @@ class MetricScore:
     missing: int
 
     @classmethod
-    def of(cls, rows: list[tuple[SampleScore, ...]]) -> "MetricScore":
+    def of(cls, rows: list[tuple[SampleScore, ...]]) -> "RuleScore":
         share = math.fsum(sum(score.is_correct for score in row) / len(row) for row in rows) / len(rows)
         missing = sum(score.extraction is None for row in rows for score in row)
         return cls(100 * share, 100 * wilson_half_width(share, len(rows)), missing)
@@ -89,20 +83,25 @@ class Score:
     path: str
     rows: list[ScoredRow]
 
-    published: MetricScore
-    robust: MetricScore
+    @cached_property
+    def published(self) -> RuleScore:
+        return RuleScore.of([row.published for row in self.rows])
+
+    @cached_property
+    def robust(self) -> RuleScore:
+        return RuleScore.of([row.robust for row in self.rows])
 
     @property
     def samples(self) -> list[int]:
         """How many samples each row has."""
-        return [len(row.row.texts) for row in self.rows]
+        return [len(row.texts) for row in self.rows]
 
-    def pass_at(self, metric: str) -> dict[int, float]:
+    def pass_at(self, rule: str) -> dict[int, float]:
         """Return pass@k in percent, the mean over rows, for each k of 1, 5, 10 that the samples allow.
 
-        A k above 1 needs as many samples in every row. metric: "published" or "robust".
+        A k above 1 needs as many samples in every row. rule: "published" or "robust".
         """
-        passed = [sum(score.is_correct for score in getattr(row, metric)) for row in self.rows]
+        passed = [sum(score.is_correct for score in getattr(row, rule)) for row in self.rows]
         most = self.samples[0] if len(set(self.samples)) == 1 else 1
         shares = {k: map(partial(pass_at, k), self.samples, passed) for k in (1, 5, 10) if k <= most}
         return {k: 100 * math.fsum(share) / len(passed) for k, share in shares.items()}
@@ -120,24 +119,22 @@ def score_file(path: str | Path, task: Task | str | None = None, sandbox: Sandbo
     if task.runs_code and sandbox is None:
         raise ValueError(f"{task.name} runs generated code: allow it by score_file(path, sandbox=Sandbox())")
     rows = read_rows(path, task.answer_of)
-    metrics = [getattr(task, name) for name in METRICS]
-    extractions = [[[metric.extract(text, row.fields) for text in row.texts] for row in rows] for metric in metrics]
+    extractions = [[[getattr(task, rule)(text, row.fields) for text in row.texts] for rule in RULES] for row in rows]
     outcomes = {}
     if task.runs_code and sandbox:
-        programs = {extraction.candidates[0]: None for extraction in chain(*chain(*extractions)) if extraction}
-        outcomes = dict(zip(programs, sandbox.run(list(programs)), strict=True))
+        programs = list({taken.candidates[0]: None for taken in chain(*chain(*extractions)) if taken})
+        outcomes = dict(zip(programs, sandbox.run(programs), strict=True))
 
-    def score(metric: Metric, extraction: Extraction | None, answer: Any) -> SampleScore:
+    def score(extraction: Extraction | None, answer: Any) -> SampleScore:
         if extraction is None:
             return SampleScore(None, False)
         if task.runs_code:
             outcome = outcomes[extraction.candidates[0]]
             return SampleScore(extraction, outcome.passed, outcome.why)
-        return SampleScore(extraction, metric.is_correct(extraction, answer))
+        return SampleScore(extraction, extraction.is_correct(answer))
 
-    published, robust = (
-        [tuple(score(metric, each, row.answer) for each in of_row) for row, of_row in zip(rows, of_rows, strict=True)]
-        for metric, of_rows in zip(metrics, extractions, strict=True)
-    )
-    scored_rows = [ScoredRow(*scored) for scored in zip(rows, published, robust, strict=True)]
-    return Score(task, str(path), scored_rows, MetricScore.of(published), MetricScore.of(robust))
+    scored = []
+    for row, by_rule in zip(rows, extractions, strict=True):
+        published, robust = (tuple(score(taken, row.answer) for taken in samples) for samples in by_rule)
+        scored.append(ScoredRow(**vars(row), published=published, robust=robust))
+    return Score(task, str(path), scored)

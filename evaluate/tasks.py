@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cli import nearest
-from evaluate import extract_choice, extract_number
-from evaluate.extract_code import code_metrics, read_humaneval, read_mbpp
-from evaluate.extract_keyword import keyword_metrics
-from evaluate.metrics import Metric
+from evaluate import extract_code, extract_number
+from evaluate.extract_choice import Choices, Keywords, Letters
+from evaluate.statements import Extraction
+
+Rule = Callable[[str, dict[str, Any]], Extraction | None]  # (text, row) -> its answer, None where there is none
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,17 @@ class Task:
     """A suite of test problems, and how answers to them are scored.
 
     name: the paper's spelling. problems: rows in the published test file. family: the suites that the paper averages
-    together. read_answer: makes a row's "answer" (all the row's fields, where answers are programs) what the metrics
-    compare with; its ValueError says what was expected. published, robust: the two scores, always both. aliases: other
-    names that choose the task, in any case.
+    together. read_answer: makes a row's "answer" (where answers are programs, the row) what a text's answer is compared
+    with; its ValueError says what was expected. published, robust: the two rules, always both. aliases:
+    other names that choose the task, in any case.
     """
 
     name: str
     problems: int
     family: str
-    read_answer: Callable[[Any], Any]
-    published: Metric
-    robust: Metric
+    read_answer: Callable[..., Any]
+    published: Rule
+    robust: Rule
     aliases: tuple[str, ...] = ()
 
     @property
@@ -40,37 +41,40 @@ class Task:
         """Whether answers are programs, which are run to be judged."""
         return self.family == "code"
 
-    def answer_of(self, fields: dict[str, Any]) -> Any:
-        """Read what a row's texts are compared with; ValueError names the field that is missing or wrong."""
+    def answer_of(self, fields: dict[str, Any], where: str) -> Any:
+        """Read what a row's texts are compared with; ValueError, beginning with `where`, names the field at fault."""
         if self.runs_code:
-            return self.read_answer(fields)
+            return self.read_answer(fields, where)
         if "answer" not in fields:
-            raise ValueError("field 'answer' is missing")
+            raise ValueError(f"{where}: field 'answer' is missing")
         try:
             return self.read_answer(fields["answer"])
         except ValueError as error:
-            raise ValueError(f"field 'answer': {self.name} expects {error}") from None
+            raise ValueError(f"{where}: field 'answer': {self.name} expects {error}") from None
 
 
-_NUMBER = (extract_number.read_answer, extract_number.PUBLISHED, extract_number.ROBUST)
-_CHOICE = (extract_choice.read_answer, extract_choice.PUBLISHED, extract_choice.ROBUST)
+def _choice(choices: Choices) -> tuple[Callable[[Any], Any], Rule, Rule]:
+    return choices.read_answer, choices.published, choices.robust
+
+
+_NUMBER = (extract_number.read_answer, extract_number.published, extract_number.robust)
 _TABLE = (
     Task("AddSub", 395, "math", *_NUMBER),
-    Task("AQuA", 254, "math", *_CHOICE),
+    Task("AQuA", 254, "math", *_choice(Letters())),
     Task("GSM8K", 1319, "math", *_NUMBER),
     Task("MultiArith", 600, "math", *_NUMBER),
     Task("SingleEq", 508, "math", *_NUMBER),
     Task("SVAMP", 1000, "math", *_NUMBER),
-    Task("BoolQ", 3270, "commonsense", *keyword_metrics()),
-    Task("PIQA", 1838, "commonsense", *keyword_metrics("solution", 2)),
-    Task("SIQA", 1954, "commonsense", *keyword_metrics("answer", 3, published_count=5), aliases=("social_i_qa",)),
-    Task("HellaSwag", 10042, "commonsense", *keyword_metrics("ending", 4)),
-    Task("WinoGrande", 1267, "commonsense", *keyword_metrics("option", 2)),
-    Task("ARC-c", 1172, "commonsense", *keyword_metrics("answer", 5), aliases=("ARC-Challenge",)),
-    Task("ARC-e", 2376, "commonsense", *keyword_metrics("answer", 5), aliases=("ARC-Easy",)),
-    Task("OBQA", 500, "commonsense", *keyword_metrics("answer", 4, published_count=5), aliases=("openbookqa",)),
-    Task("HumanEval", 164, "code", *code_metrics(read_humaneval)),
-    Task("MBPP", 500, "code", *code_metrics(read_mbpp)),
+    Task("BoolQ", 3270, "commonsense", *_choice(Keywords())),
+    Task("PIQA", 1838, "commonsense", *_choice(Keywords("solution", 2))),
+    Task("SIQA", 1954, "commonsense", *_choice(Keywords("answer", 3, published_count=5)), aliases=("social_i_qa",)),
+    Task("HellaSwag", 10042, "commonsense", *_choice(Keywords("ending", 4))),
+    Task("WinoGrande", 1267, "commonsense", *_choice(Keywords("option", 2))),
+    Task("ARC-c", 1172, "commonsense", *_choice(Keywords("answer", 5)), aliases=("ARC-Challenge",)),
+    Task("ARC-e", 2376, "commonsense", *_choice(Keywords("answer", 5)), aliases=("ARC-Easy",)),
+    Task("OBQA", 500, "commonsense", *_choice(Keywords("answer", 4, published_count=5)), aliases=("openbookqa",)),
+    Task("HumanEval", 164, "code", *extract_code.rules(extract_code.read_humaneval)),
+    Task("MBPP", 500, "code", *extract_code.rules(extract_code.read_mbpp)),
     Task("demo", 200, "demo", *_NUMBER),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TABLE}

@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 
-from evaluate import TASKS
 from evaluate.__main__ import main
 
-RUN_ON = "\n\n### Instruction:\nThe next problem.\n\n### Response:\n"
-LISTED = ("a red kite", "1,000 km", "the Moon", "3 grams")  # what the options say
 PROBLEMS = [
     {
         "task_id": "Made/0",
@@ -102,15 +99,9 @@ def row(answer: Any, generate: Any, **others: Any) -> dict[str, Any]:
 
 
 def answers(name: str) -> list[Any]:
-    """The rows of tests/data/answers: a text and what a person would read as its answer, None for nothing."""
+    """Rows of tests/data/answers: a text and what a person (a rule) reads as its answer, None for nothing."""
     path = Path(__file__).resolve().parent.parent / "data" / "answers" / f"{name}.json"
     return [row for rows in json.loads(path.read_text(encoding="utf-8")).values() for row in rows]
-
-
-def extracted(task: str, metric: str, text: str, instruction: str) -> Any:
-    """The first candidate that a metric extracts from a text, None where it finds no answer."""
-    extraction = getattr(TASKS[task], metric).extract(text, {"instruction": instruction})
-    return extraction.candidates[0] if extraction else None
 
 
 def refusal(capsys: pytest.CaptureFixture[str], status: int, *argv: object, suite: str | None = None) -> str:
