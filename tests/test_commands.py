@@ -68,23 +68,6 @@ def test_a_run_leaves_its_record_log_and_checkpoints(trained, data):
     )
     assert len(losses(trained)) == 6 and losses(trained)[-1] < losses(trained)[0]
     assert list((trained / "tensorboard").glob("events*"))
-    size = sum(t.numel() * 4 for t in adapter(trained).values())
-    assert size < (trained / "adapter.pth").stat().st_size < size + 500 * len(adapter(trained))
-
-
-def test_resuming_gives_the_unbroken_runs_adapter_bit_for_bit(trained, data, tmp_path):
-    out = tmp_path / "resumed"
-    shutil.copytree(trained, out)
-    for name in ("checkpoint-4.pth", "checkpoint-6.pth", "adapter.pth"):
-        (out / name).unlink()
-    result = run("finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert run("extract_adapter.py", out).returncode == 0
-    assert losses(out) == losses(trained)
-    for key, tensor in adapter(trained).items():
-        assert torch.equal(tensor, adapter(out)[key]), key
-    again = run("finetune.py", "--data_path", data / "train.json", "--output_dir", out, "--resume")
-    assert again.returncode == 0 and "the run is complete" in again.stderr
 
 
 @pytest.mark.parametrize(("mp", "batch", "accum"), [(1, 2, 1), (2, 2, 2)])

@@ -75,17 +75,6 @@ def test_every_equation_is_right_and_stands_on_the_question(rows):
         assert row["output"].count("=") == len(equations)
 
 
-def test_singular_and_plural(rows):
-    nouns = {noun for kind in problems.NOUNS.values() for noun in kind} - {"sheep"}
-    nouns |= {"dollar", "mile", "year", "page", "piece", "group", "person", "child", "student", "bag", "box"}
-    for row in rows[0] + rows[1]:
-        for number, word in re.findall(r"(?<![\w$])(\d+) (\w+)", row["instruction"] + " " + row["output"]):
-            if int(number) == 1:
-                assert word not in map(problems.plural, nouns), row
-            else:
-                assert word not in nouns, row
-
-
 def test_half_of_the_test_rows_have_wordings_of_their_own_and_the_others_numbers_of_their_own(rows):
     train, test = rows
     own = {row["instruction"]: wording_of("test", row["instruction"]) for row in test}

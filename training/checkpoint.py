@@ -5,7 +5,6 @@ Tensors are whole, whatever the model-parallel layout.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,42 +104,16 @@ def broadcast_tensors(
     return {k: t.view(e.spec.shape) for (k, e), t in zip(entries.items(), flat.cpu().split(sizes), strict=True)}
 
 
-def save(folder: Path, content: dict[str, Any], keep: int | None = None) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep` (None: keep all)."""
-    path = folder / f"checkpoint-{content['step']}.pth"
-    write_torch(path, content)
-    for _, old in checkpoints(folder)[:-keep] if keep else ():
-        old.unlink()
-    return path
-
-
-class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time, while the training goes on. Rank 0 has one."""
-
-    def __init__(self, folder: Path, keep: int | None):
-        self._folder, self._keep = folder, keep
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future | None = None
-
-    def save(self, content: dict[str, Any], numbered: bool = True, best: bool = False) -> None:
-        """Begin to write `content`, which must not change any more, when the one before is written (`wait`).
-
-        numbered, best: as checkpoint-<step>.pth, as checkpoint-BEST.pth.
-        """
-        self.wait()
-        self._pending = self._thread.submit(self._write, content, numbered, best)
-
-    def _write(self, content: dict[str, Any], numbered: bool, best: bool) -> None:
-        if best:  # first: a run that goes on from the numbered one does not evaluate its step again
-            write_torch(self._folder / BEST, content)
-        if numbered:
-            save(self._folder, content, self._keep)
-
-    def wait(self) -> None:
-        """Return when all is on the disk. OSError where it could not be written."""
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+def save(
+    folder: Path, content: dict[str, Any], keep: int | None = None, numbered: bool = True, best: bool = False
+) -> None:
+    """Write checkpoint-BEST.pth if `best`; if `numbered` checkpoint-<step>.pth, of which the newest `keep` stay."""
+    if best:  # first: a run that goes on from the numbered one does not evaluate its step again
+        write_torch(folder / BEST, content)
+    if numbered:
+        write_torch(folder / f"checkpoint-{content['step']}.pth", content)
+        for _, old in checkpoints(folder)[:-keep] if keep else ():
+            old.unlink()
 
 
 def read(path: Path, model: nn.Module) -> dict[str, Any]:
@@ -160,17 +133,3 @@ def read(path: Path, model: nn.Module) -> dict[str, Any]:
     for name, tensors in {"adapter": content["adapter"], **content["optimizer"]}.items():
         check_state_dict(model, tensors, f"{path}: {name}", untrained=name == "adapter")
     return content
-
-
-def latest(folder: Path, model: nn.Module) -> tuple[dict[str, Any], Path, dict[Path, str]]:
-    """Read the latest checkpoint that is not damaged -> content, file, and the later ones with what is wrong with each.
-
-    ValueError where there is none.
-    """
-    damaged: dict[Path, str] = {}
-    for _, path in reversed(checkpoints(folder)):
-        try:
-            return read(path, model), path, damaged
-        except ValueError as error:
-            damaged[path] = str(error)
-    raise ValueError(f"{folder}: no checkpoint can be read: {'; '.join(damaged.values())}")

@@ -23,14 +23,12 @@ RESERVED = {"cpu": 2**30, "cuda": 2 * 2**30}  # bytes of free memory left to the
 class MemoryEstimate:
     """Bytes of one process. by_mode: checkpointing mode -> bytes by what takes them (`training.estimate`).
 
-    requested: --activation_checkpointing. free: bytes that the process can have; None where that is not known.
-    reserved: bytes of these that are left to the libraries.
+    requested: --activation_checkpointing. room: bytes that a step can have; infinite where that is not known.
     """
 
     by_mode: dict[str, dict[str, int]]
     requested: str
-    free: int | None
-    reserved: int = RESERVED["cpu"]
+    room: float
 
     @property
     def mode(self) -> str:
@@ -38,18 +36,17 @@ class MemoryEstimate:
         return (self.fitting() or CHECKPOINTING_MODES[-1:])[0] if self.requested == "auto" else self.requested
 
     def agree_on_mode(self) -> str:
-        """`mode` where memory is as free as on the process that has least. All processes must call it."""
-        free: list[int | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(free, self.free)
-        self.free = min((n for n in free if n is not None), default=None)
+        """`mode` with the room of the process that has least. All processes must call it."""
+        rooms = [self.room] * dist.get_world_size()
+        dist.all_gather_object(rooms, self.room)
+        self.room = min(rooms)
         return self.mode
 
     def fitting(self) -> list[str]:
-        room = math.inf if self.free is None else self.free - self.reserved
-        return [mode for mode in CHECKPOINTING_MODES if self.by_mode[mode]["total"] <= room]
+        return [mode for mode in CHECKPOINTING_MODES if self.by_mode[mode]["total"] <= self.room]
 
     def total(self, mode: str) -> str:
-        return _gib(self.by_mode[mode]["total"])
+        return f"{self.by_mode[mode]['total'] / 2**30:.2f} GiB"
 
     def summary(self) -> str:
         """The total, and what takes it."""
@@ -60,11 +57,9 @@ class MemoryEstimate:
         """What a run says of it; on a second line why "auto" chose a mode other than "none"."""
         text = f"estimated memory {self.summary()}"
         if self.requested == "auto" and self.mode != "none":
-            text += (
-                f"\n--activation_checkpointing {self.mode}: a step would take {self.total('none')} by the estimate, "
-                f"{_gib(self.free)} are free, of which {_gib(self.reserved)} are left to the libraries; so it takes "
-                f"{self.total(self.mode)}{'' if self.fitting() else '; that may not be enough'}"
-            )
+            free = f"{self.total('none')} without, of {max(0, self.room) / 2**30:.2f} GiB that are free"
+            text += f"\n--activation_checkpointing {self.mode}: a step would take {free}"
+            text += "" if self.fitting() else "; even so memory may not be enough"
         return text
 
 
@@ -73,11 +68,9 @@ def estimate_memory(flags: TrainConfig, args: ModelArgs, config: AdapterConfig, 
     with fake_rank(int(os.environ.get("WORLD_SIZE", 1)), flags.model_parallel_size):
         model = meta_model(args, config, flags.bf16, flags.quantize)
         by_mode = memory_by_mode(model, longest_batch(flags.batch_size, flags.max_seq_len), device)
-    return MemoryEstimate(by_mode, flags.activation_checkpointing, free_memory(device), RESERVED[device.type])
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    free = free_memory(device)
+    room = math.inf if free is None else free - RESERVED[device.type]
+    return MemoryEstimate(by_mode, flags.activation_checkpointing, room)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from llama.distributed import is_rank0
 from llama.model import Transformer
 from moa.files import atomic_write, read_json
 from moa.state import assert_replicas_equal
-from training.checkpoint import CheckpointWriter, state_dict
+from training.checkpoint import save, state_dict
 from training.config import TrainConfig
 from training.loop import NonFiniteLoss, Stopped, TrainState
 from training.schedule import Schedule
@@ -57,10 +57,9 @@ class Recorder:
         self._model, self._optimizer, self._state, self._params = model, optimizer, state, params
         self._steps, self._save_every = schedule.steps, flags.save_every or schedule.steps_per_epoch
         self._saved, self._validation = state.done, validation
+        self._folder, self._keep = folder, flags.keep_checkpoints
         self._open = ExitStack()
         self._shutdown = self._open.enter_context(GracefulShutdown())
-        self._writer = CheckpointWriter(folder, flags.keep_checkpoints)
-        self._open.callback(self._writer.wait)
         self._log = RunLog(folder, schedule.steps, state.done, flags.report_to) if is_rank0() else None
         if self._log:
             self._open.callback(self._log.close)
@@ -100,14 +99,13 @@ class Recorder:
         assert_replicas_equal(self._model)
         content = state_dict(self._model, self._optimizer, self._state, self._params)
         if is_rank0():
-            self._writer.save(content, numbered, best)
+            save(self._folder, content, self._keep, numbered, best)
         if numbered:
             self._saved = self._state.done
 
     def _end_early(self, error: NonFiniteLoss | Stopped) -> None:
         if self._saved != self._state.done:
             self._save(numbered=True, best=False)
-        self._writer.wait()
         dist.barrier()  # no process ends, and takes the others along, before the checkpoint is on the disk
         done = self._state.done
         result = f"checkpoint-{done}.pth is saved" if done else "no step was done"

@@ -23,7 +23,7 @@ from llama.model import Transformer
 from moa.adapter_file import PARAMS, adapter_file
 from moa.files import file_hash, lock, read_json, remove_stale_temp_files, write_json
 from moa.state import assert_replicas_equal, count_parameters
-from training.checkpoint import latest, load_state_dict
+from training.checkpoint import load_state_dict, read
 from training.config import PER_HOST_FIELDS, RunConfig
 from training.estimate import base_parameters
 from training.loop import TrainState
@@ -92,23 +92,30 @@ class RunFolder:
         trainable, weight = count_parameters(model)["total"], model.output.weight
         percent = 100 * trainable / base_parameters(model)
         rows = f"{schedule.n_rows} rows" + (f" and {val_rows} for validation" if val_rows else "")
-        steps = f"{schedule.steps} steps of {schedule.rows_per_step} rows"
-        if schedule.warmup_steps > schedule.steps:
-            steps += f" (within a warm-up of {schedule.warmup_steps}: the learning rate ends at "
-            steps += f"{schedule.learning_rate(schedule.steps - 1):.3g}, below {schedule.lr:g})"
         dtype = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
         return (
             f"{model.config.method}: {trainable:,} trainable parameters ({percent:.2f} % of the base), "
-            f"{rows}, {steps}, {dtype} on {weight.device}, in {self.path}"
+            f"{rows}, {schedule.steps} steps of {schedule.rows_per_step} rows, "
+            f"{dtype} on {weight.device}, in {self.path}"
         )
 
     def _latest(self, model: Transformer) -> dict[str, Any]:
-        """Read the latest checkpoint that is not damaged; later ones are reported and renamed."""
-        content, path, damaged = latest(self.path, model)
-        for file, problem in damaged.items():
-            file.rename(file.with_name(file.name + DAMAGED))
-            log_rank0(f"{problem}; kept as {file.name}{DAMAGED}, going on from {path.name}")
-        return content
+        """Read the latest checkpoint that is not damaged; later ones are reported and renamed.
+
+        ValueError where there is none.
+        """
+        damaged: dict[Path, str] = {}
+        for _, path in reversed(checkpoints(self.path)):
+            try:
+                content = read(path, model)
+            except ValueError as error:
+                damaged[path] = str(error)
+                continue
+            for file, problem in damaged.items():
+                file.rename(file.with_name(file.name + DAMAGED))
+                log_rank0(f"{problem}; kept as {file.name}{DAMAGED}, going on from {path.name}")
+            return content
+        raise ValueError(f"{self.path}: no checkpoint can be read: {'; '.join(damaged.values())}")
 
     def _delete_old_run(self) -> None:
         """Delete the checkpoints, adapter and log of an earlier run (--overwrite)."""
