@@ -60,9 +60,7 @@ class Flags:
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_p)
-        check_machine(self.device, self.bf16, self.flash_attention2)
-        if self.cuda_graphs and (self.device == "cpu" or self.model_parallel_size > 1):
-            raise ValueError("--cuda_graphs needs a GPU and --model_parallel_size 1")
+        check_machine(self.device, self.bf16, self.flash_attention2, self.cuda_graphs, self.model_parallel_size)
         if self.adapter_path == "":
             raise ValueError("--adapter_path is empty; leave it out for the base alone")
         if not 0 <= self.min_new_tokens <= self.max_gen_len:

@@ -18,9 +18,9 @@ from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear, Vocab
 from llama.quantize import is_quantizable, quantize_layer
 from llama.tokenizer import Tokenizer
 from moa.adapter import AdapterModule
-from moa.files import file_hash, load_tensors, tensor_problem
+from moa.files import file_hash, load_tensors
 from moa.parallel import Shard, mp_rank
-from moa.state import require_same_keys
+from moa.state import require_same_keys, require_tensors
 
 IGNORED_KEYS = {"rope.freqs"}  # computed from params.json instead
 
@@ -87,10 +87,10 @@ def load_base_weights(
     for key, spec in wanted.items():
         path, _, name = key.rpartition(".")
         layer = model.get_submodule(path)
-        file_dim = shard_dim(key, spec, files, shards, getattr(layer, "heads", None))
+        require_shapes(key, spec, files, shards, getattr(layer, "heads", None))
         n = 1 if spec.dim is None else spec.shape[spec.dim] // getattr(layer, name).shape[spec.dim]
         index = 0 if spec.dim is None else Shard(spec.dim, n).index(mp_rank())
-        tensor = assemble(spec, file_dim, [shard[key] for shard in shards], index, n).to(device, dtype)
+        tensor = assemble(spec, [shard[key] for shard in shards], index, n).to(device, dtype)
         if quantize and is_quantizable(key):
             quantize_layer(layer, tensor)
         else:
@@ -121,11 +121,7 @@ def shard_files(folder: Path) -> list[Path]:
 def open_shard(file: Path) -> dict[str, Tensor]:
     """The tensors of a shard, mapped. ValueError naming the file."""
     shard = load_tensors(file, mmap=True)
-    for key, tensor in shard.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{file}: expected a dictionary of tensors")
-        if problem := tensor_problem(tensor):
-            raise ValueError(f"{file}: {key} {problem}")
+    require_tensors(shard, str(file), finite=False)
     return shard
 
 
@@ -134,47 +130,37 @@ def require_whole(file: Path, shard: dict[str, Tensor], specs: dict[str, ShardSp
     require_same_keys(specs, shard.keys() - IGNORED_KEYS, str(file), "tensor")
 
 
-def shard_dim(
+def require_shapes(
     key: str, spec: ShardSpec, files: list[Path], shards: list[dict[str, Tensor]], heads: int | None = None
-) -> int | None:
-    """The dimension along which the files shard a base tensor; None where each holds the whole.
+) -> None:
+    """ValueError naming file and tensor unless each file holds its piece of a base tensor.
 
-    LLaMA-2's writers cut the embedding along its width, LLaMA-3's along the vocabulary: the shapes tell. heads: of wk
-    and wv, the number of key/value heads; where there are more shards, neighbours may hold the same head. ValueError
-    naming file and tensor where a shard's piece is of another type or shape.
+    heads: of wk and wv, the number of key/value heads; where there are more files, neighbours may hold the same head.
     """
     n, held = len(shards), tuple(shards[0][key].shape)
     for file, shard in zip(files, shards, strict=True):
-        if not shard[key].is_floating_point():
-            raise ValueError(f"{file}: {key} has type {shard[key].dtype}, expected floating-point numbers")
         if tuple(shard[key].shape) != held:
             raise ValueError(f"{file}: {key} has shape {tuple(shard[key].shape)}, in {files[0].name} {held}")
-    expected = spec.dim if n > 1 else None
-    for dim in (None,) if expected is None else (expected, 1 - expected):
-        if held == tuple(size / n if d == dim else size for d, size in enumerate(spec.shape)):
-            return dim
-    if heads is not None and n % heads == 0 and held == (spec.shape[0] // heads, *spec.shape[1:]):
-        return expected
-    several = f" of {n} shards" if n > 1 else ""
-    raise ValueError(f"{files[0]}{several}: {key} has shape {held}, params.json asks for {spec.shape} in all")
+    expected = [tuple(size / n if dim == spec.dim else size for dim, size in enumerate(spec.shape))]
+    if heads is not None and n % heads == 0:
+        expected.append((spec.shape[0] // heads, *spec.shape[1:]))
+    if held not in expected:
+        several = f" of {n} shards" if n > 1 else ""
+        raise ValueError(f"{files[0]}{several}: {key} has shape {held}, params.json asks for {spec.shape} in all")
 
 
-def assemble(spec: ShardSpec, dim: int | None, pieces: list[Tensor], index: int, n: int) -> Tensor:
-    """Part `index` of `n` of a base tensor that files hold in pieces along `dim`; all of one that is never sharded.
+def assemble(spec: ShardSpec, pieces: list[Tensor], index: int, n: int) -> Tensor:
+    """Part `index` of `n` of a base tensor that files hold in pieces; all of one that is never sharded.
     What lies in one piece is a view of it."""
     if spec.dim is None:
         return pieces[0]
-    size = spec.shape[spec.dim] // n
-    begin = index * size
-    if dim != spec.dim:  # each piece has some of this part
-        parts = [piece.narrow(spec.dim, begin, size) for piece in pieces]
-    else:
-        parts, width = [], pieces[0].shape[dim]
-        for i, piece in enumerate(pieces[:: len(pieces) * width // spec.shape[dim]]):  # the first of those alike
-            first, last = max(begin, i * width), min(begin + size, (i + 1) * width)
-            if first < last:
-                parts.append(piece.narrow(dim, first - i * width, last - first))
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim or 0)
+    whole, width = spec.shape[spec.dim], pieces[0].shape[spec.dim]
+    begin, end, parts = index * whole // n, (index + 1) * whole // n, []
+    for i, piece in enumerate(pieces[:: len(pieces) * width // whole]):  # the first of those alike
+        first, last = max(begin, i * width), min(end, (i + 1) * width)
+        if first < last:
+            parts.append(piece.narrow(spec.dim, first - i * width, last - first))
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, spec.dim)
 
 
 def fingerprint(ckpt_dir: str | Path) -> str:

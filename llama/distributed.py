@@ -4,11 +4,10 @@ A plain `python` process gets a group of one, without a rendezvous.
 """
 
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,6 @@ from moa.reading import short_repr
 T = TypeVar("T")
 # Replicas load, and end their share of the rows to answer, at very different times
 DIST_TIMEOUT = timedelta(hours=2)
-LAST_READ = timedelta(seconds=5)  # for the others to read why a run ends
 
 
 def get_device(device: str = "auto") -> torch.device:
@@ -63,8 +61,8 @@ def bf16_is_fast(device: torch.device) -> bool:
 def distributed_run(device: torch.device, model_parallel_size: int = 1) -> Iterator[None]:
     """Join the other processes for the length of a command.
 
-    Where one of them fails, the others end too, with one sentence that repeats the message of the first that failed.
-    An error that all of them find is raised on one; the others end with SystemExit and say nothing.
+    Where one of them fails, the others end too and say so. An error that all of them meet is raised on one; the others
+    end with SystemExit and say nothing.
     """
     init_distributed(device, model_parallel_size)
     try:
@@ -72,39 +70,22 @@ def distributed_run(device: torch.device, model_parallel_size: int = 1) -> Itera
         dist.barrier()
     except Exception as error:
         if dist.get_world_size() > 1:
-            _raise_first_failure(error)
+            if _is_peer_failure(error):
+                lost = "another process failed, was killed, or its machine was lost"
+                raise ValueError(f"process {dist.get_rank()} stops: {lost}") from None
+            if _is_raised_elsewhere(error):
+                raise SystemExit(1) from None
+            get_error_handler().record_exception(error)  # torchrun's report quotes it
         raise
     destroy_distributed()
 
 
-def _raise_first_failure(error: Exception) -> None:
-    """Leave the error's message in the store of the run unless another process was first; then raise what it left."""
-    peer_failed, rank = _is_peer_failure(error), dist.get_rank()
-    known = isinstance(error, (ValueError, OSError, MemoryError)) and str(error)
-    message = str(error) if known else f"{type(error).__name__} {error}"
-    failed = _exchange_failure("" if peer_failed else json.dumps([rank, message]))
-    if peer_failed and failed is None:
-        raise ValueError(f"process {rank} stops: another process was killed, or its machine lost") from None
-    if failed is not None and failed[0] != rank:
-        if failed[1] == message:
-            raise SystemExit(1)
-        if peer_failed:
-            raise ValueError(f"process {rank} stops: process {failed[0]} failed: {failed[1]}") from None
-    get_error_handler().record_exception(error)  # torchrun's report quotes it
-
-
-def _exchange_failure(mine: str) -> list | None:
-    """Offer a failure, a JSON list of rank and message -> the first that any process offered, or None."""
-    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+def _is_raised_elsewhere(error: Exception) -> bool:
+    """Whether another process has already raised the same error."""
     try:
-        failed = json.loads(store.compare_set("moa/failure", "", mine) or "null")
-        store.set(f"moa/read/{rank}", "")
-    except RuntimeError:  # the store went with the process that kept it
-        return None
-    if failed is not None and rank == 0:  # without torchrun the store goes with this process
-        with suppress(RuntimeError):
-            store.wait([f"moa/read/{other}" for other in range(dist.get_world_size())], LAST_READ)
-    return failed
+        return dist.distributed_c10d._get_default_store().add(f"{type(error).__name__}: {error}", 1) > 1
+    except RuntimeError:  # the store is gone with the process that kept it, which has failed before
+        return True
 
 
 def _is_peer_failure(error: Exception) -> bool:

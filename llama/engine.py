@@ -26,12 +26,16 @@ DecodeStep = Callable[[Transformer, KVCache, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """stop_ids end an answer, but not before min_new_tokens. temperature 0: greedy."""
+    """stop_ids end an answer, but not before min_new_tokens. temperature 0: greedy.
+
+    is_complete(tokens): an answer also ends, its last token kept, where this holds.
+    """
 
     stop_ids: tuple[int, ...]
     min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
+    is_complete: Callable[[list[int]], bool] | None = None
 
 
 @dataclass(eq=False)
@@ -99,16 +103,14 @@ def add_requests(
     Each distinct prompt takes one pass; further requests with it (samples of one answer) copy its cached keys.
     """
     rows = {tuple(request.prompt): row for row, request in enumerate(running)}
-    first = {tuple(request.prompt): request for request in reversed(new)}  # of each prompt
-    fresh = [
-        request for request in new if request is first[tuple(request.prompt)] and tuple(request.prompt) not in rows
-    ]
+    fresh, copies = [], []
+    for request in new:
+        (copies if tuple(request.prompt) in rows else fresh).append(request)
+        rows.setdefault(tuple(request.prompt), len(running) + len(fresh) - 1)
     if fresh:
         logits = prefill(model, cache, [request.prompt for request in fresh], device)
         for request, request.prompt_logits in zip(fresh, logits, strict=True):
-            rows[tuple(request.prompt)] = len(running)
             running.append(request)
-    copies = [request for request in new if request not in fresh]
     for request in copies:
         source, n = rows[tuple(request.prompt)], len(request.prompt)
         cache.fork(source, *cache.allocate([n]), n)
@@ -195,7 +197,8 @@ def process_tokens(requests: list[Request], sampled: AsyncTokens, params: Sampli
         stops = token in params.stop_ids
         if not stops:
             request.tokens.append(token)
-        request.finished = stops or len(request.tokens) == request.max_tokens
+        full = len(request.tokens) == request.max_tokens
+        request.finished = stops or full or (params.is_complete is not None and params.is_complete(request.tokens))
         if request.finished:
             finished.append(request)
     return finished

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from llama.accelerate import FastDecoding
 from llama.checkpoint import load_base_weights, load_params_and_tokenizer
 from llama.distributed import get_device, init_distributed
 from llama.engine import Request, SamplingParams, decode, generate, seeded_uniforms
-from llama.machine import check_sampling
+from llama.machine import check_machine, check_sampling
 from llama.model import Transformer
 from llama.quantize import require_quantization
 from llama.tokenizer import Tokenizer
@@ -68,7 +67,7 @@ class Llama:
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         torch_device = get_device(device)
-        check_gpu_features(torch_device, bf16, model_parallel_size, flash_attention2, cuda_graphs)
+        check_machine(torch_device.type, bf16, flash_attention2, cuda_graphs, model_parallel_size)
         if quantize:
             require_quantization(model_parallel_size)
         args, tokenizer = load_params_and_tokenizer(ckpt_dir)
@@ -98,6 +97,7 @@ class Llama:
         seed: int = 0,
         samples: list[int] | None = None,
         on_finish: Callable[[int, list[int]], None] | None = None,
+        is_complete: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
         """Continue each prompt (token ids, BOS included) by up to `max_gen_len` tokens or to the end token, which is
         left out. Results are in the prompts' order.
@@ -107,6 +107,7 @@ class Llama:
 
         min_new_tokens: the end token is not chosen before this many. temperature 0: greedy. samples: number of each
         prompt's sample (default 0), for several draws from one prompt. on_finish(index, tokens): called as answers end.
+        is_complete(tokens): an answer also ends where this holds of its tokens so far.
         Raises ValueError for an empty prompt, one without room for an answer, or settings out of range.
         """
         check_sampling(temperature, top_p)
@@ -118,7 +119,7 @@ class Llama:
             max_tokens = min(max_gen_len, self.max_seq_len - len(prompt))
             uniforms = seeded_uniforms(prompt, seed, sample, max_tokens).tolist() if temperature > 0 else []
             requests.append(Request(i, prompt, max_tokens, uniforms))
-        params = SamplingParams(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p)
+        params = SamplingParams(self.tokenizer.stop_ids, min_new_tokens, temperature, top_p, is_complete)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         async_lag = 0 if hooked else self.async_lag  # hooks shall see no extra step
         training = self.model.training
@@ -147,18 +148,3 @@ class Llama:
                 )
             if min(prompt) < 0 or max(prompt) >= self.tokenizer.n_words:
                 raise ValueError(f"prompt {i} has a token that is none of the tokenizer's {self.tokenizer.n_words}")
-
-
-def check_gpu_features(
-    device: torch.device, bf16: bool, model_parallel_size: int, flash_attention2: bool, cuda_graphs: bool
-) -> None:
-    """ValueError naming what a requested GPU feature lacks."""
-    for name, wanted in (("flash_attention2", flash_attention2), ("cuda_graphs", cuda_graphs)):
-        if wanted and device.type != "cuda":
-            raise ValueError(f"{name} needs a GPU")
-    if flash_attention2 and not bf16:
-        raise ValueError("flash_attention2 needs bf16")
-    if flash_attention2 and find_spec("flash_attn") is None:
-        raise ValueError("flash_attention2: the package flash-attn is not installed")
-    if cuda_graphs and model_parallel_size > 1:
-        raise ValueError(f"cuda_graphs needs model_parallel_size 1, not {model_parallel_size}")

@@ -5,20 +5,31 @@ import math
 import os
 import re
 import sys
+from importlib.util import find_spec
 
 QUANTIZATIONS = ("nf4",)  # of a base (`llama.quantize`)
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow
 M_ARENA_MAX = -8  # of glibc's <malloc.h>
 
 
-def check_machine(device: str, bf16: bool | None, flash_attention2: bool) -> None:
-    """ValueError naming a flag that no machine can satisfy. Whether this one can is checked when torch uses it."""
+def check_machine(
+    device: str,
+    bf16: bool | None,
+    flash_attention2: bool = False,
+    cuda_graphs: bool = False,
+    model_parallel_size: int = 1,
+) -> None:
+    """ValueError naming a flag that this machine cannot satisfy, as far as that is known without torch."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
     if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise ValueError(f"--device {device}: all processes of torchrun would share this GPU; give --device cuda")
     if flash_attention2 and (device == "cpu" or bf16 is False):
         raise ValueError("--flash_attention2 needs a GPU and bf16")
+    if cuda_graphs and (device == "cpu" or model_parallel_size > 1):
+        raise ValueError("--cuda_graphs needs a GPU and --model_parallel_size 1")
+    if flash_attention2 and find_spec("flash_attn") is None:
+        raise ValueError("--flash_attention2: the package flash-attn is not installed")
 
 
 def check_sampling(temperature: float, top_p: float) -> None:

@@ -7,12 +7,11 @@ not added to. `.FILE.lock` keeps a second writer away.
 
 import glob
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moa.files import atomic_write, lock, read_json, remove_stale_temp_files, write_json
-from moa.reading import parse_json, safe_name, short_repr
+from moa.reading import numbered_rows, safe_name, short_repr
 
 Answer = str | list[str]
 
@@ -99,23 +98,15 @@ class Predictions:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part[0-9]*"))
 
     def _read_file(self) -> None:
-        """Take the answers of a finished file, of which lines may have been removed since.
-
-        Equal test rows (some suites have them) are told apart by their order.
-        """
-        unanswered: dict[str, list[int]] = {}  # row without its answer -> its numbers, last first
-        for i in reversed(range(len(self.rows))):
-            question = {name: value for name, value in self.rows[i].items() if name != "generate"}
-            unanswered.setdefault(json.dumps(question, sort_keys=True), []).append(i)
+        """Take the answers of a finished file, of which lines may have been removed since: they are in row order."""
+        numbers = iter(range(len(self.rows)))
         for where, row in _json_lines(self.path):
             if not _is_answer(row.get("generate")):
                 raise ValueError(f"{where}: field 'generate' is missing or not text")
-            answer = row.pop("generate")
-            numbers = unanswered.get(json.dumps(row, sort_keys=True))
-            if numbers is None:
+            i = next((i for i in numbers if self.rows[i] | {"generate": None} == row | {"generate": None}), None)
+            if i is None:
                 raise ValueError(f"{where}: not one of the rows that --data_path and --max_rows ask for")
-            if numbers:
-                self.answers[numbers.pop()] = answer
+            self.answers[i] = row["generate"]
 
     def _read_parts(self) -> None:
         for part in self._parts():
@@ -134,13 +125,7 @@ def _is_answer(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """("FILE: line N", object) of a file's lines, without a last one that a crash cut short. ValueError otherwise."""
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    for number, line in enumerate(whole.split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            row = parse_json(line, where)
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected an object")
-            yield where, row
+    whole = path.read_bytes().rpartition(b"\n")[0].decode(errors="replace") if path.exists() else ""
+    return [(f"{path}: {line}", row) for line, row in numbered_rows(whole, str(path))] if whole.strip() else []

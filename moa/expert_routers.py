@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moa.adapter import AdapterModule, Target
+from moa.adapter import AdapterModule, Init, Target
 from moa.config import AdapterConfig
 from moa.methods import EXPERT_ROUTERS, import_class
 from moa.routers import RouterLinear
@@ -44,37 +44,42 @@ def stack_stats(stats: list[RouterStats]) -> RouterStats:
     return RouterStats(*(torch.stack([F.pad(t, (0, most - len(t))) for t in column]) for column in columns))
 
 
-class SoftmaxRouter(AdapterModule):
-    """softmax(R x). softmax_bias: R has a bias."""
+class ExpertRouter(AdapterModule):
+    """Base: the products of x with its linear layers, in the order of their declaration, go to `route`."""
+
+    chooses_experts = True  # and returns `RouterStats`
+
+    def __init__(self, target: Target, num_experts: int, bias: bool = True, init: Init | None = None):
+        super().__init__()
+        self.num_experts = num_experts
+        self.proj = RouterLinear(target.in_features, num_experts, bias, target, init)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats | None]:
+        return self.route(x.dtype, *(linear(x) for linear in self.children()))
+
+
+class SoftmaxRouter(ExpertRouter):
+    """softmax(R x)."""
+
+    chooses_experts = False
 
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
-        super().__init__()
-        self.proj = RouterLinear(target.in_features, config.expert_num, softmax_bias, target)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.route(x.dtype, self.proj(x))
+        super().__init__(target, config.expert_num, softmax_bias)
 
     def route(self, dtype: torch.dtype, logits: Tensor) -> tuple[Tensor, None]:
         return logits.softmax(-1).to(dtype), None
 
 
-class TopKRouter(AdapterModule):
+class TopKRouter(ExpertRouter):
     """The k largest of softmax(R x + b), renormalised to sum to 1.
 
     With `noisy_router` the logits carry noise in training: N(0, 1) softplus(W_n x + b_n) (arXiv 1701.06538).
     """
 
-    chooses_experts = True
-
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
-        super().__init__()
-        num_experts, noisy = config.expert_num, config.noisy_router
-        self.num_experts, self.top_k, self.is_stochastic = num_experts, config.top_k, noisy
-        self.proj = RouterLinear(target.in_features, num_experts, target=target)
-        self.noise = RouterLinear(target.in_features, num_experts, target=target) if noisy else None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
-        return self.route(x.dtype, self.proj(x), *([] if self.noise is None else [self.noise(x)]))
+        super().__init__(target, config.expert_num)
+        self.top_k, self.is_stochastic = config.top_k, config.noisy_router
+        self.noise = RouterLinear(target.in_features, config.expert_num, target=target) if config.noisy_router else None
 
     def route(self, dtype: torch.dtype, logits: Tensor, noise: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         if noise is not None and self.training:
@@ -85,20 +90,13 @@ class TopKRouter(AdapterModule):
         return weights.to(dtype), router_stats(chosen, logits.softmax(-1))
 
 
-class AdaMoLERouter(AdapterModule):
+class AdaMoLERouter(ExpertRouter):
     """p = softmax(R x + b), threshold G = (1/E) s(w x + b_G); experts with p - G >= 0 count with it, divided by the
     sum (arXiv 2405.00361)."""
 
-    chooses_experts = True
-
     def __init__(self, target: Target, config: AdapterConfig, softmax_bias: bool):
-        super().__init__()
-        self.num_experts = config.expert_num
-        self.proj = RouterLinear(target.in_features, self.num_experts, target=target)
+        super().__init__(target, config.expert_num)
         self.threshold = RouterLinear(target.in_features, 1, target=target)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
-        return self.route(x.dtype, self.proj(x), self.threshold(x))
 
     def route(self, dtype: torch.dtype, logits: Tensor, threshold: Tensor) -> tuple[Tensor, RouterStats]:
         margin = logits.softmax(-1) - torch.sigmoid(threshold) / logits.shape[1]

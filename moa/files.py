@@ -107,13 +107,6 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
     return {key: tensor.detach() if isinstance(tensor, Tensor) else tensor for key, tensor in value.items()}
 
 
-def tensor_problem(tensor: Tensor) -> str | None:
-    """What makes a tensor other than a dense one on the CPU; None where nothing does."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return f"is not a plain tensor ({tensor.layout}, {tensor.dtype}, {tensor.device.type})"
-    return None
-
-
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, in hex. ValueError where there is none."""
     if not Path(path).is_file():

@@ -11,18 +11,16 @@ from torch.nn import functional as F
 
 from moa.adapter import AdapterModule, Target, linear_init, normal, zeros
 from moa.config import AdapterConfig
-from moa.expert_routers import TopKRouter
+from moa.expert_routers import ExpertRouter, TopKRouter
 from moa.parallel import copy_to_model_parallel_region
-from moa.routers import RouterLinear
 
 
 class MixLoRARouter(TopKRouter):
     """R x without a bias, R from N(0, 0.02)."""
 
     def __init__(self, target: Target, num_experts: int, top_k: int):
-        AdapterModule.__init__(self)
-        self.top_k, self.noise, self.num_experts = top_k, None, num_experts
-        self.proj = RouterLinear(target.in_features, num_experts, bias=False, init=lambda *args: 0.02 * normal(*args))
+        ExpertRouter.__init__(self, target, num_experts, bias=False, init=lambda *args: 0.02 * normal(*args))
+        self.top_k, self.noise = top_k, None
 
 
 class MixLoRA(AdapterModule):

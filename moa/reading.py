@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 
 def short_repr(value: Any, length: int = 60) -> str:
@@ -28,9 +28,9 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """A JSON value. ValueError, beginning with `where`, for what is no JSON, NaN and a key that occurs twice."""
+    """A JSON value. ValueError, beginning with `where`, for what is none."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_dict_of_unique_keys)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 
@@ -83,15 +83,3 @@ def _is_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _dict_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {short_repr(next(k for k in keys if keys.count(k) > 1))} occurs twice")
-    return value

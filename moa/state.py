@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moa.adapter import AdapterModule, ParamSpec
-from moa.files import tensor_problem
-from moa.parallel import gather, shard_of
+from moa.parallel import gather, mp_rank, shard_of
 from moa.reading import short_repr
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -129,6 +129,28 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], origi
             entries[key].parameter.copy_(part)
 
 
+def assert_replicas_equal(model: nn.Module) -> None:
+    """ValueError, on all processes, unless the adapters' copies are equal to the bit, as they are by construction.
+
+    Replicated tensors are held by all processes; a shard by the same model-parallel rank of every data-parallel replica
+    and by ranks that share a key/value head. All processes must call it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    digests = {}  # (key, shard) -> hash of the bits
+    for key, (parameter, spec, _) in adapter_parameters(model, untrained=True).items():
+        bits = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digests[key, spec.shard.index(mp_rank()) if spec.shard else 0] = hashlib.sha256(bits).digest()
+    all_digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_digests, digests)
+    first: dict[tuple[str, int], tuple[int, bytes]] = {}  # the first process that holds it, and its hash
+    for rank, theirs in enumerate(all_digests):
+        for (key, shard), digest in theirs.items():
+            holder, expected = first.setdefault((key, shard), (rank, digest))
+            if digest != expected:
+                raise ValueError(f"{key}: process {rank} has other values than process {holder}; they must be equal")
+
+
 # Keys of adapters and checkpoints of earlier revisions -> today's.
 _RENAMED = (
     (r"(adapters\.lora_\w+)\.([AB])$", r"\1.lora_\2"),
@@ -142,13 +164,9 @@ _RENAMED = (
 
 def rename_old_keys(state: Any) -> Any:
     """The same tensors under today's keys, where a file of an earlier revision holds them."""
-    return {_renamed(key): tensor for key, tensor in state.items()} if isinstance(state, Mapping) else state
-
-
-def _renamed(key: Any) -> Any:
-    for old, new in _RENAMED if isinstance(key, str) else ():
-        key = re.sub(old, new, key)
-    return key
+    for old, new in _RENAMED if isinstance(state, Mapping) else ():
+        state = {re.sub(old, new, str(key)): tensor for key, tensor in state.items()}
+    return state
 
 
 def check_state_dict(model: nn.Module, state: Any, origin: str, untrained: bool = True) -> None:
@@ -164,19 +182,17 @@ def check_state_dict(model: nn.Module, state: Any, origin: str, untrained: bool 
             raise ValueError(f"{origin}: {key} has shape {tuple(state[key].shape)}, the model's is {spec.shape}")
 
 
-def require_tensors(state: Any, origin: str) -> None:
-    """ValueError naming `origin` and the entry, unless `state` maps names to plain tensors of finite numbers."""
+def require_tensors(state: Any, origin: str, finite: bool = True) -> None:
+    """ValueError naming `origin` and the entry, unless `state` maps names to plain tensors of (finite) numbers."""
     if not isinstance(state, Mapping):
         raise ValueError(f"{origin}: expected a dictionary of tensors, found {type(state).__name__}")
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{origin}: expected a dictionary of tensors, but {short_repr(key)} is none")
-        problem = tensor_problem(tensor)
-        if problem:
-            raise ValueError(f"{origin}: {key} {problem}")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{origin}: {key} is not a plain tensor of floating-point numbers ({tensor.dtype})")
-        if not torch.isfinite(tensor.float()).all():  # as the model would hold them
+        if (tensor.layout, tensor.device.type) != (torch.strided, "cpu") or tensor.dtype not in FLOATS:
+            kind = f"{tensor.layout}, {tensor.dtype}, {tensor.device.type}"
+            raise ValueError(f"{origin}: {key} is not a plain tensor of floating-point numbers ({kind})")
+        if finite and not torch.isfinite(tensor.float()).all():  # as the model would hold them
             raise ValueError(f"{origin}: {key} has values that are not finite")
 
 

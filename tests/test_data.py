@@ -90,8 +90,6 @@ def test_json_list_and_json_lines_are_read(tmp_path):
         ('{"instruction": "a", "input": "", "output": "b"}\n\n[1]', "line 3.*expected an object"),
         ("[" * 100_000, "not valid JSON"),
         ('{"instruction": "a", "input": "", "output": "b", "n": 1' + "0" * 5000 + "}", "line 1: .*Exceeds the limit"),
-        ('{"instruction": "a", "input": "", "output": "b", "n": NaN}', "line 1: .*NaN"),  # what scores it refuses it
-        ('{"instruction": "a", "input": "", "output": "b", "input": "c"}', "line 1: .*'input' occurs twice"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, content, words):

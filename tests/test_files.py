@@ -117,9 +117,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('{"a": NaN}', "NaN is no JSON value"),
         ('{"a": ' + "1" * 5000 + "}", "Exceeds the limit"),
-        ('{"a": 1, "b": 2, "a": 1}', "the key 'a' occurs twice"),
         ("[" * 200_000, "maximum recursion depth"),
         ('{"a": 1,}', "Illegal trailing comma|Expecting property name"),
     ],

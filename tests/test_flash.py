@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import llama.generation
+import llama.machine
 from llama import Llama
 from llama.accelerate import attention
-from llama.generation import check_gpu_features
+from llama.machine import check_machine
 from llama.model import causal_attention
 from llama.packing import PackedBatch
 from tiny import ALL, BASE, drawn, gradients, prompts, relative, shared, tokens
@@ -71,14 +71,13 @@ def test_a_feature_that_cannot_run_is_refused(monkeypatch) -> None:
     for feature in ({"flash_attention2": True, "bf16": True}, {"cuda_graphs": True}):
         with pytest.raises(ValueError, match=f"{next(iter(feature))} needs a GPU"):
             Llama.build(BASE, device="cpu", **feature)
-    gpu = torch.device("cuda")
-    with pytest.raises(ValueError, match="flash_attention2 needs bf16"):
-        check_gpu_features(gpu, False, 1, flash_attention2=True, cuda_graphs=False)
-    with pytest.raises(ValueError, match="cuda_graphs needs model_parallel_size 1, not 2"):
-        check_gpu_features(gpu, True, 2, flash_attention2=False, cuda_graphs=True)
-    monkeypatch.setattr(llama.generation, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="flash_attention2 needs a GPU and bf16"):
+        check_machine("cuda", False, flash_attention2=True)
+    with pytest.raises(ValueError, match="cuda_graphs needs a GPU and --model_parallel_size 1"):
+        check_machine("cuda", True, cuda_graphs=True, model_parallel_size=2)
+    monkeypatch.setattr(llama.machine, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="flash_attention2: the package flash-attn is not installed"):
-        check_gpu_features(gpu, True, 1, flash_attention2=True, cuda_graphs=False)
+        check_machine("cuda", True, flash_attention2=True)
 
 
 def test_pytorchs_own_kernel_gives_the_same(monkeypatch) -> None:

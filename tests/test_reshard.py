@@ -10,13 +10,12 @@ from torch import Tensor
 
 from convert.__main__ import main
 from convert.reshard import reshard
-from convert_samples import cut_embedding_by_width, edit_shard, flip_bit, load_shards, refused_by_command
+from convert_samples import edit_shard, flip_bit, load_shards, refused_by_command
 from llama import Llama
 from tiny import PARAMS, golden_state, shared, tokens, write_base
 
 State = dict[str, Tensor]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EMBEDDING = "tok_embeddings.weight"
 
 
 def same(actual: list[State], expected: list[State]) -> None:
@@ -42,16 +41,6 @@ def test_there_and_back_is_the_identity(kind: str, tmp_path: Path) -> None:
         # As the tests' own writer cuts them, which has Meta's rule by name
         same(load_shards(folder), load_shards(write_base(tmp_path / f"expected{step}", PARAMS, state, n)))
     assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
-
-
-@pytest.mark.parametrize("before", [2, 4])
-@pytest.mark.parametrize("after", [1, 2, 4])
-def test_an_embedding_cut_along_its_width(before: int, after: int, tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", PARAMS, golden_state(), before)
-    cut_embedding_by_width(base)
-    assert load_shards(base)[0][EMBEDDING].shape == (512, 64 // before)
-    reshard(base, tmp_path / "out", after)
-    same(load_shards(tmp_path / "out"), load_shards(write_base(tmp_path / "expected", PARAMS, golden_state(), after)))
 
 
 def test_key_value_heads_that_several_shards_hold(tmp_path: Path) -> None:

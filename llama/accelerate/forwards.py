@@ -28,7 +28,7 @@ from llama.model import Attention, ForwardContext, RMSNorm, Transformer, Transfo
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear
 from moa.adapter import AdapterModule, Target, apply_gates
 from moa.block import AdapterDict, Routing
-from moa.expert_routers import AdaMoLERouter, RouterStats, SoftmaxRouter, TopKRouter
+from moa.expert_routers import AdaMoLERouter, ExpertRouter, RouterStats, SoftmaxRouter, TopKRouter
 from moa.lora import LoRA
 from moa.parallel import copy_to_model_parallel_region, mp_size, reduce_from_model_parallel_region
 from moa.parallel_adapter import ParallelAdapter
@@ -188,9 +188,7 @@ def fusable(adapters: Sequence[AdapterModule]) -> list[AdapterModule]:
 DOWN_WEIGHTS: dict[type, Callable[[Any], list[Tensor]]] = {
     LoRA: lambda m: [m.lora_A],
     ParallelAdapter: lambda m: [m.down_proj],
-    SoftmaxRouter: lambda m: [m.proj.weight],
-    TopKRouter: lambda m: [m.proj.weight] + ([m.noise.weight] if m.noise is not None else []),
-    AdaMoLERouter: lambda m: [m.proj.weight, m.threshold.weight],
+    **dict.fromkeys((SoftmaxRouter, TopKRouter, AdaMoLERouter), lambda m: [linear.weight for linear in m.children()]),
 }
 
 
@@ -297,12 +295,10 @@ def apply(
 
 
 def route_experts(
-    router: AdapterModule, products: tuple[Tensor, ...], dtype: torch.dtype
+    router: ExpertRouter, products: tuple[Tensor, ...], dtype: torch.dtype
 ) -> tuple[Tensor, RouterStats | None]:
     """A router of experts from W x of each of its matrices."""
-    second = getattr(router, "noise", None) or getattr(router, "threshold", None)
-    linears = [router.proj] if second is None else [router.proj, second]
-    return router.route(dtype, *(linear.add_bias(y) for linear, y in zip(linears, products, strict=True)))
+    return router.route(dtype, *(linear.add_bias(y) for linear, y in zip(router.children(), products, strict=True)))
 
 
 def lora(cache: WeightCache, self: LoRA, output: Tensor, a: Tensor, gate: Tensor | None) -> Tensor:
