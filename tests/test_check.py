@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convert.__main__ import main
 from convert.check import check
-from convert_samples import cut_embedding_by_width, edit_shard, flip_bit, refused_by_command
+from convert_samples import edit_shard, flip_bit, refused_by_command
 from tiny import BASE, PARAMS, golden_state, write_base
 
 State = dict[str, Tensor]
@@ -66,7 +66,6 @@ def test_other_whole_checkpoints(shards: int, tmp_path: Path) -> None:
     assert not problems_of(BASE)
     state = {key: t if key == NORM else t.bfloat16() for key, t in golden_state().items()}
     folder = write_base(tmp_path / "base", PARAMS | {"vocab_size": -1}, state, shards)
-    cut_embedding_by_width(folder)
     for file in folder.glob("*.pth"):
         edit_shard(file, lambda s: s.update({"rope.freqs": torch.ones(8)}))
     assert not problems_of(folder)

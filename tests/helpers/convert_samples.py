@@ -244,14 +244,6 @@ def flip_bit(file: Path, key: str) -> None:
     file.write_bytes(content)
 
 
-def cut_embedding_by_width(folder: Path) -> None:
-    """Cut a checkpoint's embedding as LLaMA-2's writers do, along its width."""
-    files, key = sorted(folder.glob("consolidated.*.pth")), "tok_embeddings.weight"
-    whole = torch.cat([state[key] for state in load_shards(folder)])
-    for file, part in zip(files, whole.chunk(len(files), 1), strict=True):
-        edit_shard(file, lambda s, part=part: s.update({key: part.clone()}))
-
-
 def refused_by_command(words: list[str], capsys: pytest.CaptureFixture[str], *messages: str, status: int = 1) -> None:
     """Check that `python -m convert` ends with this exit status and one error that holds the messages."""
     with pytest.raises(SystemExit) as caught:
