@@ -2,14 +2,18 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llama import ModelArgs
+from convert import hf as from_hf
+from convert_samples import write_hf
+from llama import ModelArgs, Transformer
 from llama.accelerate.loss import chunked_cross_entropy
 from llama.model import RMSNorm, rope_frequencies
 from llama.packing import PackedBatch
@@ -18,21 +22,42 @@ from plain_model import PlainModel, rms_norm
 from tiny import METHODS, PARAMS, build, config, drawn, float64, gradients, relative, require_close, shared, tokens
 
 
-def plain(name: str | None) -> PlainModel:
+def plain(name: str | None, model: Transformer) -> PlainModel:
     """The same model, written out: float64 copies of the tensors, the adapters' with a gradient."""
-    model = shared(name).model
     adapters = adapter_parameters(model)
     w = {k: t.detach().double().requires_grad_(k in adapters) for k, t in model.named_parameters()}
-    return PlainModel(PARAMS, config(name or "lora").to_dict(), w)
+    return PlainModel(asdict(model.args), config(name or "lora").to_dict(), w)
 
 
 @pytest.mark.parametrize("name", [None, *METHODS])
 def test_model_equals_the_formulas(name: str | None) -> None:
-    model, by_hand = shared(name).model, plain(name)
-    batch, prompt_lens = tokens(2, 6), [2, 5]
+    near = 5e-4 if name == "adamole" else 5e-5  # which divides differences of nearly equal numbers by their sum
+    # float32 against float64; thresholds see differences of nearly equal numbers
+    require_formulas(name, shared(name).model, near, lambda key: 1e-3 if "threshold" in key else 5e-4)
+
+
+@pytest.fixture(scope="module")
+def qwen3_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Queries and keys normed, heads wider than the model's width shared among them, tied embeddings."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16, "tie_word_embeddings": True}
+    write_hf(folder / "hf", "qwen", qwen3=True, **sizes)
+    return from_hf.convert(folder / "hf", folder / "meta", dtype="fp32").folder
+
+
+@pytest.mark.parametrize("name", [None, *METHODS])
+def test_qwen3_equals_the_formulas(name: str | None, qwen3_base: Path) -> None:
+    with float64(build(name, ckpt_dir=qwen3_base, seed=2).model) as model:  # every adapter is in use
+        args = model.args
+        assert args.qk_norm and args.tied_embeddings and args.head_dim * args.n_heads > args.dim
+        require_formulas(name, model, 1e-6, lambda key: 1e-6)  # frequencies of the rotary embedding are float32
+
+
+def require_formulas(name: str | None, model: Transformer, near: float, bound_of: Callable[[str], float]) -> None:
+    """Logits (within `near`), loss and every gradient (relatively, within `bound_of` its key) are the plain model's."""
+    by_hand, batch, prompt_lens = plain(name, model), tokens(2, 6), [2, 5]
     rows = list(zip(batch.tolist(), prompt_lens, strict=True))
     logits, expected = model(batch, prompt_lens), torch.stack([by_hand.logits(*row) for row in rows])
-    near = 5e-4 if name == "adamole" else 5e-5  # which divides differences of nearly equal numbers by their sum
     torch.testing.assert_close(logits.double(), expected, rtol=near, atol=near)
     if name is None:
         return
@@ -46,8 +71,7 @@ def test_model_equals_the_formulas(name: str | None) -> None:
     for key, grad in gradients(model).items():
         exact = by_hand.w[key].grad
         assert exact is not None and exact.norm() > 0, key
-        # float32 against float64; thresholds see differences of nearly equal numbers
-        assert relative(grad.double(), exact) < (1e-3 if "threshold" in key else 5e-4), key
+        assert relative(grad.double(), exact) < bound_of(key), key
 
 
 def test_adapters_matter() -> None:

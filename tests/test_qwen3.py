@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from commands import side_by_side
 from convert import gguf as from_gguf
 from convert import hf as from_hf
 from convert_samples import as_gguf, same_ids, same_logits, write_gguf
-from llama import Llama
+from llama import Llama, ModelArgs
 from llama.accelerate import accelerate_model, restore_model
+from moa.state import count_parameters
 from observe import observe
 from qwen3 import METHODS, SHAPES
-from tiny import BASELINES, build, float64, gradients, relative, require_close, tokens
+from tiny import BASELINES, build, float64, gradients, relative, require_close, tokens, unfilled
 from tiny import METHODS as ALL_METHODS
+from training.config import parse_flags
+from training.dry_run import dry_run
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -125,6 +129,59 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
         for key, grad in ranks[0][name]["float32"]["local"].items():  # the norms of heads are whole on both
             if "_norm.adapters" in key:
                 assert torch.equal(grad, ranks[1][name]["float32"]["local"][key]), key
+
+
+_RELEASE = {
+    "n_kv_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "qk_norm": True,
+}
+RELEASES = {  # untied; and their numbers of parameters
+    "8B": ({**_RELEASE, "dim": 4096, "n_layers": 36, "n_heads": 32, "ffn_dim": 12288}, 8_190_735_360),
+    "14B": ({**_RELEASE, "dim": 5120, "n_layers": 40, "n_heads": 40, "ffn_dim": 17408}, 14_768_307_200),
+}
+
+
+def counts_by_hand(params: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Method -> slot -> trained numbers of a layer, at the published sizes."""
+    d, f, q, kv = params["dim"], params["ffn_dim"], 128 * params["n_heads"], 128 * 8
+    shapes = {"Q": (d, q), "K": (d, kv), "V": (d, kv), "O": (q, d), "FFN_DOWN": (f, d)}  # inputs, outputs
+
+    def beside(name: str, count: Callable[[int, int], int]) -> dict[str, int]:
+        return {f"{name}_{target}": count(*shape) for target, shape in shapes.items()}
+
+    def lora(rank: int, experts: int = 1) -> dict[str, int]:
+        return beside("lora", lambda n, m: rank * experts * (n + m) + (experts * n if experts > 1 else 0))
+
+    prompt, p_adapter = {"prompt": 10 * d + params["n_heads"]}, {"p_adapter": 2 * 16 * d + 16 + d}
+    six, seven = (2 * (d + 1) * 4 * n + (4 * n + 1) * n for n in (6, 7))  # SwiGLU routers of so many slots
+    return {
+        "soft_moa": {**lora(8), **prompt, **p_adapter, "router": seven},
+        "sparse_moa": {**lora(8), **p_adapter, "router": six + d + 1},
+        "unipeft": {**lora(8), **prompt, **p_adapter, "router": 3 * (d + 1)},
+        "lora": lora(16),
+        "molora": lora(8, experts=8),
+        "dora": beside("dora", lambda n, m: 16 * (n + m) + m),
+        "comol": beside("comol", lambda n, m: 16 * (n + m) + 8 * 16 * 16 + 8 * 16),
+        "flylora": beside("flylora", lambda n, m: 32 * m),
+        "vera": beside("vera", lambda n, m: 256 + m),
+        "ia3": {"ia3_K": kv, "ia3_V": kv, "ia3_FFN_UP": f},
+    }
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_counts_of_the_releases(release: str, tmp_path: Path) -> None:
+    params, n_base = RELEASES[release]
+    for method, by_layer in counts_by_hand(params).items():
+        expected = {slot: params["n_layers"] * count for slot, count in by_layer.items()}
+        counts = count_parameters(unfilled(ModelArgs(**params), {"method": method}))
+        assert counts == expected | {"total": sum(expected.values())}, method
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    result = dry_run(parse_flags(["--dry_run", "--ckpt_dir", str(tmp_path), "--method", method], {}, ""))
+    assert (result["trainable_parameters"], result["base_parameters"]) == (counts, n_base)
 
 
 REFUSED = {

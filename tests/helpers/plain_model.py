@@ -42,7 +42,7 @@ class PlainModel:
 
     def __init__(self, args: dict, flat: dict, w: dict[str, Tensor]):
         self.args, self.flat, self.w = args, flat, w
-        self.h = args["dim"] // args["n_heads"]
+        self.h = args.get("head_dim") or args["dim"] // args["n_heads"]
         # Mixture of experts -> of each token that it has seen, which experts were chosen, and with what weight
         self.routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -51,7 +51,8 @@ class PlainModel:
         xs = [self.w["tok_embeddings.weight"][token] for token in row]
         for layer in range(self.args["n_layers"]):
             xs = Block(self, layer).outputs(xs, len(row) if prompt_len is None else prompt_len)
-        return torch.stack([self.w["output.weight"] @ self.norm("norm", x) for x in xs])
+        output = self.w["tok_embeddings.weight" if self.args.get("tied_embeddings") else "output.weight"]
+        return torch.stack([output @ self.norm("norm", x) for x in xs])
 
     def auxiliary(self) -> Tensor:
         """The load-balancing loss over all tokens seen so far."""
@@ -80,8 +81,8 @@ class Block:
         else:
             gates = [self.gates(x) for x in xs]
         normed = [self.model.norm(self.path + "attention_norm", x) for x in xs]
-        q = [self.heads("Q", "wq", u, g) for u, g in zip(normed, gates, strict=True)]
-        k = [self.heads("K", "wk", u, g) for u, g in zip(normed, gates, strict=True)]
+        q = [self.normed_heads("Q", "q", u, g) for u, g in zip(normed, gates, strict=True)]
+        k = [self.normed_heads("K", "k", u, g) for u, g in zip(normed, gates, strict=True)]
         v = [self.heads("V", "wv", u, g) for u, g in zip(normed, gates, strict=True)]
         theta = self.model.args["rope_theta"]
         q = [[rotate(head, t, theta) for head in heads] for t, heads in enumerate(q)]
@@ -125,7 +126,7 @@ class Block:
         """One softmax over the vectors of all experts; then the part of each counts with its weight."""
         part = slice(kv_head * self.h, (kv_head + 1) * self.h)
         vectors = self.here["attention.adapters.prompt.prompt"]
-        keys = [(self.here["attention.wk.weight"] @ p)[part] for p in vectors]
+        keys = [self.norm_of_heads("k", (self.here["attention.wk.weight"] @ p)[part]) for p in vectors]
         values = [(self.here["attention.wv.weight"] @ p)[part] for p in vectors]
         weights = torch.stack([query @ key / math.sqrt(self.h) for key in keys]).exp()
         weights = weights / weights.sum()
@@ -170,6 +171,13 @@ class Block:
 
     def heads(self, target: str, base: str, u: Tensor, gates: dict) -> list[Tensor]:
         return list(self.linear(target, f"attention.{base}", u, gates).split(self.h))
+
+    def normed_heads(self, target: str, name: str, u: Tensor, gates: dict) -> list[Tensor]:
+        return [self.norm_of_heads(name, head) for head in self.heads(target, f"w{name}", u, gates)]
+
+    def norm_of_heads(self, name: str, head: Tensor) -> Tensor:
+        """A query's or a key's own norm, which Qwen3 has."""
+        return self.model.norm(f"{self.path}attention.{name}_norm", head) if self.model.args.get("qk_norm") else head
 
     def gates(self, x: Tensor) -> dict:
         if not self.slots:
