@@ -27,7 +27,7 @@ import torch
 from benchmarks import common, models, peers
 from benchmarks.common import BASE, CPU, PEERS, PEFT, TRANSFORMERS, Figures, median, multiple, number, timed
 from cli import cli_errors, flag, parse
-from convert.adapters import require_plain_lora
+from convert.adapters import require_alone
 from llama import Llama
 from llama.checkpoint import load_params_and_tokenizer
 from llama.data import encode_prompt
@@ -90,7 +90,7 @@ def kinds_of(flags: Flags) -> dict[str, str | None]:
             raise ValueError(f"--adapter_path: {path} is a second adapter of method {config.method}")
         kinds[name] = path
         with suppress(ValueError):
-            require_plain_lora(config, path)
+            require_alone(config, path)
             plain_lora.append(path)
     return kinds | ({TRANSFORMERS: None, PEFT: next(iter(plain_lora), None)} if flags.peft else {})
 

@@ -1,21 +1,4 @@
-"""Convert checkpoints and adapters from one format to another.
-
-Checkpoints into Meta's layout (params.json, consolidated.00.pth, tokenizer.model):
-    python -m convert hf        --input DIR  --output_dir DIR [--dtype bf16|fp32|fp16] [--overwrite]
-    python -m convert gguf      --input FILE --output_dir DIR [--dtype bf16|fp32|fp16] [--overwrite]
-
-Checkpoints in Meta's layout: another number of shards, and whether one is whole:
-    python -m convert reshard   --ckpt_dir DIR --output_dir DIR --shards N [--dtype ...] [--overwrite]
-    python -m convert check     DIR
-
-Plain LoRA into its base; LoRA, DoRA, IA3 and VeRA into a PEFT folder, and out of one:
-    python -m convert merge     --ckpt_dir DIR --adapter_path FILE --output_dir DIR [--dtype ...] [--overwrite]
-    python -m convert peft      --adapter_path FILE --output_dir DIR [--base_model NAME] [--ckpt_dir DIR] [--overwrite]
-    python -m convert from_peft --input DIR --ckpt_dir DIR --output_dir DIR [--overwrite]
-
-An adapter of ours in the format of the paper's authors (theirs is read as it is; `authors` is the same command):
-    python -m convert reference --adapter_path FILE --output_dir DIR [--overwrite]
-"""
+"""Checkpoints and adapters of other formats, to and from Meta's layout and our adapters: `python -m convert --help`."""
 
 import sys
 from dataclasses import dataclass
@@ -39,7 +22,7 @@ class _Output:
 class HfFlags(_Output):
     """Convert a Hugging Face folder (LLaMA-3.x, SmolLM2, Qwen3) into Meta's layout."""
 
-    input: str = flag(help="folder with config.json, *.safetensors and tokenizer.json or tokenizer.model")
+    input: str = flag(help="folder with config.json, *.safetensors and tokenizer.json")
     dtype: str = flag("bf16", help="number format of the written tensors", choices=DTYPES)
 
 
@@ -64,18 +47,16 @@ class ReshardFlags(_Output):
     """Write a checkpoint in Meta's layout in another number of shards."""
 
     ckpt_dir: str = flag(help="the checkpoint, in Meta's layout; it stays as it is")
-    shards: int = flag(help="how many files consolidated.NN.pth to cut it into")
+    shards: int = flag(help="how many files consolidated.NN.pth to cut it into", least=1)
     dtype: str | None = flag(None, help="number format of the written tensors (None: as they are)", choices=DTYPES)
-
-    def __post_init__(self) -> None:
-        if self.shards < 1:
-            raise ValueError(f"--shards {self.shards} must be 1 or more")
 
 
 @dataclass
 class CheckFlags:
-    """Read a checkpoint in Meta's layout and say of each file whether it is whole: params.json, the tokenizer, tensors'
-    names, shapes, types, checksums and numbers, and Meta's MD5 sums where checklist.chk lists them."""
+    """Say of each file of a checkpoint in Meta's layout whether it is whole.
+
+    Read are params.json, the tokenizer, tensors' names, shapes, types, checksums and numbers, and Meta's MD5 sums where
+    checklist.chk lists them."""
 
     ckpt_dir: str = flag(help="a checkpoint in Meta's layout", positional=True)
 
@@ -108,20 +89,22 @@ class ReferenceFlags(_Output):
 COMMANDS = {
     "hf": (HfFlags, "hf:convert"),
     "gguf": (GgufFlags, "gguf:convert"),
-    "merge": (MergeFlags, "adapters:merge"),
     "reshard": (ReshardFlags, "reshard:reshard"),
     "check": (CheckFlags, "check:print_verdicts"),
+    "merge": (MergeFlags, "adapters:merge"),
     "peft": (PeftFlags, "peft:to_peft"),
     "from_peft": (FromPeftFlags, "peft:from_peft"),
     "reference": (ReferenceFlags, "adapters:to_reference"),
+    "authors": (ReferenceFlags, "adapters:to_reference"),  # its other name
 }
-ALIASES = {"authors": "reference"}
+OVERVIEW = "Convert checkpoints and adapters. The flags of each: python -m convert hf --help\n"
+OVERVIEW += "".join(f"\n{word:10} {getdoc(flags).splitlines()[0]}" for word, (flags, _) in COMMANDS.items())
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    word = cli.subcommand(argv, [*COMMANDS, *ALIASES], __doc__ + "\nThe flags of each: python -m convert hf --help")
-    flags_type, function = COMMANDS[ALIASES.get(word, word)]
+    word = cli.subcommand(argv, COMMANDS, OVERVIEW)
+    flags_type, function = COMMANDS[word]
     flags = cli.parse(flags_type, argv[1:], prog=f"python -m convert {word}", description=getdoc(flags_type))
     with cli.cli_errors():
         module, _, name = function.partition(":")

@@ -2,12 +2,11 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
 from convert.meta_format import Written, bare_model, check_output, new_folder
-from convert.reshard import reshard
+from convert.reshard import Update, reshard
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer
 from moa.adapter_file import PARAMS, adapter_file, load_adapter, save_reference_adapter
@@ -30,20 +29,6 @@ BESIDE: dict[str, Collection] = {"block_router": ("none",), "expert_num": (1,), 
 ADAPTER_FILES = ("adapter.pth", PARAMS)  # of an output folder
 
 
-class Update(NamedTuple):
-    """What is added to a weight (out, in): scale * B A."""
-
-    lora_A: Tensor  # (r, in)
-    lora_B: Tensor  # (out, r)
-    scale: float
-
-    def part(self, dim: int | None, index: int, n: int) -> Tensor:
-        """Part `index` of `n` along a dimension, float32."""
-        a = self.lora_A.chunk(n, 1)[index] if dim == 1 else self.lora_A
-        b = self.lora_B.chunk(n, 0)[index] if dim == 0 else self.lora_B
-        return self.scale * (b @ a)
-
-
 def merge(
     ckpt_dir: str | Path,
     adapter_path: str | Path,
@@ -53,16 +38,18 @@ def merge(
 ) -> Written:
     """Write a base with an adapter's LoRAs in its weights, W + (alpha / rank) B A, in as many shards as it has.
 
-    dtype: bf16, fp32 or fp16; None: each tensor keeps its own. Sums are float32. Raises ValueError or OSError naming
-    the file and what does not fit, is not plain LoRA or not finite; then nothing was written.
+    dtype: bf16, fp32 or fp16; None: each tensor keeps its own. Raises ValueError or OSError naming the file and what
+    does not fit, is not plain LoRA or not finite; then nothing was written.
     """
     args, _ = load_params_and_tokenizer(ckpt_dir)
-    _, updates = load_plain_lora(adapter_path, args)
-
-    def add(key: str, tensor: Tensor, dim: int | None, index: int, n: int) -> Tensor:
-        return tensor.float() + updates[key].part(dim, index, n) if key in updates else tensor
-
-    written = reshard(ckpt_dir, output_dir, None, dtype, overwrite, add)
+    config, state = load_adapter(adapter_path, args)
+    check_alone(config, state, args, str(adapter_path), "lora")
+    scale = config.adapters["lora"].scale
+    updates = {
+        key: Update(state[f"{lora}.lora_A"].float(), state[f"{lora}.lora_B"].float(), scale)
+        for key, lora in adapter_keys(config).items()
+    }
+    written = reshard(ckpt_dir, output_dir, None, dtype, overwrite, updates)
     return written._replace(summary=f"matrices changed: {len(updates)}, {written.summary}")
 
 
@@ -71,17 +58,12 @@ def kind_of(config: AdapterConfig) -> str:
     return next((kind for kind in KINDS if config.adapters[kind].layers), "lora")
 
 
-def require_alone(config: AdapterConfig, origin: str, kind: str) -> None:
+def require_alone(config: AdapterConfig, origin: str, kind: str = "lora") -> None:
     """ValueError naming all settings that make more of an adapter than adapters of this kind at linear layers."""
     name, settings, _ = KINDS[kind]
     unsupported = unsupported_settings(config, BESIDE | dict.fromkeys(f"{kind}_{setting}" for setting in settings))
     if unsupported:
         raise ValueError(f"{origin}: only {name} can be converted, but this adapter has {', '.join(unsupported)}")
-
-
-def require_plain_lora(config: AdapterConfig, origin: str) -> None:
-    """ValueError naming all settings that make more of an adapter than W + (alpha / rank) B A at linear layers."""
-    require_alone(config, origin, "lora")
 
 
 def adapter_keys(config: AdapterConfig) -> dict[str, str]:
@@ -101,19 +83,6 @@ def check_alone(config: AdapterConfig, state: dict[str, Tensor], args: ModelArgs
     keys = [f"{key}.{name}" for key in adapter_keys(config).values() for name in KINDS[kind][2]]
     require_same_keys(keys, state, origin, "tensor")
     check_state_dict(bare_model(args, config), state, origin)
-
-
-def load_plain_lora(adapter_path: str | Path, args: ModelArgs) -> tuple[AdapterConfig, dict[str, Update]]:
-    """Read an adapter file for a base of this shape: its configuration, and Meta's key of each weight that changes ->
-    what is added to it, float32. Raises ValueError naming the file, and what does not fit or is not plain LoRA."""
-    config, state = load_adapter(adapter_path, args)
-    check_alone(config, state, args, str(adapter_path), "lora")
-    scale = config.adapters["lora"].scale
-    updates = {
-        key: Update(state[f"{lora}.lora_A"].float(), state[f"{lora}.lora_B"].float(), scale)
-        for key, lora in adapter_keys(config).items()
-    }
-    return config, updates
 
 
 def to_reference(adapter_path: str | Path, output_dir: str | Path, overwrite: bool = False) -> Path:

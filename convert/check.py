@@ -1,7 +1,5 @@
 """Whether a checkpoint in Meta's layout is whole: everything in it is read, and all that is wrong is listed."""
 
-import bisect
-import contextlib
 import hashlib
 import re
 import zipfile
@@ -11,11 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from convert.meta_format import bare_model
-from convert.reshard import State, sharded_dim
+from convert.reshard import State, require_consistent
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer, open_shard, require_whole, shard_files, shard_specs
 from llama.model import Transformer
@@ -29,7 +26,7 @@ CHUNK = 1 << 22  # bytes read at a time
 class Verdict(NamedTuple):
     file: Path
     content: str  # what is in it, where that can be told
-    problems: list[str]  # sentences; each names the file
+    problems: list[str]  # sentences; each begins with the file
 
 
 class _Problems(list[str]):
@@ -54,7 +51,7 @@ def check(ckpt_dir: str | Path) -> list[Verdict]:
     folder, problems = Path(ckpt_dir), _Problems()
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder (expected params.json, tokenizer.model and consolidated.NN.pth)")
-    params, tokenizer_file = folder / "params.json", folder / "tokenizer.model"
+    params, tokenizer_file, checklist = (folder / name for name in ("params.json", "tokenizer.model", CHECKLIST))
     args, tokenizer = problems.attempt(ModelArgs.from_file, params), problems.attempt(Tokenizer, tokenizer_file)
     contents = {
         params: f"{args.n_layers} layers of width {args.dim}" if args else "",
@@ -64,14 +61,14 @@ def check(ckpt_dir: str | Path) -> list[Verdict]:
         args, _ = problems.attempt(load_params_and_tokenizer, folder) or (args, None)  # now with a vocabulary
     model = problems.attempt(bare_model, args) if args and args.vocab_size > 0 else None
     contents |= _check_shards(folder, model, problems)
-    if (folder / CHECKLIST).is_file():
-        sums = _check_sums(folder / CHECKLIST, problems)
+    if checklist.is_file():
+        sums = _check_sums(checklist, problems)
         contents |= {file: "" for file in sums if file.is_file() and file not in contents}
-        contents[folder / CHECKLIST] = f"{len(sums)} MD5 sums"
-    verdicts = [Verdict(file, content, []) for file, content in contents.items()] + [Verdict(folder, "", [])]
-    for problem in problems:
-        own = (v.problems for v in verdicts if problem.startswith((f"{v.file}:", f"{v.file} of ")))
-        next(own, verdicts[-1].problems).append(problem)
+        contents[checklist] = f"{len(sums)} MD5 sums"
+    verdicts = [
+        Verdict(file, content, [text for text in problems if text.startswith((f"{file}:", f"{file} of "))])
+        for file, content in {**contents, folder: ""}.items()
+    ]
     return verdicts if verdicts[-1].problems else verdicts[:-1]
 
 
@@ -96,57 +93,39 @@ def _check_shards(folder: Path, model: Transformer | None, problems: _Problems) 
             problems.attempt(require_whole, file, state, specs)
     for key, spec in specs.items() if numbered else ():
         if all(state is not None and key in state for state in states):
-            problems.attempt(sharded_dim, model, key, spec, files, states)
+            problems.attempt(require_consistent, model, key, spec, files, states)
     contents = {}
-    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, disable=None) as bar:
-        for file, state in zip(files, states, strict=True):
-            problems += _content_problems(file, state or {}, bar.update)
-            dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in (state or {}).values())
-            counts = [f"{count} tensors of {name}" for name, count in dtypes.most_common()]
-            contents[file] = ", ".join([*counts, tqdm.format_sizeof(file.stat().st_size, "B")])
+    for file, state in zip(files, states, strict=True):
+        problems += [f"{file}: {problem}" for problem in _content_problems(file, state)] if state else []
+        dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in (state or {}).values())
+        counts = [f"{count} tensors of {name}" for name, count in dtypes.most_common()]
+        contents[file] = ", ".join([*counts, tqdm.format_sizeof(file.stat().st_size, "B")])
     return contents
 
 
-def _content_problems(file: Path, state: State, progress: Callable[[int], object]) -> Iterator[str]:
-    """Read a shard through. A sentence for each part of it that is not what was written, and for each tensor that has
-    infinite values or NaN."""
-    left = file.stat().st_size
-    unread = dict(state)
-    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
-        members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-        keys_of = _keys_by_member(file, members) if state else {}
-        for member in members:
-            keys = keys_of.get(member.filename, [])
+def _content_problems(file: Path, state: State) -> Iterator[str]:
+    """Read a shard through. Yields a sentence for each part of it that is not what was written, and for each tensor
+    that has infinite values or NaN."""
+    keys_of: dict[int, list[str]] = {}  # of each storage, in the order in which torch numbers them
+    for key, tensor in state.items():
+        keys_of.setdefault(tensor.untyped_storage().data_ptr(), []).append(key)
+    parts = {f"data/{number}": keys for number, keys in enumerate(keys_of.values())}
+    with zipfile.ZipFile(file) as archive:
+        for member in tqdm(archive.infolist(), desc=file.name, unit="part", leave=False, disable=None):
+            name = member.filename.partition("/")[2]
             try:
                 with archive.open(member) as content:
-                    while chunk := content.read(CHUNK):
-                        progress(len(chunk))
-                        left -= len(chunk)
+                    while content.read(CHUNK):
+                        pass
             except zipfile.BadZipFile:
-                for what in keys or [f"the archive's {member.filename.partition('/')[2]}"]:
-                    yield f"{file}: {what} is damaged: its CRC-32 is not that of what was written"
-            for key in keys:
-                yield from _not_finite(file, key, unread.pop(key))
-    for key, tensor in unread.items():
-        yield from _not_finite(file, key, tensor)
-    progress(left)
-
-
-def _keys_by_member(file: Path, members: list[zipfile.ZipInfo]) -> dict[str, list[str]]:
-    """Name of each member of a shard's archive -> keys of the tensors whose numbers lie in it."""
-    begins, keys_of = [member.header_offset for member in members], {}
-    for key, tensor in torch.load(file, map_location="meta", weights_only=True).items():
-        offset = tensor.untyped_storage()._checkpoint_offset  # torch sets it where it loads no numbers
-        keys_of.setdefault(members[bisect.bisect(begins, offset) - 1].filename, []).append(key)
-    return keys_of
-
-
-def _not_finite(file: Path, key: str, tensor: Tensor) -> Iterator[str]:
-    """A sentence where a tensor has infinite values or NaN."""
-    # The least and the greatest are NaN where any number is, and need no memory as a mask does.
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        count = int((~tensor.isfinite()).sum())
-        yield f"{file}: {key} has {count} of {tensor.numel()} values that are not finite numbers"
+                for damaged in parts.get(name, [f"the archive's {name}"]):
+                    yield f"{damaged} is damaged: its CRC-32 is not that of what was written"
+            for key in parts.get(name, ()):
+                tensor = state[key]
+                # The least and the greatest are NaN where any number is, and need no memory as a mask does.
+                if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                    count = int((~tensor.isfinite()).sum())
+                    yield f"{key} has {count} of {tensor.numel()} values that are not finite numbers"
 
 
 def _check_sums(checklist: Path, problems: _Problems) -> list[Path]:

@@ -10,16 +10,8 @@ import torch
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
-from convert.meta_format import (
-    EMBEDDING,
-    GGUF,
-    OUTPUT,
-    Converted,
-    SourceTensor,
-    check_output,
-    source_names,
-    write_converted,
-)
+from convert import meta_format
+from convert.meta_format import EMBEDDING, GGUF, OUTPUT, Source, SourceTensor, Written, source_names, whole_number
 from convert.vocabulary import from_gguf
 from llama.args import ModelArgs
 from llama.model import rope_frequencies
@@ -44,24 +36,26 @@ NEUTRAL = {
 }
 
 
-def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
-    """Convert a .gguf file; `dtype` is bf16, fp32 or fp16.
+def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Written:
+    """Convert a .gguf file; see `meta_format.convert`."""
+    return meta_format.convert(read, input, output_dir, dtype, overwrite)
 
-    Raises ValueError or OSError naming the file and the tensor or key at fault; then nothing was written.
-    """
-    path, output_dir = Path(input), check_output(output_dir, overwrite)
+
+def read(path: Path) -> Source:
+    """The model of a file. ValueError naming the file and the tensor or key at fault."""
     metadata, tensors = read_gguf(path)
+    divisors = tensors.pop(ROPE_FREQS).read() if ROPE_FREQS in tensors else None
     try:
-        args = _read_metadata(metadata, "output.weight" not in tensors, tensors.pop(ROPE_FREQS, None))
+        args = _read_metadata(metadata, "output.weight" not in tensors, divisors)
         vocabulary = from_gguf(metadata, args.vocab_size)
-    except (ValueError, KeyError) as error:
-        problem = f"the metadata lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(problem if problem.startswith(str(path)) else f"{path}: {problem}") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: the metadata lacks {error.args[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     names = source_names(args.n_layers, GGUF)
     if names[OUTPUT] not in tensors:  # tied
         names[OUTPUT] = names[EMBEDDING]
-    pairs_halves = PAIRS_HALVES[metadata["general.architecture"]]
-    return write_converted(output_dir, args, vocabulary, tensors, names, path, dtype, overwrite, pairs_halves)
+    return Source(path, args, vocabulary, tensors, names, PAIRS_HALVES[metadata["general.architecture"]])
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, SourceTensor]]:
@@ -75,11 +69,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, SourceTensor]]:
         metadata = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: not a whole GGUF file ({error})") from None
-    return metadata, {t.name: _source_tensor(f"{path}: tensor {t.name}", t) for t in reader.tensors}
-
-
-def _source_tensor(origin: str, tensor: ReaderTensor) -> SourceTensor:
-    return SourceTensor(origin, tuple(int(n) for n in reversed(tensor.shape)), partial(_dequantized, origin, tensor))
+    tensors = {}
+    for tensor in reader.tensors:
+        origin, shape = f"{path}: tensor {tensor.name}", tuple(int(n) for n in reversed(tensor.shape))
+        tensors[tensor.name] = SourceTensor(origin, shape, partial(_dequantized, origin, tensor))
+    return metadata, tensors
 
 
 def _dequantized(origin: str, tensor: ReaderTensor) -> torch.Tensor:
@@ -100,46 +94,39 @@ class _WholeReader(GGUFReader):
         return values
 
 
-def _read_metadata(metadata: dict[str, Any], tied: bool, divisors: SourceTensor | None) -> ModelArgs:
+def _read_metadata(metadata: dict[str, Any], tied: bool, divisors: torch.Tensor | None) -> ModelArgs:
     """The model's shape. ValueError or KeyError for what is missing or has no counterpart here."""
     architecture = metadata["general.architecture"]
     if architecture not in PAIRS_HALVES:
         raise ValueError(f"architecture {architecture!r}, expected {' or '.join(map(repr, PAIRS_HALVES))}")
-    prefix, is_qwen3 = f"{architecture}.", architecture == "qwen3"
-    dim, heads = _count(metadata, f"{prefix}embedding_length"), _count(metadata, f"{prefix}attention.head_count")
-    head_dim = _count(metadata, f"{prefix}attention.key_length", dim // heads)
+    is_qwen3 = architecture == "qwen3"
+    prefix = f"{architecture}."
+    own = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+    dim, heads = whole_number(own, "embedding_length"), whole_number(own, "attention.head_count")
+    head_dim = whole_number(own, "attention.key_length", dim // heads)
     neutral = NEUTRAL | dict.fromkeys(("rope.dimension_count", "attention.value_length"), (head_dim,))
-    is_unscaled = metadata.get(f"{prefix}rope.scaling.type") == "none"
-    unscaled = ("rope.scaling.factor", "rope.scale_linear") if is_unscaled else ()
-    for name, value in metadata.items():
-        key = name.removeprefix(prefix)
-        if name.startswith(prefix) and key not in READ and key not in unscaled and value not in neutral.get(key, ()):
+    if own.get("rope.scaling.type") == "none":
+        own = {key: value for key, value in own.items() if key not in ("rope.scaling.factor", "rope.scale_linear")}
+    for key, value in own.items():
+        if key not in READ and value not in neutral.get(key, ()):
             expected = f" (expected {' or '.join(map(str, neutral[key]))})" if key in neutral else ""
-            raise ValueError(f"{name} is {value!r}, which is not supported{expected}")
+            raise ValueError(f"{prefix}{key} is {value!r}, which is not supported{expected}")
     if metadata.get("split.count", 0) > 1:
         raise ValueError(f"split.count is {metadata['split.count']}: the file is one of several, which are not read")
     args = ModelArgs(
         dim=dim,
-        n_layers=_count(metadata, f"{prefix}block_count"),
+        n_layers=whole_number(own, "block_count"),
         n_heads=heads,
-        n_kv_heads=_count(metadata, f"{prefix}attention.head_count_kv", heads),
+        n_kv_heads=whole_number(own, "attention.head_count_kv", heads),
         vocab_size=len(metadata["tokenizer.ggml.tokens"]),
-        norm_eps=_shortest(metadata[f"{prefix}attention.layer_norm_rms_epsilon"]),
-        rope_theta=_shortest(metadata.get(f"{prefix}rope.freq_base", 10000.0)),
+        norm_eps=_shortest(own["attention.layer_norm_rms_epsilon"]),
+        rope_theta=_shortest(own.get("rope.freq_base", 10000.0)),
         head_dim=head_dim,
-        ffn_dim=_count(metadata, f"{prefix}feed_forward_length"),
+        ffn_dim=whole_number(own, "feed_forward_length"),
         qk_norm=is_qwen3,
         tied_embeddings=is_qwen3 and tied,
     )
-    return args if divisors is None else _with_scaling(args, divisors.read())
-
-
-def _count(metadata: dict[str, Any], key: str, *default: int) -> int:
-    """A positive whole number. ValueError for any other value, KeyError where it is missing."""
-    value = metadata.get(key, *default) if default else metadata[key]
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be one positive whole number, not {value!r}")
-    return value
+    return args if divisors is None else _with_scaling(args, divisors)
 
 
 def _with_scaling(args: ModelArgs, divisors: torch.Tensor) -> ModelArgs:

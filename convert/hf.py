@@ -9,17 +9,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, equal
 
-from convert.meta_format import (
-    EMBEDDING,
-    HF,
-    OUTPUT,
-    Converted,
-    SourceTensor,
-    check_output,
-    source_names,
-    write_converted,
-)
-from convert.vocabulary import from_hf
+from convert import meta_format
+from convert.meta_format import EMBEDDING, HF, OUTPUT, Source, SourceTensor, Written, source_names, whole_number
+from convert.vocabulary import from_hf, require_off
 from llama.args import ModelArgs
 from moa.files import read_json
 
@@ -41,12 +33,13 @@ LLAMA3_SCALING = {
 }
 
 
-def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Converted:
-    """Convert a folder with config.json, safetensors and a tokenizer; `dtype` is bf16, fp32 or fp16.
+def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", overwrite: bool = False) -> Written:
+    """Convert a folder with config.json, safetensors and tokenizer.json; see `meta_format.convert`."""
+    return meta_format.convert(read, input, output_dir, dtype, overwrite)
 
-    Raises ValueError or OSError naming the file and the tensor or key at fault; then nothing was written.
-    """
-    folder, output_dir = Path(input), check_output(output_dir, overwrite)
+
+def read(folder: Path) -> Source:
+    """The model of a folder. ValueError naming the file and the tensor or key at fault."""
     path = folder / "config.json"
     config = read_json(path)
     try:
@@ -60,7 +53,7 @@ def convert(input: str | Path, output_dir: str | Path, dtype: str = "bf16", over
         if output is not embedding and not equal(output.read(), embedding.read()):
             raise ValueError(f"{output.origin} differs from {names[EMBEDDING]}, but {path} says tie_word_embeddings")
         names[OUTPUT] = names[EMBEDDING]
-    return write_converted(output_dir, args, vocabulary, tensors, names, folder, dtype, overwrite, pairs_halves=True)
+    return Source(folder, args, vocabulary, tensors, names, pairs_halves=True)
 
 
 def read_config(config: dict[str, Any]) -> ModelArgs:
@@ -72,36 +65,26 @@ def read_config(config: dict[str, Any]) -> ModelArgs:
     is_qwen3 = model_type == "qwen3"
     # Qwen3's sliding_window counts only where use_sliding_window is true
     window = "use_sliding_window" if is_qwen3 else "sliding_window"
-    for key in ("attention_bias", "mlp_bias", window, "num_experts", "quantization_config"):
-        if config.get(key):
-            raise ValueError(f"{key} = {config[key]!r} has no counterpart here")
+    require_off(config, ("attention_bias", "mlp_bias", window, "num_experts", "quantization_config"))
     for kind in config.get("layer_types") or ():
         if kind != "full_attention":
             raise ValueError(f"layer_types has {kind!r}, only 'full_attention' has a counterpart here")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act must be 'silu', not {config['hidden_act']!r}")
-    dim, heads = _whole_number(config, "hidden_size"), _whole_number(config, "num_attention_heads")
+    dim, heads = whole_number(config, "hidden_size"), whole_number(config, "num_attention_heads")
     return ModelArgs(
         dim=dim,
-        n_layers=_whole_number(config, "num_hidden_layers"),
+        n_layers=whole_number(config, "num_hidden_layers"),
         n_heads=heads,
-        n_kv_heads=_whole_number(config, "num_key_value_heads", heads),
-        vocab_size=_whole_number(config, "vocab_size"),
+        n_kv_heads=whole_number(config, "num_key_value_heads", heads),
+        vocab_size=whole_number(config, "vocab_size"),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        head_dim=_whole_number(config, "head_dim", QWEN3_HEAD_DIM if is_qwen3 else dim // heads),
-        ffn_dim=_whole_number(config, "intermediate_size"),
+        head_dim=whole_number(config, "head_dim", QWEN3_HEAD_DIM if is_qwen3 else dim // heads),
+        ffn_dim=whole_number(config, "intermediate_size"),
         qk_norm=is_qwen3,
         tied_embeddings=is_qwen3 and bool(config.get("tie_word_embeddings")),
         **_read_rope(config),
     )
-
-
-def _whole_number(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or value is True or value < 1:
-        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
-    return value
 
 
 def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -133,19 +116,16 @@ def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, SourceTensor]:
     """The tensors of `model.safetensors`, or of the shards that its index names, by their names."""
-    listed = {}
     if (folder / SINGLE).is_file():
-        files = [folder / SINGLE]
+        files, listed = [folder / SINGLE], {}
     elif (folder / INDEX).is_file():
         listed = read_json(folder / INDEX).get("weight_map")
         if not isinstance(listed, dict) or not all(Path(str(name)).name == name for name in listed.values()):
             raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names of this folder")
         files = [folder / name for name in sorted(set(listed.values()))]
     else:
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
-        why = f"; pickled weights ({pickled[0]}) are not read, save them as safetensors" if pickled else ""
-        raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}{why}")
-    tensors, file_of = {}, {}
+        raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; pickled weights are not read")
+    tensors = {}
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: no such file, but {INDEX} names it")
@@ -153,9 +133,8 @@ def read_tensors(folder: Path) -> dict[str, SourceTensor]:
             for name in opened.keys():
                 shape = tuple(opened.get_slice(name).get_shape())
                 tensors[name] = SourceTensor(f"{file}: tensor {name}", shape, partial(_read_tensor, file, name))
-                file_of[name] = file
     for name, file in listed.items():
-        if file_of.get(name) != folder / file:
+        if name not in tensors or not tensors[name].origin.startswith(f"{folder / file}: "):
             raise ValueError(f"{folder / file}: tensor {name} is missing, but {INDEX} names it")
     return {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,26 +57,31 @@ class SourceTensor(NamedTuple):
     read: Callable[[], Tensor]
 
 
+class Source(NamedTuple):
+    """A model as another format states it.
+
+    origin: its file or folder. tensors: by their names there. names: Meta's key -> the name there. pairs_halves: rows
+    of queries and keys are as `permute_rope` takes them, not yet in Meta's order.
+    """
+
+    origin: Path
+    args: ModelArgs
+    vocabulary: Vocabulary
+    tensors: Mapping[str, SourceTensor]
+    names: Mapping[str, str]
+    pairs_halves: bool
+
+
 class Written(NamedTuple):
-    """A folder that was made, and what there is to say of it."""
-
-    folder: Path
-    summary: str
-
-    def __str__(self) -> str:
-        return f"wrote {self.folder} ({self.summary})"
-
-
-class Converted(NamedTuple):
-    """What a conversion made."""
+    """A checkpoint that was made, and what there is to say of it."""
 
     folder: Path
     args: ModelArgs
-    vocabulary: Vocabulary
+    summary: str
+    notes: list[str]
 
     def __str__(self) -> str:
-        notes = [f"note: {note}\n" for note in self.vocabulary.notes]
-        return f"{''.join(notes)}wrote {self.folder} ({self.args.n_layers} layers, vocabulary {self.args.vocab_size})"
+        return "\n".join([*(f"note: {note}" for note in self.notes), f"wrote {self.folder} ({self.summary})"])
 
 
 def bare_model(args: ModelArgs, config: AdapterConfig | None = None) -> Transformer:
@@ -89,10 +94,18 @@ def source_names(n_layers: int, column: int) -> dict[str, str]:
     """Meta's key -> another format's name (column HF or GGUF), for each tensor of a model."""
     names = {f"{row[0]}.weight": f"{row[column]}.weight" for row in NAMES}
     for i in range(n_layers):
-        names |= {
-            f"layers.{i}.{row[0]}.weight": f"{LAYER_PREFIX[column]}{i}.{row[column]}.weight" for row in LAYER_NAMES
-        }
+        prefix = f"{LAYER_PREFIX[column]}{i}"
+        names |= {f"layers.{i}.{row[0]}.weight": f"{prefix}.{row[column]}.weight" for row in LAYER_NAMES}
     return names
+
+
+def whole_number(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A size that another format states. ValueError naming the key."""
+    value = values.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or value is True or value < 1:
+        raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+    return value
 
 
 def permute_rope(rows: Tensor, head_dim: int) -> Tensor:
@@ -106,47 +119,40 @@ def unpermute_rope(rows: Tensor, head_dim: int) -> Tensor:
     return rows.view(-1, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def write_converted(
-    output_dir: Path,
-    args: ModelArgs,
-    vocabulary: Vocabulary,
-    tensors: Mapping[str, SourceTensor],
-    names: Mapping[str, str],
-    origin: Path,
-    dtype: str,
-    overwrite: bool,
-    pairs_halves: bool,
-) -> Converted:
-    """Write another format's tensors as a checkpoint of one shard. Every shape is checked before the first is read.
+def convert(
+    read: Callable[[Path], Source], path: str | Path, output_dir: str | Path, dtype: str, overwrite: bool
+) -> Written:
+    """Write what `read` makes of a file or folder as a checkpoint of one shard; `dtype` is bf16, fp32 or fp16.
 
-    tensors: by their names there, from the file or folder `origin`. names: Meta's key -> the name there. pairs_halves:
-    rows of queries and keys are as `permute_rope` takes them, not yet in Meta's order. Raises ValueError naming file
-    and tensor that is missing, too many or of a wrong shape; then nothing was written.
+    Every shape is checked before the first tensor is read. Raises ValueError or OSError naming the file and the tensor
+    or key that is missing, too many or wrong; then nothing was written.
     """
+    output_dir = check_output(output_dir, overwrite)
+    origin, args, vocabulary, tensors, names, pairs_halves = read(Path(path))
     shapes = {key: spec.shape for key, spec in shard_specs(bare_model(args)).items()}
     for name in tensors.keys() - {names[key] for key in shapes}:
         raise ValueError(f"{tensors[name].origin} has no place in a model of this shape")
-    for key in shapes:
-        if names[key] not in tensors:
-            raise ValueError(f"{origin}: tensor {names[key]} is missing")
     for key, shape in shapes.items():
-        if tensors[names[key]].shape != shape:
-            raise ValueError(f"{tensors[names[key]].origin} has shape {tensors[names[key]].shape}, expected {shape}")
+        tensor = tensors.get(names[key])
+        if tensor is None:
+            raise ValueError(f"{origin}: tensor {names[key]} is missing")
+        if tensor.shape != shape:
+            raise ValueError(f"{tensor.origin} has shape {tensor.shape}, expected {shape}")
     state = {}
     for key in shapes:
         source = tensors[names[key]]
-        tensor = source.read()
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{source.origin} is {tensor.dtype}, expected floating-point numbers")
+        values = source.read()
+        if values.dtype not in FLOATS:
+            raise ValueError(f"{source.origin} is {values.dtype}, expected floating-point numbers")
         if pairs_halves and key.endswith(ROTATED):
-            tensor = permute_rope(tensor, args.head_dim)
-        state[key] = tensor.to(DTYPES[dtype])
+            values = permute_rope(values, args.head_dim)
+        state[key] = values.to(DTYPES[dtype])
         require_finite(state[key], source.origin)
     with new_folder(output_dir, overwrite) as new:
         (new / "params.json").write_text(json.dumps(args.shape, indent=2) + "\n", encoding="utf-8")
         (new / "tokenizer.model").write_bytes(vocabulary.file())
         save_shard(state, new / "consolidated.00.pth")
-    return Converted(output_dir, args, vocabulary)
+    return Written(output_dir, args, f"{args.n_layers} layers, vocabulary {args.vocab_size}", vocabulary.notes)
 
 
 def require_finite(tensor: Tensor, origin: str) -> None:

@@ -19,15 +19,7 @@ from torch import Tensor
 
 from convert.adapters import ADAPTER_FILES, adapter_keys, check_alone, kind_of, recorded_shape
 from convert.hf import open_safetensors
-from convert.meta_format import (
-    HF,
-    LAYER_NAMES,
-    bare_model,
-    check_output,
-    new_folder,
-    permute_rope,
-    unpermute_rope,
-)
+from convert.meta_format import HF, LAYER_NAMES, bare_model, check_output, new_folder, permute_rope, unpermute_rope
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer
 from moa.adapter_file import adapter_params, load_adapter, save_adapter
@@ -48,6 +40,7 @@ ALONG_OUTPUTS = ("lora_B", "magnitude", "factor")
 # An adapter's target -> transformers' module there: Q -> self_attn.q_proj.
 MODULES = {target: row[HF] for target, name in META_NAMES.items() for row in LAYER_NAMES if row[0] == name}
 TARGETS = {module: target for target, module in MODULES.items()}
+TARGET_AT = {name: target for target, name in META_NAMES.items()}
 PERMUTED = ("Q", "K")
 
 # Settings of PEFT's LoRA, IA3 and VeRA that change nothing in what a trained adapter computes. Any other must be off.
@@ -55,7 +48,7 @@ HARMLESS = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("use_rslora", "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-    *("use_dora", "feedforward_modules", "init_ia3_weights"),
+    *("use_dora", "init_lora_weights", "feedforward_modules", "init_ia3_weights"),
     *("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"),
 }
 # Some ways to initialise (PiSSA, OLoRA, ...) take something out of the base's weights as well; these do not.
@@ -82,25 +75,25 @@ def to_peft(
     check_alone(config, state, args, str(adapter_path), kind)
     options = config.adapters[kind]
     scales_up = kind == "ia3" and "FFN_DOWN" not in options.targets.split(",")  # FFN_UP at the input of down_proj
-    targets = {name: target for target, name in META_NAMES.items()}
     tensors, modules, feedforward = {}, set(), set()
     parts = _vera_as_lora(config, state, args) if kind == "vera" else state
     for key, adapter in adapter_keys(config).items():
         _, layer, name = key.removesuffix(".weight").split(".", 2)
-        at_input = scales_up and targets[name] == "FFN_UP"
-        module = MODULES["FFN_DOWN" if at_input else targets[name]]
+        target = TARGET_AT[name]
+        at_input = scales_up and target == "FFN_UP"
+        module = MODULES["FFN_DOWN" if at_input else target]
         modules.add(f"layers.{layer}.{module}")
-        if at_input:
-            feedforward.add(f"layers.{layer}.{module}")
+        feedforward |= {f"layers.{layer}.{module}"} if at_input else set()
         for ours, theirs in NAMES.items():
             if (tensor := parts.get(f"{adapter}.{ours}")) is not None:
-                if targets[name] in PERMUTED and ours in ALONG_OUTPUTS:
+                if target in PERMUTED and ours in ALONG_OUTPUTS:
                     tensor = unpermute_rope(tensor, args.head_dim)
                 if ours == "factor":
                     tensor = tensor[None] if at_input else tensor[:, None]
                 tensors[f"{PREFIX}{layer}.{module}.{theirs}"] = tensor.float().contiguous()
     layers = sorted({int(module.split(".")[1]) for module in modules})
-    if len(layers) == args.n_layers or kind != "ia3":  # their names alone will do
+    in_all = len(layers) == args.n_layers
+    if in_all or kind != "ia3":  # their names alone will do
         modules, feedforward = ({module.split(".")[-1] for module in names} for names in (modules, feedforward))
     peft_config = {  # PEFT's own defaults for the rest change nothing
         "peft_type": "IA3" if kind == "ia3" else "LORA",
@@ -118,7 +111,7 @@ def to_peft(
             "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
             "use_rslora": kind == "lora" and options.rslora,
             "use_dora": kind == "dora",
-            "layers_to_transform": None if len(layers) == args.n_layers else layers,
+            "layers_to_transform": None if in_all else layers,
         }
     with new_folder(output_dir, overwrite, PEFT_FILES) as new:
         (new / CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n", encoding="utf-8")
@@ -212,27 +205,22 @@ def _peft_vera_as_lora(tensors: dict[str, Tensor], args: ModelArgs, file: Path) 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """`peft_type` of an adapter_config.json, and our method, rank and alpha. ValueError for what has no counterpart."""
     config = read_json(path)
-    peft_type, rank = config.get("peft_type"), config.get("r")
+    peft_type, rank, alpha, rslora = (config.get(key) for key in ("peft_type", "r", "lora_alpha", "use_rslora"))
     if peft_type not in ("LORA", "IA3", "VERA"):
         raise ValueError(f"{path}: peft_type is {peft_type!r}, only 'LORA', 'IA3' and 'VERA' can be converted")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {config['bias']!r}, only 'none' can be converted")
     if config.get("init_lora_weights") not in HARMLESS_INITS:
         raise ValueError(f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base's weights too")
+    if not config.get("save_projection", True):
+        raise ValueError(f"{path}: save_projection is false: the folder lacks vera_A and vera_B")
     for name, value in config.items():
-        if value and name not in HARMLESS | {"bias", "init_lora_weights"}:
+        if value and name not in HARMLESS and (name, value) != ("bias", "none"):
             raise ValueError(f"{path}: {name} is {value!r}, which has no counterpart here and cannot be converted")
-    alpha, rslora = config.get("lora_alpha"), config.get("use_rslora", False)
     if peft_type == "IA3":
-        settings = {"method": "ia3"}
-    elif peft_type == "VERA":
-        if not config.get("save_projection", True):
-            raise ValueError(f"{path}: save_projection is false: the folder lacks vera_A and vera_B")
-        settings = {"method": "lora", "lora_rank": rank, "lora_alpha": rank}
-    elif not config.get("use_dora"):
-        settings = {"method": "lora", "lora_rank": rank, "lora_alpha": alpha, "lora_rslora": rslora}
-    elif rslora:
+        return peft_type, {"method": "ia3"}
+    if peft_type == "VERA":
+        return peft_type, {"method": "lora", "lora_rank": rank, "lora_alpha": rank}
+    if not config.get("use_dora"):
+        return peft_type, {"method": "lora", "lora_rank": rank, "lora_alpha": alpha, "lora_rslora": bool(rslora)}
+    if rslora:
         raise ValueError(f"{path}: use_rslora with use_dora has no counterpart here")
-    else:
-        settings = {"method": "dora", "dora_rank": rank, "dora_alpha": alpha}
-    return peft_type, settings
+    return peft_type, {"method": "dora", "dora_rank": rank, "dora_alpha": alpha}

@@ -6,7 +6,7 @@ that are ends in every model.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from llama.tokenizer import (
     LLAMA3_SPLIT,
     N_SPECIAL,
     Rules,
-    read_tokenizer,
     special_tokens,
     write_tokenizer,
 )
@@ -54,7 +53,7 @@ class Vocabulary(NamedTuple):
         return write_tokenizer(self.ids, self.rules)
 
 
-class Source(NamedTuple):
+class Stated(NamedTuple):
     """A tokenizer as another format states it. Token maps are name -> id."""
 
     base: dict[str, int]  # byte-pair tokens, in GPT-2's spelling of bytes
@@ -80,23 +79,16 @@ def from_hf(folder: Path, rows: int) -> Vocabulary:
         ("config.json", config.get("eos_token_id")),
     ]
     path = folder / "tokenizer.json"
-    if path.is_file():
-        content = read_json(path)
-        try:
-            source = _read_tokenizer_json(content, settings.get("add_bos_token") and settings.get("bos_token"), ends)
-            return _vocabulary(source, rows)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
-    for path in (folder / "original" / "tokenizer.model", folder / "tokenizer.model"):
-        if path.is_file():
-            ids, rules = read_tokenizer(path)
-            if rules.vocab_size != rows:
-                raise ValueError(f"{path}: has {rules.vocab_size} tokens, but the embedding has {rows} rows")
-            token_ids = rules.special_tokens | rules.added_tokens
-            return Vocabulary(ids, rules, _declared_ends(ends, token_ids, rules.stop_ids)[1])
-    raise ValueError(f"{folder}: holds no tokenizer.json and no tokenizer.model")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file (a tokenizer.model alone, as SentencePiece writes it, is not read)")
+    content = read_json(path)
+    try:
+        bos = settings.get("add_bos_token") and settings.get("bos_token")
+        return _vocabulary(_read_tokenizer_json(content, bos, ends), rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
 
 
 def from_gguf(metadata: Mapping[str, Any], rows: int) -> Vocabulary:
@@ -108,8 +100,7 @@ def from_gguf(metadata: Mapping[str, Any], rows: int) -> Vocabulary:
     if get("pre") not in GGUF_SPLITS:
         known = ", ".join(GGUF_SPLITS)
         raise ValueError(f"tokenizer.ggml.pre, the splitting rule, is {get('pre')!r}, expected one of {known}")
-    if get("add_space_prefix"):
-        raise ValueError("tokenizer.ggml.add_space_prefix, a space before every text, has no counterpart here")
+    require_off(metadata, ["tokenizer.ggml.add_space_prefix"])  # a space before every text
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     if len(tokens) != len(kinds):
         raise ValueError(f"{len(tokens)} tokenizer.ggml.tokens but {len(kinds)} tokenizer.ggml.token_type")
@@ -120,7 +111,7 @@ def from_gguf(metadata: Mapping[str, Any], rows: int) -> Vocabulary:
             raise ValueError(f"token {token!r} (id {i}) {problem}")
         of_kind[kind][token] = i
     is_llama3 = get("pre") == "llama-bpe"
-    source = Source(
+    stated = Stated(
         base=of_kind[NORMAL],
         special=of_kind[CONTROL] | of_kind[UNKNOWN] | of_kind[UNUSED],
         added=of_kind[USER_DEFINED],
@@ -131,30 +122,25 @@ def from_gguf(metadata: Mapping[str, Any], rows: int) -> Vocabulary:
         bos=get("bos_token_id") if get("add_bos_token", is_llama3) else None,
         ends=[(f"tokenizer.ggml.{key}", get(key)) for key in ("eos_token_id", "eot_token_id", "eom_token_id")],
     )
-    return _vocabulary(source, rows)
+    return _vocabulary(stated, rows)
 
 
-def _read_tokenizer_json(content: dict[str, Any], bos: Any, ends: list[tuple[str, Any]]) -> Source:
+def _read_tokenizer_json(content: dict[str, Any], bos: Any, ends: list[tuple[str, Any]]) -> Stated:
     model, tokens = content["model"], content.get("added_tokens") or []
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         kind = f"SentencePiece's {model['type']}" if model.get("type") in ("BPE", "Unigram") else model.get("type")
         raise ValueError(f"only byte-level BPE tokenizers can be converted, not {kind}")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise ValueError(f"{key} = {model[key]!r} has no counterpart here")
+    require_off(model, ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+    special, added = {}, {}
     for token in tokens:
-        for key in ("lstrip", "rstrip", "single_word"):
-            if token.get(key) and not token.get("special"):
-                raise ValueError(f"{key} of the added token {token['content']!r} has no counterpart here")
+        (special if token.get("special") else added)[token["content"]] = token["id"]
+        if not token.get("special"):
+            require_off(token, ("lstrip", "rstrip", "single_word"), f" of the added token {token['content']!r}")
     for step in _steps(content.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             bos = step["single"][0]["SpecialToken"]["id"]
-    special, added = (
-        {token["content"]: token["id"] for token in tokens if bool(token.get("special")) == wanted}
-        for wanted in (True, False)
-    )
     others = {*special.values(), *added.values()}
-    return Source(
+    return Stated(
         base={token: i for token, i in model["vocab"].items() if i not in others},
         special=special,
         added=added,
@@ -165,6 +151,13 @@ def _read_tokenizer_json(content: dict[str, Any], bos: Any, ends: list[tuple[str
         bos=bos or None,
         ends=ends,
     )
+
+
+def require_off(values: Mapping[str, Any], keys: Iterable[str], of: str = "") -> None:
+    """ValueError naming a setting that is on and has no counterpart in Meta's layout."""
+    for key in keys:
+        if values.get(key):
+            raise ValueError(f"{key} = {values[key]!r}{of} has no counterpart here")
 
 
 def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -186,8 +179,7 @@ def _read_split(component: dict[str, Any] | None) -> list[str]:
     *steps, last = _steps(component, "pretokenizers") or [{"type": None}]
     if last["type"] != "ByteLevel":
         raise ValueError(f"the pre-tokenizer must end in ByteLevel, not {last['type']}")
-    if last.get("add_prefix_space", True):
-        raise ValueError("add_prefix_space, a space before every text, has no counterpart here")
+    require_off({"add_prefix_space": True} | last, ["add_prefix_space"])  # a space before every text
     patterns = []
     for step in steps:
         # With "Removed" and inverted, what lies between matches is lost; rules of this kind match all there is
@@ -201,44 +193,48 @@ def _read_split(component: dict[str, Any] | None) -> list[str]:
     return patterns + ([GPT2_SPLIT] if last.get("use_regex", True) else []) or [r"[\s\S]+"]
 
 
-def _vocabulary(source: Source, rows: int) -> Vocabulary:
-    merges = [tuple(map(_spelled_bytes, merge)) for merge in source.merges]
-    ids = {_spelled_bytes(token): i for token, i in source.base.items()}
+def _vocabulary(stated: Stated, rows: int) -> Vocabulary:
+    merges = [tuple(map(_spelled_bytes, merge)) for merge in stated.merges]
+    ids = {_spelled_bytes(token): i for token, i in stated.base.items()}
     # An added token is read whole from a text, but may also be on the way to a larger one
     made = {b"".join(merge) for merge in merges}
-    ids = {name.encode(): i for name, i in source.added.items() if name.encode() in made} | ids
-    token_ids = source.special | source.added
+    ids = {name.encode(): i for name, i in stated.added.items() if name.encode() in made} | ids
+    token_ids = stated.special | stated.added
     names = {i: name for name, i in token_ids.items()}
-    numbers = [*source.base.values(), *source.special.values(), *source.added.values()]
+    numbers = [*stated.base.values(), *stated.special.values(), *stated.added.values()]
     if len({*numbers}) < len(numbers) or min(numbers) < 0:
         raise ValueError("ids of tokens must be 0 and more, none twice")
-    if both := source.special.keys() & source.added.keys():
+    if both := stated.special.keys() & stated.added.keys():
         raise ValueError(f"token {min(both)!r} is there both as a special one and as one that is read from a text")
     if max(numbers) >= rows:
         raise ValueError(f"has {max(numbers) + 1} tokens, but the embedding has {rows} rows")
-    _check_merges(ids, merges, source.ignore_merges)
+    _check_merges(ids, merges, stated.ignore_merges)
 
-    special, meta, first = source.special, special_tokens(), len(ids)
+    special, meta, first = stated.special, special_tokens(), len(ids)
     has_llama3_ids = sorted(ids.values()) == list(range(first)) and rows == first + N_SPECIAL
-    if has_llama3_ids and not source.added and all(_alike(names.get(first + k), meta[k]) for k in range(N_SPECIAL)):
+    if has_llama3_ids and not stated.added and all(_alike(names.get(first + k), meta[k]) for k in range(N_SPECIAL)):
         special = {name: first + k for k, name in enumerate(meta)}
-    declared, notes = _declared_ends(source.ends, token_ids, names)
-    stop_ids = declared + [special[name] for name in ENDS if name in special]
+    stop_ids, notes = [], []
+    for where, value in stated.ends:
+        for token in value if isinstance(value, list) else [value]:
+            if (token_id := _token_id(token, token_ids)) in names:
+                stop_ids.append(token_id)
+            elif token is not None:
+                notes.append(f"{where} declares the end {token!r}, at which no answer ends: it is no special token")
+    stop_ids += [special[name] for name in ENDS if name in special]
     if not stop_ids:
         raise ValueError(f"no end of answers is declared, and there is none of {', '.join(ENDS)}")
-    bos, eos = _token_id(source.bos, token_ids), stop_ids[0]
-    if source.bos is not None and bos not in names:
-        raise ValueError(f"the first token of texts, {source.bos!r}, is no special token")
+    bos, eos = _token_id(stated.bos, token_ids), stop_ids[0]
+    if stated.bos is not None and bos not in names:
+        raise ValueError(f"the first token of texts, {stated.bos!r}, is no special token")
     if has_llama3_ids:  # as published, also where the model's own answers end otherwise
         bos = first + BOS if special.get(meta[BOS]) == first + BOS else bos
         eos = first + EOS if first + EOS in stop_ids else eos
-    rules = Rules(rows, source.split, special, bos, eos, sorted({*stop_ids}), source.added, source.normalize)
-    missing = [b for b in range(256) if bytes([b]) not in ids]
-    if missing:
-        listed = ", ".join(f"0x{b:02x}" for b in missing)
+    rules = Rules(rows, stated.split, special, bos, eos, sorted({*stop_ids}), stated.added, stated.normalize)
+    if missing := [f"0x{b:02x}" for b in range(256) if bytes([b]) not in ids]:
+        listed = ", ".join(missing)
         notes.append(f"{len(missing)} bytes have no token; texts lose characters that need them ({listed})")
-    unnamed = rows - len({*ids.values(), *names})
-    if unnamed:
+    if unnamed := rows - len({*ids.values(), *names}):
         notes.append(f"{unnamed} rows of the embedding belong to no token")
     return Vocabulary(ids, rules, notes)
 
@@ -252,19 +248,6 @@ def _token_id(token: Any, token_ids: dict[str, int]) -> int | None:
     """The id of a token that a file states as its id, its name or an object with its name."""
     token = token.get("content") if isinstance(token, dict) else token
     return token_ids.get(token) if isinstance(token, str) else token
-
-
-def _declared_ends(ends: list[tuple[str, Any]], token_ids: dict[str, int], stops: Any) -> tuple[list[int], list[str]]:
-    """Ids of the declared ends, and a note for each that is none of `stops`, the ids at which answers can end."""
-    ids, notes = [], []
-    for where, value in ends:
-        for token in value if isinstance(value, list) else [value]:
-            token_id = _token_id(token, token_ids)
-            if token_id in stops:
-                ids.append(token_id)
-            elif token is not None:
-                notes.append(f"{where} declares the end {token!r}, at which no answer ends: it is no special token")
-    return ids, notes
 
 
 def _check_merges(ids: dict[bytes, int], merges: list[tuple[bytes, ...]], ignore_merges: bool) -> None:

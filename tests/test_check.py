@@ -131,7 +131,7 @@ EDITS = {
         [f"{W2} has shape (64, 111), in {FIRST} (64, 112)", f"output.weight has shape (256, 63), in {FIRST} (256, 64)"],
     ),
     "type": (lambda s: s.update({W2: s[W2].half()}), [f"{W2} has type torch.float16, in {FIRST} torch.float32"]),
-    "integers": (lambda s: s.update({W2: s[W2].int()}), [f"{W2} has type torch.int32, expected"]),
+    "integers": (lambda s: s.update({W2: s[W2].int()}), [f"{W2} is not a plain tensor of floating-point numbers"]),
     "norms": (lambda s: s[NORM].add_(1), [f"{NORM} differs from that in {FIRST}, which should be the same"]),
 }
 DAMAGE = {

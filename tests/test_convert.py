@@ -116,7 +116,7 @@ BAD_HF = {
     "truncated": (truncate("model.safetensors"), "model.safetensors: not a whole safetensors file"),
     "pickled weights only": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        r"pytorch_model.bin\) are not read, save them as safetensors",
+        "source: holds neither model.safetensors nor .*; pickled weights are not read",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
 }

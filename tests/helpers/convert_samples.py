@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from convert.__main__ import main
-from convert.meta_format import Converted
+from convert.meta_format import Written
 from convert.vocabulary import QWEN2_SPLIT
 from llama import Llama
 from llama.tokenizer import LLAMA3_SPLIT, special_tokens
@@ -209,14 +209,14 @@ def close(actual: Tensor, expected: Tensor, other: Tensor, least: float = 0.1) -
 
 
 @torch.no_grad()
-def same_logits(result: Converted, reference: Any) -> None:
+def same_logits(result: Written, reference: Any) -> None:
     """The same logits from the converted checkpoint, at more positions than scaled rotary embeddings are made for."""
     tokens = torch.randint(result.args.vocab_size, (2, 90), generator=torch.Generator().manual_seed(1))
     ours = Llama.build(result.folder, device="cpu").model(tokens)
     torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
-def same_ids(result: Converted, tokenizer_json: Path) -> None:
+def same_ids(result: Written, tokenizer_json: Path) -> None:
     """The same ids for a text as by the source's own tokenizer."""
     theirs = tokenizers.Tokenizer.from_file(str(tokenizer_json))
     ours = Llama.build(result.folder, device="cpu").tokenizer
