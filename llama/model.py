@@ -34,15 +34,16 @@ from moa.routers import Gates
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight. trained: its weight trains (`train_bias_norm`), beside the base's.
+    """x / sqrt(mean(x^2) + eps) * weight. With `train_bias_norm` its weight trains, beside the base's.
 
     of_heads: x is this rank's heads, (N, heads, h), so that its gradient of a trained weight is a part of a sum.
     """
 
-    def __init__(self, dim: int, eps: float, trained: bool = False, of_heads: bool = False):
+    def __init__(self, dim: int, eps: float, config: AdapterConfig | None = None, of_heads: bool = False):
         super().__init__()
         self.eps, self.of_heads = eps, of_heads
         self.weight = meta_parameter(dim)
+        trained = config is not None and config.train_bias_norm
         self.adapters = nn.ModuleDict({"norm": TrainableNormWeight(dim, lambda: self.weight)} if trained else {})
 
     def current_weight(self, dtype: torch.dtype) -> Tensor:
@@ -127,7 +128,10 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(dim, kv, args.n_kv_heads)
         self.wv = ColumnParallelLinear(dim, kv, args.n_kv_heads)
         self.wo = RowParallelLinear(heads, dim)
-        self.q_norm, self.k_norm = build_qk_norm(args, config), build_qk_norm(args, config)
+        self.q_norm, self.k_norm = (
+            RMSNorm(args.head_dim, args.norm_eps, config, of_heads=True) if args.qk_norm else nn.Identity()
+            for _ in ("q", "k")
+        )
         kv_shards = num_kv_shards(args.n_kv_heads)
         targets = {
             "wq": Target(dim, heads, "column", args.n_heads, [self.wq]),
@@ -192,9 +196,9 @@ class TransformerBlock(nn.Module):
         config = config.at_layer(layer) if config else None
         slots = config.slots(layer) if config else []
         self.layer = layer
-        self.attention_norm = build_norm(args, config)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps, config)
         self.attention = Attention(args, config, slots, layer)
-        self.ffn_norm = build_norm(args, config)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, config)
         self.feed_forward = FeedForward(args, config, slots)
         self.adapters = AdapterDict(config, slots, {"block": Target(args.dim, args.dim, None, args.n_heads)})
         self.router = build_router(config, slots, args.dim)
@@ -225,15 +229,6 @@ class TransformerBlock(nn.Module):
         if cache is not None:
             cache.store_gates(self.layer, context.cache_rows, gates)
         return {slot: batch.expand_to_tokens(gate) for slot, gate in gates.items()}
-
-
-def build_norm(args: ModelArgs, config: AdapterConfig | None, of_heads: bool = False) -> RMSNorm:
-    trained = config is not None and config.train_bias_norm
-    return RMSNorm(args.head_dim if of_heads else args.dim, args.norm_eps, trained, of_heads)
-
-
-def build_qk_norm(args: ModelArgs, config: AdapterConfig | None) -> nn.Module:
-    return build_norm(args, config, of_heads=True) if args.qk_norm else nn.Identity()
 
 
 def maybe_checkpoint(fn: Callable[..., Any], *inputs: Any, enabled: bool) -> Any:
@@ -267,7 +262,7 @@ class Transformer(nn.Module):
             divide(size, name)
         self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, args, config) for i in range(args.n_layers))
-        self.norm = build_norm(args, config)
+        self.norm = RMSNorm(args.dim, args.norm_eps, config)
         self.output = ColumnParallelLinear(args.dim, args.vocab_size, gather_output=True)
         self.rope_freqs = rope_frequencies(args)
         self.freqs_cis = self.rope_freqs.new_empty(0, args.head_dim // 2, dtype=torch.complex64)

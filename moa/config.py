@@ -96,7 +96,7 @@ class AdapterConfig(MixtureConfig):
     def slots(self, layer: int) -> list[Slot]:
         """The adapters of one block, in the order of its router's outputs."""
         slots = [
-            Slot(ADAPTERS[name].slot(target), name, target)
+            Slot(f"{name}_{target}" if len(ADAPTERS[name].targets) > 1 else name, name, target)
             for name in self.adapters
             if layer in self._layers[name]
             for target in self._targets(name)

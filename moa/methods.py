@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 # Where an adapter can stand in a block, in the order of the router's outputs: beside a linear layer, at the attention
 # (its heads' output before wo), at the feed-forward block or at the whole block (their outputs). The names are those of
@@ -133,53 +133,35 @@ class MixLoRAConfig(AdapterOptions):
     top_k: int = option(2, "experts that a token goes to")
 
 
-@dataclass(frozen=True)
-class AdapterType:
+class AdapterType(NamedTuple):
     """A type of adapter: `module` ("package.module:Class") is built at each chosen target of each chosen layer.
 
-    uses: the settings it reads beside its own options.
+    options: a frozen dataclass, from `AdapterOptions`; its fields become the flags `<name>_<field>`. uses: the settings
+    that it reads beside them.
     """
 
-    name: str
     options: type
     module: str
     targets: tuple[str, ...]
     uses: tuple[str, ...] = ()
 
-    def slot(self, target: str) -> str:
-        """Name of this adapter at a target: what gates, keys and statistics call it."""
-        return f"{self.name}_{target}" if len(self.targets) > 1 else self.name
-
-
-ADAPTERS: dict[str, AdapterType] = {}
-
-
-def register_adapter(
-    name: str, options: type, module: str, targets: tuple[str, ...], uses: tuple[str, ...] = ()
-) -> None:
-    """Make a type of adapter known.
-
-    options: a frozen dataclass with at least `layers` (and `targets` where the adapter can stand at several); its
-    fields become the flags `<name>_<field>`.
-    """
-    ADAPTERS[name] = AdapterType(name, options, module, targets, uses)
-
 
 # At one target they apply in this order: DoRA's norm is that of the frozen layer, IA3 scales what stands there.
-register_adapter("dora", LowRankConfig, "moa.dora:DoRA", LINEAR_TARGETS)
-register_adapter("lora", LoRAConfig, "moa.lora:LoRA", LINEAR_TARGETS)
-register_adapter("pissa", LowRankConfig, "moa.pissa:PiSSA", LINEAR_TARGETS)
-register_adapter("comol", CoMoLConfig, "moa.comol:CoMoL", LINEAR_TARGETS)
-register_adapter("flylora", FlyLoRAConfig, "moa.flylora:FlyLoRA", LINEAR_TARGETS)
-register_adapter("vera", VeRAConfig, "moa.vera:VeRA", LINEAR_TARGETS)
-register_adapter("ia3", IA3Config, "moa.ia3:IA3", LINEAR_TARGETS)
-register_adapter("prompt", PromptConfig, "moa.prompt:Prompt", ("attention",))
-register_adapter("mixlora", MixLoRAConfig, "moa.mixlora:MixLoRA", ("FFN",), uses=("lb_loss_coeff",))
-register_adapter("p_adapter", ParallelAdapterConfig, "moa.parallel_adapter:ParallelAdapter", ("block",))
+ADAPTERS: dict[str, AdapterType] = {
+    "dora": AdapterType(LowRankConfig, "moa.dora:DoRA", LINEAR_TARGETS),
+    "lora": AdapterType(LoRAConfig, "moa.lora:LoRA", LINEAR_TARGETS),
+    "pissa": AdapterType(LowRankConfig, "moa.pissa:PiSSA", LINEAR_TARGETS),
+    "comol": AdapterType(CoMoLConfig, "moa.comol:CoMoL", LINEAR_TARGETS),
+    "flylora": AdapterType(FlyLoRAConfig, "moa.flylora:FlyLoRA", LINEAR_TARGETS),
+    "vera": AdapterType(VeRAConfig, "moa.vera:VeRA", LINEAR_TARGETS),
+    "ia3": AdapterType(IA3Config, "moa.ia3:IA3", LINEAR_TARGETS),
+    "prompt": AdapterType(PromptConfig, "moa.prompt:Prompt", ("attention",)),
+    "mixlora": AdapterType(MixLoRAConfig, "moa.mixlora:MixLoRA", ("FFN",), uses=("lb_loss_coeff",)),
+    "p_adapter": AdapterType(ParallelAdapterConfig, "moa.parallel_adapter:ParallelAdapter", ("block",)),
+}
 
 
-@dataclass(frozen=True)
-class RouterType:
+class RouterType(NamedTuple):
     """A type of router: `module` ("package.module:Class") is built where one is needed; uses: the options it reads."""
 
     module: str
@@ -240,7 +222,7 @@ ADDED_LATER = {"lora_rslora", "lora_lr_ratio", "layer_experts"}
 
 def config_fields() -> dict[str, Field]:
     """Every flag of the adapter configuration -> its dataclass field (type, default, help, choices)."""
-    flags = {f"{kind.name}_{f.name}": f for kind in ADAPTERS.values() for f in fields(kind.options)}
+    flags = {f"{name}_{f.name}": f for name, kind in ADAPTERS.items() for f in fields(kind.options)}
     return flags | {f.name: f for f in fields(MixtureConfig)}
 
 

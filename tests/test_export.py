@@ -15,7 +15,7 @@ from llama import Llama
 from moa.adapter import AdapterModule, Target, normal
 from moa.config import AdapterConfig
 from moa.lora import LoRA
-from moa.methods import ADAPTERS, LINEAR_TARGETS, META_NAMES, LoRAConfig, option, register_adapter
+from moa.methods import ADAPTERS, LINEAR_TARGETS, META_NAMES, AdapterType, LoRAConfig, option
 from tiny import (
     ARGS,
     BASE,
@@ -156,8 +156,7 @@ def test_adapters_that_a_converter_does_not_know(case: str, monkeypatch: pytest.
     plain = save(shared("lora"), tmp_path / "plain")
     to_peft(plain, tmp_path / "peft")
     (name, options, module, targets), message = UNKNOWN[case]
-    monkeypatch.setitem(ADAPTERS, name, None)  # taken out again at the end of the test
-    register_adapter(name, options, f"{__name__}:{module}", targets)
+    monkeypatch.setitem(ADAPTERS, name, AdapterType(options, f"{__name__}:{module}", targets))
     flat = METHODS["lora"] | ({"shift_layers": "1-2"} if name == "shift" else {})
     llm = Llama.build(BASE, config=AdapterConfig.from_dict(flat, ARGS.n_layers))
     path, out = save(llm, tmp_path / "adapter"), tmp_path / "out"

@@ -9,7 +9,7 @@ import torch
 import training.memory
 from commands import script, train_flags, write_rows
 from llama.distributed import init_distributed
-from llama.free_memory import available_memory, cgroup_limits, free_memory
+from llama.machine import available_memory, cgroup_limits, free_memory
 from tiny import ARGS, config
 from training.config import CHECKPOINTING_MODES, TrainConfig
 from training.memory import MemoryEstimate, oom_hint

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from cli import out_of_memory
 from llama.args import ModelArgs
-from llama.free_memory import free_memory
+from llama.machine import free_memory
 from moa.config import AdapterConfig
 from training.config import CHECKPOINTING_MODES, TrainConfig
 from training.estimate import fake_rank, longest_batch, memory_by_mode, meta_model

@@ -9,7 +9,7 @@ from llama.accelerate.cuda_graphs import CUDAGraphRunner
 from llama.accelerate.forwards import WeightCache, install
 from llama.accelerate.prepack import DECODE_MAX_TOKENS
 from llama.engine import DecodeStep, decode
-from llama.free_memory import free_memory
+from llama.machine import free_memory
 from llama.model import Transformer
 from moa.parallel import mp_size
 

@@ -13,16 +13,14 @@ from torch import Tensor
 
 from moa.adapter import AdapterModule, Target, linear_init, zeros
 from moa.config import AdapterConfig
-from moa.methods import ADAPTERS, LINEAR_TARGETS, option, register_adapter
+from moa.methods import ADAPTERS, LINEAR_TARGETS, AdapterType, LinearAdapterOptions, option
 from moa.parallel import reduce_from_model_parallel_region
 
 
 @dataclass(frozen=True)
-class DoRAConfig:
+class DoRAConfig(LinearAdapterOptions):
     """Low-rank updates with a trained magnitude of each output."""
 
-    layers: str = option("", "layers with DoRA")
-    targets: str = option("Q,K,V,O,FFN_DOWN", "linear layers with DoRA")
     rank: int = option(4, "rank of each DoRA")
     scale: float = option(0.5, "factor of the update")
 
@@ -55,6 +53,5 @@ class DoRA(AdapterModule):
 @contextmanager
 def registered() -> Iterator[None]:
     """The one registration; other tests know nothing of it."""
-    with mock.patch.dict(ADAPTERS):
-        register_adapter("my_dora", DoRAConfig, "dora:DoRA", LINEAR_TARGETS)
+    with mock.patch.dict(ADAPTERS, my_dora=AdapterType(DoRAConfig, "dora:DoRA", LINEAR_TARGETS)):
         yield
