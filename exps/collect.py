@@ -27,8 +27,7 @@ from tabulate import tabulate  # noqa: E402
 
 from cli import cli_errors, die, flag, parse  # noqa: E402
 from inspection import runs  # noqa: E402
-from inspection.quantities import NONE, QUANTITIES, Spread, show  # noqa: E402
-from inspection.runs import COUNTS, RULES, Run, RunGroup  # noqa: E402
+from inspection.runs import COUNTS, NONE, QUANTITIES, RULES, Run, RunGroup, Spread, show  # noqa: E402
 from moa.files import atomic_write  # noqa: E402
 
 TRAINING = ("seconds", "tokens_per_s", "peak_memory_bytes")
@@ -52,11 +51,7 @@ def markdown(groups: list[RunGroup]) -> str:
 
 def _cells(group: RunGroup, columns: list[str]) -> dict[str, str]:
     steps, rows, _ = (group.runs[0].numbers.get(name) for name in COUNTS)
-    cells = {
-        "model": group.name,
-        "seeds": str(len(group.runs)),
-        "steps": f"{steps} x {rows} rows" if steps else NONE,
-    }
+    cells = {"model": group.name, "seeds": str(len(group.runs)), "steps": f"{steps} x {rows} rows" if steps else NONE}
     for name in ("trainable_parameters", *TRAINING):
         cells[QUANTITIES[name].label] = show(group.over(name), name)
     for column in columns:
@@ -89,52 +84,39 @@ def as_json(groups: list[RunGroup], unfinished: list[Run]) -> str:
     def spread(value: Spread | None) -> dict[str, float | None] | None:
         return value and {"mean": value.mean, "sd": value.deviation}
 
-    content = [
-        {
-            "dataset": group.dataset,
-            "model": group.method,
-            "differs": group.differs,
-            "seeds": [run.seed for run in group.runs],
-            **{name: group.runs[0].numbers.get(name) for name in COUNTS},
-            **{name: spread(group.over(name)) for name in TRAINING},
-            "scores": {c: {rule: spread(group.score(c, rule)) for rule in RULES} for c in group.runs[0].scores},
-            "runs": [
-                {
-                    "folder": str(run.path),
-                    "seed": run.seed,
-                    "training": {name: run.numbers.get(name) for name in TRAINING} if run.trained else None,
-                    "scores": run.scores_file,
-                    "config": run.record,
-                    "answers": run.answer_settings,
-                }
-                for run in group.runs
-            ],
-        }
+    def run_record(run: Run) -> dict[str, Any]:
+        training = {name: run.numbers.get(name) for name in TRAINING} if run.trained else None
+        record = {"folder": str(run.path), "seed": run.seed, "training": training, "scores": run.scores_file}
+        return record | {"config": run.record, "answers": run.answer_settings}
+
+    lines = [
+        {"dataset": group.dataset, "model": group.method, "differs": group.differs}
+        | {"seeds": [run.seed for run in group.runs]}
+        | {name: group.runs[0].numbers.get(name) for name in COUNTS}
+        | {name: spread(group.over(name)) for name in TRAINING}
+        | {"scores": {c: {rule: spread(group.score(c, rule)) for rule in RULES} for c in group.runs[0].scores}}
+        | {"runs": list(map(run_record, group.runs))}
         for group in groups
     ]
     left_out = [{"folder": str(run.path), "why": run.unfinished[0]} for run in unfinished]
-    return json.dumps({"lines": content, "unfinished": left_out}, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({"lines": lines, "unfinished": left_out}, indent=1) + "\n"
 
 
 def notes(groups: list[RunGroup]) -> list[str]:
-    """What a reader of the tables should know: runs that are not averaged, groups that cannot be compared, leaks."""
+    """What a reader of the tables should know: rows that differ in more than the method, and leaks."""
     lines = []
     for group in groups:
-        model = f"{group.dataset}/{group.method}"
         if group.differs:
             folders = ", ".join(run.path.name for run in group.runs)
-            lines.append(f"{model}: other settings, not averaged: {group.name}: {folders}")
-        partly = [name for name in group.settings if any(name not in run.settings for run in group.runs)]
-        if partly:
-            lines.append(f"{model}: not every run has {', '.join(partly)}: not compared")
+            lines.append(f"{group.dataset}/{group.method}: other settings, not averaged: {group.name}: {folders}")
     for dataset, members in runs.by_dataset(groups).items():
-        settings = [group.settings for group in members]
-        names = dict.fromkeys(name for own in settings for name in own)
-        names = [name for name in names if ": " in name or name in ("base_fingerprint", "data_sha256")]
-        unlike = [n for n in names if len({json.dumps(own[n], sort_keys=True) for own in settings if n in own}) > 1]
+        unlike = []
+        for name in dict.fromkeys(name for group in members for name in group.settings):
+            values = {json.dumps(g.settings[name], sort_keys=True) for g in members if name in g.settings}
+            if len(values) > 1 and (": " in name or name in ("base_fingerprint", "data_sha256")):
+                unlike.append(name.split(": ")[-1])
         if unlike:
-            listed = ", ".join(dict.fromkeys(name.split(": ")[-1] for name in unlike))
-            lines.append(f"{dataset}: the rows do not all have the same {listed}")
+            lines.append(f"{dataset}: the rows do not all have the same {', '.join(dict.fromkeys(unlike))}")
         records = [run.record or {} for group in members for run in group.runs]
         lines += dict.fromkeys(f"{dataset}: {leak}" for record in records for leak in _leaks(record))
     return lines

@@ -4,15 +4,15 @@ python -m exps.recipe train METHOD DATASET PROCESSES [flags of finetune.py]     
 python -m exps.recipe generate DATASET [flags of generate.py]                   a flag that is given takes the place
 python -m exps.recipe suites DATASET                                            of the recipe's
 python -m exps.recipe methods                                                   those of the tables
-python -m exps.recipe sources DATASET                                           every value, published or ours
 python -m exps.recipe fingerprint [CKPT_DIR]                                    tells bases apart by their contents
 
-What a method's preset holds already (ranks, targets, widths, experts) is not repeated here.
+What a method's preset holds already (ranks, targets, widths, experts) is not repeated here. Values are those of the
+published runs; where a comment says "ours", no publication states them.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
@@ -33,8 +33,7 @@ class Recipe:
     """What is done with a data set.
 
     train, generate: flags of finetune.py and generate.py. by_method: further ones of finetune.py, for some methods.
-    suites: folders of the tests. rows: per optimizer step, over all processes. ours: the flags (as "generate.py
-    --max_seq_len") whose values no publication states, with the reason ("all": none of them); the others are published.
+    suites: folders of the tests. rows: per optimizer step, over all processes.
     """
 
     train: Mapping[str, Any]
@@ -42,7 +41,6 @@ class Recipe:
     suites: tuple[str, ...]
     rows: int = 32
     by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    ours: Mapping[str, str] = field(default_factory=dict)
 
 
 _COMMON = {"blr": 6e-3, "min_lr": 0, "weight_decay": 0.02, "epochs": 2, "warmup_epochs": 1}
@@ -57,43 +55,37 @@ MATH = Recipe(
 )
 COMMONSENSE = Recipe(
     train=_COMMON | {"max_seq_len": 200},
-    by_method={"soft_moa": {"swi_x": 0}, "soft_moa_instance": {"swi_x": 0}},
+    by_method={"soft_moa": {"swi_x": 0}, "soft_moa_instance": {"swi_x": 0}},  # the latter is ours
     generate=_SAMPLING | {"max_seq_len": 600, "max_gen_len": 40, "min_gen_len": 10},
     suites=("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Challenge", "ARC-Easy", "openbookqa"),
-    ours={"finetune.py --swi_x": "published for soft_moa; the same for soft_moa_instance"},
 )
 CODE = Recipe(
     train={
-        **{"lr": 1e-4, "lr_schedule": "constant", "epochs": 1, "warmup_epochs": 0.16, "max_seq_len": 500},
-        **{"weight_decay": 0, "beta2": 0.999, "grad_clip": 1, "train_on_input": True},
+        **{"lr": 1e-4, "lr_schedule": "constant", "max_seq_len": 500, "weight_decay": 0, "beta2": 0.999},
+        **{"grad_clip": 1, "train_on_input": True},
+        "epochs": 1,  # ours: 1 and 5 are published
+        "warmup_epochs": 0.16,  # ours: published as 200 steps; an epoch of CodeAlpaca-20k has 1,252
     },
+    # Published for soft_moa; the others are ours
     by_method={method: {"prompt_layers": "0-0"} for method in ("soft_moa", "soft_moa_instance", "unipeft")},
     generate={
         **{"temperature": 0.7, "top_p": 0.95, "num_samples": 10, "max_gen_len": 400},
-        **{"max_seq_len": 1536, "min_gen_len": 400},
+        **{"max_seq_len": 1536, "min_gen_len": 400},  # ours: room for the longest prompt beside the answer
     },
     suites=("humaneval", "mbpp"),
     rows=16,
-    ours={
-        "finetune.py --epochs": "1 and 5 are published",
-        "finetune.py --warmup_epochs": "published as 200 steps; an epoch of CodeAlpaca-20k has 1,252",
-        "finetune.py --prompt_layers": "published for soft_moa; the same for the others with a prompt expert",
-        "generate.py --max_seq_len": "room for the longest prompt beside the answer",
-        "generate.py --min_gen_len": "no prompt is cut",
-    },
 )
 RECIPES = {
     "math_14k": MATH,
-    "gsm8k": replace(MATH, ours={"all": "the recipe of math_14k on other rows"}),
+    "gsm8k": MATH,  # ours: on other rows
     "commonsense_15k": COMMONSENSE,
-    "commonsense_15k_mixed": replace(COMMONSENSE, ours={"all": "the recipe of commonsense_15k on other rows"}),
+    "commonsense_15k_mixed": COMMONSENSE,  # ours: on other rows
     "codealpaca": CODE,
-    "demo": Recipe(
+    "demo": Recipe(  # ours
         train={name: value for name, value in DEMO.items() if name != "batch_size"},
         generate={"temperature": 0, "max_gen_len": 100},
         suites=("demo",),
         rows=DEMO["batch_size"],
-        ours={"all": "made for the demo model"},
     ),
 }
 
@@ -119,22 +111,6 @@ def train_flags(method: str, dataset: str, processes: int = 1, typed: Sequence[s
     return _words(flags | _batches(recipe.rows, processes, given), given)
 
 
-def sources(dataset: str) -> list[str]:
-    """A line for each value of a recipe: whether it is published or ours."""
-    recipe = recipe_of(dataset)
-    values = [("finetune.py", name, value, "") for name, value in recipe.train.items()]
-    for method, flags in recipe.by_method.items():
-        values += [("finetune.py", name, value, f" for {method}") for name, value in flags.items()]
-    values += [("generate.py", name, value, "") for name, value in recipe.generate.items()]
-    lines = [f"{recipe.rows} rows per step: {_source(recipe, 'rows')}"]
-    return lines + [f"{s} --{name} {value}{of}: {_source(recipe, f'{s} --{name}')}" for s, name, value, of in values]
-
-
-def _source(recipe: Recipe, what: str) -> str:
-    reason = recipe.ours.get("all") or recipe.ours.get(what)
-    return f"ours ({reason})" if reason else "published"
-
-
 def generate_flags(dataset: str, typed: Sequence[str] = ()) -> list[str]:
     """Words for generate.py beside `typed`."""
     return _words(recipe_of(dataset).generate, _given(typed))
@@ -142,12 +118,11 @@ def generate_flags(dataset: str, typed: Sequence[str] = ()) -> list[str]:
 
 def _batches(rows: int, processes: int, given: dict[str, str]) -> dict[str, int]:
     """batch_size and accum_iter, or the one of them that is not given."""
-    shares = {name: given[name] for name in ("model_parallel_size", "batch_size", "accum_iter") if name in given}
+    names = ("model_parallel_size", "batch_size", "accum_iter")
+    shares = {name: _whole(f"--{name}", given[name]) for name in names if name in given}
     if {"batch_size", "accum_iter"} <= shares.keys():
         return {}
-    parallel, batch, accum = (
-        _whole(f"--{name}", shares.get(name, "1")) for name in ("model_parallel_size", "batch_size", "accum_iter")
-    )
+    parallel, batch, accum = (shares.get(name, 1) for name in names)
     rows_at_once = processes // parallel * batch * accum
     if rows_at_once < 1 or rows % rows_at_once:
         with_flags = "".join(f", --{name} {value}" for name, value in shares.items())
@@ -156,12 +131,10 @@ def _batches(rows: int, processes: int, given: dict[str, str]) -> dict[str, int]
             "give both --batch_size and --accum_iter to have other steps"
         )
     left = rows // rows_at_once
-    if "batch_size" in shares:
-        return {"accum_iter": left}
     if "accum_iter" in shares:
         return {"batch_size": left}
-    batch = gcd(left, LARGEST_MICRO_BATCH)
-    return {"batch_size": batch, "accum_iter": left // batch}
+    micro_batch = 1 if "batch_size" in shares else gcd(left, LARGEST_MICRO_BATCH)
+    return {"batch_size": batch * micro_batch, "accum_iter": left // micro_batch}
 
 
 def _whole(name: str, text: str) -> int:
@@ -193,8 +166,6 @@ def main(argv: list[str]) -> None:
                 print(*generate_flags(dataset, typed))
             case ["suites", dataset]:
                 print(*recipe_of(dataset).suites)
-            case ["sources", dataset]:
-                print(*sources(dataset), sep="\n")
             case ["fingerprint", *ckpt_dirs]:
                 from demo.model import ensure_model
                 from llama.checkpoint import fingerprint  # loads torch, which the others need not wait for

@@ -1,9 +1,8 @@
 """Look inside a mixture, and compare runs.
 
-    python -m inspection gates      statistics of a model's routers over a test file or a prompt, as JSON
-    python -m inspection row        one prompt and its answer, token by token, coloured by a gate
-    python -m inspection figures    charts of statistics, runs and costs, as SVG and PNG
-    python -m inspection report     a folder of runs as one HTML page
+    python -m inspection gates      statistics of a model's routers over a test file, as JSON
+    python -m inspection row        one prompt and its answer as an HTML page, each token coloured by a gate
+    python -m inspection report     a folder of runs as one HTML page, with its charts
 
 docs/inspection.md shows them at work.
 """
@@ -15,7 +14,7 @@ from importlib import import_module
 import cli
 from llama.machine import prepare_libraries
 
-MODULES = {"gates": "router_stats", "row": "token_heatmap", "figures": "figures", "report": "report"}
+MODULES = {"gates": "router_stats", "row": "token_heatmap", "report": "report"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,42 +1,60 @@
-"""Statistics of a model's routers: running sums over tokens, added up over processes, and the JSON that they become
-(inspection/router_file.py describes it)."""
+"""Statistics of a model's routers: running sums over tokens, added up over processes, and the JSON they become.
+
+    {"format": "moa-router-statistics", "version": 3, "method", "n_layers",
+     "source": {...},                                  # what was read, and how; see inspection/router_stats.py
+     "counts": {"prompt", "answer", "all"},            # tokens that went through the model
+     "routers": [{"layer",
+         "slot",                                       # of the adapter whose experts it weighs; null: of a block
+         "names": [...],                               # of the n that it weighs: slots, or experts 0, 1, ...
+         "unit": "token" | "row",                      # whether it runs once per token or once per row
+         "parts": {PART: {"count", "mean" [n], "std" [n],
+             "active" [n],                             # share of tokens with a weight above 0: an expert's load
+             "histogram" [n x 50],                     # counts in equal bins from 0 to 1
+             "entropy",                                # of experts: the mean entropy of a token's weights / ln n
+             "balance",                                # of experts: the entropy of their mean weights / ln n, 1 if even
+             "threshold": {"mean", "std"}}}}]}         # of a sparse router
+
+PART is prompt, answer or all; parts without a token are left out, and a router that runs once per row has "all" alone.
+A gate is the weight of its adapter: 0 where a sparse router's threshold is above it. Standard deviations divide by the
+count. The outer bins also hold what lies beyond 0 and 1.
+"""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
-from torch import Tensor, nn
+from torch import Tensor
 
-from inspection.router_file import FORMAT, PARTS, VERSION
-from inspection.router_recorder import RouterBatch, RouterKey, RouterRecorder, multi_expert_adapters
-from moa.routers import SparseRouter
+from inspection.router_recorder import RouterKey, record, routers_of
+from llama import Llama
+from moa.files import read_json
 
+FORMAT, VERSION = "moa-router-statistics", 3
+PARTS = ("prompt", "answer", "all")
 BINS = 50
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class RunningStats:
-    """Sums over tokens of `columns` numbers each, views of one float64 tensor, so that two can be added up at once."""
+    """Sums over tokens of `columns` weights each, views of one float64 tensor, so that two can be added up at once."""
 
     def __init__(self, columns: int, device: torch.device):
-        sizes = [1, 1, columns, columns, columns, columns + 1, columns * BINS]
+        sizes = [1, 1, columns, columns, columns, columns * BINS]
         self.sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self.count, self.entropy, self.sum, self.squares, self.active, self.used, bins = self.sums.split(sizes)
+        self.count, self.entropy, self.sum, self.squares, self.active, bins = self.sums.split(sizes)
         self.histogram = bins.view(columns, BINS)
 
-    def add(self, values: Tensor) -> None:
-        """values (T, columns), not negative."""
-        values = values.double()
-        columns, active = values.shape[1], values > 0
-        self.count += len(values)
-        self.entropy += torch.special.entr(values).sum()
-        self.sum += values.sum(0)
-        self.squares += values.square().sum(0)
-        self.active += active.sum(0)
-        self.used += torch.bincount(active.sum(1), minlength=columns + 1)
-        bins = (values * BINS).long().clamp_(0, BINS - 1) + BINS * torch.arange(columns, device=values.device)
+    def add(self, weights: Tensor) -> None:
+        """weights (T, columns), not negative."""
+        weights, columns = weights.double(), weights.shape[1]
+        self.count += len(weights)
+        self.entropy += torch.special.entr(weights).sum()
+        self.sum += weights.sum(0)
+        self.squares += weights.square().sum(0)
+        self.active += (weights > 0).sum(0)
+        bins = (weights * BINS).long().clamp_(0, BINS - 1) + BINS * torch.arange(columns, device=weights.device)
         self.histogram += torch.bincount(bins.flatten(), minlength=columns * BINS).view(columns, BINS)
 
     def __add__(self, other: "RunningStats") -> "RunningStats":
@@ -44,61 +62,45 @@ class RunningStats:
         both.sums += self.sums + other.sums
         return both
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self, n: int, of_experts: bool) -> dict[str, Any]:
+        """The numbers of the first n columns; a further one is a threshold's."""
         mean = self.sum / self.count
         std = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
-        return {
-            "count": int(self.count),
-            "mean": mean.tolist(),
-            "std": std.tolist(),
-            "active": (self.active / self.count).tolist(),
-            "quantiles": quantiles(self.histogram).tolist(),
-            "histogram": self.histogram.long().tolist(),
-            "used": {"mean": float(self.active.sum() / self.count), "histogram": self.used.long().tolist()},
-        }
-
-    def evenness(self) -> dict[str, float]:
-        """Of experts' weights: the entropy of their means, and the mean of the tokens' entropies, from 0 to 1."""
-        share, log_n = self.sum / self.sum.sum().clamp(min=1e-300), math.log(len(self.sum))
-        entropies = {"balance": torch.special.entr(share).sum(), "entropy": self.entropy / self.count}
-        return {name: float(entropy) / log_n for name, entropy in entropies.items()}
+        numbers = {"count": int(self.count), "mean": mean[:n].tolist(), "std": std[:n].tolist()}
+        numbers |= {"active": (self.active / self.count)[:n].tolist(), "histogram": self.histogram[:n].long().tolist()}
+        if of_experts:
+            share = self.sum / self.sum.sum().clamp(min=1e-300)
+            entropies = {"entropy": self.entropy / self.count, "balance": torch.special.entr(share).sum()}
+            numbers |= {name: float(entropy) / math.log(n) for name, entropy in entropies.items()}
+        if len(mean) > n:
+            numbers["threshold"] = {"mean": float(mean[n]), "std": float(std[n])}
+        return numbers
 
 
 class RouterStatistics:
-    """Statistics of the routers of `model`. `with statistics.recorder(): ...` adds what runs inside; then `reduce` adds
-    up the data-parallel processes, and `result` is the JSON. ValueError for a model without a router."""
+    """Statistics of the routers of a model. `read` adds rows; then `reduce` adds up the data-parallel processes, and
+    `result` is the JSON. ValueError for a model without a router."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.counts = torch.zeros(2, dtype=torch.float64, device=model.output.weight.device)
-        columns: dict[RouterKey, int] = {}
-        for block in model.layers:
-            if block.router is not None:
-                columns[RouterKey("gates", block.layer)] = len(model.config.slots(block.layer))
-            if isinstance(block.router, SparseRouter):
-                columns[RouterKey("threshold", block.layer)] = 1
-        for layer, slot, adapter in multi_expert_adapters(model):
-            columns[RouterKey("experts", layer, slot)] = len(adapter.expert_router.proj.weight)
-        if not columns:
-            raise ValueError(f"a model with {model.config.method if model.config else 'no adapter'} has no router")
-        # Of the prompts' tokens and of the answers'
-        self.stats = {key: [RunningStats(n, self.counts.device) for _ in range(2)] for key, n in columns.items()}
+    def __init__(self, llm: Llama):
+        self.llm, self.routers, device = llm, routers_of(llm.model), llm.model.output.weight.device
+        self.counts = torch.zeros(2, dtype=torch.float64, device=device)
+        # Of the prompts' tokens and of the answers'; of rows there are no parts
+        self.stats = {
+            key: [RunningStats(len(router.names) + router.is_sparse, device) for _ in range(2)]
+            for key, router in self.routers.items()
+        }
 
-    def _per_sequence(self, key: RouterKey) -> bool:
-        return key.kind == "gates" and self.model.layers[key.layer].router.per_sequence
-
-    def recorder(self) -> RouterRecorder:
-        return RouterRecorder(self.model, self.add)
-
-    def add(self, batch: RouterBatch) -> None:
-        self.counts += torch.stack([(~batch.is_answer).sum(), batch.is_answer.sum()])
-        for key, values in batch.values.items():
-            prompt, answer = self.stats[key]
-            if self._per_sequence(key):
-                prompt.add(values)
-            else:
-                prompt.add(values[~batch.is_answer])
-                answer.add(values[batch.is_answer])
+    def read(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
+        """Add the tokens of prompts and of their answers."""
+        for is_answer, weights_of in record(self.llm, prompts, answers):
+            self.counts += torch.stack([(~is_answer).sum(), is_answer.sum()])
+            for key, weights in weights_of.items():
+                of_prompt, of_answer = self.stats[key]
+                if self.routers[key].module.per_sequence:
+                    of_prompt.add(weights)
+                else:
+                    of_prompt.add(weights[~is_answer])
+                    of_answer.add(weights[is_answer])
 
     def reduce(self) -> None:
         """Add up the sums of all data-parallel processes. Each of them calls it once, also one that read nothing."""
@@ -108,49 +110,23 @@ class RouterStatistics:
 
     def result(self, source: dict[str, Any]) -> dict[str, Any]:
         """The statistics as they are saved."""
-        config, (prompt, answer) = self.model.config, map(int, self.counts)
-        several = config.expert_num > 1
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "method": config.method,
-            "block_router": config.block_router,
-            "expert_router": config.expert_router if several else None,
-            "n_layers": config.n_layers,
-            "source": source,
-            "bins": BINS,
-            "counts": {"prompt": prompt, "answer": answer, "all": prompt + answer},
-            "blocks": [self._block(key) for key in self.stats if key.kind == "gates"],
-            "experts": [
-                {"layer": key.layer, "slot": key.slot, "experts": len(self.stats[key][0].sum)}
-                | {"parts": {part: s.numbers() | s.evenness() for part, s in self._parts(key).items()}}
-                for key in self.stats
-                if key.kind == "experts"
-            ],
-        }
+        config, (prompt, answer) = self.llm.model.config, map(int, self.counts)
+        counts = dict(zip(PARTS, (prompt, answer, prompt + answer), strict=True))
+        head = {"format": FORMAT, "version": VERSION, "method": config.method, "n_layers": config.n_layers}
+        return head | {"source": source, "counts": counts, "routers": list(map(self._router, self.routers))}
 
-    def _block(self, key: RouterKey) -> dict[str, Any]:
-        parts = {part: stats.numbers() for part, stats in self._parts(key).items()}
-        thresholds = key._replace(kind="threshold")
-        for part, stats in self._parts(thresholds).items() if thresholds in self.stats else ():
-            parts[part]["threshold"] = stats.numbers()
-        unit, slots = "row" if self._per_sequence(key) else "token", self.model.config.slots(key.layer)
-        return {"layer": key.layer, "unit": unit, "slots": [slot.name for slot in slots], "parts": parts}
-
-    def _parts(self, key: RouterKey) -> dict[str, RunningStats]:
-        """The sums of all parts that have a token; of rows there is one part."""
-        prompt, answer = self.stats[key]
-        if self._per_sequence(key):
-            return {"all": prompt}
-        parts = zip(PARTS, (prompt, answer, prompt + answer), strict=True)
-        return {part: stats for part, stats in parts if stats.count}
+    def _router(self, key: RouterKey) -> dict[str, Any]:
+        (names, module), (prompt, answer) = self.routers[key], self.stats[key]
+        by_row = module.per_sequence
+        parts = {"all": prompt} if by_row else dict(zip(PARTS, (prompt, answer, prompt + answer), strict=True))
+        numbers = {p: s.numbers(len(names), key.slot is not None) for p, s in parts.items() if s.count}
+        unit = "row" if by_row else "token"
+        return {"layer": key.layer, "slot": key.slot, "names": names, "unit": unit, "parts": numbers}
 
 
-def quantiles(histograms: Tensor) -> Tensor:
-    """QUANTILES (columns, 5) of values from 0 to 1 in equal bins (columns, n), within which they are taken to lie
-    evenly."""
-    up_to = histograms.cumsum(1)
-    wanted = up_to[:, -1:] * torch.tensor(QUANTILES, dtype=up_to.dtype, device=up_to.device)
-    bins = torch.searchsorted(up_to, wanted)
-    above = (up_to.gather(1, bins) - wanted) / histograms.gather(1, bins)
-    return (bins + 1 - above) / histograms.shape[1]
+def read_statistics(path: Path) -> dict[str, Any]:
+    """Statistics from a file. ValueError where it is of another format or version."""
+    content = read_json(path)
+    if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{path}: not {FORMAT} of version {VERSION}, as `python -m inspection gates` writes them")
+    return content

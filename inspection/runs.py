@@ -1,4 +1,4 @@
-"""Run folders and groups of runs, for the report, the figures and exps/collect.py.
+"""Run folders and groups of runs, for the report and exps/collect.py.
 
 A run is what `finetune.py`, `generate.py` and `python -m evaluate --save_path` leave in a folder: config.json,
 log.jsonl, the adapter, one file of predictions per test, scores.json. A folder is read in whatever state it is; what is
@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from inspection.html import visible
-from inspection.quantities import Spread, spread_of
 from moa.reading import parse_json, read_text
 from training.config import RESUMABLE_FIELDS
 
@@ -32,14 +31,66 @@ COUNTS = ("steps", "rows_per_step", "trainable_parameters")
 RESOLVED = (*COUNTS, "base_fingerprint", "data_sha256", "init_adapter_sha256", "rows", "warmup_steps", "lr")
 
 
+NONE = "–"  # what is not known, in a table
+
+
+class Quantity(NamedTuple):
+    """How a number is shown: its name, how far to divide it to get the unit in the name, its format."""
+
+    label: str
+    unit: float = 1
+    form: str = ",.0f"
+
+
+QUANTITIES = {
+    "percent": Quantity("%", form=".1f"),
+    "trainable_parameters": Quantity("trained parameters"),
+    "rows_per_step": Quantity("rows per step"),
+    "final_loss": Quantity("final loss", form=".2f"),
+    "val_loss": Quantity("lowest validation loss", form=".3f"),
+    "best_step": Quantity("at step"),
+    "seconds": Quantity("training, min", 60, ",.1f"),
+    "seconds_per_step": Quantity("a step, s", form=",.2f"),
+    "tokens_per_s": Quantity("tokens/s"),
+    "peak_memory_bytes": Quantity("peak memory, GB", 1e9, ",.2f"),
+    "adapter_bytes": Quantity("adapter file, MB", 1e6, ",.1f"),
+}
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation (None of a single value) of values over seeds. half_width: of scores, the mean
+    of those of their intervals."""
+
+    mean: float
+    deviation: float | None
+    values: list[float]
+    half_width: float | None = None
+
+
+def spread_of(values: list[float]) -> Spread | None:
+    """None of no values."""
+    if not values:
+        return None
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, values)
+
+
+def show(spread: Spread | None, name: str, between: str = " ± ") -> str:
+    """A quantity's mean, and its deviation over the seeds where there is one."""
+    if spread is None:
+        return NONE
+    _, unit, form = QUANTITIES[name]
+    deviation = f"{between}{spread.deviation / unit:{form}}" if spread.deviation else ""
+    return f"{spread.mean / unit:{form}}{deviation}"
+
+
 @dataclass
 class Run:
     """One run folder.
 
     method: the folder's name, with the adapter's method behind it where the name does not begin so.
-    record: config.json. numbers: COUNTS, and seconds, seconds_per_step, tokens_per_s, peak_memory_bytes, final_loss
-    (mean of the last tenth of the steps) and adapter_bytes, as far as they are known. losses: (step, loss).
-    scores: column -> rule -> Spread; means: the tests that a column of means is over. answers: test -> predictions.
+    record: config.json. numbers: those of QUANTITIES that are known, and `steps`; final_loss is the mean of the last
+    tenth of the steps. losses, val_losses: (step, loss).
+    scores: column -> rule -> Spread; means: the tests that a column of means is over.
     unfinished: reasons why its scores are not final; damaged: "FILE: what is wrong with it"; missing: the rest that a
     finished run would have.
     """
@@ -53,10 +104,10 @@ class Run:
     logged_steps: int = 0
     stopped_early: bool = False
     losses: list[tuple[int, float]] = field(default_factory=list)
+    val_losses: list[tuple[int, float]] = field(default_factory=list)
     scores_file: dict[str, Any] | None = None
     scores: dict[str, dict[str, Spread]] = field(default_factory=dict)
     means: dict[str, list[str]] = field(default_factory=dict)
-    answers: dict[str, Path] = field(default_factory=dict)
     answer_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
@@ -135,8 +186,6 @@ def expecting(path: str | Path, what: str) -> Iterator[None]:
 def read_run(folder: Path) -> Run:
     """The run in a folder. What is wrong with one of its files stands in `damaged`."""
     run = Run(folder, *_names(folder.resolve()))
-    logs = ("log.jsonl", "verdicts.jsonl")
-    run.answers = {file.stem: file for file in sorted(folder.glob("*.jsonl")) if file.name not in logs}
     readers = [("config.json", "the record of finetune.py", _read_record)]
     readers += [("log.jsonl", "the log of finetune.py", _read_log)]
     readers += [("scores.json", "scores of `python -m evaluate --save_path`", _read_scores)]
@@ -172,27 +221,30 @@ def _read_record(run: Run, name: str, text: str) -> None:
 
 
 def _read_log(run: Run, name: str, text: str) -> None:
-    lines, entries = text.splitlines(), []
+    lines, steps = text.splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             with expecting(f"line {number}", "a step"):
                 entry = parse_json(line, f"line {number}")
-                seconds, tokens, peak = (float(entry[name]) for name in ("seconds", "tokens", "peak_memory_bytes"))
-                loss = None if entry.get("loss") is None else float(entry["loss"])
-                entries.append((int(entry["step"]), loss, seconds, tokens, peak))
+                step, *numbers = (float(entry[key]) for key in ("step", "seconds", "tokens", "peak_memory_bytes"))
+                for losses, key in ((run.losses, "loss"), (run.val_losses, "val_loss")):
+                    if entry.get(key) is not None:
+                        losses.append((int(step), float(entry[key])))
+                steps.append(numbers)
                 run.stopped_early = entry.get("early_stop") is True
         except ValueError as error:
             if number < len(lines):  # the last one may have been cut short
                 run.damaged.append(f"{name}: {error}")
-    run.logged_steps = len(entries)
-    run.losses = [(step, loss) for step, loss, *_ in entries if loss is not None]
-    if entries:
-        _, _, seconds, tokens, peaks = zip(*entries, strict=True)
+    run.logged_steps = len(steps)
+    if steps:
+        seconds, tokens, peaks = zip(*steps, strict=True)
         run.numbers |= {"seconds": math.fsum(seconds), "seconds_per_step": statistics.median(seconds)}
         run.numbers |= {"tokens_per_s": sum(tokens) / max(sum(seconds), 1e-9), "peak_memory_bytes": max(peaks)}
     if run.losses:
-        last = [loss for _, loss in run.losses[-max(len(run.losses) // 10, 1) :]]
-        run.numbers["final_loss"] = statistics.fmean(last)
+        last = run.losses[-max(len(run.losses) // 10, 1) :]
+        run.numbers["final_loss"] = statistics.fmean(loss for _, loss in last)
+    if run.val_losses:
+        run.numbers["val_loss"], run.numbers["best_step"] = min((loss, step) for step, loss in run.val_losses)
 
 
 def _read_scores(run: Run, name: str, text: str) -> None:
@@ -242,10 +294,6 @@ def _find_missing(run: Run) -> None:
             run.missing.append("no adapter file")
     if not (run.path / "scores.json").exists():
         run.unfinished.append("no scores.json")
-    if not run.answers:
-        run.missing.append("no test was answered")
-    parts = {re.sub(r"\.jsonl\.part\d+$", "", file.name) for file in run.path.glob("*.jsonl.part*")}
-    run.missing += [f"the answers to {name} are not complete" for name in sorted(parts)]
 
 
 def group_runs(runs: Iterable[Run]) -> list[RunGroup]:

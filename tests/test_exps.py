@@ -11,7 +11,7 @@ import pytest
 
 from cli import parse
 from commands import REPO, refused, run, write_rows
-from exps.recipe import PUBLISHED, RECIPES, generate_flags, sources, train_flags
+from exps.recipe import PUBLISHED, RECIPES, generate_flags, train_flags
 from generate import Flags
 from llama.args import ModelArgs
 from moa.methods import METHODS
@@ -93,16 +93,6 @@ def test_generation_is_the_published_one(dataset):
     )
     assert fields(flags, expected) == expected and flags.bf16 is None  # where the hardware multiplies it
     assert len(RECIPES[dataset].suites) == DATASETS[dataset]
-
-
-def test_every_value_is_said_to_be_published_or_ours():
-    for dataset, recipe in RECIPES.items():
-        lines = sources(dataset)
-        assert len(lines) == 1 + sum(map(len, [recipe.train, recipe.generate, *recipe.by_method.values()]))
-        ours = [line for line in lines if ": ours (" in line]
-        assert all(line in ours or line.endswith(": published") for line in lines)
-        assert (len(ours) == len(lines)) == ("all" in recipe.ours)
-        assert all(name == "all" or any(line.startswith(name) for line in ours) for name in recipe.ours)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 32])

@@ -15,13 +15,11 @@ from commands import torchrun, write_rows
 from inspection import router_stats as command
 from inspection.__main__ import MODULES
 from inspection.__main__ import main as inspect
-from inspection.router_file import read_statistics
-from inspection.router_recorder import RouterRecorder
-from inspection.running_stats import BINS, QUANTILES, RouterStatistics, quantiles
+from inspection.router_recorder import record
+from inspection.running_stats import BINS, RouterStatistics, read_statistics
 from llama import Llama
 from llama.data import encode_prompt
 from llama.distributed import init_distributed
-from llama.packing import PackedBatch
 from moa.state import adapter_parameters
 from plain_model import PlainModel
 from test_golden import load as golden
@@ -73,13 +71,16 @@ def limit(block: plain_model.Block, x: Tensor) -> float:
     return block.flat["max_threshold"] / (1 + math.exp(-float(w[0] @ x + b[0])))
 
 
-def whole_pass(llm: Llama, rows: list[list[int]], prompt_lens: list[int]) -> dict[str, Any]:
-    statistics = RouterStatistics(llm.model)
-    with statistics.recorder(), torch.inference_mode():
-        packed = torch.tensor([token for row in rows for token in row])
-        llm.model.forward_hidden(packed, PackedBatch([len(row) for row in rows], "cpu", prompt_lens))
+def statistics_of(llm: Llama, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, Any]:
+    statistics = RouterStatistics(llm)
+    statistics.read(prompts, answers)
     statistics.reduce()
-    return statistics.result({"rows": len(rows)})
+    return statistics.result({"rows": len(prompts)})
+
+
+def split(rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    pairs = list(zip(rows, PROMPTS, strict=True))
+    return [row[:n] for row, n in pairs], [row[n:] for row, n in pairs]
 
 
 def some_rows() -> list[list[int]]:
@@ -100,9 +101,6 @@ def require_numbers(numbers: dict[str, Any], values: np.ndarray) -> None:
     assert numbers["active"] == pytest.approx((values > 0).mean(0), abs=1e-6)
     bins = np.minimum((values * BINS).astype(int), BINS - 1)
     assert numbers["histogram"] == [np.bincount(column, minlength=BINS).tolist() for column in bins.T]
-    used = (values > 0).sum(1)
-    assert numbers["used"]["mean"] == pytest.approx(used.mean(), abs=1e-6)
-    assert numbers["used"]["histogram"] == np.bincount(used, minlength=values.shape[1] + 1).tolist()
 
 
 def entropy(p: np.ndarray) -> float:
@@ -112,48 +110,77 @@ def entropy(p: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ROUTED.split())
 def test_statistics_equal_the_formulas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     llm, rows = shared(name) if name == "custom" else golden(name), some_rows()
-    result = whole_pass(llm, rows, PROMPTS)
+    result = statistics_of(llm, *split(rows))
     wanted = Recomputed(llm, rows, monkeypatch)
     assert result["counts"] == {"prompt": sum(PROMPTS), "answer": sum(ANSWERS), "all": sum(PROMPTS + ANSWERS)}
-    assert [block["layer"] for block in result["blocks"]] == sorted(wanted.gates)
-    assert {(mixture["layer"], mixture["slot"]) for mixture in result["experts"]} == wanted.experts.keys()
-    assert result["blocks"] or result["experts"]
-    for block in result["blocks"]:
-        per_row = result["block_router"] in ("instance", "unipelt")
-        assert block["unit"] == ("row" if per_row else "token")
-        assert block["slots"] == [slot.name for slot in llm.model.config.slots(block["layer"])]
-        parts = parts_of(wanted.gates[block["layer"]], per_row)
-        assert block["parts"].keys() == parts.keys()
+    of_blocks = [router for router in result["routers"] if router["slot"] is None]
+    of_experts = [router for router in result["routers"] if router["slot"] is not None]
+    assert [router["layer"] for router in of_blocks] == sorted(wanted.gates)
+    assert {(router["layer"], router["slot"]) for router in of_experts} == wanted.experts.keys()
+    assert result["routers"]
+    for router in of_blocks:
+        per_row = llm.model.config.to_dict()["block_router"] in ("instance", "unipelt")
+        assert router["unit"] == ("row" if per_row else "token")
+        assert router["names"] == [slot.name for slot in llm.model.config.slots(router["layer"])]
+        parts = parts_of(wanted.gates[router["layer"]], per_row)
+        assert router["parts"].keys() == parts.keys()
         for part, values in parts.items():
-            require_numbers(block["parts"][part], values)
-        assert ("threshold" in block["parts"]["all"]) == (result["block_router"] == "sparse")
-        for part, values in parts_of(wanted.limits[block["layer"]]).items() if wanted.limits else ():
-            require_numbers(block["parts"][part]["threshold"], values)
-    for mixture in result["experts"]:
-        for part, values in parts_of(wanted.experts[mixture["layer"], mixture["slot"]]).items():
-            numbers = mixture["parts"][part]
-            require_numbers(numbers, values)
-            assert numbers["balance"] == pytest.approx(entropy(values.sum(0) / values.sum()), abs=1e-6)
-            assert numbers["entropy"] == pytest.approx(np.mean([entropy(p) for p in values]), abs=1e-6)
+            require_numbers(router["parts"][part], values)
+        assert ("threshold" in router["parts"]["all"]) == bool(wanted.limits)
+        for part, limits in parts_of(wanted.limits[router["layer"]]).items() if wanted.limits else ():
+            mean_and_std = {
+                "mean": pytest.approx(limits.mean(), abs=1e-6),
+                "std": pytest.approx(limits.std(), abs=1e-6),
+            }
+            assert router["parts"][part]["threshold"] == mean_and_std
+    for router in of_experts:
+        for part, values in parts_of(wanted.experts[router["layer"], router["slot"]]).items():
+            require_mixture(router["parts"][part], values)
 
 
-@pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "unipeft", "adamole", "mola", "mixlora", "custom"])
-@pytest.mark.parametrize("max_rows", [1, 8])
-def test_generating_counts_what_one_pass_over_prompts_and_answers_counts(name: str, max_rows: int) -> None:
-    llm = shared(name)
-    prompts = [tokens(n, seed=n).tolist() for n in (5, 3, 7)]
-    statistics, before = RouterStatistics(llm.model), llm.max_batch_size
-    llm.max_batch_size = max_rows
+def require_mixture(numbers: dict[str, Any], values: np.ndarray) -> None:
+    require_numbers(numbers, values)
+    assert numbers["balance"] == pytest.approx(entropy(values.sum(0) / values.sum()), abs=1e-6)
+    assert numbers["entropy"] == pytest.approx(np.mean([entropy(p) for p in values]), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["comol", "all_kinds"])
+def test_weights_of_cores_are_softmax_of_the_projected_input(name: str) -> None:
+    """Their router is a parameter of the adapter: recomputed from the input of each adapted layer."""
+    llm, (prompts, answers), inputs = shared(name), split(some_rows()), {}
+    adapters = {
+        (block.layer, slot.name): ({**block.attention.adapters, **block.feed_forward.adapters}[slot.name], slot)
+        for block in llm.model.layers
+        for slot in llm.model.config.slots(block.layer)
+        if slot.type == "comol"
+    }
+    hooks = [
+        adapter.register_forward_hook(lambda _, args, output, key=key: inputs.update({key: args[0].double()}))
+        for key, (adapter, _) in adapters.items()
+    ]
     try:
-        with statistics.recorder():
-            answers = llm.generate(prompts, 6, min_new_tokens=6)
+        result = statistics_of(llm, prompts, answers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    routers = {(router["layer"], router["slot"]): router for router in result["routers"] if router["slot"]}
+    assert adapters and adapters.keys() <= routers.keys()
+    for key, (adapter, _) in adapters.items():
+        logits = inputs[key] @ adapter.lora_A.detach().double().T @ adapter.core_router.detach().double().T
+        assert routers[key]["names"] == ["0", "1", "2"]
+        for part, values in parts_of(logits.softmax(-1).tolist()).items():
+            require_mixture(routers[key]["parts"][part], values)
+
+
+@pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "unipeft", "adamole", "mola", "mixlora", "comol", "custom"])
+def test_rows_may_be_read_one_by_one(name: str) -> None:
+    llm, (prompts, answers) = shared(name), split(some_rows())
+    together, before = statistics_of(llm, prompts, answers), llm.max_batch_size
+    llm.max_batch_size = 1
+    try:
+        assert_close(statistics_of(llm, prompts, answers), together)
     finally:
         llm.max_batch_size = before
-    statistics.reduce()
-    assert [len(answer) for answer in answers] == [6, 6, 6]
-    # The last token of an answer is chosen, and never read.
-    rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    assert_close(statistics.result({"rows": 3}), whole_pass(llm, rows, [len(prompt) for prompt in prompts]))
 
 
 def assert_close(result: Any, wanted: Any) -> None:
@@ -173,48 +200,38 @@ def hooks(llm: Llama) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in llm.model.modules())
 
 
-def test_no_hook_is_left_and_nothing_of_the_model_changes() -> None:
-    llm, prompts = build("custom"), [tokens(5).tolist()]
+def test_no_hook_is_left_and_nothing_of_the_model_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, (prompts, answers) = build("custom"), split(some_rows())
     state = {key: t.clone() for key, (t, *_) in adapter_parameters(llm.model).items()}
-    plain, before = llm.generate(prompts, 8), hooks(llm)
-    statistics = RouterStatistics(llm.model)
-    assert before == hooks(llm) == 0
-    with statistics.recorder():
-        assert hooks(llm) > 0
-        assert llm.generate(prompts, 8) == plain
-    assert hooks(llm) == 0
-    with pytest.raises(RuntimeError, match="stop"), statistics.recorder():
-        raise RuntimeError("stop")
-    assert hooks(llm) == 0 and statistics.counts.sum() == 5 + 7
+    plain = llm.generate(prompts, 8)
+    (recording,) = record(llm, prompts, answers)
+    assert len(recording.is_answer) == sum(PROMPTS + ANSWERS) and hooks(llm) == 0
+    assert llm.generate(prompts, 8) == plain
     assert all(torch.equal(t, state[key]) for key, (t, *_) in adapter_parameters(llm.model).items())
 
+    def broken(*_: object) -> None:
+        assert hooks(llm) > 0
+        raise RuntimeError("stop")
 
-def test_batches_come_as_soon_as_there_are_enough_tokens() -> None:
-    llm, sizes = shared("soft_moa"), []
-    with RouterRecorder(llm.model, lambda batch: sizes.append(len(batch.is_answer)), flush_tokens=10):
-        llm.generate([tokens(7).tolist(), tokens(4, seed=1).tolist()], 8, min_new_tokens=8)
-    assert sizes == [11, 10, 4]
+    monkeypatch.setattr(llm.model, "forward_hidden", broken)
+    with pytest.raises(RuntimeError, match="stop"):
+        list(record(llm, prompts, answers))
+    assert hooks(llm) == 0
 
 
 def test_a_model_without_a_router_is_refused() -> None:
     for name in ("lora", None):
         with pytest.raises(ValueError, match="has no router"):
-            RouterStatistics(shared(name).model)
-
-
-def test_quantiles_of_a_histogram() -> None:
-    one_bin, two_bins = quantiles(torch.tensor([[0.0, 4, 0, 0], [1, 0, 0, 1]])).tolist()
-    assert one_bin == pytest.approx([0.25 + 0.25 * q for q in QUANTILES])
-    assert two_bins == pytest.approx([0.025, 0.125, 0.25, 0.875, 0.975])
+            RouterStatistics(shared(name))
 
 
 def test_what_was_saved_is_read_again_and_nothing_else(tmp_path: Path) -> None:
-    result, file = whole_pass(shared("sparse_moa"), some_rows(), PROMPTS), tmp_path / "a.json"
+    result, file = statistics_of(shared("sparse_moa"), *split(some_rows())), tmp_path / "a.json"
     file.write_text(json.dumps(result, allow_nan=False))
     assert read_statistics(file) == result
-    for change in ({"format": "x"}, {"version": 1}, {"blocks": 1}):
+    for change in ({"format": "x"}, {"version": 2}):
         file.write_text(json.dumps(result | change))
-        with pytest.raises(ValueError, match="a.json: not router statistics"):
+        with pytest.raises(ValueError, match="a.json: not moa-router-statistics of version 3"):
             read_statistics(file)
 
 
@@ -239,7 +256,7 @@ def gates(tmp_path: Path, name: str, *words: object) -> dict[str, Any]:
 def test_gates_of_a_file_and_of_its_answers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data, predictions = write_rows(tmp_path / "test.json", 5), tmp_path / "predictions.jsonl"
     result = gates(tmp_path, "sparse_moa", "--data_path", data, "--max_rows", 3, "--max_gen_len", 6)
-    assert "adapters used per layer" in capsys.readouterr().out
+    assert "p_adapter      mean gate " in capsys.readouterr().out
     assert result["source"]["rows"] == 3 and result["source"]["answers"] == "generated"
     assert str(tmp_path) not in json.dumps(result)
     rows = json.loads(data.read_text())[:3]
@@ -247,11 +264,11 @@ def test_gates_of_a_file_and_of_its_answers(tmp_path: Path, capsys: pytest.Captu
     prompts = [encode_prompt(llm.tokenizer, row, 250) for row in rows]
     answers = llm.generate(prompts, 6)
     assert result["counts"]["prompt"] == sum(map(len, prompts))
-    assert result["counts"]["answer"] == sum(min(len(answer), 5) for answer in answers)
+    assert result["counts"]["answer"] == sum(map(len, answers))
     texts = ["An answer", ["two", "samples"], ""]
     lines = [json.dumps(row | {"generate": text}) for row, text in zip(rows, texts, strict=True)]
     predictions.write_text("\n".join(lines))
-    result = gates(tmp_path, "sparse_moa", "--predict_file", predictions, "--max_gen_len", 6)
+    result = gates(tmp_path, "sparse_moa", "--data_path", predictions, "--max_gen_len", 6)
     assert result["source"]["rows"] == 4 and result["source"]["answers"] == "given"
     sizes = [len(prompts[i]) for i in (0, 1, 1, 2)]
     assert result["counts"] == {"prompt": sum(sizes), "answer": 6 + 3 + 6, "all": sum(sizes) + 15}
@@ -273,14 +290,15 @@ def test_two_processes_count_what_one_counts(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message", "status"),
     [
-        ([], "give one of --data_path, --prompt and --predict_file", 2),
-        (["--prompt", "a", "--data_path", "b"], "--data_path and --prompt", 2),
-        (["--prompt", "a", "--max_gen_len", "256"], "--max_gen_len 256 must be below --max_seq_len", 2),
+        ([], "--data_path is required", 2),
+        (["--data_path", "a", "--max_gen_len", "256"], "--max_gen_len 256 must be below --max_seq_len", 2),
         (["--data_path", "none.json"], "none.json: no such file", 1),
-        (["--prompt", "word " * 60], "no row leaves room", 1),
+        (["--data_path", "LONG"], "no row leaves room", 1),
     ],
 )
 def test_gates_refuses(tmp_path: Path, words: list[str], message: str, status: int, capsys) -> None:
+    (tmp_path / "LONG").write_text(json.dumps([{"instruction": "word " * 60, "input": ""}]))
+    words = [word.replace("LONG", str(tmp_path / "LONG")) for word in words]
     with pytest.raises(SystemExit) as end:
         command.main(flags(tmp_path, "soft_moa", "--save_path", tmp_path / "x.json", *words), "gates")
     init_distributed(torch.device("cpu"))
@@ -295,4 +313,4 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     assert all(f"python -m inspection {name} " in overview for name in MODULES)
     with pytest.raises(SystemExit):
         inspect(["gate"])
-    assert "gates, row, figures" in capsys.readouterr().err
+    assert "gates, row, report" in capsys.readouterr().err

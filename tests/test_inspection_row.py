@@ -9,7 +9,7 @@ import torch
 
 from inspection import token_heatmap as command
 from inspection.html import write_page
-from inspection.token_heatmap import Flags, TokenHeatmap, View, colours, make_heatmap, one_line, terminal, token_texts
+from inspection.token_heatmap import Flags, TokenHeatmap, View, make_heatmap, one_line, token_texts
 from llama.distributed import init_distributed
 from llama.packing import PackedBatch
 from tiny import BASE, build, save, shared
@@ -39,28 +39,30 @@ def gates_of(name: str, heatmap: TokenHeatmap) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["soft_moa", "sparse_moa", "soft_moa_instance", "unipeft"])
 def test_gates_are_the_routers(name: str) -> None:
-    heatmap = look(name, layers="0", slots="p_adapter,lora_Q")
+    heatmap = look(name, layers="0", show="p_adapter,lora_Q,used")
     gates = gates_of(name, heatmap)
-    assert [view.title for view in heatmap.views] == ["gate of p_adapter, layer 0", "gate of lora_Q, layer 0"]
-    for view, slot in zip(heatmap.views, ("p_adapter", "lora_Q"), strict=True):
-        assert view.values == pytest.approx(gates[slot].tolist(), abs=1e-6)
-
-
-def test_adapters_used_and_means_over_layers() -> None:
-    (used,) = look("sparse_moa", layers="0", show="used").views
-    gates = gates_of("sparse_moa", look("sparse_moa"))
+    p_adapter, lora_q, used = heatmap.views
+    assert [view.title for view in heatmap.views] == [f"{name}, layer 0" for name in ("p_adapter", "lora_Q", "used")]
+    assert p_adapter.values == pytest.approx(gates["p_adapter"].tolist(), abs=1e-6)
+    assert lora_q.values == pytest.approx(gates["lora_Q"].tolist(), abs=1e-6) and lora_q.high == 1
     assert used.values == [sum(float(gates[slot][i]) > 0 for slot in gates) for i in range(len(used.values))]
-    assert used.is_count and used.marks() == list(range(int(min(used.values)), int(max(used.values)) + 1))
-    first, second = look("sparse_moa", layers="0,1", slots="lora_K").views
-    (mean,) = look("sparse_moa", slots="lora_K").views
+    assert used.marks() == list(range(int(max(used.values)) + 1))
+
+
+def test_means_over_layers_and_what_is_shown_unless_named() -> None:
+    first, second = look("sparse_moa", layers="0,1", show="lora_K").views
+    (mean,) = look("sparse_moa", show="lora_K").views
     both = [(a + b) / 2 for a, b in zip(first.values, second.values, strict=True)]
-    assert mean.values == pytest.approx(both) and mean.title.endswith("mean over 2 layers")
+    assert mean.values == pytest.approx(both) and mean.title == "lora_K, mean over 2 layers"
+    names = [view.title.partition(",")[0] for view in look("soft_moa").views]
+    assert set(names) == {slot.name for layer in range(3) for slot in shared("soft_moa").model.config.slots(layer)}
+    assert look("topk_moelora").views[0].title == "lora_Q/used, mean over 3 layers"
 
 
-def test_experts() -> None:
-    (used,) = look("topk_moelora", show="used", slots="lora_V", layers="2").views
-    assert set(used.values) == {2.0} and (used.low, used.high) == (2, 3)
-    weights = [look("topk_moelora", show="weight", expert=e, slots="lora_V", layers="2").views[0] for e in range(4)]
+@pytest.mark.parametrize(("name", "slot", "experts"), [("topk_moelora", "lora_V", 4), ("comol", "comol_V", 3)])
+def test_experts(name: str, slot: str, experts: int) -> None:
+    used, *weights = look(name, show=",".join([f"{slot}/used", *(f"{slot}/{e}" for e in range(experts))])).views
+    assert set(used.values) == {2.0 if name == "topk_moelora" else 3.0} and used.high == max(used.values)
     sums = [sum(values) for values in zip(*(view.values for view in weights), strict=True)]
     assert sums == pytest.approx([1.0] * len(used.values))
 
@@ -75,14 +77,11 @@ def test_an_answer_is_generated_where_none_is_given() -> None:
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("soft_moa", {"slots": "lora_X"}, "--slots: 'lora_X' is none of lora_Q"),
-        ("soft_moa", {"slots": "prompt", "layers": "0"}, "--layers: layer 0 has no prompt"),
+        ("soft_moa", {"show": "lora_X"}, "--show: 'lora_X' is none of lora_Q"),
+        ("soft_moa", {"show": "prompt", "layers": "0"}, "--layers: layer 0 has no prompt"),
         ("soft_moa", {"layers": "9"}, "--layers: layer 9"),
-        ("soft_moa", {"show": "weight", "expert": 0}, "no adapter with an expert 0"),
-        ("molora", {}, "--show gate: method molora has no router of a block's adapters"),
-        ("soft_moa", {"show": "used", "slots": "lora_Q"}, "no adapter with several experts"),
-        ("molora", {"show": "weight", "expert": 4}, "no adapter with an expert 4"),
-        ("lora", {}, "method lora has no router"),
+        ("molora", {"show": "lora_Q/4"}, "--show: 'lora_Q/4' is none of lora_Q/0"),
+        ("lora", {}, "a model with lora has no router"),
     ],
 )
 def test_what_is_not_there_is_refused(name: str, flags: dict, message: str) -> None:
@@ -99,33 +98,18 @@ def test_tokens_say_the_text_whatever_their_bytes() -> None:
     assert token_texts(tokenizer, broken) == ["\ufffd", "", "A", "\ufffd", "B", "\ufffd"]
 
 
-def some_look(text: str = HOSTILE) -> TokenHeatmap:
-    tokens = list(text)
-    values = [i / len(tokens) for i in range(len(tokens))]
-    return TokenHeatmap("soft_moa", tokens, 3, [View("gate of lora_Q, layer 0", values, 0, 1, False)])
-
-
-def test_terminal_with_and_without_colour() -> None:
-    for coloured in (True, False):
-        shown = terminal(some_look(), coloured)
-        assert "\x1b[31m" not in shown and "\u202e" not in shown and "\x00" not in shown
-        assert ("\x1b[" in shown) == coloured
-    assert "a[0.00] [0.03]<[" in terminal(some_look(), False)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal(some_look("ab\ncd"), True))
-    assert plain.endswith("prompt:\nab\u21b5\nanswer:\ncd\n")
-
-
 def test_page_is_whole_and_nothing_in_it_becomes_markup(tmp_path: Path) -> None:
-    file = tmp_path / "row.html"
-    write_page(file, "token_heatmap.html.j2", heatmap=some_look(), one_line=one_line)
+    file, tokens = tmp_path / "row.html", list(HOSTILE)
+    values = [i / len(tokens) for i in range(len(tokens))]
+    heatmap = TokenHeatmap("soft_moa", tokens, 3, [View("lora_Q, layer 0", values, 1)])
+    write_page(file, "token_heatmap.html.j2", heatmap=heatmap, one_line=one_line)
     shown = file.read_text()
     tags = [element.tag for element in fromstring(shown).iter()]
-    assert not {"b", "script", "link", "img"} & set(tags)
+    assert not {"b", "script", "link", "img"} & set(tags) and tags.count("br") == 2
     assert "http" not in shown and "\x1b" not in shown and "\u202e" not in shown
     spans = [element for element in fromstring(shown).iter("span") if element.get("title")]
-    assert [span.get("title") for span in spans] == [f"{value:.2f}" for value in some_look().views[0].values]
-    assert spans[0].get("style").split() == ["background:#00224e;color:#ffffff"]
-    assert tags.count("br") == 2 and tags.count("tr") == 1 + len(some_look().tokens)
+    assert [float(span.get("title")) for span in spans] == pytest.approx(values, abs=1e-3)
+    assert spans[0].get("style") == "background:#00224d;color:#ffffff"
 
 
 def luminance(colour: str) -> float:
@@ -135,7 +119,8 @@ def luminance(colour: str) -> float:
 
 
 def test_the_scale_grows_lighter_and_can_be_read() -> None:
-    pairs = [[luminance(colour) for colour in colours(i / 100)] for i in range(101)]
+    styles = [re.findall("#(.{6})", View("", [], 2).css(i / 50)) for i in range(101)]
+    pairs = [[luminance(colour) for colour in style] for style in styles]
     lights = [back for back, _ in pairs]
     assert lights == sorted(lights) and lights[-1] > 10 * lights[0]
     assert all((max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5 for pair in pairs)
@@ -146,8 +131,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["--adapter_path", adapter, "--ckpt_dir", BASE, "--device", "cpu", "--bf16", "False", "--max_gen_len", 4]
     command.main([str(w) for w in (*words, "--prompt", "Hi", "--show", "used", "--save_path", html)], "row")
     init_distributed(torch.device("cpu"))
-    assert "adapters used, mean over 3 layers" in capsys.readouterr().out
-    assert html.read_text().startswith("<!DOCTYPE html>")
+    assert "used, mean over 3 layers" in html.read_text() and f"wrote {html}" in capsys.readouterr().out
     for wrong, message in ((["--layers", "0-3"], "--layers must be"), (["--row", "3"], "--data_path and --row")):
         with pytest.raises(SystemExit) as end:
             command.main([str(w) for w in (*words, "--prompt", "Hi", *wrong)], "row")

@@ -11,7 +11,9 @@ from evaluate.report import scores_json
 
 HOSTILE = "</span></style><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 HOSTILE += "&lt;b&gt;\x1b[31m\u202eevil\u202c $x_$"
+LONG = "very long " * 200_000
 HALF = "half a pair: \ud83d, and the end: \0"
+VAL_LOSSES = [(10, 1.0), (20, 0.75), (30, 0.875)]
 LAYERS, SLOTS = 3, ("lora_Q", "lora_FFN_DOWN", "prompt", "p_adapter")
 
 
@@ -52,9 +54,11 @@ def write_run(
 
 
 def log(steps: int, seed: int) -> str:
+    validation = dict(VAL_LOSSES)
     entries = [
         {"step": i + 1, "loss": loss(i, seed), "seconds": 15.0 + 6 * seed, "tokens": 300}
         | {"peak_memory_bytes": (i + 1) * 2**29}
+        | ({"val_loss": validation[i + 1]} if i + 1 in validation else {})
         for i in range(steps)
     ]
     return "".join(json.dumps(entry) + "\n" for entry in entries)
@@ -78,27 +82,19 @@ def score(folder: Path, texts: tuple[str, ...] = ("The answer is 4.", "It is 5",
     return folder
 
 
-def numbers(means: list[float], used: float) -> dict[str, Any]:
-    """Statistics of so many gates or experts."""
-    n = len(means)
-    part = {"count": 9, "mean": means, "std": [0.1] * n, "active": [0.75] * n, "used": {"mean": used}}
-    return part | {"quantiles": [[0.1] * 5] * n, "histogram": [[9, *[0] * 49]] * n}
-
-
 def write_gates(folder: Path, threshold: bool = False, experts: int = 0) -> Path:
     """Statistics as `python -m inspection gates` saves them, as far as they are used."""
-    blocks, mixtures, n = [], [], len(SLOTS)
+    routers = []
     for layer in range(LAYERS):
-        part = numbers([(layer + i) / 6 for i in range(n)], 2.5 + layer / 4)
-        part |= {"threshold": numbers([0.125 * layer], 1)} if threshold else {}
-        blocks.append({"layer": layer, "unit": "token", "slots": list(SLOTS), "parts": {"all": part}})
-        part = numbers([(i + 1) / sum(range(1, experts + 1)) for i in range(experts)], 2)
-        part |= {"balance": 0.875, "entropy": 0.5}
-        mixtures.append({"layer": layer, "slot": "lora_Q", "experts": experts, "parts": {"all": part}})
-    content = {"format": "moa-router-statistics", "version": 2, "method": "x", "n_layers": LAYERS, "bins": 50}
+        n = experts or len(SLOTS)
+        part = {"count": 9, "mean": [(layer + i) / 6 / n for i in range(n)], "std": [0.1] * n, "active": [0.75] * n}
+        part |= {"threshold": {"mean": 0.125 * layer, "std": 0.1}} if threshold else {}
+        part |= {"balance": 0.875, "entropy": 0.5} if experts else {}
+        names = list(map(str, range(experts))) if experts else list(SLOTS)
+        router = {"layer": layer, "slot": "lora_Q" if experts else None, "names": names, "unit": "token"}
+        routers.append(router | {"parts": {"all": part}})
+    content = {"format": "moa-router-statistics", "version": 3, "method": "x", "n_layers": LAYERS, "routers": routers}
     content |= {"source": {"data": "test.json", "rows": 3}, "counts": {"prompt": 6, "answer": 3, "all": 9}}
-    content |= {"block_router": "sparse" if threshold else "soft"}
-    content |= {"blocks": [] if experts else blocks, "experts": mixtures if experts else []}
     (folder / "gates.json").write_text(json.dumps(content))
     return folder
 
@@ -115,8 +111,5 @@ def ten_runs(root: Path) -> Path:
     files = {"log.jsonl": log(7, 0), "adapter.pth": None, "scores.json": None, "AddSub.jsonl": None}
     write_run(data / "prompt" / "s0", steps=20, files=files)
     (data / "molora" / "s0" / "scores.json").unlink()
-    (data / "hydralora" / "s0" / "MultiArith.jsonl.part0").write_text('{"index": 0, "generate": "4"}\n')
-    hostile = (HOSTILE + " The answer is 4.", HALF, "very long " * 200_000 + "5", "مرحبا 5")
-    bad = score(write_run(data / "unipeft" / "s0", steps=20, settings={HOSTILE: HOSTILE}), hostile)
-    write_answers(bad / "SVAMP.jsonl", ["4"], instruction=HOSTILE, answer="4")
+    score(write_run(data / "unipeft" / "s0", steps=20, settings={HOSTILE: HOSTILE, HALF: LONG}), (HALF,))
     return data
