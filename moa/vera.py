@@ -14,14 +14,14 @@ from torch import Tensor
 
 from moa.adapter import AdapterModule, Target, constant, zeros
 from moa.config import AdapterConfig
-from moa.parallel import Shard, mp_rank, shard_of
+from moa.parallel import mp_rank
 
 
 @cache
 def shared_matrix(
-    seed: int, rows: int, columns: int, fan_in: int, shard: Shard | None, rank: int, device: torch.device
+    seed: int, rows: int, columns: int, fan_in: int, num_shards: int, index: int, device: torch.device
 ) -> Tensor:
-    """A rank's shard of a Kaiming-uniform matrix (rows, columns): one tensor for all layers that ask for it.
+    """Shard `index` of the rows of a Kaiming-uniform matrix (rows, columns): one tensor for all layers that ask for it.
 
     A smaller matrix is the first rows of a larger one.
     """
@@ -31,7 +31,7 @@ def shared_matrix(
         with torch.device("cpu"):
             numbers = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
         matrix = (2 * numbers - 1) * math.sqrt(6 / fan_in)
-    return (matrix if shard is None else shard_of(matrix, shard)).to(device)
+    return matrix.chunk(num_shards)[index].to(device)
 
 
 class VeRA(AdapterModule):
@@ -48,9 +48,12 @@ class VeRA(AdapterModule):
     def share_matrices(self) -> None:
         """Hold the matrices A^T (in, r) and B (out, r) that all layers on this device share, sharded as the layer."""
         n_in, n_out, device = self.target.in_features, self.target.out_features, self.lambda_d.device
-        inputs, outputs = self.target.shard_inputs(0), self.target.shard_outputs(0)
-        a = shared_matrix(2 * self.seed, n_in, self.rank, n_in, inputs, mp_rank(), device)
-        b = shared_matrix(2 * self.seed + 1, n_out, self.rank, self.rank, outputs, mp_rank(), device)
+        inputs, outputs = (
+            (shard.num_shards, shard.index(mp_rank())) if shard else (1, 0)
+            for shard in (self.target.shard_inputs(0), self.target.shard_outputs(0))
+        )
+        a = shared_matrix(2 * self.seed, n_in, self.rank, n_in, *inputs, device)
+        b = shared_matrix(2 * self.seed + 1, n_out, self.rank, self.rank, *outputs, device)
         self.register_buffer("matrix_a", a, persistent=False)
         self.register_buffer("matrix_b", b, persistent=False)
 
