@@ -117,6 +117,19 @@ CASES |= {
         refused="lacks original_max_position_embeddings",
     ),
     "head_dim elsewhere": Case({"head_dim": 16}),
+    "sliding window": Case(config={"sliding_window": 4096}, refused="config.json: sliding_window = 4096"),
+    "no size": Case(
+        config={"hidden_size": REMOVED}, refused="config.json: hidden_size must be a positive whole number"
+    ),
+    "heads": Case(
+        config={"num_key_value_heads": 4}, refused="config.json: n_heads 6 must be a multiple of n_kv_heads 4"
+    ),
+    "fewer rows": Case(
+        config={"vocab_size": 600}, refused=r"embed_tokens.weight has shape \(517, 48\), expected \(600"
+    ),
+    "no output": Case(
+        {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, refused="lm_head.weight is missing"
+    ),
     "biases": Case({"attention_bias": True}, refused="attention_bias"),
     "biases of w1 to w3": Case({"mlp_bias": True}, refused="mlp_bias"),
     "gelu": Case({"hidden_act": "gelu"}, refused="hidden_act must be 'silu', not 'gelu'"),
