@@ -216,7 +216,7 @@ class Worker:
         device = get_device(self.flags.device)
         self.machine = {"bf16": bf16_is_fast(device) if self.flags.bf16 is None else self.flags.bf16}
         self.machine["device"] = str(device)
-        budget = ("steps", "batch_size", "max_seq_len")
+        budget = ("steps", "batch_size", "max_seq_len", "test_rows", "demo_rows")
         self.identity = {
             "code": code_hash(),
             "base": fingerprint(self.ckpt_dir),
