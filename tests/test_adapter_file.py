@@ -90,19 +90,14 @@ def test_bad_adapter_tensors_are_named(change, words: list[str], saved: Path) ->
     "change, words",
     [
         ({"method": "sft_moa"}, "method 'sft_moa' is none of soft_moa"),
-        ({"method": None}, "method None"),
         ({"method": ["lora"]}, r"method \['lora'\] is none of"),
         ({"lora_rnk": 8}, r"unknown adapter setting lora_rnk \(did you mean lora_rank"),
         ({"lora_rank": "8"}, "lora_rank must be of type int, not '8'"),
-        ({"lora_layers": 3}, "lora_layers must be of type str, not 3"),
-        ({"const_threshold": 1}, "const_threshold must be of type bool, not 1"),
         ({"base": PARAMS | {"dim": 128}}, "the adapter was trained on a base with dim 128, this one has 64"),
         ({"base": {"dim": 64}}, "base: missing keys n_layers, n_heads"),
         ({"base": [1]}, "base: expected a JSON object, found list"),
         ({"lora_alpha": 10**400}, "lora_alpha must be from 1e-09 to 1e.09, not 1000"),
-        ({"swi_x": 10**3000}, "swi_x must be from 0 to 65536, not 1000"),
         ({"a\nb" * 1000: 1}, r"unknown adapter setting 'a\\nb"),
-        ({"lora_layers": "0-" + "9" * 5000}, "lora_layers: '0-9+... is not a range"),
     ],
 )
 def test_bad_adapter_params_are_named(change: dict, words: str, saved: Path) -> None:
@@ -301,13 +296,10 @@ def test_tensors_that_one_of_the_formats_does_not_know_are_named(tmp_path: Path)
         ({"lora_dora": True}, "lora_dora is True, a setting that is not known of the authors' format"),
         ({"w_bias": "yes"}, "w_bias must be true or false, not 'yes'"),
         ({"expert_num": 1.5}, "expert_num must be of type int, not 1.5"),
-        ({"lora_alpha": None}, "lora_alpha must be of type float, not None"),
         ({"w_bias": True}, "missing tensors llama.layers.0.attention.wo.bias"),
         ({"expert_num": 4}, "lora_A_l.0.weight"),
-        ({"hydra_moe": True, "expert_num": 2}, "lora_B_l.0.weight"),
         ({"lora_layers": "0-4"}, "lora_layers: '0-4' goes beyond the model's 3 layers"),
         ({"lora_layers": "0-0"}, "no layer is selected"),
-        ({"lora_rank": None}, "lora_rank must be of type int"),
     ],
 )
 def test_what_their_flags_say_and_we_cannot_do_is_named(change: dict, words: str, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The adapter configuration: presets, layer ranges, and what is refused by the flag's name."""
 
 import math
-import random
 
 import pytest
 
@@ -118,17 +117,6 @@ def test_what_is_no_layer_range(text: str) -> None:
         config(lora_layers=text)
 
 
-def test_layer_ranges_there_and_back() -> None:
-    choose = random.Random(0)
-    for _ in range(50):
-        layers = sorted(choose.sample(range(N), choose.randint(1, N)))
-        text = ",".join(f"{layer}-{layer + 1}" for layer in choose.sample(layers, len(layers)))
-        shortest = config("lora", lora_layers=text).to_dict()["lora_layers"]
-        assert parse_layers("lora_layers", shortest, N) == set(layers)
-        runs = sum(layer - 1 not in layers for layer in layers)
-        assert shortest.count("-") == runs
-
-
 @pytest.mark.parametrize(
     "flat, words",
     [
@@ -136,13 +124,11 @@ def test_layer_ranges_there_and_back() -> None:
         ({"lora_layers": "0-33"}, "lora_layers: '0-33' goes beyond the model's 32 layers"),
         ({"prompt_layers": "5-3"}, "prompt_layers: '5-3' ends before it begins"),
         ({"lora_targets": "Q,W"}, "lora_targets: 'W' is none of Q, K, V, O, FFN_UP, FFN_GATE, FFN_DOWN"),
-        ({"lora_targets": ""}, "lora_targets: '' is none of"),
         ({"lora_targets": "Q,K,Q"}, "lora_targets: 'Q' occurs twice"),
         ({"lora_rank": 0}, "lora_rank must be from 1 to 65536, not 0"),
         ({"lora_alpha": -1.0}, "lora_alpha must be from 1e-09 to 1e.09, not -1.0"),
         ({"lora_alpha": math.nan}, "lora_alpha must be from 1e-09 to 1e.09, not nan"),
         ({"lora_rank": 8.0}, "lora_rank must be of type int, not 8.0"),
-        ({"lora_rank": True}, "lora_rank must be of type int, not True"),
         ({"lora_targets": ["Q"]}, r"lora_targets must be of type str, not \['Q'\]"),
         ({"const_threshold": "False"}, "const_threshold must be of type bool, not 'False'"),
         ({"swi_x": -1}, "swi_x must be from 0 to 65536, not -1"),
@@ -154,8 +140,6 @@ def test_layer_ranges_there_and_back() -> None:
         ({"method": "custom"}, "method custom with these layers has no adapter"),
         ({"method": "topk_moelora", "expert_num": 2, "top_k": 3}, r"top_k 3 is more than the 2 experts"),
         ({"method": "hydralora", "expert_num": 1}, "expert_num 1: method hydralora is a mixture of experts"),
-        ({"method": "adamole", "lb_loss_coeff": -0.1}, "lb_loss_coeff must be from 0 to 1e.09, not -0.1"),
-        ({"method": "molora", "expert_router": "hard"}, "expert_router must be one of soft, topk, adamole, not 'hard'"),
     ],
 )
 def test_bad_settings_are_named(flat: dict, words: str) -> None:
@@ -180,28 +164,22 @@ def test_every_setting_says_what_it_is() -> None:
     "flat, given, words",
     [
         ({"method": "prompt"}, {"lora_rank"}, "--lora_rank has no effect: method prompt has no such adapter"),
-        ({"method": "lora"}, {"prompt_len", "lora_rank"}, "--prompt_len has no effect"),
         ({"method": "lora"}, {"swi_x"}, "--swi_x has no effect with method lora (--block_router none, --expert_num 1)"),
-        ({"method": "soft_moa"}, {"const_threshold"}, "--const_threshold has no effect with method soft_moa ("),
         (
             {"method": "sparse_moa", "const_threshold": True},
             {"threshold_gradient"},
             "--threshold_gradient has no effect",
         ),
         ({"method": "soft_moa"}, {"swi_x", "lora_rank", "prompt_len", "p_adapter_size", "lora_layers"}, None),
-        ({"method": "sparse_moa"}, {"max_threshold", "threshold_gradient", "swi_x"}, None),
         ({"method": "prompt", "lora_layers": "0-1"}, {"lora_rank", "lora_layers"}, None),
         ({"method": "unipeft"}, {"swi_x"}, "--swi_x has no effect with method unipeft (--block_router unipelt"),
         ({"method": "lora"}, {"lora_hydra"}, "--lora_hydra has no effect with method lora"),
         ({"method": "custom", "train_bias_norm": True}, {"block_router", "train_bias_norm"}, "--block_router has no"),
-        ({"method": "custom", "train_bias_norm": True}, {"expert_num"}, "--expert_num has no effect"),
         (
             {"method": "molora"},
             {"top_k"},
             "--top_k has no effect with method molora (--block_router none, --expert_num 8, --expert_router soft)",
         ),
-        ({"method": "adamole"}, {"noisy_router"}, "--noisy_router has no effect with method adamole"),
-        ({"method": "lora"}, {"gate_activation"}, "--gate_activation has no effect with method lora"),
         ({"method": "topk_moelora"}, {"top_k", "noisy_router", "lb_loss_coeff", "expert_num", "lora_hydra"}, None),
         ({"method": "soft_moa", "expert_num": 2}, {"p_adapter_hydra", "expert_num", "gate_activation"}, None),
     ],
