@@ -53,10 +53,9 @@ class ReshardFlags(_Output):
 
 @dataclass
 class CheckFlags:
-    """Say of each file of a checkpoint in Meta's layout whether it is whole.
+    """Say whether a checkpoint in Meta's layout is whole.
 
-    Read are params.json, the tokenizer, tensors' names, shapes, types, checksums and numbers, and Meta's MD5 sums where
-    checklist.chk lists them."""
+    Read are params.json, the tokenizer, and tensors' names, shapes, types, checksums and numbers."""
 
     ckpt_dir: str = flag(help="a checkpoint in Meta's layout", positional=True)
 
@@ -90,7 +89,7 @@ COMMANDS = {
     "hf": (HfFlags, "hf:convert"),
     "gguf": (GgufFlags, "gguf:convert"),
     "reshard": (ReshardFlags, "reshard:reshard"),
-    "check": (CheckFlags, "check:print_verdicts"),
+    "check": (CheckFlags, "check:check"),
     "merge": (MergeFlags, "adapters:merge"),
     "peft": (PeftFlags, "peft:to_peft"),
     "from_peft": (FromPeftFlags, "peft:from_peft"),
