@@ -4,7 +4,6 @@ python -m corpus list
 python -m corpus fetch [NAME ...] [--output_dir data] [--source URL_OR_FOLDER]
 python -m corpus check [NAME ...] [--data_path data]
 python -m corpus contamination --data_path FILE --tests FILE_OR_FOLDER[,...] [--show N] [--save_path FILE]
-python -m corpus contamination --within FILE_OR_FOLDER[,...]
 
 NAME: a folder's (gsm8k), one file's (gsm8k/train), a task's (SIQA) or a family's (math); none: all.
 """
@@ -20,7 +19,7 @@ from tabulate import tabulate
 from cli import cli_errors, die, flag, parse, subcommand
 from corpus.catalogue import CATALOGUE, SOURCE, DataSet, select
 from corpus.check import check_file
-from corpus.contamination import KINDS, NGRAM, OVERLAP, compare, list_test_files, read_questions
+from corpus.contamination import KINDS, compare
 from corpus.fetch import fetch
 
 
@@ -102,44 +101,29 @@ class Check(Named):
 
 @dataclass
 class Contamination:
-    """Test rows that stand among training rows, or in other test files."""
+    """Test rows that stand among training rows."""
 
-    data_path: str | None = flag(None, help="file of training rows, JSON or JSON lines")
-    tests: str | None = flag(None, help="test files, or folders with test.json in them or in their folders; commas")
-    within: str | None = flag(None, help="instead of both: files or folders whose rows are compared with one another")
-    ngram: int = flag(NGRAM, least=1, help="words of an n-gram; in questions under 12 words 2 at most")
-    overlap: float = flag(OVERLAP, help="share of a test question's n-grams that makes a row near")
+    data_path: str = flag(help="file of training rows, JSON or JSON lines")
+    tests: str = flag(help="test files, or folders with test.json in them or in their folders; commas")
     show: int = flag(0, least=0, help="print the first N matches of each file")
-    show_kind: str = flag("all", help="which matches --show prints", choices=("all", *KINDS))
     save_path: str | None = flag(None, help="JSON file to write all matches to, with both texts")
 
-    def __post_init__(self):
-        if not 0 < self.overlap <= 1:
-            raise ValueError(f"--overlap must be above 0 and at most 1, not {self.overlap}")
-        given = (self.data_path is not None, self.tests is not None)
-        if given != ((True, True) if self.within is None else (False, False)):
-            raise ValueError("give --data_path and --tests, or --within alone")
-
     def run(self) -> int:
-        tests = [read_questions(file) for file in list_test_files(self.within or self.tests or "")]
-        train = None if self.data_path is None else read_questions(Path(self.data_path))
-        compared = compare(tests, train, self.ngram, self.overlap)
+        compared, rows = compare(self.tests, self.data_path), []
         if self.save_path is not None:
             from moa.files import write_json  # late: it loads torch
 
             files = [result.record() | {"pairs": result.pairs()} for result in compared]
-            write_json(Path(self.save_path), {"ngram": self.ngram, "overlap": self.overlap, "files": files})
-        rows = []
+            write_json(Path(self.save_path), {"files": files})
         for result in compared:
-            test, other, counts = result.test.name, result.other.name, result.record()
-            for pair in [pair for pair in result.pairs() if self.show_kind in ("all", pair["kind"])][: self.show]:
+            test, train, counts = result.test.name, result.train.name, result.record()
+            for pair in result.pairs()[: self.show]:
                 print(f"{pair['kind']} ({pair['overlap']:.0%})")
                 print(f"  {test} row {pair['row']}:\n{indent(pair['text'], '    ')}")
-                print(f"  {other} row {pair['in_row']}:\n{indent(pair['in_text'], '    ')}\n")
+                print(f"  {train} row {pair['in_row']}:\n{indent(pair['in_text'], '    ')}\n")
             both = f"{100 * len(result.matches) / counts['rows']:.1f} %"
-            rows.append([test, other, counts["rows"], *(counts[kind] for kind in KINDS), both])
-        header = ["rows of", "in", "rows", *KINDS, "both"]
-        print(tabulate(rows, header, "plain") if rows else "no row stands in an earlier one")
+            rows.append([test, train, counts["rows"], *(counts[kind] for kind in KINDS), both])
+        print(tabulate(rows, ["rows of", "in", "rows", *KINDS, "both"], "plain"))
         return 0
 
 

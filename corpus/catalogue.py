@@ -16,10 +16,9 @@ class DataSet(NamedTuple):
     """One file of rows, DATA/`name`/`split`.json.
 
     split: "train" or "test". task: its name in `evaluate`, "" for training rows. rows: how many it has at its origin.
-    partial: the share of them that may be missing here, since rows without an output are left out. answer: a test row's
-    "answer": "number", "letter" or a pattern, "" where it has none. fields: text fields beside instruction, input and
-    output. format: how the origin is written, a key of `corpus.converters.CONVERTERS`. sha256: of the file at its
-    origin, "" where it is not known. origin: its path below the source.
+    partial: the share of them that may be missing here, since rows without an output are left out. fields: of a row
+    beside instruction, input and output. format: how the origin is written, a key of `corpus.converters.CONVERTERS`.
+    sha256: of the file at its origin, "" where it is not known. origin: its path below the source.
     """
 
     name: str
@@ -28,7 +27,6 @@ class DataSet(NamedTuple):
     task: str
     rows: int
     partial: float
-    answer: str
     fields: tuple[str, ...]
     format: str
     licence: str

@@ -3,8 +3,8 @@
 Questions are compared, not answers. A test question is
 
 - `exact`  where another row asks the same but for case, punctuation, spacing and the order of the options;
-- `near`   where another row holds at least the share OVERLAP of its word n-grams, whatever the numbers in them, and has
-           all of its numbers and its subject as well: its content words, or two numbers, or most of its options.
+- `near`   where another row holds at least the share OVERLAP of its runs of words, whatever the numbers in them, and
+           all of its numbers and its subject: its content words, or two numbers, or most of its options.
 
 The same wording about other numbers or another subject is therefore neither.
 """
@@ -13,7 +13,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,10 +71,10 @@ class Grams(NamedTuple):
     options: set[Gram]
 
 
-def grams_of(question: Question, sizes: Iterable[int], ngram: int) -> Grams:
-    """Word n-grams of all `sizes`; the options' of size `ngram`."""
+def grams_of(question: Question, *sizes: int) -> Grams:
+    """Word n-grams of all `sizes`; the options' of size NGRAM."""
     words = set().union(*(ngrams(question.words, n) for n in sizes))
-    return Grams(words, {gram for option in question.options for gram in ngrams(option, ngram)})
+    return Grams(words, {gram for option in question.options for gram in ngrams(option, NGRAM)})
 
 
 def ngrams(words: Gram, n: int) -> set[Gram]:
@@ -131,42 +131,29 @@ class Match(NamedTuple):
         return self.kind != "exact", -self.overlap, self.other
 
 
-def find_matches(
-    test: Sequence[Question],
-    other: Sequence[Question],
-    ngram: int = NGRAM,
-    overlap: float = OVERLAP,
-    *,
-    earlier: bool = False,
-) -> list[Match]:
-    """The best match of every test question that has one, in the tests' order.
-
-    earlier: `other` is `test` itself, and a question is only compared with those before it.
-    """
-    sizes = [min(ngram, 2) if len(question.words) < SHORT else ngram for question in test]
-    test_grams = [grams_of(question, [n], ngram) for question, n in zip(test, sizes, strict=True)]
-    other_grams = [grams_of(question, set(sizes), ngram) for question in other]
+def find_matches(test: Sequence[Question], other: Sequence[Question]) -> list[Match]:
+    """The best match of every test question that has one, in the tests' order."""
+    test_grams = [grams_of(question, 2 if len(question.words) < SHORT else NGRAM) for question in test]
+    other_grams = [grams_of(question, 2, NGRAM) for question in other]
     counts = Counter(gram for pair in other_grams for grams in pair for gram in grams)
     # Who shares a fraction f of g n-grams shares one of any (1 - f) g + 1 of them: the rarest lead to the candidates.
     index: dict[Gram, list[int]] = defaultdict(list)
     for i, pair in enumerate(test_grams):
         for grams in pair:
-            rarest = sorted(grams, key=lambda gram: (counts[gram], gram))[: int((1 - overlap) * len(grams)) + 1]
+            rarest = sorted(grams, key=lambda gram: (counts[gram], gram))[: int((1 - OVERLAP) * len(grams)) + 1]
             for gram in rarest:
                 index[gram].append(i)
     best: dict[int, Match] = {}
     for j, pair in enumerate(other_grams):
         for i in {i for grams in pair for gram in grams for i in index.get(gram, ())}:
-            if earlier and j >= i:
-                continue
-            kind, share = _compare(test[i], other[j], test_grams[i], pair, overlap)
+            kind, share = _compare(test[i], other[j], test_grams[i], pair)
             match = Match(kind, share, i, j)
             if kind and (i not in best or match.rank < best[i].rank):
                 best[i] = match
     return [best[i] for i in sorted(best)]
 
 
-def _compare(test: Question, other: Question, own: Grams, others: Grams, limit: float) -> tuple[str, float]:
+def _compare(test: Question, other: Question, own: Grams, others: Grams) -> tuple[str, float]:
     """The kind of match, "" for none, and the share of the test question's n-grams that the other has."""
     if test == other:
         return "exact", 1.0
@@ -176,7 +163,7 @@ def _compare(test: Question, other: Question, own: Grams, others: Grams, limit: 
     if with_options:
         overlap = (shared + shared_options) / (len(own.words) + len(own.options))
     numbers = Counter(number for number in test.numbers if number != ONE)
-    if overlap < limit or numbers - Counter("1" if number == ONE else number for number in other.numbers):
+    if overlap < OVERLAP or numbers - Counter("1" if number == ONE else number for number in other.numbers):
         return "", overlap
     missing = test.content - {word.rstrip("s") for word in other.words}
     same = len(missing) <= len(test.words) // WORDS_PER_MISSING
@@ -205,30 +192,24 @@ class QuestionSet(NamedTuple):
 
 
 class Contamination(NamedTuple):
-    """The rows of `test` that match a row of `other`."""
+    """The rows of `test` that match a training row."""
 
     test: QuestionSet
-    other: QuestionSet
+    train: QuestionSet
     matches: list[Match]
 
     def record(self) -> dict[str, Any]:
         """File, rows and counts, as JSON can hold them."""
         kinds = [match.kind for match in self.matches]
-        record = {"file": str(self.test.file), "in": str(self.other.file), "rows": len(self.test.texts)}
+        record = {"file": str(self.test.file), "in": str(self.train.file), "rows": len(self.test.texts)}
         return record | {kind: kinds.count(kind) for kind in KINDS}
 
     def pairs(self) -> list[dict[str, Any]]:
         """Both texts of every match, as JSON can hold them, best first; rows count from 1."""
         return [
-            {
-                "kind": kind,
-                "overlap": round(overlap, 4),
-                "row": row + 1,
-                "in_row": other_row + 1,
-                "text": self.test.texts[row],
-                "in_text": self.other.texts[other_row],
-            }
-            for kind, overlap, row, other_row in sorted(self.matches, key=lambda match: match.rank[:2])
+            {"kind": kind, "overlap": round(overlap, 4), "row": row + 1, "in_row": train_row + 1}
+            | {"text": self.test.texts[row], "in_text": self.train.texts[train_row]}
+            for kind, overlap, row, train_row in sorted(self.matches, key=lambda match: match.rank[:2])
         ]
 
 
@@ -241,43 +222,35 @@ def read_questions(file: Path) -> QuestionSet:
 
 
 def list_test_files(listed: str) -> list[Path]:
-    """The files of a comma-separated list of files and folders.
-
-    A folder stands for its test.json (or .jsonl) and those of its folders; where there are none, for all its .json and
-    .jsonl. ValueError names what is not there.
-    """
+    """The files of a comma-separated list of files and folders; a folder stands for its test.json (or .jsonl) and those
+    of its folders. ValueError names what is not there."""
     files: dict[Path, Path] = {}
     for path in [Path(word.strip()) for word in listed.split(",") if word.strip()]:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        inside = [path]
-        if path.is_dir():
-            tests = [*path.glob("test.json*"), *path.glob("*/test.json*")]
-            inside = sorted(file for file in tests or path.iterdir() if file.suffix in (".json", ".jsonl"))
+        inside = sorted([*path.glob("test.json*"), *path.glob("*/test.json*")]) if path.is_dir() else [path]
         if not inside:
-            raise ValueError(f"{path}: no test.json in this folder or in its folders, and no other file of rows")
+            raise ValueError(f"{path}: no test.json in this folder or in its folders")
         files |= {file.resolve(): file for file in inside if file.resolve() not in files}
     if not files:
         raise ValueError(f"{listed!r} names no test file")
     return list(files.values())
 
 
-def compare(
-    tests: Sequence[QuestionSet], train: QuestionSet | None = None, ngram: int = NGRAM, overlap: float = OVERLAP
-) -> list[Contamination]:
-    """What of each test file stands in `train`; without it, what stands earlier in the file or in a file before it.
+def compare(listed: str, data_path: str | Path) -> list[Contamination]:
+    """What of each listed test file stands among the training rows; a test row counts once, by its best match.
 
-    A test row counts once, by its best match.
+    ValueError or OSError names the file that is not right.
     """
-    others = tests if train is None else [train]
-    test_rows = [(i, row) for i, file in enumerate(tests) for row in range(len(file.texts))]
-    other_rows = [(i, row) for i, file in enumerate(others) for row in range(len(file.texts))]
-    questions, other_questions = ([q for file in files for q in file.questions] for files in (tests, others))
-    matches: dict[tuple[int, int], list[Match]] = {} if train is None else {(i, 0): [] for i in range(len(tests))}
-    for match in find_matches(questions, other_questions, ngram, overlap, earlier=train is None):
-        (i, row), (j, other_row) = test_rows[match.test], other_rows[match.other]
-        matches.setdefault((i, j), []).append(match._replace(test=row, other=other_row))
-    return [Contamination(tests[i], others[j], matches[i, j]) for i, j in sorted(matches)]
+    tests, train = list(map(read_questions, list_test_files(listed))), read_questions(Path(data_path))
+    matches = find_matches([question for test in tests for question in test.questions], train.questions)
+    compared, begin = [], 0
+    for test in tests:
+        end = begin + len(test.texts)
+        own = [match._replace(test=match.test - begin) for match in matches if begin <= match.test < end]
+        compared.append(Contamination(test, train, own))
+        begin = end
+    return compared
 
 
 def check_contamination(data_path: str | Path, tests: str) -> dict[str, Any]:
@@ -285,7 +258,7 @@ def check_contamination(data_path: str | Path, tests: str) -> dict[str, Any]:
 
     Returns what a run's record holds of it. ValueError or OSError names the file that is not right.
     """
-    compared = compare(list(map(read_questions, list_test_files(tests))), read_questions(Path(data_path)))
+    compared = compare(tests, data_path)
     print(f"contamination check: {summary(compared)}", file=sys.stderr, flush=True)
     return {"ngram": NGRAM, "overlap": OVERLAP, "tests": [result.record() for result in compared]}
 
