@@ -137,22 +137,18 @@ def test_bytes_without_a_token_are_left_out_and_named(tmp_path):
     assert ours.decode(ours.encode("a\x04b")) == "ab"
 
 
-def llama3(folder: Path, names: list[str] | None = None, edit=None, **files: dict[str, Any]) -> Path:
-    source = with_specials(trained("llama3"), special_tokens() if names is None else names)
-    return write(folder, source, edit, **files)
+def llama3(folder: Path, names: list[str], **files: dict[str, Any]) -> Path:
+    return write(folder, with_specials(trained("llama3"), names), **files)
 
 
 META = {"generation_config": {"eos_token_id": [421, 428, 429]}, "tokenizer_config": {"eos_token": "<|eot_id|>"}}
+RESERVED = [f"<|reserved_special_token_{k}|>" for k in range(251)]  # LLaMA-3.0 numbers them otherwise
+LLAMA30 = [*special_tokens()[:4], *RESERVED[2:4], *special_tokens()[6:8], RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
 
 
 @pytest.mark.parametrize("files", [META, {}, {"config": {"eos_token_id": 421}}])
-@pytest.mark.parametrize("release", ["3.1", "3.0"])
-def test_llama3_is_metas_plain_file(release, files, tmp_path):
-    names = special_tokens()
-    if release == "3.0":  # reserved tokens are numbered otherwise
-        for k, number in {4: 2, 5: 3, 8: 4, 10: 5}.items():
-            names[k] = f"<|reserved_special_token_{number}|>"
-        names[11:] = [f"<|reserved_special_token_{k}|>" for k in range(6, 251)]
+@pytest.mark.parametrize("names", [special_tokens(), LLAMA30], ids=["3.1", "3.0"])
+def test_llama3_is_metas_plain_file(names, files, tmp_path):
     result, ours, _ = convert(llama3(tmp_path / "t", names, **files))
     assert result.notes == [] and ours.rules == llama3_rules(420)
     assert (tmp_path / "t" / "tokenizer.model").read_bytes().startswith(b"IQ== 0\n")
@@ -211,7 +207,7 @@ def test_the_first_token_is_what_the_sources_tokenizer_puts_there(tmp_path):
 
 @pytest.mark.parametrize("declared", [35, 9999, [421, 35]])
 def test_a_declared_end_that_will_not_stop_is_named(declared, tmp_path):
-    result, ours, _ = convert(llama3(tmp_path / "t", config={"eos_token_id": declared}))
+    result, ours, _ = convert(llama3(tmp_path / "t", special_tokens(), config={"eos_token_id": declared}))
     number = 35 if isinstance(declared, list) else declared
     assert result.notes == [f"config.json declares the end {number}, at which no answer ends: it is no special token"]
     assert ours.stop_ids == (421, 428, 429)
@@ -253,21 +249,13 @@ def added(**changes: Any):
     return lambda content: content["added_tokens"][0].update(changes)
 
 
-def first_step(**changes: Any):
-    return lambda content: content["pre_tokenizer"]["pretokenizers"][0].update(changes)
-
-
-def without_first_merge(content: dict[str, Any]) -> None:
-    del content["model"]["merges"][0]
-
-
-def first_merge_last(content: dict[str, Any]) -> None:
-    content["model"]["merges"].append(content["model"]["merges"].pop(0))
+def merges(change):
+    return lambda content: change(content["model"]["merges"])
 
 
 def other_pair(content: dict[str, Any]) -> None:
     """A token of three bytes made by a merge that comes too late for its text."""
-    content["model"].update(vocab={**content["model"]["vocab"], "qz": 421, "zq": 422, "qzq": 423})
+    content["model"]["vocab"] |= {"qz": 421, "zq": 422, "qzq": 423}
     content["model"]["merges"] += [["q", "z"], ["z", "q"], ["q", "zq"]]
 
 
@@ -285,9 +273,9 @@ REFUSED = {
         lambda c: c["added_tokens"].append(c["added_tokens"][0] | {"id": 421, "special": False}),
         "token '<.endoftext.>' is there both as a special one and as one that is read",
     ),
-    "merge of no token": (lambda c: c["model"]["merges"].append(["q", "z"]), "the merge 'q' and 'z' makes a token"),
-    "merge order": (first_merge_last, r"\(id 257\) is merged|\(id 256\) is merged after id 419"),
-    "merge missing": (without_first_merge, "are not merged to token 256; tiktoken would do it"),
+    "merge of no token": (merges(lambda m: m.append(["q", "z"])), "the merge 'q' and 'z' makes a token"),
+    "merge order": (merges(lambda m: m.append(m.pop(0))), r"\(id 257\) is merged|\(id 256\) is merged after id 419"),
+    "merge missing": (merges(lambda m: m.pop(0)), "are not merged to token 256; tiktoken would do it"),
     "orphan": (vocab("hello", 421), r"no merges make 'hello' \(id 421\); tiktoken would take it whole"),
     "merge of another pair": (other_pair, "'qz' and 'q' are not merged to token 423; tiktoken would do it"),
     "lowercase": (lambda c: c.update(normalizer={"type": "Lowercase"}), "the normalizer Lowercase has no counterpart"),
@@ -300,7 +288,10 @@ REFUSED = {
         "must end in ByteLevel, not Whitespace",
     ),
     "metaspace": (lambda c: c.update(pre_tokenizer=None), "must end in ByteLevel, not None"),
-    "merged with previous": (first_step(behavior="MergedWithPrevious"), "the pre-tokenizer {'type': 'Split'"),
+    "merged with previous": (
+        lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithPrevious"),
+        "the pre-tokenizer {'type': 'Split'",
+    ),
     "stripping token": (
         added(special=False, lstrip=True),
         "lstrip = True of the added token '<.endoftext.>' has no counterpart",
