@@ -117,8 +117,10 @@ def encode_chat(
     for number, (role, text) in enumerate(messages, 1):
         text, lead = text.strip() if template.strip else text, header(role)
         if role == "assistant":
-            add(tokenizer.encode(lead + (template.answer_prefix if number == len(messages) else "")))
-            add([*tokenizer.encode(text), special[template.end]], is_answer=True)
+            prefix = template.answer_prefix if number == len(messages) else ""
+            add(tokenizer.encode(lead + prefix))
+            # As Qwen3's own template has it behind its prefix
+            add([*tokenizer.encode(text.lstrip("\n") if prefix else text), special[template.end]], is_answer=True)
         else:
             add([*tokenizer.encode(lead + text), special[template.end]])
         add(tokenizer.encode(template.after))

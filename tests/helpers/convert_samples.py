@@ -173,9 +173,9 @@ def write_gguf(
     heads: int = 6,
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
     metadata: dict[str, int | float | str] | None = None,
+    add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> None:
-    """A GGUF (2 key/value heads) with these tensors; `metadata` adds keys."""
-    tokens, special = STYLES[style].vocabulary()
+    """A GGUF (2 key/value heads) with these tensors; `metadata` adds keys. add_tokenizer: another than a style's."""
     writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     writer.add_block_count(sum(name.endswith("attn_norm.weight") for name in tensors))
     writer.add_embedding_length(tensors["token_embd.weight"].shape[1])
@@ -184,13 +184,10 @@ def write_gguf(
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(theta)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(STYLES[style].pre)
-    writer.add_eos_token_id(special[STYLES[style].end])
-    writer.add_token_list(tokens)
-    kinds = (gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokens)))
-    writer.add_token_types(list(kinds))
-    writer.add_token_merges([" ".join(merge) for merge in MERGES])
+    if add_tokenizer is None:
+        add_style(writer, STYLES[style])
+    else:
+        add_tokenizer(writer)
     for key, value in (metadata or {}).items():
         {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
     for name, tensor in tensors.items():
@@ -200,6 +197,17 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_style(writer: gguf.GGUFWriter, style: Style) -> None:
+    tokens, special = style.vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(style.pre)
+    writer.add_eos_token_id(special[style.end])
+    writer.add_token_list(tokens)
+    kinds = (gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(tokens)))
+    writer.add_token_types(list(kinds))
+    writer.add_token_merges([" ".join(merge) for merge in MERGES])
 
 
 def close(actual: Tensor, expected: Tensor, other: Tensor, least: float = 0.1) -> None:
