@@ -110,13 +110,6 @@ def test_forms_of_a_right_answer(scored: Callable[..., Score], form: str) -> Non
     assert verdicts(score) == [(form in RAW, True)] * 3
 
 
-def test_broken_answers(scored: Callable[..., Score]) -> None:
-    texts = [(p, text) for p in PROBLEMS for text in (broken(p["canonical_solution"]), broken(whole(p)))]
-    score = scored(*(predicted(problem, text) for problem, text in texts))
-    assert (score.published.percent, score.robust.percent, score.robust.missing) == (0, 0, 0)
-    assert {row.robust[0].why for row in score.rows} == {"KeyError: 'broken'"}
-
-
 @pytest.mark.parametrize(
     ("text", "why"),  # under the robust rule; "" where no answer is seen
     [
@@ -125,6 +118,8 @@ def test_broken_answers(scored: Callable[..., Score]) -> None:
         ("<think>\n    return 6", ""),
         ("I cannot do that.", "SyntaxError: "),
         ("    return None", "AssertionError"),
+        (broken("    return 6"), "KeyError: 'broken'"),
+        (broken(whole(PROBLEMS[0])), "KeyError: 'broken'"),
         ("pass", "AssertionError"),
         ("return None or", "SyntaxError: invalid syntax"),
         ("def other(values):\n    return 6", "AssertionError"),

@@ -42,11 +42,7 @@ def test_score_file(tmp_path: Path) -> None:
     assert (score.published.missing, score.robust.missing) == (1, 1)
     assert [row.wrong for row in score.rows] == [True, False, True]
     assert score_file(path, "gsm8k").task is TASKS["GSM8K"]
-
-
-def test_samples_are_averaged_within_their_row(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "x.jsonl", [row("4", ["4", "4", "5", "no"]), row(4, "4")])
-    score = score_file(path, TASKS["SVAMP"])
+    score = score_file(write_rows(path, [row("4", ["4", "4", "5", "no"]), row(4, "4")]), TASKS["SVAMP"])
     assert score.robust.percent == 75.0  # (1/2 + 1) / 2, not 3/5
     assert (sum(score.samples), score.robust.missing) == (5, 1)
 
@@ -77,21 +73,11 @@ def test_means_are_unweighted_and_of_each_family(tmp_path: Path, capsys: pytest.
     assert "\nmean" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", ["jsonl", "list", "pretty list", "bom", "crlf", "blank lines", "separators"])
-def test_forms_of_a_file(tmp_path: Path, form: str) -> None:
+def test_a_list_and_lines_are_read_alike(tmp_path: Path) -> None:
     rows = [row("4", "4\u2028 4"), row("5", "6", id=int("9" * 299))]
-    lines = "\n".join(json.dumps(row) for row in rows)
-    text = {
-        "jsonl": lines,
-        "list": json.dumps(rows),
-        "pretty list": "\n" + json.dumps(rows, indent=2),
-        "bom": "\ufeff" + lines,
-        "crlf": lines.replace("\n", "\r\n") + "\r\n",
-        "blank lines": lines.replace("\n", "\n\n") + "\n\n",
-        "separators": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
-    }[form]
-    path = tmp_path / "AddSub.jsonl"
-    path.write_bytes(text.encode())
+    path = write_rows(tmp_path / "AddSub.jsonl", rows)
+    assert score_file(path).robust.percent == 50.0
+    path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
     assert score_file(path).robust.percent == 50.0
 
 
@@ -105,9 +91,7 @@ NUMBER = "line 1: field 'answer': AddSub expects a finite number, got"
     [
         ("[]", "empty, expected rows"),
         (f"{GOOD}\n{GOOD[:-3]}", "line 2: not valid JSON ("),
-        (f"{GOOD}\n[4]", "line 2: expected an object"),
         (f"[{GOOD}, 4]", "row 2: expected an object"),
-        (f"[{GOOD},", "not valid JSON ("),
         ('{"generate": "4"}', "line 1: field 'answer' is missing"),
         (f'{GOOD}\n\n{{"answer": "4"}}', "line 3: field 'generate' is missing"),
         ('{"answer": "4", "generate": null}', "field 'generate' must be text, not NoneType"),
@@ -116,10 +100,8 @@ NUMBER = "line 1: field 'answer': AddSub expects a finite number, got"
         ('{"answer": "4", "generate": "4", "instruction": 3}', "field 'instruction' must be text, not int"),
         ('{"answer": "four", "generate": "4"}', f"{NUMBER} 'four'"),
         ('{"answer": 1e999, "generate": "4"}', f"{NUMBER} inf"),
-        ('{"answer": NaN, "generate": "4"}', "line 1: "),
         ('{"answer": ' + "9" * 400 + ', "generate": "4"}', f"{NUMBER} 9999"),
         ('{"answer": ' + "9" * 5000 + ', "generate": "4"}', "line 1: not valid JSON ("),
-        ('{"a": ' + "[" * 200_000 + "}", "line 1: not valid JSON ("),
         (b'{"answer": "4", "generate": "\xff"}', "not UTF-8 text (byte 29)"),
     ],
 )
@@ -179,10 +161,6 @@ def test_each_suite_has_its_module(name: str, capsys: pytest.CaptureFixture[str]
         runpy.run_module(module, run_name="__main__")
     out = capsys.readouterr().out
     assert stopped.value.code == 0 and f"usage: python -m {module} " in out and "Wilson" in out
-    monkeypatch.setattr(sys, "argv", [module, "--predict_files", "x.jsonl"])
-    with pytest.raises(SystemExit):
-        runpy.run_module(module, run_name="__main__")
-    assert f"leave out {name!r}" in capsys.readouterr().err
 
 
 def test_several_files_in_one_table(tmp_path: Path) -> None:
