@@ -19,7 +19,7 @@ from convert import hf
 from convert.__main__ import main
 from convert.peft import from_peft, to_peft
 from convert_samples import close, write_hf
-from llama import Llama
+from llama import Llama, ModelArgs
 from moa.adapter_file import load_adapter
 from moa.config import AdapterConfig
 from moa.methods import LINEAR_TARGETS
@@ -32,17 +32,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 ALL = ",".join(LINEAR_TARGETS)
 
 
+Pair = tuple[Any, Path]  # a random model of transformers, and its checkpoint in Meta's layout
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A random model of transformers (2 layers, 6 heads, 2 key/value heads) and its checkpoint in Meta's layout."""
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A LLaMA: 2 layers, 6 heads, 2 key/value heads."""
     root = tmp_path_factory.mktemp("pair")
     model = write_hf(root / "hf", "llama3")
     hf.convert(root / "hf", root / "meta", dtype="fp32")
     return model, root / "meta"
 
 
-def random_lora(ckpt_dir: Path, folder: Path, n_layers: int = 2, **flat: Any) -> tuple[Llama, Path]:
+@pytest.fixture(scope="module")
+def pair_of_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    root = tmp_path_factory.mktemp("qwen3")
+    model = qwen3.write(root / "hf", "wide heads")
+    hf.convert(root / "hf", root / "meta", dtype="fp32")
+    return model, root / "meta"
+
+
+def random_lora(ckpt_dir: Path, folder: Path, **flat: Any) -> tuple[Llama, Path]:
     """A model with random LoRAs, or adapters of another method, and their file."""
+    n_layers = ModelArgs.from_file(ckpt_dir / "params.json").n_layers
     config = AdapterConfig.from_dict({"method": "lora", **flat}, n_layers)
     llm = Llama.build(ckpt_dir, config=config)
     load_adapter_state_dict(llm.model, random_state(llm.model), "random")
@@ -61,19 +73,27 @@ SUBSETS = {
 }
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("subset", SUBSETS)
-def test_peft_computes_the_same_logits_there_and_back(subset: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
-    original, ckpt_dir = pair
-    llm, path = random_lora(ckpt_dir, tmp_path / "ours", **SUBSETS[subset])
-    to_peft(path, tmp_path / "peft")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "peft").eval()
+def peft_logits(pair: Pair, path: Path, llm: Llama, least: float = 0.1) -> None:
+    """Check that PEFT computes our logits with what `to_peft` writes of an adapter."""
+    to_peft(path, path.parent.parent / "peft")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(pair[0]), path.parent.parent / "peft").eval()
     batch = tokens(2, 70)
-    close(theirs(batch).logits, llm.model(batch), original(batch).logits)
-    flags = ["--input", str(tmp_path / "peft"), "--ckpt_dir", str(ckpt_dir), "--output_dir", str(tmp_path / "back")]
+    close(theirs(batch).logits, llm.model(batch), pair[0](batch).logits, least)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("subset", [*SUBSETS, *(f"{name}, Qwen3" for name in ("all", "dora", "ia3"))])
+def test_peft_computes_the_same_logits_there_and_back(
+    subset: str, pair: Pair, pair_of_qwen3: Pair, tmp_path: Path
+) -> None:
+    name, _, of_qwen3 = subset.partition(", ")
+    model = pair_of_qwen3 if of_qwen3 else pair
+    llm, path = random_lora(model[1], tmp_path / "ours", **SUBSETS[name])
+    peft_logits(model, path, llm)
+    flags = ["--input", str(tmp_path / "peft"), "--ckpt_dir", str(model[1]), "--output_dir", str(tmp_path / "back")]
     main(["from_peft", *flags])
     (config, state), (back_config, back) = (load_adapter(p, llm.model.args) for p in (path, tmp_path / "back"))
-    assert state.keys() == back.keys() and all(torch.equal(state[key], back[key]) for key in state)
+    require_identical(back, state)
     kind = next(kind for kind, options in config.adapters.items() if options.layers)
     ours, again = config.adapters[kind], back_config.adapters[kind]
     assert set(ours.targets.split(",")) == set(again.targets.split(","))
@@ -82,31 +102,13 @@ def test_peft_computes_the_same_logits_there_and_back(subset: str, pair: tuple[A
 
 @torch.no_grad()
 @pytest.mark.parametrize("targets", [ALL, "Q,K", "V,O,FFN_DOWN"])
-def test_vera_is_written_as_the_lora_that_it_is(targets: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
-    original, ckpt_dir = pair
+def test_vera_is_written_as_the_lora_that_it_is(targets: str, pair: Pair, tmp_path: Path) -> None:
     flat = {"method": "vera", "vera_rank": 8, "vera_seed": 3, "vera_targets": targets, "vera_layers": "1-2"}
-    llm, path = random_lora(ckpt_dir, tmp_path / "ours", **flat)
-    to_peft(path, tmp_path / "peft")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "peft").eval()
-    batch = tokens(2, 70)
-    close(theirs(batch).logits, llm.model(batch), original(batch).logits, least=0.01)
+    llm, path = random_lora(pair[1], tmp_path / "ours", **flat)
+    peft_logits(pair, path, llm, least=0.01)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("subset", ["all", "dora", "ia3"])
-def test_peft_beside_a_qwen3(subset: str, tmp_path: Path) -> None:
-    original = qwen3.write(tmp_path / "hf", "wide heads")
-    hf.convert(tmp_path / "hf", tmp_path / "meta", dtype="fp32")
-    llm, path = random_lora(tmp_path / "meta", tmp_path / "ours", 3, **SUBSETS[subset])
-    to_peft(path, tmp_path / "peft")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "peft").eval()
-    batch = tokens(2, 20)
-    close(theirs(batch).logits, llm.model(batch), original(batch).logits)
-    from_peft(tmp_path / "peft", tmp_path / "meta", tmp_path / "back")
-    require_identical(load_adapter(tmp_path / "back", llm.model.args)[1], load_adapter(path, llm.model.args)[1])
-
-
-def test_what_the_folder_says(pair: tuple[Any, Path], tmp_path: Path) -> None:
+def test_what_the_folder_says(pair: Pair, tmp_path: Path) -> None:
     _, path = random_lora(pair[1], tmp_path / "ours", **SUBSETS["some"])
     main(["peft", "--adapter_path", str(path), "--output_dir", str(tmp_path / "peft"), "--base_model", "meta/base"])
     assert sorted(p.name for p in (tmp_path / "peft").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -142,17 +144,11 @@ def make_by_peft(settings: LoraConfig | IA3Config, base: Any, folder: Path) -> A
     return model
 
 
-@pytest.fixture
-def made_by_peft(pair: tuple[Any, Path], tmp_path: Path) -> tuple[Any, Path]:
-    """A random LoRA of PEFT: model and folder."""
-    modules = ["q_proj", "k_proj", "up_proj", "down_proj"]
-    settings = LoraConfig(r=3, lora_alpha=5, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
-    return make_by_peft(settings, pair[0], tmp_path / "made"), tmp_path / "made"
-
-
 DORA = {"r": 3, "lora_alpha": 5, "use_dora": True, "init_lora_weights": False}
-OTHERS_OF_PEFT = {
-    "dora": LoraConfig(**DORA, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"),
+SOME = ["q_proj", "k_proj", "up_proj", "down_proj"]
+OF_PEFT = {
+    "lora": LoraConfig(r=3, lora_alpha=5, target_modules=SOME, init_lora_weights=False, task_type="CAUSAL_LM"),
+    "dora": LoraConfig(**DORA, target_modules=SOME, task_type="CAUSAL_LM"),
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "vera": VeraConfig(r=5, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]),
     "ia3 of outputs": IA3Config(target_modules=["q_proj", "up_proj", "down_proj"], feedforward_modules=[]),
@@ -160,9 +156,9 @@ OTHERS_OF_PEFT = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", OTHERS_OF_PEFT)
-def test_another_kind_made_by_peft(kind: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
-    theirs = make_by_peft(OTHERS_OF_PEFT[kind], pair[0], tmp_path / "made")
+@pytest.mark.parametrize("kind", OF_PEFT)
+def test_an_adapter_made_by_peft(kind: str, pair: Pair, tmp_path: Path) -> None:
+    theirs = make_by_peft(OF_PEFT[kind], pair[0], tmp_path / "made")
     from_peft(tmp_path / "made", pair[1], tmp_path / "ours")
     batch = tokens(2, 40)
     actual = Llama.build(pair[1], tmp_path / "ours").model(batch)
@@ -200,7 +196,7 @@ LAMBDA = "base_model.model.model.layers.1.mlp.down_proj.vera_lambda_b"
         ("base_model.vera_A", None, "do not fit"),
     ],
 )
-def test_a_bad_vera_of_peft(name: str, change: Any, message: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_bad_vera_of_peft(name: str, change: Any, message: str, pair: Pair, tmp_path: Path) -> None:
     make_by_peft(VeraConfig(r=4, target_modules=["down_proj"]), pair[0], tmp_path / "made")
     state = load_file(tmp_path / "made" / "adapter_model.safetensors")
     tensor = state.pop(name)
@@ -212,21 +208,12 @@ def test_a_bad_vera_of_peft(name: str, change: Any, message: str, pair: tuple[An
 
 
 @pytest.mark.parametrize("case", REFUSED_OF_PEFT)
-def test_other_adapters_of_peft_without_a_counterpart(case: str, pair: tuple[Any, Path], tmp_path: Path) -> None:
+def test_other_adapters_of_peft_without_a_counterpart(case: str, pair: Pair, tmp_path: Path) -> None:
     settings, message = REFUSED_OF_PEFT[case]
     make_by_peft(settings, pair[0], tmp_path / "made")
     with pytest.raises(ValueError, match=message):
         from_peft(tmp_path / "made", pair[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@torch.no_grad()
-def test_an_adapter_made_by_peft(made_by_peft: tuple[Any, Path], pair: tuple[Any, Path], tmp_path: Path) -> None:
-    theirs, folder = made_by_peft
-    from_peft(folder, pair[1], tmp_path / "ours")
-    llm = Llama.build(pair[1], tmp_path / "ours" / "adapter.pth")
-    batch = tokens(2, 40)
-    close(llm.model(batch), theirs(batch).logits, pair[0](batch).logits)
 
 
 def settings(**changes: Any) -> Callable[[Path], None]:
@@ -270,10 +257,11 @@ BAD_PEFT = {
 
 
 @pytest.mark.parametrize("case", BAD_PEFT)
-def test_a_bad_peft_folder(case: str, made_by_peft: tuple[Any, Path], pair: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_bad_peft_folder(case: str, pair: Pair, tmp_path: Path) -> None:
     damage, message = BAD_PEFT[case]
-    damage(made_by_peft[1])
+    make_by_peft(OF_PEFT["lora"], pair[0], tmp_path / "made")
+    damage(tmp_path / "made")
     with pytest.raises(ValueError, match=message) as caught:
-        from_peft(made_by_peft[1], pair[1], tmp_path / "out")
+        from_peft(tmp_path / "made", pair[1], tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["made"]
