@@ -154,9 +154,11 @@ def router_section(name: str, run: Run) -> list[Section]:
         return []
     statistics = read_statistics(file)
     with runs.expecting(file, "router statistics as `python -m inspection gates` writes them"):
-        counts = ", ".join(f"{count} tokens of {part}" for part, count in statistics["counts"].items())
-        note = f"Read: {brief(statistics['source'].get('data'), 80)}, {counts}. A gate is the weight of its adapter: 0 "
-        note += "where a sparse router's threshold is above it."
+        data, counts = brief(statistics["source"].get("data"), 80), statistics["counts"]
+        note = (
+            f"Read: {data}, {counts['prompt']:,} tokens of prompts and {counts['answer']:,} of answers. A gate is the "
+        )
+        note += "weight of its adapter: 0 where a sparse router's threshold is above it."
         caption = f"Routers of {name}: mean weights; beside them lines by layer, from 0 to 1."
         return [Section(f"Routers of {name}", note, {caption: charts.routers(statistics)})]
 
