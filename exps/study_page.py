@@ -24,7 +24,7 @@ from moa.files import atomic_write, read_json
 
 NONE = "–"  # what is not known, in a table
 MARKS = ("<!-- study: begin -->", "<!-- study: end -->")
-MEASURES = {"loss": "test loss", "demo": "demo accuracy, points"}
+MEASURES = {"loss": ("Test loss", "+.4f"), "demo": ("Demo accuracy in points", "+.1f")}  # title, form of a difference
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,13 @@ def page(study: Study, results: Sequence[Result], by_reference: dict[str, Any]) 
     for reference, measures in by_reference.items():
         for measure, by_line in measures.items():
             if by_line:
-                title = f"{MEASURES[measure][0].upper()}{MEASURES[measure][1:]}, minus that of {reference}:"
-                tables += [title, _table([_difference_cells(name, *pair) for name, pair in by_line.items()])]
+                title, form = MEASURES[measure]
+                rows = [_difference_cells(name, *pair, form) for name, pair in by_line.items()]
+                tables += [f"{title}, minus that of {reference}:", _table(rows)]
     tables += ["Validation loss after the first seed, by learning rate:", _table([_rates(study, r) for r in trained])]
+    at_edge = [r.name for r in trained if _best(study, r).lr in (min(r.line.rates), max(r.line.rates))]
+    if at_edge:
+        tables.append(f"The lowest or highest rate was the best for {', '.join(at_edge)}: a better one may lie beyond.")
     return "\n".join(what) + "\n\n" + "\n\n".join(tables) + "\n"
 
 
@@ -171,14 +175,14 @@ def _cells(result: Result, times: bool) -> dict[str, str]:
     return cells
 
 
-def _difference_cells(name: str, difference: Difference, p: float) -> dict[str, str]:
+def _difference_cells(name: str, difference: Difference, p: float, form: str) -> dict[str, str]:
     def interval(pair: tuple[float, float] | None) -> str:
-        return NONE if pair is None else f"{pair[0]:+.4f} to {pair[1]:+.4f}"
+        return NONE if pair is None else f"{pair[0]:{form}} to {pair[1]:{form}}"
 
     known = difference.p is not None
     return {
         "method": name,
-        "difference": f"{difference.mean:+.4f}",
+        "difference": f"{difference.mean:{form}}",
         "95 % interval (t)": interval(difference.interval),
         "bootstrap": interval(difference.bootstrap),
         "p": f"{difference.p:.2g}" if known else NONE,
@@ -187,11 +191,14 @@ def _difference_cells(name: str, difference: Difference, p: float) -> dict[str, 
     }
 
 
+def _best(study: Study, result: Result) -> Run:
+    return min(study.candidates(result.line), key=lambda run: run.loss("val"))
+
+
 def _rates(study: Study, result: Result) -> dict[str, str]:
-    runs = study.candidates(result.line)
-    best = min(run.loss("val") for run in runs)
-    cells = {f"{run.lr:g}": f"{run.loss('val'):.4f}" for run in runs}
-    return {"method": result.name} | {k: f"**{v}**" if v == f"{best:.4f}" else v for k, v in cells.items()}
+    cells = {run.lr: f"{run.loss('val'):.4f}" for run in study.candidates(result.line)}
+    cells[_best(study, result).lr] = f"**{cells[_best(study, result).lr]}**"
+    return {"method": result.name} | {f"{lr:g}": cells[lr] for lr in sorted(cells)}
 
 
 def as_json(study: Study, results: Sequence[Result], by_reference: dict[str, Any]) -> dict[str, Any]:
