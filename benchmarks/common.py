@@ -19,7 +19,6 @@ from cli import flag
 from demo.model import ensure_model
 from demo.problems import ensure_data
 from llama.distributed import bf16_is_fast
-from moa.files import read_json, write_json
 from moa.methods import METHODS
 
 T = TypeVar("T")
@@ -31,18 +30,18 @@ BASE, TRANSFORMERS, PEFT = "base", "transformers", "PEFT lora"  # kinds of work 
 PEERS = (TRANSFORMERS, PEFT)
 ALL_METHODS = [method for method in METHODS if method != "custom"]
 
-_LLAMA_3_1 = dict(n_kv_heads=8, vocab_size=128256, norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True)
 LLAMA_3_1: dict[str, dict[str, Any]] = {
-    "8B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=1024, ffn_dim_multiplier=1.3, **_LLAMA_3_1),
-    "70B": dict(dim=8192, n_layers=80, n_heads=64, multiple_of=4096, ffn_dim_multiplier=1.3, **_LLAMA_3_1),
-    "405B": dict(dim=16384, n_layers=126, n_heads=128, multiple_of=4096, ffn_dim_multiplier=1.2, **_LLAMA_3_1),
+    "8B": {
+        **dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, multiple_of=1024),
+        **dict(ffn_dim_multiplier=1.3, norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True),
+    }
 }
 SMOLLM2_135M: dict[str, Any] = {
     **dict(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152, multiple_of=256),
     **dict(ffn_dim_multiplier=1.0, norm_eps=1e-5, rope_theta=100000.0),
 }
 TINY: dict[str, Any] = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32)
-SHAPES = {"8B": LLAMA_3_1["8B"], "SMOLLM2_135M": SMOLLM2_135M, "tiny": TINY}  # those that `gpu` measures
+SHAPES = LLAMA_3_1 | {"SMOLLM2_135M": SMOLLM2_135M, "tiny": TINY}  # those that `gpu` measures
 
 
 # Flags
@@ -112,12 +111,6 @@ def run_process(words: Sequence[object], threads: int, folder: str | Path = REPO
     return done.stdout
 
 
-def cpu_seconds() -> float:
-    """Return the CPU time of all processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def interleave(kinds: Sequence[T], rounds: int) -> Iterator[T]:
     """Yield each kind once a round, every second round in the opposite order (ABBA).
 
@@ -135,9 +128,11 @@ def measure_in_turn(works: Mapping[str, Callable[[], Figures]], rounds: int) -> 
     """
     results: dict[str, list[Figures]] = {name: [] for name in works}
     for name in interleave(list(works), rounds):
-        before = cpu_seconds()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = works[name]()
-        results[name].append(result | {"cpu_seconds": cpu_seconds() - before})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        results[name].append(result | {"cpu_seconds": cpu_seconds})
         seconds, memory = statistics.median(result["seconds"]), result["peak_memory_bytes"] / 1e9
         print(f"{name}: {seconds:.3f} s, {memory:.2f} GB", file=sys.stderr, flush=True)
     return results
@@ -155,22 +150,6 @@ def median(results: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 # What is made of the figures
-
-
-def add_figures(path: str | Path, part: str, details: Figures, kinds: Mapping[str, Figures]) -> None:
-    """Write figures of kinds of work to a JSON file, beside what other measurements have put there.
-
-    `python -m inspection figures cost` and `report` read "methods", "base" and "peers"; `details` stand under `part`.
-    """
-    path = Path(path)
-    content = {"methods": {}, "base": {}, "peers": {}} | (read_json(path) if path.exists() else {}) | {part: details}
-    for kind, figures in kinds.items():
-        if kind == BASE:
-            content["base"] |= figures
-        else:
-            group = content["peers" if kind in PEERS else "methods"]
-            group[kind] = group.get(kind, {}) | figures
-    write_json(path, content)
 
 
 def table(columns: Sequence[tuple[str, Cell]], rows: Sequence[Figures]) -> str:

@@ -16,7 +16,6 @@ generation    `generate.py`'s model: a first call, which may prepack weights, th
 """
 
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -124,13 +123,8 @@ def same_task(what: str, runs: dict[str, list[Figures]]) -> str:
 
 
 def summary(runs: dict[str, list[Figures]]) -> Figures:
-    """Return the medians and fastest times of both, and the ratios of this checkout's to the other's.
-
-    round_ratio_min, round_ratio_max: the range of the ratios of runs next to each other.
-    """
-    times = [[statistics.median(result["seconds"]) for result in runs[tree]] for tree in (OTHER, THIS)]
-    rounds = [this / other for other, this in zip(*times, strict=True)]
-    figures: Figures = {"round_ratio_min": min(rounds), "round_ratio_max": max(rounds)}
+    """Return the medians and fastest times of both, and the ratios of this checkout's to the other's."""
+    figures: Figures = {}
     for name in ("seconds", "fastest", "cpu_seconds", "peak_memory_bytes"):
         for tree, results in runs.items():
             fastest = min(min(result["seconds"]) for result in results)
@@ -142,15 +136,11 @@ def summary(runs: dict[str, list[Figures]]) -> Figures:
 def report(flags: Flags, results: dict[str, Figures]) -> None:
     """Print the table, a row a method."""
 
-    def runs(tree: str) -> common.Cell:
-        return lambda figures: " ".join(f"{statistics.median(run['seconds']):.2f}" for run in figures["runs"][tree])
-
     columns = [
         ("method", lambda figures: figures["method"]),
-        ("runs of base, s", runs(OTHER)),
-        ("runs of this, s", runs(THIS)),
+        ("base, s", number("base_seconds")),
+        ("this, s", number("this_seconds")),
         ("time, x", number("seconds_ratio")),
-        ("by rounds", lambda figures: f"{figures['round_ratio_min']:.2f} to {figures['round_ratio_max']:.2f}"),
         ("fastest, x", number("fastest_ratio")),
         ("CPU, x", number("cpu_seconds_ratio")),
         ("base, GB", number("base_peak_memory_bytes", 2, 1e9)),

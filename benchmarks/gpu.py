@@ -225,21 +225,15 @@ def measurements(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Figures]
             yield "peers", f"decode, {kind}, {n_rows} rows", partial(bench.decode, kind, n_rows, False)
 
 
-FORMATS = {
-    **{name: lambda off, name=name: f"{name} off by {off:.1e}" for name in ("logits", "loss", "gradients")},
-    "same": lambda kinds: f"answers of {kinds} are the same",
-    "flops": lambda rate: f"{rate / 1e12:,.3g} TFLOP/s",
-    "bandwidth": lambda rate: f"{rate / 1e9:,.0f} GB/s",
-    "seconds": lambda seconds: f"{1000 * seconds:,.2f} ms",
-    "tokens_per_second": lambda rate: f"{rate:,.0f} tokens/s",
-    "share_of_flops": lambda share: f"{share:.0%} of the FLOP/s",
-    "share_of_bandwidth": lambda share: f"{share:.0%} of the bandwidth",
-    "peak_memory_bytes": lambda size: f"peak {size / 2**30:,.2f} GiB",
-    "estimated_bytes": lambda size: f"estimated {size / 2**30:,.2f} GiB",
-    "kernels": lambda count: f"{count:,.0f} kernels",
-    "device_seconds": lambda seconds: f"{1000 * seconds:,.2f} ms in them",
-    "top": lambda top: "".join(f"\n  {1000 * k['seconds']:9.3f} ms {k['count']:6.0f} x {k['name']}" for k in top),
-}
+def line(figures: Figures) -> str:
+    """Return a result as a line, and the kernels that take most time below it."""
+    top = [f"\n  {1000 * k['seconds']:9.3f} ms {k['count']:6.0f} x {k['name']}" for k in figures.get("top", [])]
+    numbers = [
+        f"{name} {value:,.4g}" if isinstance(value, float | int) else f"{name} {value}"
+        for name, value in figures.items()
+        if name != "top"
+    ]
+    return ", ".join(numbers) + "".join(top)
 
 
 def run(flags: Flags, device: torch.device) -> Figures:
@@ -262,7 +256,7 @@ def run(flags: Flags, device: torch.device) -> Figures:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
             results[key] = work()
-            print(f"{key}: {', '.join(FORMATS[name](value) for name, value in results[key].items())}", flush=True)
+            print(f"{key}: {line(results[key])}", flush=True)
         except Exception as error:  # whatever it is, the other results are still wanted
             traceback.print_exc()
             results["failed"][key] = f"{type(error).__name__}: {error}".splitlines()[0]

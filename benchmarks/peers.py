@@ -1,7 +1,6 @@
 """What a user would install instead: transformers' LLaMA with PEFT's LoRA, on the same weights, rows and prompts."""
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.common import CPU, timed
 from benchmarks.models import Trainer, schedule_of
 from convert.meta_format import HF, source_names, unpermute_rope
-from convert.peft import to_peft
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer, open_shard, shard_files
 from llama.data import IGNORE_INDEX, Example
@@ -94,41 +92,30 @@ def new_lora(model: nn.Module, rank: int = 16) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def trained_lora(model: nn.Module, adapter_path: str, ckpt_dir: str) -> nn.Module:
-    """Put a trained adapter of ours, which must be plain LoRA, on its base as a model of transformers."""
-    peft = require_package("peft")
-    with tempfile.TemporaryDirectory() as folder:
-        return peft.PeftModel.from_pretrained(model, to_peft(adapter_path, Path(folder, "peft"), ckpt_dir=ckpt_dir))
-
-
 def padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device, side: str = "right") -> Tensor:
     """Return rows as a matrix (rows, longest), filled up on one side."""
     tensors = [torch.tensor(row) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side).to(device)
 
 
-def padded_step(model: nn.Module, device: torch.device = CPU) -> Callable[[list[Example]], float]:
-    """Return a training step as transformers' Trainer does it -> its loss: rows padded to the longest, fused AdamW."""
+def trainer(model: nn.Module, examples: list[Example], rows: int, device: torch.device = CPU) -> Trainer:
+    """Return what trains a model as transformers' Trainer does, rows padded to the longest, fused AdamW.
+
+    The rows are those of `benchmarks.models.trainer`, in the same order.
+    """
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained, done = [p for p in model.parameters() if p.requires_grad], 0
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), fused=True)
 
-    def step(rows: list[Example]) -> float:
-        tokens = padded([row.tokens for row in rows], 0, device)
-        labels = padded([row.labels for row in rows], IGNORE_INDEX, device)
-        mask = padded([[1] * len(row.tokens) for row in rows], 0, device)
+    def step(batch: list[Example]) -> float:
+        tokens = padded([row.tokens for row in batch], 0, device)
+        labels = padded([row.labels for row in batch], IGNORE_INDEX, device)
+        mask = padded([[1] * len(row.tokens) for row in batch], 0, device)
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()
         optimizer.step()
         return loss.item()
-
-    return step
-
-
-def trainer(model: nn.Module, examples: list[Example], rows: int, device: torch.device = CPU) -> Trainer:
-    """Return what trains a model by `padded_step`, on the rows of `benchmarks.models.trainer` in the same order."""
-    step, done = padded_step(model, device), 0
 
     def train(steps: int) -> list[dict[str, Any]]:
         nonlocal done

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from cli import cli_errors, flag, parse
 from llama import Llama
 from llama.checkpoint import load_params_and_tokenizer
 from llama.data import Example
+from moa.files import write_json
 from training.data import load_examples
 from training.loop import peak_memory
 
@@ -96,9 +98,8 @@ def report(flags: Flags, results: dict[str, list[Figures]], examples: list[Examp
     )
     print(common.table(columns, [{"kind": kind} | f for kind, f in figures.items()]))
     if flags.json:
-        details = {"rows": flags.rows, "bf16": flags.use_bf16(), "threads": flags.threads, "runs": results}
-        details |= {"training_rows": len(examples), "training_tokens": epoch}
-        common.add_figures(flags.json, "training", details, figures)
+        task = {"rows": flags.rows, "bf16": flags.use_bf16(), "threads": flags.threads, "training_tokens": epoch}
+        write_json(Path(flags.json), {"task": task, "kinds": figures, "runs": results})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

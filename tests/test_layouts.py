@@ -1,4 +1,4 @@
-"""`--dry_run` for layouts whose processes are not there, and the table of layouts."""
+"""`--dry_run` for layouts whose processes are not there."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks.common import LLAMA_3_1
-from benchmarks.layouts import BATCH_SIZE, GIB, MODES, RESERVED, Layout, compute, markdown, memory_of
 from commands import refused, run, write_rows
 from llama.packing import balance_by_length
 from tiny import PARAMS
@@ -98,26 +97,6 @@ def test_a_dry_run_counts_the_mode_that_is_asked_for(tmp_path):
         result = dry_run(config(tmp_path, *words))
         totals, used = result["activation_checkpointing"], [*used, result["memory_bytes"]["total"]]
     assert used == [totals["full"], totals["selective"], totals["none"]] == sorted(used) and len(set(used)) == 3
-
-
-def test_the_table_of_layouts(monkeypatch):
-    monkeypatch.setitem(LLAMA_3_1, "8B", LLAMA_3_1["8B"] | {"n_layers": 4})
-    memory_of.cache_clear()
-    figures = compute(Layout("8B", 8, 24, 4), "soft_moa")
-    memory, room = memory_of("8B", 4, "soft_moa"), 24 * GIB - RESERVED
-    memory_of.cache_clear()
-    for mode in MODES:
-        most = figures["largest_batch_size"][mode]
-        assert memory.total(most, mode) <= room < memory.total(most + 1, mode)
-        assert figures["total"][mode] == memory.total(BATCH_SIZE, mode)
-    none, selective, full = figures["activations"].values()
-    assert none > 1.4 * selective > 1.4 * 1.4 * full
-    none, selective, full = figures["sent"].values()
-    assert none < selective < full  # what the forward pass exchanges is exchanged again
-    within = 4 * 1.5 * figures["micro_batch_bytes"]
-    assert figures["micro_batches"] == 4  # 32 rows, 4 at a time on each of 2 replicas
-    assert none == pytest.approx(figures["gradients_bytes"] + within, rel=1e-3)
-    assert sum("8B on 8 x 24 GB, 2 x 4 | soft_moa |" in line for line in markdown([figures]).splitlines()) == 3
 
 
 def test_rows_are_shared_out_more_evenly_than_in_turn():
