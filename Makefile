@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev test lint kills quickstart clean
+.PHONY: help venv venv-dev test lint test-lm-eval kills quickstart clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,10 @@ test: lint  ## check style, then run all tests, two files at a time
 lint: venv-dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test-lm-eval: venv-dev  ## test lm_eval_harness.py with lm-evaluation-harness, which is installed (620 MB)
+	$(INSTALL) lm_eval==0.4.13
+	$(BIN)/python -m pytest tests/test_lm_eval.py
 
 kills: venv-dev  ## kill a small run fifty times, resume it, and compare it with an undisturbed one
 	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/kills.py --kills 50

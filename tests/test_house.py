@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("benchmarks", "convert", "corpus", "demo", "evaluate", "inspection", "llama", "moa", "training")
-ENTRY_SCRIPTS = ("finetune.py", "generate.py", "extract_adapter.py", "cli.py")
+ENTRY_SCRIPTS = ("finetune.py", "generate.py", "extract_adapter.py", "lm_eval_harness.py", "cli.py")
 MOST_LINES = 400
 UNCLEAR_NAMES = {"found", "one", "told", "place", "asked", "said", "those"}
 PROSE = {".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}  # not data, whose texts are not ours

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY_SCRIPTS = ("finetune", "generate", "extract_adapter")
+ENTRY_SCRIPTS = ("finetune", "generate", "extract_adapter", "lm_eval_harness")
 
 
 class Allowed(NamedTuple):
