@@ -33,7 +33,7 @@ from llama.predictions import Predictions
 from moa.reading import read_rows
 from moa.state import adapter_state_dict
 from tiny import BASE, GOLDEN, PARAMS, golden_state, tokens
-from training.checkpoint import read
+from training.checkpoint import read as read_checkpoint
 
 Folders = Callable[..., Path]
 
@@ -94,8 +94,11 @@ def unchanged(folder: Path, call: Callable[[], str | None]) -> str | None:
     return sentence
 
 
-def flags(**values: Any) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+def result_of(folder: Path, read: Callable[[], Any], *names: str) -> Any:
+    """What `read` makes of a folder; None where it refuses it by one of the names, and then all must be as before."""
+    results = []
+    unchanged(folder, lambda: sentence_of(lambda: results.append(read()), *names))
+    return results[0] if results else None
 
 
 # The base
@@ -111,10 +114,9 @@ def test_a_base(data, name: str, new_folder: Folders) -> None:
         "consolidated.00.pth": torch_files(golden_state()),
     }
     (base / name).write_bytes(data.draw(contents[name]))
-    built = []
-    if unchanged(base, lambda: sentence_of(lambda: built.append(Llama.build(base, device="cpu")), str(base))) is None:
+    if llm := result_of(base, lambda: Llama.build(base, device="cpu"), str(base)):
         # The values of large tensors are not looked at, for which the whole file would have to be read
-        assert built[0].model(tokens(1, 4)).shape == (1, 4, 512)
+        assert llm.model(tokens(1, 4)).shape == (1, 4, 512)
 
 
 # Adapters, checkpoints and runs
@@ -127,10 +129,9 @@ def test_settings_of_an_adapter(data, name: str, made, new_folder: Folders) -> N
     folder = new_folder(GOLDEN / name if name else made.adapter) / (name or "adapter")
     file = folder / "adapter_params.json"
     file.write_bytes(data.draw(json_texts(json.loads(file.read_text()))))
-    built = []
-    build = lambda: built.append(Llama.build(BASE, folder, device="cpu"))  # noqa: E731
-    if unchanged(folder, lambda: sentence_of(build, "adapter_params.json", str(folder))) is None:
-        assert torch.isfinite(built[0].model(tokens(1, 4))).all()
+    read = lambda: Llama.build(BASE, folder, device="cpu")  # noqa: E731
+    if llm := result_of(folder, read, "adapter_params.json", str(folder)):
+        assert torch.isfinite(llm.model(tokens(1, 4))).all()
 
 
 @hostile(50)
@@ -139,10 +140,9 @@ def test_tensors_of_an_adapter(data, made, new_folder: Folders) -> None:
     folder = new_folder(made.adapter)
     file = folder / "adapter" / "adapter.pth"
     file.write_bytes(data.draw(torch_files(made.state)))
-    states = []
-    build = lambda: states.append(adapter_state_dict(Llama.build(BASE, file, device="cpu").model))  # noqa: E731
-    if unchanged(folder, lambda: sentence_of(build, str(file))) is None:
-        assert all(torch.equal(tensor, made.state[key]) for key, tensor in states[0].items())
+    if llm := result_of(folder, lambda: Llama.build(BASE, file, device="cpu"), str(file)):
+        state = adapter_state_dict(llm.model)
+        assert all(torch.equal(tensor, made.state[key]) for key, tensor in state.items())
 
 
 @hostile(50)
@@ -156,9 +156,8 @@ def test_checkpoints(data, made, new_folder: Folders) -> None:
     else:
         del content[data.draw(keys(content))]
         file.write_bytes(saved(content))
-    contents = []
-    if unchanged(folder, lambda: sentence_of(lambda: contents.append(read(file, made.model)), str(file))) is None:
-        assert all(torch.equal(contents[0]["adapter"][key], tensor) for key, tensor in made.state.items())
+    if checkpoint := result_of(folder, lambda: read_checkpoint(file, made.model), str(file)):
+        assert all(torch.equal(checkpoint["adapter"][key], tensor) for key, tensor in made.state.items())
     if unchanged(folder, lambda: refusal(MAINS["extract_adapter"], [file], str(file))) is None:
         assert sorted(snapshot(folder)) == ["adapter.pth", "adapter_params.json", "checkpoint-2.pth"]
 
@@ -193,9 +192,8 @@ FILES = {
 def test_rows(content: bytes, new_folder: Folders) -> None:
     file = new_folder() / "rows.json"
     file.write_bytes(content)
-    rows = []
-    if sentence_of(lambda: rows.extend(read_rows(file, ("instruction", "input", "output"))), str(file)) is None:
-        assert all(isinstance(row[field], str) for row in rows for field in ("instruction", "input", "output"))
+    for row in result_of(file.parent, lambda: read_rows(file, ("instruction", "input", "output")), str(file)) or ():
+        assert all(isinstance(row[field], str) for field in ("instruction", "input", "output"))
 
 
 @hostile(8)
@@ -207,8 +205,8 @@ def test_rows_in_a_run_and_to_answer(content: bytes, new_folder: Folders) -> Non
     words = train_flags(file, folder / "run", max_steps=1, accum_iter=1)
     if unchanged(folder, lambda: refusal(MAINS["finetune"], words, str(file))) is None:
         assert (folder / "run" / "checkpoint-1.pth").exists()
-    words = flags(ckpt_dir=BASE, data_path=file, save_path=answers, max_gen_len=2, device="cpu", bf16=False)
-    if unchanged(folder, lambda: refusal(MAINS["generate"], words, str(file))) is None:
+    words = ["--ckpt_dir", BASE, "--data_path", file, "--save_path", answers, "--max_gen_len=2", "--device=cpu"]
+    if unchanged(folder, lambda: refusal(MAINS["generate"], [*words, "--bf16=False"], str(file))) is None:
         assert len(answers.read_text().splitlines()) == len(read_rows(file))
 
 
@@ -221,13 +219,13 @@ def test_predictions_in_the_making(data, damaged_name: str, new_folder: Folders)
         (folder / name).write_text("".join(lines))
     form = json_texts if damaged_name.endswith(".json") else json_lines
     (folder / damaged_name).write_bytes(data.draw(form(FILES[damaged_name])))
-    started = []
-    begin = lambda: started.append(Predictions(folder / "AddSub.jsonl", ROWS, SETTINGS, 0, False))  # noqa: E731
-    if unchanged(folder, lambda: sentence_of(begin, "AddSub.jsonl")) is not None:
+    begin = lambda: Predictions(folder / "AddSub.jsonl", ROWS, SETTINGS, 0, False)  # noqa: E731
+    predictions = result_of(folder, begin, "AddSub.jsonl")
+    if predictions is None:
         return
-    started[0].start()
-    for index in started[0].missing:
-        started[0].add(index, "new")
-    started[0].finish()
+    predictions.start()
+    for index in predictions.missing:
+        predictions.add(index, "new")
+    predictions.finish()
     rows = [json.loads(line) for line in (folder / "AddSub.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "generate"} for row in rows] == ROWS
