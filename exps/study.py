@@ -5,9 +5,10 @@ seeds, and differences paired over rows and seeds.
     python -m exps.study --methods lora,soft_moa,lora:lora_rank=4 --steps 50
     python -m exps.study --collect_only                        the tables of what is finished
 
-METHOD:flag=value is a method with another flag of finetune.py. Three names in the place of a flag belong to the study:
-lora:lr_scale=0.1 trains at a tenth of the rate that was chosen for lora, lora:seeds=1,2,3 has seeds of its own, and
-ia3:rates=1e-3,3e-3,1e-2 chooses among other rates. Each of these is a line of the tables.
+METHOD:flag=value is a method with another flag of finetune.py, and custom:adapter_config=FILE one of your own. Three
+names in the place of a flag belong to the study: lora:lr_scale=0.1 trains at a tenth of the rate that was chosen for
+lora, lora:seeds=1,2,3 has seeds of its own, and ia3:rates=1e-3,3e-3,1e-2 chooses among other rates. Each of these is a
+line of the tables.
 
 The rate is the one with the lowest loss, after the first seed, on validation rows that are held out of the training
 rows. Tests are seen by the runs of that rate alone. Stopped anywhere, the same command goes on from there. A run of
@@ -89,12 +90,12 @@ class Line:
     @property
     def model(self) -> str:
         """The line without what is the study's own: lines of one model share its runs."""
-        return "-".join([self.method, *(f"{name}={value}" for name, value in self.options.items())])
+        return "-".join([self.method, *(f"{n}={value}".replace("/", "_") for n, value in self.options.items())])
 
     @classmethod
     def from_text(cls, text: str, flags: Flags) -> "Line":
         method, *pairs = text.split(":")
-        if method not in METHODS or method == "custom":
+        if method not in METHODS:
             raise ValueError(f"--methods: no method {method!r} (nearest: {nearest(method, METHODS)})")
         options = {}
         for pair in pairs:

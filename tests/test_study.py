@@ -1,6 +1,7 @@
 """The study: its lines, its statistics, and one small study from the rows to the tables."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from exps import paired, study
 from exps.paired import holm, paired_difference, student_t
 from exps.scorer import row_losses
 from exps.study import Flags, lines_of
+from exps.study_data import SPLITS, write_rows
+from llama.checkpoint import load_params_and_tokenizer
 from llama.data import Example
 from moa.reading import read_rows
 from tiny import BASE, build
@@ -99,6 +102,7 @@ def test_lines_of_a_study():
         (["--methods", "lora,sofd_moa"], ["sofd_moa", "soft_moa"], 1),
         (["--methods", "lora:lora_rang=2"], ["--lora_rang", "--lora_rank"], 2),
         (["--methods", "lora:max_steps=7,lora:max_steps=7"], ["named twice"], 1),
+        (["--methods", "custom"], ["custom"], 2),
         (["--methods", "lora:lora_rank"], ["flag=value", "lora_rank"], 1),
         (["--methods", "lora", "--rates", "1e-3,high"], ["rates", "high"], 1),
         (["--methods", "lora", "--data", "gsm8k"], ["--data", "gsm8k"], 1),
@@ -131,6 +135,7 @@ def test_losses_by_row_are_those_of_the_validation():
 
 LINES = "lora lora:lr_scale=0.1 ia3"
 BUDGET = ["--steps", 4, "--batch_size", 2, "--train_rows", 20, "--val_rows", 4, "--test_rows", 6, "--demo_rows", 3]
+VARYING = ("peak_memory_bytes", "git_revision")  # of the same run done again
 BUDGET += ["--seeds", "0,1", "--rates", "1e-2,1e-5", "--max_seq_len", 420, "--bf16", "False", "--device", "cpu"]
 
 
@@ -145,6 +150,7 @@ def trainings(monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(study, "code_hash", lambda: "code")  # a file may be edited meanwhile
     return commands
 
 
@@ -162,7 +168,7 @@ def test_a_study_from_the_rows_to_the_tables_and_again(tmp_path, trainings, caps
     assert not (out / "demo/lora-lr1e-05/s0/test.json").exists()  # a rate that is not chosen sees no test
 
     def numbers(content):
-        lines = [{k: v for k, v in line.items() if k != "peak_memory_bytes"} for line in content["demo"]["lines"]]
+        lines = [{k: v for k, v in line.items() if k not in VARYING} for line in content["demo"]["lines"]]
         return {line["method"]: line for line in lines}
 
     content = json.loads((out / "results.json").read_text())
@@ -175,7 +181,7 @@ def test_a_study_from_the_rows_to_the_tables_and_again(tmp_path, trainings, caps
     expected = np.mean(lines["ia3"]["test_loss"]) - np.mean(lines["lora"]["test_loss"])
     assert minus_lora["ia3"]["mean"] == pytest.approx(expected) and "lora" not in minus_lora
     text = (out / "results.md").read_text()
-    assert text in capsys.readouterr().out and lines["lora"]["git_revision"][0][:40] in text
+    assert text in capsys.readouterr().out and content["demo"]["lines"][1]["git_revision"][0] in text
     assert page.read_text().startswith("before\n<!-- study: begin -->\n\n## demo") and page.read_text().endswith(
         "after\n"
     )
@@ -229,3 +235,40 @@ def require_peft_schema(content):
     packages = ("peft", "transformers", "datasets", "torch", "bitsandbytes")
     assert {f"{name}-version" for name in packages} <= set(meta_info["package_info"])
     assert {"system_info", "pytorch_info", "model_info", "dataset_info"} <= set(meta_info)
+
+
+def test_rows_of_a_file_are_drawn_once_each_and_only_those_that_fit(tmp_path):
+    row = {"input": "", "output": "1"}
+    rows = [row | {"instruction": f"{i % 20} + 1?"} for i in range(40)] + [row | {"instruction": "a" * 200}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    _, tokenizer = load_params_and_tokenizer(BASE)
+    flags = Flags(train_rows=12, val_rows=3, test_rows=5, max_seq_len=210)
+    folder = write_rows(tmp_path / "rows", tmp_path / "train.json", flags, tokenizer)
+    parts = {split: [row["instruction"] for _, row in rows_of(folder / f"{split}.json")] for split in SPLITS}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 12, "val": 3, "test": 5}
+    assert sorted(sum(parts.values(), [])) == sorted(f"{i} + 1?" for i in range(20))
+    more = replace(flags, test_rows=6)
+    with pytest.raises(ValueError, match=r"21 rows are wanted .* 20 of 41"):
+        write_rows(tmp_path / "more", tmp_path / "train.json", more, tokenizer)
+    with pytest.raises(ValueError, match="other rows"):
+        write_rows(folder, tmp_path / "train.json", replace(flags, val_rows=2), tokenizer)
+
+
+def test_a_training_that_diverges_or_fails_costs_its_line_alone(tmp_path, trainings, monkeypatch, capsys):
+    here = study.subprocess.run
+
+    def run_or_fail(command, stdout, **how):
+        lr, method = (command[command.index(name) + 1] for name in ("--lr", "--method"))
+        if method == "ia3" or lr == "0.01":
+            stdout.write(b"error: the loss is not finite\n" if method == "lora" else b"error: no such thing\n")
+            return SimpleNamespace(returncode=1)
+        return here(command)
+
+    monkeypatch.setattr(study.subprocess, "run", run_or_fail)
+    words = ["--methods", "ia3,lora", *swap(BUDGET, "--seeds", "0"), "--ckpt_dir", BASE, "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as end:
+        study.main(list(map(str, words)))
+    assert end.value.code == 1 and len(trainings) == 1
+    assert "ia3-lr0.01/s0: error: no such thing" in capsys.readouterr().err
+    lines = json.loads((tmp_path / "out/results.json").read_text())["demo"]["lines"]
+    assert [(line["method"], line["lr"]) for line in lines] == [("base", None), ("lora", 1e-5)]
