@@ -4,7 +4,7 @@ Questions are compared, not answers. A test question is
 
 - `exact`  where another row asks the same but for case, punctuation, spacing and the order of the options;
 - `near`   where another row holds at least the share OVERLAP of its runs of words, whatever the numbers in them, and
-           all of its numbers and its subject: its content words, or two numbers, or most of its options.
+           all of its numbers and its subject: its content words, or two numbers.
 
 The same wording about other numbers or another subject is therefore neither.
 """
@@ -22,9 +22,8 @@ from moa.reading import read_rows
 NGRAM, OVERLAP = 3, 0.6
 KINDS = ("exact", "near")
 SHORT = 12  # words; a shorter question is compared by bigrams, since one other word spoils as many n-grams as n
-LONG_OPTIONS = 10  # n-grams of all options; so many tell a question from others whatever its own words
-HALF, MOST = 0.5, 0.75  # shares of the n-grams of a question's words and of its options
-WORDS_PER_MISSING = 15  # words of a question for each content word that the other row may lack
+# Words of a question for each content word that the other row may lack; where there are options, one may be another
+WORDS_PER_MISSING, WITH_OPTIONS = 15, 6
 
 # How the tasks' instructions begin and end, and what stands before an option: no part of a question.
 LEAD = re.compile(r"^\s*Please (?:choose the correct|answer the following question)[^:\n]*:", re.I)
@@ -51,35 +50,24 @@ Gram = tuple[str, ...]
 
 
 class Question(NamedTuple):
-    """words: what is asked, with `#` for each number. numbers: these numbers, in order. options: the words and numbers
-    of each answer to choose from, sorted."""
+    """words: what is asked, with `#` for each number, and behind it the answers to choose from, sorted.
+
+    numbers: those of what is asked, in order.
+    """
 
     words: Gram
     numbers: Gram
-    options: tuple[Gram, ...] = ()
+    has_options: bool
 
     @property
     def content(self) -> set[str]:
         """The words that say what it is about; a plural is the same word."""
         return {word.rstrip("s") for word in self.words if word not in STOP_WORDS}
 
-
-class Grams(NamedTuple):
-    """The n-grams of a question's words, and of its options, none across two of them."""
-
-    words: set[Gram]
-    options: set[Gram]
-
-
-def grams_of(question: Question, *sizes: int) -> Grams:
-    """Word n-grams of all `sizes`; the options' of size NGRAM."""
-    words = set().union(*(ngrams(question.words, n) for n in sizes))
-    return Grams(words, {gram for option in question.options for gram in ngrams(option, NGRAM)})
-
-
-def ngrams(words: Gram, n: int) -> set[Gram]:
-    """The runs of `n` words; all words as one run where there are fewer."""
-    return set(zip(*(words[i:] for i in range(n)), strict=False)) if len(words) > n else {words} - {()}
+    def grams(self, *sizes: int) -> set[Gram]:
+        """The runs of so many words; all words as one run where there are fewer."""
+        runs = [zip(*(self.words[i:] for i in range(n)), strict=False) for n in sizes if len(self.words) > n]
+        return set().union(*runs) if runs else {self.words} - {()}
 
 
 def question_text(row: Mapping[str, Any]) -> str | None:
@@ -94,16 +82,16 @@ def question_text(row: Mapping[str, Any]) -> str | None:
 
 
 def parse_question(text: str) -> Question:
-    text = ANSWER_FORMAT.sub("", LEAD.sub("", text, count=1))
+    text, options = ANSWER_FORMAT.sub("", LEAD.sub("", text, count=1)), []
     lettered = LETTERED.search(text)
     if lettered:
         text, options = text[: lettered.start()], LETTER.split(text[lettered.end() :])[1:]
     else:
         text, *options = NUMBERED.split(text)
-    tokens = _tokens(text)
-    words = tuple("#" if token[0] in ".0123456789" or token == ONE else token for token in tokens)
+    tokens, of_options = _tokens(text), [token for option in sorted(map(_tokens, options)) for token in option]
+    words = ["#" if token[0] in ".0123456789" or token == ONE else token for token in tokens]
     numbers = tuple(token for token, word in zip(tokens, words, strict=True) if word == "#")
-    return Question(words, numbers, tuple(sorted(map(_tokens, options))))
+    return Question((*words, *of_options), numbers, bool(options))
 
 
 def _tokens(text: str) -> Gram:
@@ -133,49 +121,34 @@ class Match(NamedTuple):
 
 def find_matches(test: Sequence[Question], other: Sequence[Question]) -> list[Match]:
     """The best match of every test question that has one, in the tests' order."""
-    test_grams = [grams_of(question, 2 if len(question.words) < SHORT else NGRAM) for question in test]
-    other_grams = [grams_of(question, 2, NGRAM) for question in other]
-    counts = Counter(gram for pair in other_grams for grams in pair for gram in grams)
+    test_grams = [question.grams(2 if len(question.words) < SHORT else NGRAM) for question in test]
+    other_grams = [question.grams(2, NGRAM) for question in other]
+    counts = Counter(gram for grams in other_grams for gram in grams)
     # Who shares a fraction f of g n-grams shares one of any (1 - f) g + 1 of them: the rarest lead to the candidates.
     index: dict[Gram, list[int]] = defaultdict(list)
-    for i, pair in enumerate(test_grams):
-        for grams in pair:
-            rarest = sorted(grams, key=lambda gram: (counts[gram], gram))[: int((1 - OVERLAP) * len(grams)) + 1]
-            for gram in rarest:
-                index[gram].append(i)
+    for i, grams in enumerate(test_grams):
+        for gram in sorted(grams, key=lambda gram: (counts[gram], gram))[: int((1 - OVERLAP) * len(grams)) + 1]:
+            index[gram].append(i)
     best: dict[int, Match] = {}
-    for j, pair in enumerate(other_grams):
-        for i in {i for grams in pair for gram in grams for i in index.get(gram, ())}:
-            kind, share = _compare(test[i], other[j], test_grams[i], pair)
-            match = Match(kind, share, i, j)
-            if kind and (i not in best or match.rank < best[i].rank):
-                best[i] = match
+    for j, grams in enumerate(other_grams):
+        for i in {i for gram in grams for i in index.get(gram, ())}:
+            overlap = len(test_grams[i] & grams) / len(test_grams[i])
+            match = Match("exact" if test[i] == other[j] else "near", overlap, i, j)
+            if match.kind == "exact" or (overlap >= OVERLAP and _is_near(test[i], other[j])):
+                best[i] = min(match, best.get(i, match), key=lambda match: match.rank)
     return [best[i] for i in sorted(best)]
 
 
-def _compare(test: Question, other: Question, own: Grams, others: Grams) -> tuple[str, float]:
-    """The kind of match, "" for none, and the share of the test question's n-grams that the other has."""
-    if test == other:
-        return "exact", 1.0
-    shared, shared_options = (len(mine & theirs) for mine, theirs in zip(own, others, strict=True))
-    wording = overlap = shared / max(1, len(own.words))
-    with_options = bool(own.options and other.options)
-    if with_options:
-        overlap = (shared + shared_options) / (len(own.words) + len(own.options))
+def _is_near(test: Question, other: Question) -> bool:
+    """Whether a question with much of the same wording asks for the same."""
     numbers = Counter(number for number in test.numbers if number != ONE)
-    if overlap < OVERLAP or numbers - Counter("1" if number == ONE else number for number in other.numbers):
-        return "", overlap
+    if numbers - Counter("1" if number == ONE else number for number in other.numbers):
+        return False
     missing = test.content - {word.rstrip("s") for word in other.words}
-    same = len(missing) <= len(test.words) // WORDS_PER_MISSING
-    if with_options:
-        of_options = shared_options / len(own.options)
-        same = same and min(wording, of_options) >= HALF
-        same = same or (of_options >= MOST and (wording >= HALF or len(own.options) >= LONG_OPTIONS))
-    elif len(test.words) < SHORT:  # a few words of a longer text, which may well ask for something else, do not count
-        same = same and len(other.words) < (2 if test.options or other.options else 3) * len(test.words)
-    else:
-        same = same or (numbers.total() >= 2 and len(other.numbers) <= len(test.numbers) + 1)
-    return "near" if same else "", overlap
+    same = len(missing) <= len(test.words) // (WITH_OPTIONS if test.has_options else WORDS_PER_MISSING)
+    if len(test.words) < SHORT:  # a few words of a longer text, which may well ask for something else, do not count
+        return same and len(other.words) < 3 * len(test.words)
+    return same or (numbers.total() >= 2 and len(other.numbers) <= len(test.numbers) + 1)
 
 
 class QuestionSet(NamedTuple):

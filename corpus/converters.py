@@ -54,10 +54,7 @@ def convert(content: bytes, format: str, where: str) -> list[Row]:
     for number, row in enumerate(parse_rows(text, where), 1):
         try:
             converted.append(CONVERTERS[format](row))
-        except KeyError as error:
-            raise ValueError(f"{where}: row {number}: field {error} is missing") from None
-        except (AttributeError, TypeError):
-            raise ValueError(f"{where}: row {number}: a field is not of the expected type") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: row {number}: {error}") from None
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{where}: row {number}: not of the published form ({why})") from None
     return [row for row in converted if row is not None]

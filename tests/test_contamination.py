@@ -63,7 +63,6 @@ def test_the_same_question_is_exact(test, train):
         (DIMES.format(" more"), DIMES.format("")),
         ("1 worm was 0.8 inch long. How long were both?", "One worm was 0.8 inch long. How long were both?"),
         (ARC.format(LAKE.format("organism"), *FISH), ARC.format(LAKE.format("animal"), *reversed(FISH))),
-        (ARC.format(LAKE.format("organism"), *FISH), LAKE.format("organism")),
         (ARC.format(*PLANTS), ARC.format(*PLANTS[:4], "the sun")),
         (PIQA.format("dresser", *CAGE), PIQA.format("wardrobe", *CAGE)),
         boolq("was ode to billy joe based on a true story", "is ode to billy joe based on a true story"),

@@ -98,13 +98,7 @@ def test_means_spreads_and_intervals_are_those_of_the_files(folder: Path, page: 
     assert row["trained parameters"] == "1,000,004" and row["training, min"] == "6.0\nsd 1.4"
 
 
-def test_runs_with_other_settings_are_not_averaged(tmp_path: Path, read) -> None:
-    for seed, rank in ((0, 8), (1, 16), (2, 8)):
-        write_run(tmp_path / "d" / "lora" / f"s{seed}", adapter={"method": "lora", "lora_rank": rank})
-    write_run(tmp_path / "d" / "lora" / "s3", files={"config.json": None, "scores.json": None})
-    page = read(tmp_path)
-    seeds = {name: row["seeds"] for name, row in page.table("Means over seeds").items()}
-    assert seeds == {"lora": "0, 2, 3", "lora (lora_rank 16)": "1"}
+def test_all_settings_of_a_run_are_there(page: Page) -> None:
     assert page.table("All settings of lora s0")["run: rows_per_step"]["value"] == "32"
 
 
