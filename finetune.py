@@ -1,8 +1,8 @@
 """Fine-tune a LLaMA model with a mixture of adapters.
 
-    python finetune.py --method soft_moa                                      the demo model and data
+    python finetune.py --method soft_moa                                   the demo model and data
     python finetune.py --method soft_moa --ckpt_dir DIR --data_path train.json --output_dir OUT
-    torchrun --nproc_per_node N finetune.py --method soft_moa ...             on N processes
+    torchrun --nproc_per_node N finetune.py --method soft_moa ...          on N processes
 
 Then: python extract_adapter.py OUT/checkpoint-LAST.pth
 """
@@ -95,8 +95,7 @@ def fine_tune(config: RunConfig) -> None:
         with run.locked():
             state = run.begin(model, optimizer, schedule)
             if state.is_complete(schedule.steps):
-                how = f"over after step {state.done}, {state.best}" if state.best.stop else "all {} steps are done"
-                log_rank0(f"{run.path}: the run is complete, {how.format(schedule.steps)}")
+                log_rank0(f"{run.path}: the run is complete, it ended after step {state.done}")
                 return
             log_rank0(f"{run.summary(model, schedule, len(val_examples))}\n{memory.report()}")
             params = adapter_params(adapter_config, asdict(args))
@@ -120,8 +119,7 @@ def fine_tune(config: RunConfig) -> None:
                     fast,
                 )
         if validation:
-            no_lower = f"no lower one in {state.best.stale} evaluations, so " if state.best.stop else ""
-            log_rank0(f"{no_lower}the run ends after step {state.done}; {state.best}")
+            log_rank0(f"the run ends after step {state.done}; {state.best}")
         log_rank0(f"{run.path}/checkpoint-{state.done}.pth: done; python extract_adapter.py writes the adapter")
 
 
@@ -136,7 +134,7 @@ def require_suite(name: str) -> Task:
 def suite_score(llm: "Llama", flags: TrainConfig, folder: Path) -> Callable[[], float]:
     """Return a function that answers rows of --val_suite, greedily, and scores the answers -> percent right (robust).
 
-    All processes must call it; they share the rows. The last answers stay in `folder`.
+    All processes must call it; they share the rows. The last answers stay in `folder`/validation.
     """
     import torch.distributed as dist
 
@@ -156,7 +154,8 @@ def suite_score(llm: "Llama", flags: TrainConfig, folder: Path) -> Callable[[], 
     llm = Llama(llm.model, llm.tokenizer, flags.max_seq_len + ANSWER_LENGTH, len(rows))
 
     def score_on_rank0(answers: dict[int, str]) -> float:
-        file = folder / f"{task.name}.jsonl"
+        file = folder / "validation" / f"{task.name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
         lines = [json.dumps(row | {"generate": answers[i]}) + "\n" for i, row in enumerate(rows)]
         atomic_write(file, "".join(lines).encode())
         return score_file(file, task).robust.percent

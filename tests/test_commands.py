@@ -165,11 +165,7 @@ def other_base(tmp_path):
 
 def test_another_base_of_the_same_shape_is_told(trained, data, tmp_path, other_base):
     flags = ("--data_path", data / "train.json", "--output_dir", trained, "--resume")
-    refused(
-        run("finetune.py", *flags, "--ckpt_dir", other_base),
-        "holds something else than the --ckpt_dir",
-        str(other_base),
-    )
+    refused(run("finetune.py", *flags, "--ckpt_dir", other_base), f"{other_base}: is not the --ckpt_dir")
     save_path = tmp_path / "AddSub.jsonl"
     assert run("generate.py", *generate_flags(data, trained, save_path, max_rows=2)).returncode == 0
     again = run("generate.py", *generate_flags(data, trained, save_path, ckpt_dir=other_base))

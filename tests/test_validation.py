@@ -70,7 +70,7 @@ def same_tensors(actual, expected):
 
 def same_run(out, expected, last="checkpoint-6.pth"):
     names = {f.name for f in expected.iterdir()} - {"tensorboard"}
-    assert {f.name for f in out.iterdir()} - {"tensorboard"} == names and BEST in names
+    assert {f.name for f in out.iterdir()} - {"tensorboard", "validation"} == names and BEST in names
     for name in (BEST, last):
         content, right = checkpoint(out, name), checkpoint(expected, name)
         same_tensors(content, right)
@@ -154,12 +154,13 @@ def test_patience_ends_a_run_in_order(data, tmp_path, losses, capsys):
     losses(3.0, 2.0, 2.0, 2.1)
     script("finetune.py", *train_flags(data, out, **flags))
     assert [entry.get("early_stop") for entry in log(out)] == [None] * 3 + [True]
-    assert "no lower one in 2 evaluations, so the run ends after step 4; the lowest" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "the run ends after step 4; the lowest" in text and ", no lower one in 2 evaluations since" in text
     assert checkpoint(out, "checkpoint-4.pth")["step"] == 4 and checkpoint(out)["step"] == 2
     script("extract_adapter.py", out)
     assert [problem for problem in read_run(out).problems if "steps" in problem] == []
     script("finetune.py", *train_flags(data, out, **flags), "--resume")
-    assert f"{out}: the run is complete, over after step 4, the lowest" in capsys.readouterr().err
+    assert f"{out}: the run is complete, it ended after step 4" in capsys.readouterr().err
     assert len(log(out)) == 4
 
 
@@ -293,14 +294,13 @@ def test_a_suites_score_changes_no_number_of_the_run(scored, undisturbed, suite_
     scores = {entry["step"]: entry["val_score"] for entry in log(scored) if "val_score" in entry}
     assert scores.keys() == val_losses(undisturbed).keys()
     rows = json.loads(suite_path.read_text())
-    answered = [json.loads(line) for line in (scored / "GSM8K.jsonl").read_text().splitlines()]
+    answered = [json.loads(line) for line in (scored / "validation/GSM8K.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "generate"} for row in answered] == rows[:5]
-    assert scores[6] == score_file(scored / "GSM8K.jsonl").robust.percent
+    assert scores[6] == score_file(scored / "validation/GSM8K.jsonl").robust.percent
     script("extract_adapter.py", scored / "checkpoint-6.pth", "--output_dir", tmp_path)
     llm = Llama.build(BASE, tmp_path / "adapter.pth", max_seq_len=500)
     prompts = [encode_prompt(llm.tokenizer, row, 300) for row in rows[:5]]
     assert [row["generate"] for row in answered] == list(map(llm.tokenizer.decode, llm.generate(prompts, 200)))
-    (scored / "GSM8K.jsonl").unlink()
     same_run(scored, undisturbed)
 
 

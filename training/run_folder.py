@@ -122,7 +122,8 @@ class RunFolder:
         old = [*(file for _, file in reversed(checkpoints(self.path))), *self.path.glob(f"checkpoint-*{DAMAGED}")]
         for file in [*old, *(self.path / name for name in (BEST, "adapter.pth", PARAMS, "log.jsonl"))]:
             file.unlink(missing_ok=True)
-        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        for name in ("tensorboard", "validation"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _start_record(self, schedule: Schedule, trainable: int) -> dict[str, Any]:
         return {

@@ -39,7 +39,8 @@ class BestLoss:
     def __str__(self) -> str:
         if not self.step:
             return "no validation loss was finite"
-        return f"the lowest validation loss is {self.loss:.4f}, of step {self.step} (checkpoint-BEST.pth)"
+        lowest = f"the lowest validation loss is {self.loss:.4f}, of step {self.step} (checkpoint-BEST.pth)"
+        return lowest + (f", no lower one in {self.stale} evaluations since" if self.stale else "")
 
 
 @dataclass(frozen=True)
