@@ -1,4 +1,4 @@
-"""What layouts, steps and answers cost, computed and measured. docs/performance.md has the commands and their figures.
+"""What steps and answers cost, measured. docs/performance.md has the commands and their figures.
 
 Measured under the settings of the CPU libraries that the entry scripts have; they must stand before torch is loaded.
 """
