@@ -91,7 +91,9 @@ def run(flags: Flags) -> None:
     from llama.predictions import Predictions
     from moa.adapter_file import recorded_template
 
-    ckpt_dir, data_path = with_demo(flags)
+    # The demo's where none is named, made first if they are not there
+    ckpt_dir = str(ensure_model()) if flags.ckpt_dir is None else flags.ckpt_dir
+    data_path = str(ensure_data()[1]) if flags.data_path is None else flags.data_path
     device = get_device(flags.device)
     with distributed_run(device, flags.model_parallel_size):
         template = flags.template or recorded_template(flags.adapter_path, ALPACA)
@@ -175,13 +177,6 @@ def answer_rows(flags: Flags, template: str, llm, rows: list[dict], share: list[
             [sample for _, sample in jobs],
             on_finish,
         )
-
-
-def with_demo(flags: Flags) -> tuple[str, str]:
-    """The model and the test rows, the demo's where none is named (made first if they are not there)."""
-    ckpt_dir = str(ensure_model()) if flags.ckpt_dir is None else flags.ckpt_dir
-    data_path = str(ensure_data()[1]) if flags.data_path is None else flags.data_path
-    return ckpt_dir, data_path
 
 
 def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
