@@ -182,15 +182,16 @@ class Study:
             return []
         return [self.run(line, best.lr * line.lr_scale, seed) for seed in line.seeds]
 
-    def wanted(self, run: Run) -> list[str]:
-        """The files of measurements of a run that is tested."""
+    @property
+    def measurements(self) -> list[str]:
+        """The files that a run has when it has been tested."""
         return ["val.json", "test.json", *["demo.jsonl"] * (self.dataset == "demo")]
 
     def complete(self, line: Line) -> bool:
         """Whether all candidates have been validated and all runs of the chosen rate tested."""
         candidates, chosen = self.candidates(line), self.chosen(line)
         validated = all((run.path / "val.json").is_file() for run in candidates)
-        tested = all((run.path / name).is_file() for run in chosen for name in self.wanted(run))
+        tested = all((run.path / name).is_file() for run in chosen for name in self.measurements)
         return validated and tested and bool(chosen)
 
 
@@ -217,18 +218,20 @@ class Worker:
         device = get_device(self.flags.device)
         self.machine = {"bf16": bf16_is_fast(device) if self.flags.bf16 is None else self.flags.bf16}
         self.machine["device"] = str(device)
+        warmup = max(1, self.flags.steps // 10) / -(-self.flags.train_rows // self.flags.batch_size)
         budget = ("steps", "batch_size", "max_seq_len", "test_rows", "demo_rows")
         self.identity = {
             "code": code_hash(),
             "base": fingerprint(self.ckpt_dir),
             **{f"{split} rows": file_hash(rows / f"{split}.json")[:16] for split in SPLITS},
             **{name: getattr(self.flags, name) for name in budget},
+            "warmup_epochs": f"{warmup:.9g}",
             **self.machine,
         }
 
     def do(self) -> Iterator[str]:
         """Do all that is missing -> the lines that could not be trained, with the reason."""
-        self.measure(self.study.base, self.study.wanted(self.study.base))
+        self.measure(self.study.base, self.study.measurements)
         for line in self.study.lines:
             try:
                 for run in self.study.candidates(line):
@@ -237,7 +240,7 @@ class Worker:
                 if not chosen:
                     raise ValueError("no rate has a finite validation loss")
                 for run in chosen:
-                    self.measure(run, self.study.wanted(run))
+                    self.measure(run, self.study.measurements)
                     if run.loss("test") == inf:
                         raise ValueError(f"the training of {run} diverged")
             except ValueError as error:
@@ -270,14 +273,13 @@ class Worker:
     def words(self, run: Run) -> list[str]:
         """The command line of finetune.py."""
         flags, rows = self.flags, self.study.folder / "rows"
-        warmup = max(1, flags.steps // 10) / -(-flags.train_rows // flags.batch_size)  # in epochs
         values = {
             "ckpt_dir": Path(self.ckpt_dir).resolve(),
             "data_path": (rows / "train.json").resolve(),
             "output_dir": run.path.resolve(),
         }
         values |= {"seed": run.seed, "lr": f"{run.lr:g}", "max_steps": flags.steps, "batch_size": flags.batch_size}
-        values |= {"warmup_epochs": f"{warmup:.9g}", "max_seq_len": flags.max_seq_len, **self.machine}
+        values |= {"warmup_epochs": self.identity["warmup_epochs"], "max_seq_len": flags.max_seq_len, **self.machine}
         pairs = [("method", run.line.method), *values.items(), *run.line.options.items()]
         return [word for name, value in pairs for word in (f"--{name}", str(value))] + ["--resume"]
 

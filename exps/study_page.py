@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,14 @@ def insert(path: Path, text: str) -> None:
 def page(study: Study, results: Sequence[Result], by_reference: dict[str, Any]) -> str:
     """The tables of a data set in Markdown."""
     flags, trained = study.flags, [result for result in results if result.line]
-    record = read_json(study.base.path / "study.json")
-    revisions = sorted({str(run.record["git_revision"]) for result in trained for run in result.folders})
-    what = [f"## {study.dataset}", "", f"Revision {', '.join(revisions)} (code {record['code']}), {flags.steps} steps"]
-    what[-1] += f" of {flags.batch_size} rows of {flags.train_rows}; losses on {flags.test_rows} test rows"
-    if study.dataset == "demo":
-        what[-1] += f", accuracy (published rule) on {flags.demo_rows} problems"
-    what[-1] += "; mean ± standard deviation over seeds."
+    made = read_json(study.base.path / "study.json")
+    revisions = {str(folder.record["git_revision"]) for result in trained for folder in result.folders}
+    text = f"Revision {', '.join(sorted(revisions))} (code {made['code']}). {made['steps']} steps of "
+    text += f"{made['batch_size']} of {trained[0].folders[0].record['rows']} rows; losses on "
+    text += f"{len(results[0].counts['loss'])} test rows"
+    if "demo" in results[0].counts:
+        text += f", accuracy by the published rule on {len(results[0].counts['demo'])} problems"
+    text += "; mean ± standard deviation over seeds."
     tables = [_table([_cells(result, flags.quiet_machine) for result in [*trained, results[0]]])]
     for reference, measures in by_reference.items():
         for measure, by_line in measures.items():
@@ -146,7 +147,7 @@ def page(study: Study, results: Sequence[Result], by_reference: dict[str, Any]) 
     at_edge = [r.name for r in trained if _best(study, r).lr in (min(r.line.rates), max(r.line.rates))]
     if at_edge:
         tables.append(f"The lowest or highest rate was the best for {', '.join(at_edge)}: a better one may lie beyond.")
-    return "\n".join(what) + "\n\n" + "\n\n".join(tables) + "\n"
+    return "\n\n".join([f"## {study.dataset}", text, *tables]) + "\n"
 
 
 def _table(rows: list[dict[str, str]]) -> str:
@@ -226,7 +227,7 @@ def as_json(study: Study, results: Sequence[Result], by_reference: dict[str, Any
         for reference, measures in by_reference.items()
     }
     made_with = read_json(study.base.path / "study.json")
-    return {"made_with": made_with, "flags": asdict(study.flags), "lines": lines, "minus_reference": compared}
+    return {"made_with": made_with, "lines": lines, "minus_reference": compared}
 
 
 def chart(path: Path, results: Sequence[Result]) -> None:

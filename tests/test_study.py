@@ -181,6 +181,7 @@ def test_a_study_from_the_rows_to_the_tables_and_again(tmp_path, trainings, caps
     expected = np.mean(lines["ia3"]["test_loss"]) - np.mean(lines["lora"]["test_loss"])
     assert minus_lora["ia3"]["mean"] == pytest.approx(expected) and "lora" not in minus_lora
     text = (out / "results.md").read_text()
+    assert "4 steps of 2 of 20 rows; losses on 6 test rows, accuracy by the published rule on 3 problems" in text
     assert text in capsys.readouterr().out and content["demo"]["lines"][1]["git_revision"][0] in text
     assert page.read_text().startswith("before\n<!-- study: begin -->\n\n## demo") and page.read_text().endswith(
         "after\n"
