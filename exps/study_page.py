@@ -248,5 +248,6 @@ def chart(path: Path, results: Sequence[Result]) -> None:
             axes.errorbar(size, mean, reach, fmt="o", markersize=3, color="#0072B2")
             axes.annotate(result.name, (size, mean), (4, 3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="trained parameters", ylabel="test loss")
+    axes.margins(x=0.15)  # room for names
     axes.grid(True, color="#cccccc", linewidth=0.4)
     figure.savefig(path, metadata={"Date": None})
