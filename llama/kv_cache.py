@@ -14,16 +14,16 @@ from moa.routers import Gates
 class KVCache:
     """Keys and values of up to max_rows sequences of up to max_len tokens, for every layer.
 
-    k, v: per layer (max_rows, max_len, K, h). seq_lens: tokens held of each sequence. gates: per layer, the gates of a
-    per-sequence router, (max_rows, 1) by slot.
+    kv: per layer (max_rows, max_len, 2 K, h), keys beside values; k, v: views of it. seq_lens: tokens
+    held of each sequence. gates: per layer, the gates of a per-sequence router, (max_rows, 1) by slot.
     """
 
     def __init__(
         self, n_layers: int, max_rows: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device
     ):
-        shape = (max_rows, max_len, n_kv_heads, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        shape = (max_rows, max_len, 2 * n_kv_heads, head_dim)
+        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.k, self.v = ([kv.chunk(2, 2)[i] for kv in self.kv] for i in (0, 1))
         self.gates: list[Gates] = [{} for _ in range(n_layers)]
         self.max_rows, self.max_len = max_rows, max_len
         self.seq_lens: list[int] = []
@@ -67,21 +67,26 @@ class KVCache:
         self._last = torch.arange(len(seq_lens), device=seq_lens.device) * self.max_len + seq_lens - 1
         self.mask = None  # (R, 1, 1, T), added to the scores: hides what lies beyond a shorter sequence
         if not equal_lengths:
-            beyond = torch.arange(max_seqlen, device=seq_lens.device) >= seq_lens[:, None, None, None]
-            self.mask = torch.zeros(beyond.shape, dtype=self.v[0].dtype, device=beyond.device)
-            self.mask.masked_fill_(beyond, -torch.inf)
+            width = -(-max_seqlen // 16) * 16  # a GPU's kernels would copy a mask whose rows begin elsewhere
+            beyond = torch.arange(width, device=seq_lens.device) >= seq_lens[:, None, None, None]
+            mask = torch.zeros(beyond.shape, dtype=self.kv[0].dtype, device=beyond.device)
+            self.mask = mask.masked_fill_(beyond, -torch.inf)[..., :max_seqlen]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Decode: store one key and value (R, K, h) per sequence -> all held of them, (R, T, K, h) each."""
-        self.k[layer].flatten(0, 1).index_copy_(0, self._last, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, self._last, v)
-        return tuple(t[layer][: self._num_rows, : self._max_seqlen] for t in (self.k, self.v))
+        return self.append_joint(layer, torch.cat([k, v], 1))
+
+    def append_joint(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from keys beside values, (R, 2 K, h)."""
+        cached = self.kv[layer]
+        cached.view(-1, *kv.shape[1:]).index_copy_(0, self._last, kv)
+        return cached[: self._num_rows, : self._max_seqlen].chunk(2, 2)
 
     @torch.inference_mode()  # as `store_gates`
     def fork(self, source: int, row: int, n: int | None = None) -> None:
         """Copy a sequence, or its first n tokens, from row `source` to `row`."""
         n = n or self.seq_lens[source]
-        for tensor in (*self.k, *self.v):
+        for tensor in self.kv:
             tensor[row, :n] = tensor[source, :n]
         for gate in (gate for layer in self.gates for gate in layer.values()):
             gate[row] = gate[source]

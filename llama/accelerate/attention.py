@@ -47,9 +47,9 @@ def view_as_sequences(t: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `llama.model.decode_attention`. On a CPU it is two plain products: torch's kernel takes twice as long for so
-    few queries."""
-    if q.device.type != "cpu":
+    """As `llama.model.decode_attention`. On a CPU several rows are two plain products, for which torch's kernel takes
+    twice as long."""
+    if q.device.type != "cpu" or len(q) == 1:
         return model.decode_attention(q, k, v, mask)
     q = upcast_on_cpu(q.unflatten(1, (k.shape[2], -1)))  # (R, K, H/K, h)
     # One copy that the product can read: heads apart, in the type of q

@@ -7,6 +7,7 @@ import torch
 
 from llama.accelerate.cuda_graphs import CUDAGraphRunner
 from llama.accelerate.forwards import WeightCache, install
+from llama.accelerate.fused_decode import FusedDecode, is_known
 from llama.accelerate.prepack import DECODE_MAX_TOKENS
 from llama.engine import DecodeStep, decode
 from llama.machine import free_memory
@@ -36,6 +37,7 @@ class FastDecoding:
     ):
         self._model, self._cuda_graphs, self._prepack_from = model, cuda_graphs, prepack_from
         self._cache, self._versions = WeightCache(decode_max_tokens), None
+        self._on_gpu = model.output.weight.device.type == "cuda"
         install(model, self._cache, flash)
 
     @contextmanager
@@ -51,10 +53,15 @@ class FastDecoding:
         self._versions = versions
         cache.prepack = cache.prepack or self._prepack_pays(steps)
         cache.frozen = True
+        fused = (cache.prepack or self._on_gpu) and not hooked and is_known(self._model)
         try:
+            if fused:
+                with torch.inference_mode():
+                    self._model.decode = cache.get(self._model, "decode", lambda: FusedDecode(self._model, cache))
             yield CUDAGraphRunner().decode if self._cuda_graphs and not hooked else decode
         finally:
             cache.frozen = False
+            self._model.__dict__.pop("decode", None)
             if versions is None:
                 cache.entries, cache.prepack = {}, False
 

@@ -23,7 +23,7 @@ from llama.accelerate.kernels import (
     normalize,
 )
 from llama.accelerate.loss import chunked_cross_entropy
-from llama.accelerate.prepack import DECODE_MAX_TOKENS, linear, prepacked_linear, uses_fbgemm
+from llama.accelerate.prepack import DECODE_MAX_TOKENS, linear, prepacked_linear, uses_onednn
 from llama.model import Attention, ForwardContext, RMSNorm, Transformer, TransformerBlock, apply_rotary_emb
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear
 from moa.adapter import AdapterModule, Target, apply_gates
@@ -227,13 +227,8 @@ def fused_linear(
     weights = [layer.weight for layer in layers]
     widths = [len(weight) for weight in weights]
     if cache.frozen and cache.prepack:
-        apart = uses_fbgemm(weights[0])  # fp16 has too few digits for what is trained
-        copied = weights if apart else [*weights, *down_weights(readers)]
-        product = cache.get(layers[0], (x.dtype, *readers), lambda: prepacked_linear(copied, x.dtype))(x)
-        if apart:
-            return product.split(widths, -1), project_down(cache, adapters, x, layers, readers)
-        *outputs, down = product.split([*widths, product.shape[1] - sum(widths)], -1)
-        return outputs, split(down, readers) if readers else {}
+        outputs, down = joint_product(cache, layers, readers, x)(x)
+        return outputs.split(widths, -1), split(down, readers) if readers else {}
     if torch.is_grad_enabled() and x.requires_grad and readers:
         trained = stack(down_weights(readers), x.dtype)
         *outputs, down = FusedLinearFunction.apply(x, trained, column and mp_size() > 1, *weights)
@@ -250,6 +245,55 @@ def fused_linear(
         outputs = [linear(shared, weight) for weight in weights]
         outputs = outputs if column else [reduce_from_model_parallel_region(t) for t in outputs]
     return outputs, project_down(cache, adapters, x, layers, readers)
+
+
+def joint_product(
+    cache: WeightCache, layers: list[nn.Module], readers: list[AdapterModule], like: Tensor
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """x (N, in) -> the outputs of plain layers side by side, and the products with the readers' down-projections.
+
+    The callable takes a residual (N, out) too, to be added to the outputs. like (N, in): of the type of its inputs.
+    """
+    weights, dtype, narrow = [layer.weight for layer in layers], like.dtype, cache.narrow_dtype(like)
+    width = sum(map(len, weights))
+    joined = cache.prepack and uses_onednn(weights[0])  # else trained weights stay as they are: fp16 has too few digits
+    if cache.prepack:
+        copied = [*weights, *down_weights(readers)] if joined else weights
+        product = cache.get(layers[0], (dtype, *readers), lambda: prepacked_linear(copied, dtype))
+    else:
+        joint = joint_weight(layers)
+        product = partial(F.linear, weight=joint)
+    if readers and not joined:
+        down = cache.get(layers[0], ("downs", narrow, *readers), lambda: stack(down_weights(readers), narrow))
+
+    def run(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if residual is not None and not cache.prepack:
+            outputs = torch.addmm(residual, x, joint.T)
+        else:
+            outputs = product(x)
+            beside = outputs[:, width:] if joined else None
+            outputs = outputs[:, :width]
+            outputs = outputs if residual is None else outputs + residual
+        if not readers:
+            return outputs, None
+        return outputs, beside if joined else F.linear(x.to(narrow), down)
+
+    return run
+
+
+def joint_weight(layers: list[nn.Module]) -> Tensor:
+    """The weights of layers one above the other, (sum of k, in), of which they become views: no memory is spent."""
+    if len(layers) == 1:
+        return layers[0].weight
+    joint = getattr(layers[0], "joint", None)
+    if joint is None or any(
+        layer.weight.untyped_storage()._cdata != joint.untyped_storage()._cdata for layer in layers
+    ):
+        with torch.inference_mode(False), torch.no_grad():
+            joint = layers[0].joint = torch.cat([layer.weight for layer in layers])
+            for layer, part in zip(layers, joint.split([len(layer.weight) for layer in layers]), strict=True):
+                layer.weight = nn.Parameter(part, requires_grad=False)
+    return joint
 
 
 def project_down(
@@ -329,11 +373,7 @@ UP: dict[type, Callable[..., Tensor]] = {LoRA: lora, ParallelAdapter: parallel_a
 
 
 def prompt(cache: WeightCache, self: Prompt, output: Tensor, gate: Tensor | None, query: Tensor) -> Tensor:
-    def keys_and_values() -> tuple[Tensor, Tensor]:
-        keys, values = self.keys_and_values(query.shape[-1], query.dtype)
-        return keys.transpose(0, 1) / query.shape[-1] ** 0.5, values.transpose(0, 1)  # (K, E L, h)
-
-    keys, values = cache.get(self, query.dtype, keys_and_values)
+    keys, values = prompt_keys(cache, self, query.shape[-1], query.dtype)
     if self.num_experts == 1 and cache.is_decode(query):  # one kernel
         weight = cache.get(self, ("gate", query.dtype), lambda: self.gate.to(query.dtype))[:, None]  # (H, 1)
         if gate is not None:
@@ -347,6 +387,16 @@ def prompt(cache: WeightCache, self: Prompt, output: Tensor, gate: Tensor | None
     else:
         weight = weight.expand(-1, self.num_experts, len(query))
     return PromptAttentionFunction.apply(output, query, keys, values, weight)
+
+
+def prompt_keys(cache: WeightCache, self: Prompt, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys, divided by sqrt(h), and values (K, E L, h)."""
+
+    def keys_and_values() -> tuple[Tensor, Tensor]:
+        keys, values = self.keys_and_values(head_dim, dtype)
+        return keys.transpose(0, 1) / head_dim**0.5, values.transpose(0, 1)
+
+    return cache.get(self, dtype, keys_and_values)
 
 
 def gated(a: Tensor, gate: Tensor, width: int) -> Tensor:
