@@ -52,6 +52,7 @@ MAX_VOCABULARY = 1 << 24
 # (non-)space characters too, as those are what its pattern backtracks over.
 MAX_PIECE = 400_000
 MAX_RUN = 25_000
+LONG_RUN = re.compile(rf"\s{{{MAX_RUN}}}|\S{{{MAX_RUN}}}")
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,8 @@ def _short_pieces(text: str) -> Iterator[str]:
         yield text
         return
     for start in range(0, len(text), MAX_PIECE):
-        piece = text[start : start + MAX_PIECE]
-        run, begin = 0, 0
-        for i in range(1, len(piece)):
-            run = run + 1 if piece[i].isspace() == piece[i - 1].isspace() else 0
-            if run >= MAX_RUN:
-                yield piece[begin:i]
-                begin, run = i, 0
+        piece, begin = text[start : start + MAX_PIECE], 0
+        for run in LONG_RUN.finditer(piece):
+            yield piece[begin : run.end()]
+            begin = run.end()
         yield piece[begin:]

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from moa.adapter import AdapterModule, Init, Target, linear_init, zeros
 from moa.config import AdapterConfig, Slot
-from moa.parallel import reduce_from_model_parallel_region
 
 Gates = dict[str, Tensor]  # slot -> (N, 1)
 
@@ -30,7 +29,7 @@ class RouterLinear(AdapterModule):
         init: Init | None = None,
     ):
         super().__init__()
-        self.row_parallel = target is not None and target.parallel == "row"
+        self.target = target
         shard = target.shard_inputs(1) if target is not None else None
         self.add_parameter("weight", (out_features, in_features), init or linear_init(in_features), shard)
         if bias:
@@ -39,8 +38,9 @@ class RouterLinear(AdapterModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype))
-        return self.add_bias(reduce_from_model_parallel_region(y) if self.row_parallel else y)
+        if self.target is not None:
+            return self.add_bias(self.target.project_in(x, self.weight))
+        return self.add_bias(F.linear(x, self.weight.to(x.dtype)))
 
     def add_bias(self, y: Tensor) -> Tensor:
         """W x -> W x + b, float32."""
