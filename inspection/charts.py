@@ -153,6 +153,9 @@ def tradeoff(groups: Sequence[RunGroup], rule: str, column: str) -> Any:
     return figure
 
 
+MEASURES = ("share above 0", "mean threshold", "balance", "entropy")
+
+
 def routers(statistics: dict[str, Any]) -> Any:
     """Mean gates of a block's adapters, layer by slot, and mean weights of the experts of each slot, layer by expert.
 
@@ -175,7 +178,8 @@ def routers(statistics: dict[str, Any]) -> Any:
         heat.set_title(slot or statistics["method"])
         heat.set_ylabel("layer" if heat.get_subplotspec().is_first_col() else "")
         layers = [router["layer"] + 0.5 for router in members]
-        for i, (label, values) in enumerate(_measures(members).items()):
+        for label, values in _measures(members).items():
+            i = MEASURES.index(label)
             (handles[label],) = lines.plot(values, layers, color=COLOURS[i], linestyle=DASHES[i])
         lines.set(xlim=(-0.05, 1.05), xticks=[0, 1], ylim=(n_layers, 0), yticks=[])
     figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles))
