@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,10 @@ from moa.reading import parse_json, read_text, safe_name, short_repr
 
 _SCALING = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 
-# Smallest and largest value of each number, far beyond every model there is: beyond them a file is damaged, and would
-# only fail later and less clearly. Whole numbers where the bounds are.
-_SIZE, _NUMBER = (1, 2**24), (1e-12, 1e12)
-_BOUNDS = {
-    **{"n_layers": (1, MAX_LAYERS), "vocab_size": (-1, 2**24), "ffn_dim_multiplier": (1e-12, 1e3)},
-    **dict.fromkeys(("norm_eps", "rope_theta", *_SCALING), _NUMBER),
-    **dict.fromkeys(("dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "multiple_of"), _SIZE),
-    "rope_original_max_seq_len": _SIZE,
-}
+# Smallest and largest value of a number, far beyond every model there is: beyond them a file is damaged, and would only
+# fail later and less clearly.
+_BOUNDS = {"n_layers": (1, MAX_LAYERS), "vocab_size": (-1, 2**24), "ffn_dim_multiplier": (1e-12, 1e3)}
+_SIZE, _NUMBER = (1, 2**24), (1e-12, 1e12)  # of other whole numbers and of others
 
 # Meta's own files say `use_scaled_rope` and not by how much. The factors of its releases, published in the config.json
 # of each, by (dim, n_layers, n_heads).
@@ -67,14 +62,11 @@ class ModelArgs:
     def __post_init__(self):
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        for name, bounds in _BOUNDS.items():
-            if getattr(self, name) is not None or name not in ("ffn_dim_multiplier", "head_dim", "ffn_dim"):
-                _require_number(name, getattr(self, name), *bounds)
+        for f in fields(self):
+            if getattr(self, f.name) is not None or f.default is not None:
+                _check_type(f, getattr(self, f.name))
         if self.vocab_size == 0:
             raise ValueError("vocab_size must be positive (or -1), not 0")
-        for name in ("use_scaled_rope", "qk_norm", "tied_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {short_repr(getattr(self, name))}")
         if self.head_dim is None and self.dim % self.n_heads or (self.head_dim or self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must split into n_heads {self.n_heads} heads of even width")
         if self.head_dim is None:
@@ -138,11 +130,17 @@ class ModelArgs:
         return args
 
 
-def _require_number(name: str, value: Any, least: float, most: float) -> None:
-    whole = isinstance(least, int)
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not least <= value <= most:
-        kind = "whole number" if whole else "number"
-        raise ValueError(f"{name} must be a {kind} from {least} to {most}, not {short_repr(value)}")
+def _check_type(f: Field, value: Any) -> None:
+    """ValueError unless `value` is of a field's type and within its bounds."""
+    if f.type is bool:
+        expected, fits = "true or false", isinstance(value, bool)
+    else:
+        whole = f.type in (int, int | None)
+        low, high = _BOUNDS.get(f.name, _SIZE if whole else _NUMBER)
+        expected = f"a {'whole ' if whole else ''}number from {low} to {high}"
+        fits = type(value) in ((int,) if whole else (int, float)) and low <= value <= high
+    if not fits:
+        raise ValueError(f"{f.name} must be {expected}, not {short_repr(value)}")
 
 
 @cache  # said once

@@ -159,14 +159,6 @@ def test_half_a_surrogate_pair_can_be_read_again_by_everyone(path):
     assert start(path, rows=rows).missing == []
 
 
-def test_what_a_killed_process_had_half_written_goes(path):
-    crash(start(path))
-    mine, other = (path.with_name(f".{name}.123.tmp") for name in (path.name, "GSM8K.jsonl"))
-    mine.touch(), other.touch()
-    start(path)
-    assert other.exists() and not mine.exists()
-
-
 def test_a_folder_that_not_all_processes_see_is_told(path, tmp_path):
     start(path).require_started()
     with pytest.raises(ValueError, match=f"{tmp_path / 'elsewhere'}: not the folder that the first process writes"):
