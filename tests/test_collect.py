@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from commands import run
 from exps import collect as command
 from run_folders import log, write_run
 
@@ -202,8 +201,3 @@ def test_the_output_is_written_whole_or_not_at_all(three, collect):
 def test_a_wrong_call_is_refused(words, status, expected, collect):
     printed = collect(*words, status=status).err
     assert printed.count("error: ") == 1 and all(word in printed for word in expected)
-
-
-def test_it_is_run_by_its_path(three):
-    result = run("exps/collect.py", three / "gsm8k")
-    assert result.returncode == 0 and cells(result.stdout)[1]["seeds"] == "3"

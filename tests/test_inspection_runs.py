@@ -9,10 +9,9 @@ import pytest
 
 from inspection import charts
 from inspection.running_stats import RouterStatistics
-from inspection.runs import NOT_COMPARED, find_runs, group_runs
+from inspection.runs import find_runs, group_runs
 from run_folders import VAL_LOSSES, log, loss, write_run
 from tiny import shared, tokens
-from training import config
 
 
 @pytest.fixture
@@ -88,10 +87,6 @@ def test_method_data_set_and_seed_are_in_the_path(tmp_path: Path) -> None:
         write_run(tmp_path / str(i) / "lora" / "s0", files={"config.json": None}).rename(tmp_path / "runs" / path)
     read = [(run.dataset, run.method, run.seed) for run in find_runs([tmp_path / "runs"])]
     assert read == [("d", "lora", 9), ("d", "lora", 10), ("d", "prompt", 8)]
-
-
-def test_what_a_resumed_run_may_change_is_not_compared() -> None:
-    assert config.RESUMABLE_FIELDS <= NOT_COMPARED
 
 
 # Charts
