@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llama.accelerate import Lanes, accelerate_model, restore_model
+from llama.accelerate.forwards import joint_weight
+from llama.accelerate.fused_decode import is_known
 from llama.accelerate.lanes import split_lanes
 from llama.model import ForwardContext, Transformer
 from llama.packing import PackedBatch
@@ -119,6 +121,23 @@ def test_any_frozen_linear_layer_can_be_the_base(name: str, accelerated: bool) -
     assert llm.generate(rows, max_gen_len=4) == shared(name).generate(rows, max_gen_len=4)
     with float64(llm.model) as model:
         require_same_step(step(model), name, 1e-9)
+
+
+def test_which_models_decode_in_few_operations() -> None:
+    """Those whose adapters are LoRAs, prompts and parallel adapters of one expert (results: test_generation.py)."""
+    names = [None, *METHODS, *BASELINES]
+    known = {name for name in names if is_known(shared(name).model)}
+    soft = {"soft_moa", "soft_moa_linear_router", "sparse_moa", "sparse_moa_const_threshold", "soft_moa_instance"}
+    assert known == {None, "lora", "prompt", "parallel_adapter", "rslora", "lora_plus", "unipeft", *soft}
+
+
+def test_weights_joined_for_a_gpu_take_no_memory() -> None:
+    attention = copy.deepcopy(shared("lora").model).layers[0].attention
+    layers = [attention.wq, attention.wk, attention.wv]
+    before = [layer.weight.clone() for layer in layers]
+    joint = joint_weight(layers)
+    assert joint_weight(layers) is joint and torch.equal(joint, torch.cat(before))
+    assert {layer.weight.untyped_storage().data_ptr() for layer in layers} == {joint.data_ptr()}
 
 
 def test_hooks_see_the_adapters_routers() -> None:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 
 from llama.accelerate.cuda_graphs import CUDAGraphRunner
-from llama.accelerate.forwards import WeightCache, install
+from llama.accelerate.forwards import install
 from llama.accelerate.fused_decode import FusedDecode, is_known
-from llama.accelerate.prepack import DECODE_MAX_TOKENS
+from llama.accelerate.prepack import DECODE_MAX_TOKENS, WeightCache
 from llama.engine import DecodeStep, decode
 from llama.machine import free_memory
 from llama.model import Transformer

@@ -4,9 +4,9 @@ Layers that share an input are multiplied together with the down-projections of 
 router that is not known here, or has a forward hook, runs its own plain forward.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from llama.accelerate.kernels import (
     normalize,
 )
 from llama.accelerate.loss import chunked_cross_entropy
-from llama.accelerate.prepack import DECODE_MAX_TOKENS, linear, prepacked_linear, uses_onednn
+from llama.accelerate.prepack import WeightCache, linear, prepacked_linear, uses_onednn
 from llama.model import Attention, ForwardContext, RMSNorm, Transformer, TransformerBlock, apply_rotary_emb
 from llama.parallel_layers import ColumnParallelLinear, RowParallelLinear
 from moa.adapter import AdapterModule, Target, apply_gates
@@ -35,36 +35,7 @@ from moa.parallel_adapter import ParallelAdapter
 from moa.prompt import Prompt
 from moa.routers import Gates, InstanceRouter, SoftRouter, SparseRouter
 
-T = TypeVar("T")
 Downs = dict[AdapterModule, tuple[Tensor, ...]]  # products (N, k) of the shared input with a module's down-projections
-
-
-class WeightCache:
-    """What is derived from weights alone. Active while they are frozen for a run of generation; in training everything
-    is computed anew. prepack: there is room for copies of the frozen weights."""
-
-    def __init__(self, decode_max_tokens: int = DECODE_MAX_TOKENS) -> None:
-        self.frozen, self.prepack, self.decode_max_tokens = False, False, decode_max_tokens
-        self.entries: dict[Hashable, Any] = {}
-
-    def get(self, owner: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
-        if not self.frozen:
-            return make()
-        if (owner, key) not in self.entries:
-            self.entries[owner, key] = make()
-        return self.entries[owner, key]
-
-    def is_decode(self, x: Tensor) -> bool:
-        """Whether x (N, ...) holds the few tokens of a decode step."""
-        return self.frozen and len(x) <= self.decode_max_tokens
-
-    def narrow_dtype(self, x: Tensor) -> torch.dtype:
-        """Type in which a product with a narrow matrix is fastest.
-
-        That is float32 for the few tokens of a decode step on a CPU, whose bf16 kernels take longer to start than
-        float32's to finish.
-        """
-        return torch.float32 if x.device.type == "cpu" and self.is_decode(x) else x.dtype
 
 
 def install(model: Transformer, cache: WeightCache, flash: bool = False) -> None:

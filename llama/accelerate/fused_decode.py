@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llama.accelerate.attention import decode_attention
-from llama.accelerate.forwards import WeightCache, joint_product, plain, prompt_keys
+from llama.accelerate.forwards import joint_product, plain, prompt_keys
+from llama.accelerate.prepack import WeightCache
 from llama.kv_cache import KVCache
 from llama.model import Transformer, TransformerBlock
 from moa.adapter import AdapterModule

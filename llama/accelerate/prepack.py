@@ -1,18 +1,50 @@
-"""Weight prepacking: copies of frozen weights in the layout that a CPU's kernels read fastest, for decode steps.
+"""Weights that stand still: what is derived from them is kept, and copies are in the layout that a CPU's kernels read
+fastest, for decode steps.
 
 oneDNN's bf16 kernels reorder a matrix anew for every product, unless a copy lies in their layout. Without bf16 kernels
 fbgemm's are the fastest for few rows: they read weights of fp16, half the bytes of float32, and multiply and add in
 float32. Where fp16 would lose digits, the copy stays as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+T = TypeVar("T")
+
 DECODE_MAX_TOKENS = 64
+
+
+class WeightCache:
+    """What is derived from weights alone. Active while they are frozen for a run of generation; in training everything
+    is computed anew. prepack: there is room for copies of the frozen weights."""
+
+    def __init__(self, decode_max_tokens: int = DECODE_MAX_TOKENS) -> None:
+        self.frozen, self.prepack, self.decode_max_tokens = False, False, decode_max_tokens
+        self.entries: dict[Hashable, Any] = {}
+
+    def get(self, owner: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
+        if not self.frozen:
+            return make()
+        if (owner, key) not in self.entries:
+            self.entries[owner, key] = make()
+        return self.entries[owner, key]
+
+    def is_decode(self, x: Tensor) -> bool:
+        """Whether x (N, ...) holds the few tokens of a decode step."""
+        return self.frozen and len(x) <= self.decode_max_tokens
+
+    def narrow_dtype(self, x: Tensor) -> torch.dtype:
+        """Type in which a product with a narrow matrix is fastest.
+
+        That is float32 for the few tokens of a decode step on a CPU, whose bf16 kernels take longer to start than
+        float32's to finish.
+        """
+        return torch.float32 if x.device.type == "cpu" and self.is_decode(x) else x.dtype
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
