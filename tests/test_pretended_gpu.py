@@ -201,7 +201,7 @@ def test_a_planted_copy_of_unpinned_memory_is_found(gpu: Pretended, monkeypatch:
 
 def test_a_planted_copy_while_recording_is_found(gpu: Pretended, graphs: list[Graph]) -> None:
     model = model_of("soft_moa", gpu)
-    plant(model.layers[1].router, pinned_copy)
+    plant(model.layers[1].ffn_norm, pinned_copy)
     decode_steps(model, cuda_graphs=False)
     assert not gpu.waits
     decode_steps(model, cuda_graphs=True)
