@@ -7,27 +7,15 @@
 Then: python extract_adapter.py OUT/checkpoint-LAST.pth
 """
 
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cli import cli_errors
 from demo import RECIPE
-from evaluate.scoring import score_file
-from evaluate.tasks import Task, task_named
 from llama.machine import prepare_libraries
 from llama.templates import ALPACA
-from moa.reading import read_rows
-from training.config import RunConfig, TrainConfig, parse_flags
+from training.config import RunConfig, parse_flags
 from training.resume import merge_with_previous_run
-
-if TYPE_CHECKING:
-    from llama import Llama
-
-ANSWER_LENGTH = 200  # most new tokens of an answer to a row of --val_suite
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,8 +23,6 @@ def main(argv: list[str] | None = None) -> None:
     with cli_errors():
         prepare_libraries()
         config = with_demo(merge_with_previous_run(config))
-        if config.train.val_suite:
-            require_suite(config.train.val_suite)
         if config.train.dry_run:
             from training.dry_run import print_dry_run
 
@@ -60,6 +46,7 @@ def fine_tune(config: RunConfig) -> None:
     from training.recorder import Recorder, log_rank0
     from training.run_folder import RunFolder
     from training.schedule import Schedule
+    from training.suite_score import SuiteScore
     from training.validation import Validation
 
     device = get_device(config.train.device)
@@ -89,7 +76,7 @@ def fine_tune(config: RunConfig) -> None:
         validation = None
         if val_examples:
             every = flags.eval_every or schedule.steps_per_epoch
-            score = suite_score(llm, flags, run.path) if flags.val_suite else None
+            score = SuiteScore(llm, flags, run.path) if flags.val_suite else None
             validation = Validation(val_examples, flags.batch_size, every, flags.patience, score)
         optimizer = make_optimizer(model, flags.weight_decay, flags.beta2)
         with run.locked():
@@ -121,53 +108,6 @@ def fine_tune(config: RunConfig) -> None:
         if validation:
             log_rank0(f"the run ends after step {state.done}; {state.best}")
         log_rank0(f"{run.path}/checkpoint-{state.done}.pth: done; python extract_adapter.py writes the adapter")
-
-
-def require_suite(name: str) -> Task:
-    """Return the suite of that name. ValueError where there is none, or where its answers are programs."""
-    task = task_named(name)
-    if task.runs_code:
-        raise ValueError(f"--val_suite {task.name}: its answers are programs, which only python -m evaluate runs")
-    return task
-
-
-def suite_score(llm: "Llama", flags: TrainConfig, folder: Path) -> Callable[[], float]:
-    """Return a function that answers rows of --val_suite, greedily, and scores the answers -> percent right (robust).
-
-    All processes must call it; they share the rows. The last answers stay in `folder`/validation.
-    """
-    import torch.distributed as dist
-
-    from llama import Llama
-    from llama.data import encode_prompt
-    from llama.distributed import broadcast_from_rank0, dp_rank, dp_size
-    from moa.files import atomic_write
-
-    task, path = require_suite(flags.val_suite), flags.val_suite_path or flags.val_data_path
-    rows = read_rows(path)[: flags.val_suite_rows]
-    prompts = [encode_prompt(llm.tokenizer, row, flags.max_seq_len, flags.template) for row in rows]
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), 1):
-        task.answer_of(row, f"{path}: row {number}")
-        if len(prompt) > flags.max_seq_len:
-            raise ValueError(f"{path}: row {number}: its prompt is longer than --max_seq_len {flags.max_seq_len}")
-    # Plain decoding keeps no copies of weights, which training is about to change
-    llm = Llama(llm.model, llm.tokenizer, flags.max_seq_len + ANSWER_LENGTH, len(rows))
-
-    def score_on_rank0(answers: dict[int, str]) -> float:
-        file = folder / "validation" / f"{task.name}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        lines = [json.dumps(row | {"generate": answers[i]}) + "\n" for i, row in enumerate(rows)]
-        atomic_write(file, "".join(lines).encode())
-        return score_file(file, task).robust.percent
-
-    def score() -> float:
-        share = range(dp_rank(), len(rows), dp_size())
-        texts = map(llm.tokenizer.decode, llm.generate([prompts[i] for i in share], ANSWER_LENGTH))
-        parts: list[dict[int, str]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, dict(zip(share, texts, strict=True)))
-        return broadcast_from_rank0(lambda: score_on_rank0({i: text for part in parts for i, text in part.items()}))
-
-    return score
 
 
 def with_demo(config: RunConfig) -> RunConfig:

@@ -31,7 +31,7 @@ RULES = {
     "moa": allowed(libraries="torch fairscale filelock"),
     "llama": allowed("moa", libraries="torch numpy fairscale tiktoken regex tqdm", late="flash_attn bitsandbytes"),
     "corpus": allowed("moa cli", libraries="tabulate", late="pooch requests"),
-    "training": allowed("llama moa cli corpus", libraries="torch numpy fairscale tqdm tensorboard"),
+    "training": allowed("llama moa cli corpus evaluate", libraries="torch numpy fairscale tqdm tensorboard"),
     "convert": allowed("llama moa cli", libraries="torch numpy tqdm gguf safetensors"),
     "demo": allowed("convert llama moa cli", libraries="filelock torch numpy tqdm"),
     "evaluate": allowed("moa cli", libraries="tabulate"),

@@ -246,7 +246,7 @@ REFUSED = {
     "--val_suite gsm8k": "--val_suite needs --val_data_path, or --val_share and --val_suite_path",
     "--val_suite_rows 3": "--val_suite_rows has no effect without --val_suite",
     "--val_data_path DATA --val_suite gsm9k": "no suite is named 'gsm9k' (nearest: GSM8K)",
-    "--val_data_path DATA --val_suite mbpp": "--val_suite MBPP: its answers are programs",
+    "--val_data_path DATA --val_suite mbpp": "--val_suite mbpp: programs are scored afterwards",
     "--val_data_path DATA --val_suite gsm8k": "row 1: field 'answer' is missing",
     "--resume --init_adapter x": "--resume goes on with a run's own adapter: leave --init_adapter out",
     "--init_adapter missing.pth": "missing",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cli import cli_errors, die, flag, parse_into
+from evaluate.tasks import task_named
 from llama.args import ModelArgs
 from llama.machine import QUANTIZATIONS, check_machine
 from llama.templates import TEMPLATES
@@ -124,6 +125,8 @@ class TrainConfig:
             raise ValueError(f"--val_share must be below 1, not {self.val_share:g}")
         if self.val_suite and not (self.val_data_path or (self.val_share and self.val_suite_path)):
             raise ValueError("--val_suite needs --val_data_path, or --val_share and --val_suite_path")
+        if self.val_suite and task_named(self.val_suite).runs_code:
+            raise ValueError(f"--val_suite {self.val_suite}: programs are scored afterwards, by evaluate")
         if self.report_to and find_spec(self.report_to) is None:
             raise ValueError(f"--report_to {self.report_to}: the package {self.report_to} is not installed")
         if self.resume and self.overwrite:
