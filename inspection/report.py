@@ -24,7 +24,7 @@ from inspection.runs import NONE, QUANTITIES, RULES, Run, RunGroup, brief, show
 
 SD = "\nsd "
 SHOWN = ("trainable_parameters", "seconds", "seconds_per_step", "tokens_per_s", "peak_memory_bytes", "adapter_bytes")
-SHOWN += ("final_loss", "val_loss", "best_step")
+SHOWN += ("final_loss", "val_loss", "best_step", "val_score")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ QUANTITIES = {
     "final_loss": Quantity("final loss", form=".2f"),
     "val_loss": Quantity("lowest validation loss", form=".3f"),
     "best_step": Quantity("at step"),
+    "val_score": Quantity("score there, %", form=".1f"),
     "seconds": Quantity("training, min", 60, ",.1f"),
     "seconds_per_step": Quantity("a step, s", form=",.2f"),
     "tokens_per_s": Quantity("tokens/s"),
@@ -221,7 +222,7 @@ def _read_record(run: Run, name: str, text: str) -> None:
 
 
 def _read_log(run: Run, name: str, text: str) -> None:
-    lines, steps = text.splitlines(), []
+    lines, steps, val_scores = text.splitlines(), [], {}
     for number, line in enumerate(lines, 1):
         try:
             with expecting(f"line {number}", "a step"):
@@ -230,6 +231,8 @@ def _read_log(run: Run, name: str, text: str) -> None:
                 for losses, key in ((run.losses, "loss"), (run.val_losses, "val_loss")):
                     if entry.get(key) is not None:
                         losses.append((int(step), float(entry[key])))
+                if entry.get("val_score") is not None:
+                    val_scores[int(step)] = float(entry["val_score"])
                 steps.append(numbers)
                 run.stopped_early = entry.get("early_stop") is True
         except ValueError as error:
@@ -244,7 +247,10 @@ def _read_log(run: Run, name: str, text: str) -> None:
         last = run.losses[-max(len(run.losses) // 10, 1) :]
         run.numbers["final_loss"] = statistics.fmean(loss for _, loss in last)
     if run.val_losses:
-        run.numbers["val_loss"], run.numbers["best_step"] = min((loss, step) for step, loss in run.val_losses)
+        run.numbers["val_loss"], best = min((loss, step) for step, loss in run.val_losses)
+        run.numbers["best_step"] = best
+        if best in val_scores:
+            run.numbers["val_score"] = val_scores[best]
 
 
 def _read_scores(run: Run, name: str, text: str) -> None:

@@ -37,6 +37,7 @@ def test_a_finished_run_and_an_untuned_base(runs: Path) -> None:
     assert run.numbers["seconds"] == 30 * 21 and run.numbers["peak_memory_bytes"] == 30 * 2**29
     assert run.scores["AddSub (100 of 395)"]["robust"] == (42, None, [42], 5)
     assert run.val_losses == VAL_LOSSES and run.numbers["val_loss"] == 0.75 and run.numbers["best_step"] == 20
+    assert run.numbers["val_score"] == 5 * 19  # of that step
 
 
 def scores(**addsub: Any) -> str:
