@@ -43,9 +43,7 @@ WHAT, BUDGET, OUTPUT = "what is compared", "budget, of every run", "output"
 
 @dataclass(frozen=True)
 class Flags:
-    methods: str = flag(
-        ",".join(name for name in METHODS if name != "custom"), help="methods, as METHOD:flag=value", group=WHAT
-    )
+    methods: str = flag("all", help="methods with commas between, as METHOD:flag=value; or all", group=WHAT)
     references: str = flag("lora,soft_moa", help="the lines that the others are compared with", group=WHAT)
     seeds: str = flag("0,125,1225", help="seeds of every line; the rate is chosen with the first", group=WHAT)
     rates: str = flag("3e-4,1e-3,3e-3", help="learning rates to choose from", group=WHAT)
@@ -123,6 +121,8 @@ def numbers(text: str, kind: type, what: str) -> tuple[Any, ...]:
 
 def lines_of(text: str, flags: Flags) -> list[Line]:
     """The lines named in a text, between spaces or commas (values of flags may hold commas)."""
+    if text == "all":
+        text = " ".join(name for name in METHODS if name != "custom")
     words = re.split(rf"\s+|,(?=(?:{'|'.join(METHODS)})(?:[:,\s]|$))", text.strip())
     lines = [Line.from_text(word, flags) for word in words]
     if len({line.name for line in lines}) < len(lines):
