@@ -19,5 +19,11 @@ for method in ${METHODS:-base $(cd "$here/.." && python -m exps.recipe methods)}
     done
 done
 if [ "$dataset" != codealpaca ] || [ "${ALLOW_CODE_EXECUTION:-}" = 1 ]; then
-    "$here/tables.sh" "$out/table_$dataset" "$out/$dataset"
+    table=$out/table_$dataset
+    python "$here/collect.py" "$out/$dataset" --save_path "$table.md"
+    for format in csv json; do
+        python "$here/collect.py" "$out/$dataset" --format $format --save_path "$table.$format" 2> /dev/null # said once is enough
+    done
+    echo
+    cat "$table.md"
 fi

@@ -231,23 +231,6 @@ def test_a_table_is_all_methods_with_three_seeds(dataset, tests, seeds, script, 
     assert again.returncode == 0 and not calls and again.stderr.count("complete") == len(seeds)
 
 
-def test_the_small_table(script, tmp_path):
-    result, calls = script("table_small.sh", METHODS="base soft_moa molora", SEEDS="4 5", CKPT_DIR=BASE)
-    assert result.returncode == 0, result.stderr
-    trained = [parse_flags(words[1:], {}, "") for words in calls if words[0] == "finetune.py"]
-    names = [(config.train.method, config.train.seed) for config in trained]
-    assert names == [(method, seed) for method in ("soft_moa", "molora") for seed in (4, 4, 5, 5)]
-    for config, (batch, warmup) in zip(trained, [(2, 0.008), (4, 0.01)] * 4, strict=True):
-        expected = {"max_steps": 200, "batch_size": batch, "accum_iter": 1, "lr": 1e-3, "warmup_epochs": warmup}
-        assert fields(config.train, expected) == expected
-        assert config.adapter == ({"swi_x": 4} if config.train.method == "soft_moa" and batch == 4 else {})
-    answered = [parse(Flags, words[1:]) for words in calls if words[0] == "generate.py"]
-    lengths = [120 if "/gsm8k/" in flags.save_path else 16 for flags in answered]
-    assert [flags.max_gen_len for flags in answered] == lengths and len(lengths) == 5 * (4 + 6)
-    assert {(flags.max_rows, flags.temperature) for flags in answered} == {(64, 0)}
-    assert "## gsm8k" in result.stdout and "## commonsense_15k_mixed" in result.stdout
-
-
 @pytest.mark.parametrize(("method", "processes"), [("soft_moa", 1), ("lora", 4)])
 def test_qwen3_runs_as_published(method, processes, script):
     result, calls = script("qwen3.sh", method, 125, CKPT_DIR=BASE, NPROC=processes)
