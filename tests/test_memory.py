@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from training.config import CHECKPOINTING_MODES, TrainConfig
 from training.memory import MemoryEstimate, oom_hint
 
 GB = 2**30
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def estimate(free, requested="auto"):
@@ -87,3 +91,11 @@ def test_a_run_that_would_not_fit_recomputes_and_learns_the_same(tmp_path, monke
         losses[mode] = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
         assert json.loads((out / "config.json").read_text())["settings"]["activation_checkpointing"] == "auto"
     assert losses["full"] == losses["none"] and len(losses["none"]) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="there, a child's peak begins at its parent's")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    ballast = torch.ones(2**28)  # 1 GiB
+    code = "import torch; from training.loop import peak_memory; print(peak_memory(torch.device('cpu')))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 2**26 < int(result.stdout) < 4 * ballast.numel()
