@@ -67,7 +67,7 @@ def forward_backward(model: Transformer, micro_batch: MicroBatch, num_labels: in
     losses = model(tokens, labels=labels, batch=batch)
     ce_loss = losses.ce_loss / num_labels
     aux_loss = torch.zeros_like(ce_loss)
-    if uses_load_balancing(model):
+    if losses.router_stats is not None and model.config.lb_loss_coeff > 0:
         fraction = expert_fraction(losses.router_stats.tokens_per_expert, len(tokens))
         aux_loss = model.load_balancing_loss(losses.router_stats, fraction) / num_tokens
     (ce_loss + aux_loss).backward()
@@ -159,7 +159,7 @@ def train(
 
 
 def uses_load_balancing(model: Transformer) -> bool:
-    # The coefficient first: most methods have none, and counting walks all modules
+    """Whether the method has a load-balancing loss: its model returns `router_stats`, and the coefficient is not 0."""
     return model.config.lb_loss_coeff > 0 and balanced_routers(model)[0] > 0
 
 
