@@ -175,9 +175,13 @@ class Study:
         """The runs among which the line's rate is chosen."""
         return [self.run(line, lr, numbers(self.flags.seeds, int, "--seeds")[0]) for lr in line.rates]
 
+    def best(self, line: Line) -> Run:
+        """The candidate with the lowest validation loss."""
+        return min(self.candidates(line), key=lambda run: run.loss("val"))
+
     def chosen(self, line: Line) -> list[Run]:
         """The line's runs, one per seed, at the chosen rate; none where there is no candidate with a finite loss."""
-        best = min(self.candidates(line), key=lambda run: run.loss("val"))
+        best = self.best(line)
         if best.loss("val") == inf:
             return []
         return [self.run(line, best.lr * line.lr_scale, seed) for seed in line.seeds]

@@ -144,7 +144,7 @@ def page(study: Study, results: Sequence[Result], by_reference: dict[str, Any]) 
                 rows = [_difference_cells(name, *pair, form) for name, pair in by_line.items()]
                 tables += [f"{title}, minus that of {reference}:", _table(rows)]
     tables += ["Validation loss after the first seed, by learning rate:", _table([_rates(study, r) for r in trained])]
-    at_edge = [r.name for r in trained if _best(study, r).lr in (min(r.line.rates), max(r.line.rates))]
+    at_edge = [r.name for r in trained if study.best(r.line).lr in (min(r.line.rates), max(r.line.rates))]
     if at_edge:
         tables.append(f"The lowest or highest rate was the best for {', '.join(at_edge)}: a better one may lie beyond.")
     return "\n\n".join([f"## {study.dataset}", text, *tables]) + "\n"
@@ -192,13 +192,9 @@ def _difference_cells(name: str, difference: Difference, p: float, form: str) ->
     }
 
 
-def _best(study: Study, result: Result) -> Run:
-    return min(study.candidates(result.line), key=lambda run: run.loss("val"))
-
-
 def _rates(study: Study, result: Result) -> dict[str, str]:
     cells = {run.lr: f"{run.loss('val'):.4f}" for run in study.candidates(result.line)}
-    cells[_best(study, result).lr] = f"**{cells[_best(study, result).lr]}**"
+    cells[study.best(result.line).lr] = f"**{cells[study.best(result.line).lr]}**"
     return {"method": result.name} | {f"{lr:g}": cells[lr] for lr in sorted(cells)}
 
 
