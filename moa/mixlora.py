@@ -44,12 +44,13 @@ class MixLoRA(AdapterModule):
     def forward(self, x: Tensor, output: Tensor, gate: Tensor, w1_x: Tensor, w3_x: Tensor) -> Tensor:
         """x (N, D), the block's output (N, D), gate (N, E), w1_x and w3_x (N, F) -> (N, D).
 
-        That is output + sum_e g_e (expert_e(x) - output). Without a router of the block the gates sum to 1.
+        That is output + sum_e g_e (expert_e(x) - W2 (silu(w1_x) * w3_x)): what other adapters add to W2 stays. Without
+        a router of the block the gates sum to 1.
         """
         a1, a3 = (self.up.project_in(x, a).split(self.rank, -1) for a in (self.lora_A1, self.lora_A3))
         b1, b3 = (b.split(self.rank, 1) for b in (self.lora_B1, self.lora_B3))
         shared_gate = copy_to_model_parallel_region(gate)  # it weighs shards of hidden units
-        mixed, weighed = torch.zeros_like(w1_x), []
+        mixed, weighed = -shared_gate.sum(1, keepdim=True) * F.silu(w1_x) * w3_x, []
         for e in range(self.num_experts):
             gate_proj = w1_x + self.scale * self.up.project_out(a1[e], b1[e])
             up_proj = w3_x + self.scale * self.up.project_out(a3[e], b3[e])
@@ -58,5 +59,4 @@ class MixLoRA(AdapterModule):
         low_rank = zip(weighed, self.lora_A2.split(self.rank), strict=True)
         a2 = torch.cat([self.down.project_in(hidden, a) for hidden, a in low_rank], 1)  # (N, E r)
         (w2,) = self.target.layers
-        experts = w2(mixed) + self.scale * self.down.project_out(a2, self.lora_B2)
-        return output + experts - gate.sum(1, keepdim=True) * output
+        return output + w2(mixed) + self.scale * self.down.project_out(a2, self.lora_B2)

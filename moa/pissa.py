@@ -22,6 +22,9 @@ class PiSSA(AdapterModule):
         super().__init__()
         options = config.adapters["pissa"]
         self.target, self.rank, self.scale = target, options.rank, options.alpha / options.rank
+        if self.rank > min(target.in_features, target.out_features):
+            shape = f"({target.out_features}, {target.in_features})"
+            raise ValueError(f"pissa_rank {self.rank} is more than a matrix of shape {shape} has")
         inputs, outputs = target.shard_inputs(1), target.shard_outputs(0)
         for name, trained in (("lora", True), ("start", False)):
             self.add_parameter(f"{name}_A", (self.rank, target.in_features), self._init_a, inputs, trained=trained)

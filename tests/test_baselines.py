@@ -152,7 +152,7 @@ def test_mixlora_equals_its_formula() -> None:
             a, b = w[f"lora_A{layer}"][4 * e : 4 * e + 4], w[f"lora_B{layer}"][:, 4 * e : 4 * e + 4]
             return frozen_output + 1.5 * b @ (a @ inputs)
 
-        total = (1 - g.sum()) * out
+        total = out - g.sum() * w2.weight @ (silu(w1_x) * w3_x)
         for e in range(E):
             hidden = silu(updated("1", w1_x, x, e)) * updated("3", w3_x, x, e)
             total = total + g[e] * updated("2", w2.weight @ hidden, hidden, e)
@@ -167,7 +167,7 @@ def test_mixlora_equals_its_formula() -> None:
     assert stats.tokens_per_expert.sum() == 2 * N
     gate = (0.5 * weights).double().detach().requires_grad_()  # as under a router of the block
     up, down = w1(x).detach().requires_grad_(), w3(x).detach().requires_grad_()
-    output = w2(torch.nn.functional.silu(up) * down).detach().requires_grad_()
+    output = (w2(torch.nn.functional.silu(up) * down) + drawn(N, D)).detach().requires_grad_()  # with a LoRA's part
     w = {k: p for k, p in adapter.named_parameters() if not k.startswith("expert_router")}
     adapter.expert_router = None
     assert set(w) == set(dict(adapter.named_parameters()))
@@ -181,6 +181,19 @@ def test_dora_starts_from_the_frozen_layer_and_never_forms_its_update() -> None:
     torch.testing.assert_close(adapter.row_norms(), whole.norm(dim=1), rtol=1e-12, atol=1e-12)
     start = adapter.specs["magnitude"].init((F,), torch.Generator())
     torch.testing.assert_close(start, layer.weight.norm(dim=1).float())
+
+
+def test_pissa_starts_from_the_principal_part_of_its_matrix() -> None:
+    layer, options = frozen(D, F), {"pissa_rank": 4, "pissa_alpha": 6.0}
+    adapter = build(options, "pissa", Target(D, F, "column", 1, [layer]))
+    a, b = adapter.principal_factors()
+    u, s, v = torch.linalg.svd(layer.weight)
+    torch.testing.assert_close((1.5 * b @ a).double(), u[:, :4] * s[:4] @ v[:4], rtol=1e-4, atol=1e-5)
+    x = drawn(N, D)
+    change = adapter.lora_B @ adapter.lora_A - adapter.start_B @ adapter.start_A
+    torch.testing.assert_close(adapter(x, layer(x), None), x @ (layer.weight + 1.5 * change).T)
+    with pytest.raises(ValueError, match=r"pissa_rank 9 is more than a matrix of shape \(16, 8\) has"):
+        build({"pissa_rank": 9}, "pissa", Target(8, 16, "column", 1, [layer]))
 
 
 def test_the_shared_matrices_of_vera_follow_from_the_seed_and_are_shared() -> None:

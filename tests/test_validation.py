@@ -216,6 +216,30 @@ def test_an_old_checkpoint_goes_on_and_a_damaged_one_is_refused(data, undisturbe
     assert val_losses(out) == val_losses(undisturbed)
 
 
+def test_what_is_left_of_a_run_is_not_deleted(data, undisturbed, tmp_path, capsys):
+    """A run goes on from BEST where no other checkpoint is left, and not at all from its adapter."""
+    out, flags = tmp_path / "out", train_flags(data, tmp_path / "out", **VALIDATED)
+
+    def refused(*words) -> str:
+        with pytest.raises(SystemExit):
+            script("finetune.py", *flags, *words)
+        return capsys.readouterr().err
+
+    shutil.copytree(undisturbed, out)
+    (out / "checkpoint-6.pth").unlink()
+    (out / "checkpoint-3.pth").replace(out / BEST)
+    assert f"{out}: holds a run already ({BEST})" in refused()
+    script("finetune.py", *flags, "--resume")
+    shutil.copy(undisturbed / "checkpoint-3.pth", out)
+    same_run(out, undisturbed)
+    script("extract_adapter.py", out)
+    for file in out.glob("checkpoint*"):
+        file.unlink()
+    assert f"{out}: holds a run already (adapter.pth)" in refused()
+    assert f"{out}: holds adapter.pth, and no checkpoint to go on from" in refused("--resume")
+    assert (out / "adapter.pth").exists() and len(log(out)) == 6
+
+
 def test_an_adapter_to_start_from(data, undisturbed, tmp_path, capsys):
     """The first step's loss is that after the earlier run, its moments are those of a first step."""
     source, out = tmp_path / "source", tmp_path / "out"
@@ -248,6 +272,7 @@ REFUSED = {
     "--val_data_path DATA --val_suite gsm9k": "no suite is named 'gsm9k' (nearest: GSM8K)",
     "--val_data_path DATA --val_suite mbpp": "--val_suite mbpp: programs are scored afterwards",
     "--val_data_path DATA --val_suite gsm8k": "row 1: field 'answer' is missing",
+    "--val_data_path DATA --val_suite gsm8k --val_suite_path BARE": "bare.json: line 1: field 'input' is missing",
     "--resume --init_adapter x": "--resume goes on with a run's own adapter: leave --init_adapter out",
     "--init_adapter missing.pth": "missing",
     "--init_adapter ADAPTER --lora_rank 3": "the adapter has lora_rank 2, the run 3 (--adapter_config",
@@ -257,7 +282,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_flags_that_do_not_fit_are_refused(words, data, undisturbed, tmp_path, capsys):
-    out, typed = tmp_path / "out", words.replace("DATA", str(data)).split()
+    out, bare = tmp_path / "out", tmp_path / "bare.json"
+    bare.write_text('{"instruction": "x", "answer": "1"}')
+    typed = words.replace("DATA", str(data)).replace("BARE", str(bare)).split()
     if "ADAPTER" in typed:
         script("extract_adapter.py", undisturbed, "--output_dir", tmp_path / "source")
         typed[typed.index("ADAPTER")] = tmp_path / "source"

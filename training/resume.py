@@ -26,12 +26,18 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), file) for match, file in matches if match)
 
 
+def restorable(folder: Path) -> list[Path]:
+    """The checkpoints that a run can go on from, the last one first choice: BEST, then the numbered ones."""
+    best = [folder / BEST] if (folder / BEST).is_file() else []
+    return best + [file for _, file in checkpoints(folder)]
+
+
 def merge_with_previous_run(config: RunConfig) -> RunConfig:
     """With --resume and a run in the output folder, take the flags that are not typed from the run's record.
 
     ValueError names a typed flag whose value differs from the run's start, or the record where it is damaged.
     """
-    if not config.train.resume or not (config.record.exists() or checkpoints(config.folder)):
+    if not config.train.resume or not (config.record.exists() or restorable(config.folder)):
         return config
     start, n_layers = _read_start(config.record)
     typed = {name: value for name, value in asdict(config.train).items() if name in config.explicit}
@@ -46,7 +52,7 @@ def merge_with_previous_run(config: RunConfig) -> RunConfig:
                 "(--overwrite in the place of --resume begins anew)"
             )
     # Each is asked for once, and the folder is the one whose record was read
-    if checkpoints(config.folder):
+    if restorable(config.folder):
         typed["init_adapter"] = None  # the checkpoint has all numbers
     once = {"overwrite": False, "dry_run": False, "leak_tests": None, "output_dir": str(config.folder)}
     return RunConfig(TrainConfig(**asdict(start.train) | once | typed), start.adapter, config.explicit)
@@ -73,18 +79,22 @@ def _read_start(path: Path) -> tuple[RunConfig, int]:
 def record_to_resume(config: RunConfig, hashes: dict[str, str], ranks: int) -> dict[str, Any] | None:
     """Return the record of the run to resume, with "has_checkpoint", or None where a run begins.
 
-    ValueError where the folder holds a run and neither --resume nor --overwrite is given, or where that run had another
-    base, other rows or other numbers of them. ranks: data-parallel ones.
+    ValueError where the folder holds a run and neither --resume nor --overwrite is given, or nothing to go on from is
+    left of it but its adapter, or where that run had another base, other rows or other numbers of them. ranks:
+    data-parallel ones.
     """
     flags, folder = config.train, config.folder
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: --output_dir is a file, expected a folder")
-    existing = checkpoints(folder)
-    if flags.overwrite or not (existing or (flags.resume and config.record.exists())):
+    existing, adapter = restorable(folder), folder / "adapter.pth"
+    kept = existing or [adapter] * adapter.is_file()
+    if flags.overwrite or not (kept or (flags.resume and config.record.exists())):
         return None
+    if flags.resume and kept == [adapter]:
+        raise ValueError(f"{folder}: holds adapter.pth, and no checkpoint to go on from (--overwrite begins anew)")
     if not flags.resume:
         raise ValueError(
-            f"{folder}: holds a run already ({existing[-1][1].name}); give --resume to go on with it, --overwrite to "
+            f"{folder}: holds a run already ({kept[-1].name}); give --resume to go on with it, --overwrite to "
             "begin anew, or another --output_dir"
         )
     record = parse_json(read_text(config.record), str(config.record))

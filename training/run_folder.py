@@ -28,7 +28,7 @@ from training.config import PER_HOST_FIELDS, RunConfig
 from training.estimate import base_parameters
 from training.loop import TrainState
 from training.recorder import log_rank0
-from training.resume import BEST, HASHED_FILES, checkpoints, record_to_resume
+from training.resume import BEST, HASHED_FILES, checkpoints, record_to_resume, restorable
 from training.schedule import Schedule
 
 PACKAGES = ("torch", "numpy", "fairscale", "tiktoken", "flash_attn")
@@ -71,7 +71,7 @@ class RunFolder:
     def begin(self, model: Transformer, optimizer: torch.optim.AdamW, schedule: Schedule) -> TrainState:
         """Restore the last whole checkpoint, or write the record of a new run -> what is done. Call it when locked."""
         resumes = self.record is not None and self.record["has_checkpoint"]
-        if is_rank0() and not resumes and not self._config.train.overwrite and checkpoints(self.path):
+        if is_rank0() and not resumes and not self._config.train.overwrite and restorable(self.path):
             raise ValueError(f"{self.path}: another run has been there in the meantime; give --resume to go on with it")
         state = TrainState()
         if resumes:
@@ -105,7 +105,7 @@ class RunFolder:
         ValueError where there is none.
         """
         damaged: dict[Path, str] = {}
-        for _, path in reversed(checkpoints(self.path)):
+        for path in reversed(restorable(self.path)):
             try:
                 content = read(path, model)
             except ValueError as error:

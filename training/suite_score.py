@@ -10,6 +10,7 @@ from evaluate.tasks import task_named
 from llama import Llama
 from llama.data import encode_prompt
 from llama.distributed import broadcast_from_rank0, dp_rank, dp_size
+from llama.templates import ALPACA
 from moa.files import atomic_write
 from moa.reading import read_rows
 from training.config import TrainConfig
@@ -24,13 +25,18 @@ class SuiteScore:
     """
 
     def __init__(self, llm: Llama, flags: TrainConfig, folder: Path):
-        path = flags.val_suite_path or flags.val_data_path
-        self.task, self.rows = task_named(flags.val_suite), read_rows(path)[: flags.val_suite_rows]
-        self.prompts = [encode_prompt(llm.tokenizer, row, flags.max_seq_len, flags.template) for row in self.rows]
-        for number, (row, prompt) in enumerate(zip(self.rows, self.prompts, strict=True), 1):
+        path, self.task = flags.val_suite_path or flags.val_data_path, task_named(flags.val_suite)
+        fields = ("instruction", "input") if flags.template == ALPACA else ()
+        self.rows, self.prompts = read_rows(path, fields)[: flags.val_suite_rows], []
+        for number, row in enumerate(self.rows, 1):
             self.task.answer_of(row, f"{path}: row {number}")
+            try:
+                prompt = encode_prompt(llm.tokenizer, row, flags.max_seq_len, flags.template)
+            except ValueError as error:
+                raise ValueError(f"{path}: row {number}: {error}") from None
             if len(prompt) > flags.max_seq_len:
                 raise ValueError(f"{path}: row {number}: its prompt is longer than --max_seq_len {flags.max_seq_len}")
+            self.prompts.append(prompt)
         # Plain decoding keeps no copies of weights, which training is about to change
         self.llm = Llama(llm.model, llm.tokenizer, flags.max_seq_len + ANSWER_LENGTH, len(self.rows))
         self.file = folder / "validation" / f"{self.task.name}.jsonl"
