@@ -252,13 +252,14 @@ class Worker:
 
     def measure(self, run: Run, wanted: list[str]) -> None:
         """Train a run where it is not trained, and write those of the wanted files that it lacks."""
+        from moa.adapter_file import PARAMS
         from moa.files import read_json, write_json
 
         if self.identity["code"] != code_hash():
             raise SystemExit("error: the code has changed while the study went on; start it again")
-        record = run.path / "study.json"
-        if record.is_file() and (before := read_json(record)) != self.identity:
-            differ = ", ".join(name for name in self.identity if before.get(name) != self.identity[name])
+        record, identity = run.path / "study.json", self.identity | self.files(run)
+        if record.is_file() and (before := read_json(record)) != identity:
+            differ = ", ".join(name for name in before | identity if before.get(name) != identity.get(name))
             if not self.flags.redo:
                 raise SystemExit(f"error: {run.path}: made with other {differ}; give --redo, or another --out")
             print(f"{run.path}: made with other {differ}, trained again", file=sys.stderr)
@@ -267,12 +268,19 @@ class Worker:
         if not missing:
             return
         run.path.mkdir(parents=True, exist_ok=True)
-        write_json(record, self.identity)
-        if run.line and not (run.path / "adapter.pth").is_file() and not self.train(run):
+        write_json(record, identity)
+        if run.line and not (run.path / PARAMS).is_file() and not self.train(run):  # written last
             write_json(run.path / "val.json", {"losses": [], "labels": []})  # diverged
             print(f"{run}: the training diverged", file=sys.stderr, flush=True)
             return
         self.score(run, missing)
+
+    def files(self, run: Run) -> dict[str, str]:
+        """The contents of the files that a line's flags name."""
+        from moa.files import file_hash
+
+        options = run.line.options if run.line else {}
+        return {f"--{name} {value}": file_hash(value)[:16] for name, value in options.items() if Path(value).is_file()}
 
     def words(self, run: Run) -> list[str]:
         """The command line of finetune.py."""
@@ -299,7 +307,7 @@ class Worker:
         if status:
             last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
             if status < 0 or status > 128:
-                raise SystemExit(f"error: {run}: stopped by signal {status % 128}")
+                raise SystemExit(f"error: {run}: stopped by signal {-status if status < 0 else status - 128}")
             if "not finite" in last:
                 return False
             raise ValueError(f"{run}: {last}")

@@ -4,6 +4,7 @@ It reads what finished runs have left and trains nothing, so that tables can be 
 """
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -210,7 +211,7 @@ def as_json(study: Study, results: Sequence[Result], by_reference: dict[str, Any
             **{f"test_{measure}": result.by_seed(measure) for measure in result.values},
             "trainable_parameters": result.numbers("trainable_parameters"),
             "peak_memory_bytes": result.numbers("peak_memory_bytes"),
-            "rates": {f"{r.lr:g}": r.loss("val") for r in study.candidates(result.line)} if result.line else {},
+            "rates": _val_losses(study, result.line) if result.line else {},
             "git_revision": [folder.record["git_revision"] for folder in result.folders],
         }
         for result in results
@@ -224,6 +225,12 @@ def as_json(study: Study, results: Sequence[Result], by_reference: dict[str, Any
     }
     made_with = read_json(study.base.path / "study.json")
     return {"made_with": made_with, "lines": lines, "minus_reference": compared}
+
+
+def _val_losses(study: Study, line: Line) -> dict[str, float | None]:
+    """Validation loss by rate; None, as JSON knows no infinity, where the training diverged."""
+    losses = {f"{run.lr:g}": run.loss("val") for run in study.candidates(line)}
+    return {rate: loss if math.isfinite(loss) else None for rate, loss in losses.items()}
 
 
 def chart(path: Path, results: Sequence[Result]) -> None:

@@ -273,3 +273,19 @@ def test_a_training_that_diverges_or_fails_costs_its_line_alone(tmp_path, traini
     assert "ia3-lr0.01/s0: error: no such thing" in capsys.readouterr().err
     lines = json.loads((tmp_path / "out/results.json").read_text())["demo"]["lines"]
     assert [(line["method"], line["lr"]) for line in lines] == [("base", None), ("lora", 1e-5)]
+    assert lines[1]["rates"]["0.01"] is None and lines[1]["rates"]["1e-05"] > 0
+
+
+def test_an_edited_file_of_a_line_is_another_line(tmp_path, trainings):
+    """... and what was killed while it wrote its adapter is done again."""
+    mixture, out = tmp_path / "mixture.json", tmp_path / "out"
+    mixture.write_text('{"ia3_layers": "all"}')
+    words = ["--methods", f"custom:adapter_config={mixture}", *swap(BUDGET, "--rates", "1e-2"), "--out", out]
+    words = list(map(str, [*words, "--ckpt_dir", BASE]))
+    study.main(words)
+    next(out.rglob("s0/adapter_params.json")).unlink()
+    study.main(words)
+    mixture.write_text('{"ia3_layers": "0-1"}')
+    with pytest.raises(SystemExit, match=f"made with other --adapter_config {mixture}"):
+        study.main(words)
+
