@@ -20,6 +20,7 @@ from llama.data import IGNORE_INDEX, encode_prompt
 from tiny import BASE
 from training.checkpoint import MOMENTS
 from training.data import load_examples, split_rows
+from training.suite_score import SuiteScore
 from training.validation import BestLoss, Validation
 
 BEST = "checkpoint-BEST.pth"
@@ -329,6 +330,15 @@ def test_a_suites_score_changes_no_number_of_the_run(scored, undisturbed, suite_
     prompts = [encode_prompt(llm.tokenizer, row, 300) for row in rows[:5]]
     assert [row["generate"] for row in answered] == list(map(llm.tokenizer.decode, llm.generate(prompts, 200)))
     same_run(scored, undisturbed)
+
+
+def test_a_model_whose_loss_is_not_finite_is_not_asked(data, suite_path, tmp_path, losses, monkeypatch):
+    """... as its logits may not be either, and the run goes on."""
+    losses(float("nan"), 1.0)
+    monkeypatch.setattr(SuiteScore, "__call__", lambda self: 50.0)
+    flags = {"val_share": 0.25, "eval_every": 1, "max_steps": 2} | SUITE
+    script("finetune.py", *train_flags(data, tmp_path / "out", **flags, val_suite_path=suite_path))
+    assert [entry.get("val_score") for entry in log(tmp_path / "out")] == [None, 50.0]
 
 
 def test_a_resumed_run_has_the_same_scores(data, scored, suite_path, tmp_path):

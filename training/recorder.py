@@ -70,7 +70,7 @@ class Recorder:
             loss, best = self._validation.loss(self._model), self._state.best
             lowest = best.update(step, loss, self._validation.patience)
             entry = entry | {"val_loss": loss if math.isfinite(loss) else None}
-            if self._validation.score:
+            if self._validation.score and math.isfinite(loss):
                 entry["val_score"] = self._validation.score()
             if best.stop:
                 entry["early_stop"] = True
