@@ -50,13 +50,13 @@ class MixLoRA(AdapterModule):
         a1, a3 = (self.up.project_in(x, a).split(self.rank, -1) for a in (self.lora_A1, self.lora_A3))
         b1, b3 = (b.split(self.rank, 1) for b in (self.lora_B1, self.lora_B3))
         shared_gate = copy_to_model_parallel_region(gate)  # it weighs shards of hidden units
-        mixed, weighed = -shared_gate.sum(1, keepdim=True) * F.silu(w1_x) * w3_x, []
+        weighed = []
         for e in range(self.num_experts):
             gate_proj = w1_x + self.scale * self.up.project_out(a1[e], b1[e])
             up_proj = w3_x + self.scale * self.up.project_out(a3[e], b3[e])
             weighed.append(shared_gate[:, e, None] * F.silu(gate_proj) * up_proj)
-            mixed = mixed + weighed[e]
         low_rank = zip(weighed, self.lora_A2.split(self.rank), strict=True)
         a2 = torch.cat([self.down.project_in(hidden, a) for hidden, a in low_rank], 1)  # (N, E r)
         (w2,) = self.target.layers
-        return output + w2(mixed) + self.scale * self.down.project_out(a2, self.lora_B2)
+        change = sum(weighed) - shared_gate.sum(1, keepdim=True) * F.silu(w1_x) * w3_x
+        return output + w2(change) + self.scale * self.down.project_out(a2, self.lora_B2)

@@ -288,4 +288,3 @@ def test_an_edited_file_of_a_line_is_another_line(tmp_path, trainings):
     mixture.write_text('{"ia3_layers": "0-1"}')
     with pytest.raises(SystemExit, match=f"made with other --adapter_config {mixture}"):
         study.main(words)
-

@@ -69,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 # Methods beyond the paper's (their formulas: test_baselines.py), and all their adapters under one router
 _SMALL_LORA = {"lora_rank": 4, "lora_alpha": 6.0}
-_MIXLORA = {"mixlora_rank": 3, "mixlora_experts": 3}
+_MIXLORA = {"mixlora_rank": 3, "mixlora_alpha": 6.0, "mixlora_experts": 3}
 BASELINES: dict[str, dict[str, Any]] = {
     "rslora": {"method": "rslora", **_SMALL_LORA},
     "lora_plus": {"method": "lora_plus", **_SMALL_LORA},
