@@ -70,14 +70,15 @@ def fine_tune(config: RunConfig) -> None:
             quantize=flags.quantize,
         )
         model = llm.model
-        model.activation_checkpointing = memory.agree_on_mode()
+        memory.agree()
+        model.activation_checkpointing = memory.mode
         if flags.init_adapter is not None:
             load_initial_adapter(flags.init_adapter, model, args)
         validation = None
         if val_examples:
             every = flags.eval_every or schedule.steps_per_epoch
             score = SuiteScore(llm, flags, run.path) if flags.val_suite else None
-            validation = Validation(val_examples, flags.batch_size, every, flags.patience, score)
+            validation = Validation(val_examples, memory.batch_size, every, flags.patience, score)
         optimizer = make_optimizer(model, flags.weight_decay, flags.beta2)
         with run.locked():
             state = run.begin(model, optimizer, schedule)
@@ -97,7 +98,7 @@ def fine_tune(config: RunConfig) -> None:
                     optimizer,
                     examples,
                     schedule,
-                    flags.batch_size,
+                    memory.batch_size,
                     flags.seed,
                     state,
                     recorder.on_step,
