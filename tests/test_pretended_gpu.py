@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import llama.packing
+import training.loop
 from graph_stand_in import Graph, stand_in_for_graphs
 from llama.accelerate import FastDecoding, restore_model
 from llama.data import IGNORE_INDEX, Example
@@ -23,9 +24,10 @@ from llama.packing import async_to_device
 from moa.state import adapter_parameters
 from pretended_gpu import CUDA, Pretended
 from tiny import ARGS, BASELINES, METHODS, build, changed, config, float64, gradients, prompts, require_close
-from training.data import micro_batches
+from training.data import local_micro_batches, micro_batches
 from training.estimate import meta_model
-from training.loop import clip_gradients, forward_backward, make_optimizer, reduce_step
+from training.loop import TrainState, clip_gradients, forward_backward, make_optimizer, reduce_step
+from training.schedule import Schedule
 
 ROWS = [Example(list(range(n)), [IGNORE_INDEX] * p + list(range(p, n)), p) for n, p in ((5, 2), (3, 2), (7, 3))]
 NAMES = [*METHODS, *BASELINES]
@@ -86,6 +88,20 @@ def test_training(name: str, accelerated: bool, gpu: Pretended) -> None:
     clip_gradients(adapters, 1.0)
     optimizer.step()
     assert not gpu.waits  # the loop's one comes after the step
+
+
+def test_a_step_waits_once_when_the_next_is_prepared(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*arguments: Any) -> Iterator[Any]:
+        gpu.waits.append("rows prepared")
+        return local_micro_batches(*arguments)
+
+    model, schedule, log = model_of("lora", gpu), Schedule(3, 3, 2, 0, 0.1, 0.0, True), []
+    monkeypatch.setattr(training.loop, "local_micro_batches", prepare)
+    training.loop.train(model, make_optimizer(model, 0.0), ROWS, schedule, 2, 0, TrainState(), log.append)
+    assert len(log) == 2 and [wait.partition(":")[0] for wait in gpu.waits] == [
+        *("rows prepared", "rows prepared", "a copy of memory that is not pinned at loop.py"),
+        *("rows prepared", "a copy of memory that is not pinned at loop.py"),
+    ]
 
 
 def test_training_on_rows_of_equal_length(gpu: Pretended) -> None:
