@@ -102,6 +102,7 @@ class TrainConfig:
         None, help="hold the base's matrices in 4 bits (needs bitsandbytes)", choices=QUANTIZATIONS, group=MACHINE
     )
     flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
+    compile: bool = flag(False, help="fuse small operations with torch.compile", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
     model_parallel_size: int = flag(1, least=1, help="processes that share one copy of the model", group=MACHINE)
     activation_checkpointing: str = flag(
