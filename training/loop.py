@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,25 +54,15 @@ class Stopped(SystemExit):
         self.name = signal.Signals(signum).name
 
 
-class StepBatch(NamedTuple):
-    """Numbers of a step's rows, tokens and labels of them all, and this data-parallel rank's micro-batches."""
-
-    rows: list[int]
-    num_tokens: int
-    num_labels: int
-    micro_batches: list[MicroBatch | None]
-
-
 def step_batches(
     examples: Sequence[Example], schedule: Schedule, seed: int, first: int, batch_size: int, device: torch.device
-) -> Iterator[StepBatch]:
-    """What each step from `first` on, counted from 0, trains on; endless."""
+) -> Iterator[tuple[list[int], int, int, list[MicroBatch | None]]]:
+    """Rows of each step from `first` on, how many tokens and labels they have, and this rank's micro-batches."""
     for step in count(first):
         rows = schedule.rows(step, seed)
         batch = [examples[row] for row in rows]
         num_tokens, num_labels = sum(len(example.tokens) for example in batch), sum(map(label_count, batch))
-        local = list(local_micro_batches(batch, batch_size, device, dp_rank(), dp_size()))
-        yield StepBatch(rows, num_tokens, num_labels, local)
+        yield rows, num_tokens, num_labels, [*local_micro_batches(batch, batch_size, device, dp_rank(), dp_size())]
 
 
 def make_optimizer(model: nn.Module, weight_decay: float, beta2: float = 0.95) -> torch.optim.AdamW:

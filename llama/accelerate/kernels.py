@@ -47,47 +47,36 @@ def upcast_on_cpu(t: Tensor) -> Tensor:
     return t.float() if t.device.type == "cpu" and t.dtype.itemsize < 4 else t
 
 
-def widen(t: Tensor) -> Tensor:
-    """To at least float32."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
 class RMSNormFunction(torch.autograd.Function):
     """Keeps x and 1 / sqrt(mean(x^2) + eps); autograd would keep four float32 copies of x on a CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, scale = fusable_normalize(x, weight, eps)
+        y, scale = normalize(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        grad_weight = None
+        normed, grad_weight, grad_x = x.float() * scale, None, None
+        grad = grad.float()
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.float() * (x.float() * scale)).flatten(0, -2).sum(0).to(weight.dtype)
-        return normalize_backward(grad, x, weight, scale) if ctx.needs_input_grad[0] else None, grad_weight, None
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            grad = grad * weight
+            mean = (grad * normed).mean(-1, keepdim=True)
+            grad_x = grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normed x (N, D), and its scale (N, 1), in few operations: in a decode step each costs more to start than to
     compute."""
-    wide = widen(x)
+    wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return (wide * scale).mul_(weight).to(x.dtype), scale
-
-
-fusable_normalize = Fusable(normalize)
-
-
-@Fusable
-def normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of x."""
-    normed, grad = widen(x) * scale, widen(grad) * weight
-    mean = (grad * normed).mean(-1, keepdim=True)
-    return grad.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype)
 
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -98,7 +87,8 @@ def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
 @Fusable
 def rotate_pairs(x: Tensor, rotations: Tensor) -> Tensor:
     """x (N, heads, h), rotations (N, h/2, 2)."""
-    (a, b), (cos, sin) = widen(x).unflatten(-1, (-1, 2)).unbind(-1), rotations[:, None].unbind(-1)
+    a, b = x.to(rotations.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotations[:, None].unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
