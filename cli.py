@@ -44,6 +44,7 @@ class Flag:
 
     group: the heading it stands under in `--help`. positional: it may be given without its name as well.
     alone: what the flag means without a value; a bool's is True. least, above: bounds of a number that is typed.
+    none: a word that stands for None.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Flag:
     alone: str | None = None
     least: float | None = None
     above: float | None = None
+    none: str = "None"
 
     def convert(self, text: str) -> Any:
         """Return the value that `text` stands for; ValueError names the flag, the value and what was expected."""
@@ -65,7 +67,7 @@ class Flag:
                 raise ValueError(f"--{self.name} needs a value (write --{self.name}=VALUE if it begins with a dash)")
             text = self.alone
         choices = self.choices or ()
-        if self.optional and text in ("None", "none") and text not in choices:
+        if self.optional and text in ("None", "none", self.none) and text not in choices:
             return None
         try:
             value = ("false", "true").index(text.lower()) == 1 if self.type is bool else self.type(text)
@@ -75,7 +77,9 @@ class Flag:
         is_value = value is not None and (self.type is not float or math.isfinite(value))
         if not is_value or (choices and value not in choices):
             words = [str(choice) for choice in choices]
-            expected = f"one of {', '.join(words)}" if words else EXPECTED[self.type] + " or None" * self.optional
+            expected = (
+                f"one of {', '.join(words)}" if words else EXPECTED[self.type] + f" or {self.none}" * self.optional
+            )
             near = f" (nearest: {nearest(text, words)})" if words else ""
             raise ValueError(f"--{self.name}: expected {expected}, got {text[:60]!r}{near}")
         if self.least is not None and value < self.least:

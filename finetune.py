@@ -35,7 +35,7 @@ def fine_tune(config: RunConfig) -> None:
     """Build the model, go on from the run's last checkpoint if there is one, and train."""
     # torch takes seconds to load, and a wrong flag should not
     from llama import Llama
-    from llama.accelerate import Lanes
+    from llama.accelerate import Lanes, fuse_small_operations
     from llama.checkpoint import load_params_and_tokenizer
     from llama.distributed import bf16_is_fast, distributed_run, dp_size, get_device, is_rank0
     from moa.adapter_file import adapter_params
@@ -56,6 +56,8 @@ def fine_tune(config: RunConfig) -> None:
     flags, adapter_config = config.train, config.adapter_config(args)
     memory = estimate_memory(flags, args, adapter_config, device)
     with distributed_run(device, flags.model_parallel_size), oom_hint(flags, memory):
+        if flags.compile:
+            fuse_small_operations(device)
         run = RunFolder(config, args)
         examples, val_examples = load_train_and_validation(flags, tokenizer, quiet=not is_rank0())
         schedule = Schedule.from_config(flags, len(examples), dp_size(), run.record)
@@ -70,14 +72,15 @@ def fine_tune(config: RunConfig) -> None:
             quantize=flags.quantize,
         )
         model = llm.model
-        model.activation_checkpointing = memory.agree_on_mode()
+        memory.agree()
+        model.activation_checkpointing = memory.mode
         if flags.init_adapter is not None:
             load_initial_adapter(flags.init_adapter, model, args)
         validation = None
         if val_examples:
             every = flags.eval_every or schedule.steps_per_epoch
             score = SuiteScore(llm, flags, run.path) if flags.val_suite else None
-            validation = Validation(val_examples, flags.batch_size, every, flags.patience, score)
+            validation = Validation(val_examples, memory.batch_size, every, flags.patience, score)
         optimizer = make_optimizer(model, flags.weight_decay, flags.beta2)
         with run.locked():
             state = run.begin(model, optimizer, schedule)
@@ -97,7 +100,7 @@ def fine_tune(config: RunConfig) -> None:
                     optimizer,
                     examples,
                     schedule,
-                    flags.batch_size,
+                    memory.batch_size,
                     flags.seed,
                     state,
                     recorder.on_step,

@@ -40,6 +40,7 @@ from benchmarks import common, gpu_checks, models, peers
 from benchmarks.common import BASE, PEERS, PEFT, SHAPES, TRANSFORMERS, Figures, timed
 from cli import cli_errors, flag, parse
 from llama import ModelArgs, Transformer
+from llama.accelerate import fuse_small_operations
 from llama.data import IGNORE_INDEX, Example
 from llama.distributed import bf16_is_fast, get_device
 from moa.files import write_json
@@ -61,6 +62,7 @@ class Flags:
     methods: str = flag("soft_moa", help="methods to measure, with commas, or all")
     parts: str = flag(",".join(PARTS), help="what to measure, with commas")
     minutes: float = flag(7.0, help="begin nothing after so many minutes")
+    compile: bool = flag(False, help="fuse small operations of training steps with torch.compile")
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N")
     rows: int = flag(8, least=1, help="rows of a training step")
     decode_rows: str = flag("1,16,64", help="rows of a decode step, with commas")
@@ -239,6 +241,8 @@ def line(figures: Figures) -> str:
 def run(flags: Flags, device: torch.device) -> Figures:
     """Measure the parts that were chosen, as long as there is time -> all results, with "failed" and "left_out"."""
     begin, bench = time.monotonic(), Bench(flags, device)
+    if flags.compile:
+        fuse_small_operations(device)
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else "cpu"
     results: Figures = {"task": {"shape": flags.shape, "device": name, "torch": torch.__version__}}

@@ -19,6 +19,7 @@ from typing import Any
 from cli import cli_errors, die, nearest
 from demo import RECIPE as DEMO
 from moa.methods import METHODS
+from training.config import BATCH_SIZE
 
 LARGEST_MICRO_BATCH = 8
 LORA_MIXTURES = ("molora", "hydralora", "topk_moelora", "adamole")
@@ -119,6 +120,8 @@ def generate_flags(dataset: str, typed: Sequence[str] = ()) -> list[str]:
 def _batches(rows: int, processes: int, given: dict[str, str]) -> dict[str, int]:
     """batch_size and accum_iter, or the one of them that is not given."""
     names = ("model_parallel_size", "batch_size", "accum_iter")
+    if given.get("batch_size") == "auto":
+        given = given | {"batch_size": str(BATCH_SIZE)}
     shares = {name: _whole(f"--{name}", given[name]) for name in names if name in given}
     if {"batch_size", "accum_iter"} <= shares.keys():
         return {}

@@ -41,7 +41,8 @@ def stack_stats(stats: list[RouterStats]) -> RouterStats:
     """The statistics of several routers, (routers, E); zeros where one has fewer experts than another."""
     most = max(len(counts) for counts, _ in stats)
     columns = zip(*stats, strict=True)
-    return RouterStats(*(torch.stack([F.pad(t, (0, most - len(t))) for t in column]) for column in columns))
+    rows = ([t if len(t) == most else F.pad(t, (0, most - len(t))) for t in column] for column in columns)
+    return RouterStats(*map(torch.stack, rows))
 
 
 class ExpertRouter(AdapterModule):

@@ -29,9 +29,9 @@ class Prompt(AdapterModule):
         self.add_parameter("gate", (target.n_heads,), zeros, target.shard_outputs(0))
         self.expert_router = build_expert_router(target, config)
 
-    def keys_and_values(self, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(E L, K, h) each, of this rank's key/value heads."""
-        prompt = copy_to_model_parallel_region(self.prompt.to(dtype))
+    def keys_and_values(self, prompt: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Of the vectors `prompt` in the type of the layers, (E L, K, h) each, of this rank's key/value heads."""
+        prompt = copy_to_model_parallel_region(prompt)
         wk, wv, k_norm = self.target.layers
         return k_norm(wk(prompt).unflatten(-1, (-1, head_dim))), wv(prompt).unflatten(-1, (-1, head_dim))
 
@@ -40,7 +40,7 @@ class Prompt(AdapterModule):
 
         x, the attention's input, is not needed here.
         """
-        keys, values = self.keys_and_values(query.shape[-1], query.dtype)
+        keys, values = self.keys_and_values(self.prompt.to(query.dtype), query.shape[-1])
         groups = query.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))  # (E L, H, h)
         scores = torch.einsum("nhd,lhd->nhl", query, keys) / math.sqrt(query.shape[-1])

@@ -1,13 +1,15 @@
 """What is faster than the formulas equals them; the formulas compile, and take any frozen layer and a new adapter."""
 
 import copy
-from functools import cache
+import shutil
+from collections.abc import Callable
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llama.accelerate import Lanes, accelerate_model, restore_model
+from llama.accelerate import Lanes, accelerate_model, fuse_small_operations, kernels, restore_model
 from llama.accelerate.forwards import joint_weight
 from llama.accelerate.fused_decode import is_known
 from llama.accelerate.lanes import split_lanes
@@ -52,6 +54,42 @@ def test_an_accelerated_step_is_that_of_the_formulas(name: str) -> None:
     with float64(model):
         for model.activation_checkpointing in ("none", "selective", "full"):
             require_same_step(step(model), name, 1e-10)
+
+
+def compile_by(monkeypatch: pytest.MonkeyPatch, backend: str | Callable) -> None:
+    """Fuse small operations, until the test ends."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend=backend))
+    monkeypatch.setattr(kernels.Fusable, "enabled", False)
+    for fusable in vars(kernels).values():
+        if isinstance(fusable, kernels.Fusable):
+            monkeypatch.setattr(fusable, "_compiled", None)
+    fuse_small_operations(torch.device("cpu"))
+
+
+def test_a_step_in_fused_operations_is_that_of_the_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_by(monkeypatch, "aot_eager")
+    for name in [*METHODS, *BASELINES]:
+        model = copy.deepcopy(shared(name).model)
+        accelerate_model(model)
+        with float64(model):
+            require_same_step(step(model), name, 1e-10)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_kernels_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_by(monkeypatch, "inductor")
+    model = copy.deepcopy(shared("soft_moa").model)
+    accelerate_model(model)
+    require_same_step(step(model), "soft_moa", 1e-4)
+
+
+def test_where_nothing_compiles_the_flag_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no compiler")
+
+    with pytest.raises(ValueError, match="--compile needs a C.* compiler on a CPU, Triton on a GPU .no compiler.$"):
+        compile_by(monkeypatch, broken)
+    assert not kernels.Fusable.enabled
 
 
 @pytest.mark.parametrize("name", [*METHODS, *BASELINES])

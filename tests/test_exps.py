@@ -16,7 +16,7 @@ from generate import Flags
 from llama.args import ModelArgs
 from moa.methods import METHODS
 from tiny import BASE
-from training.config import parse_flags
+from training.config import BATCH_SIZE, parse_flags
 from training.schedule import Schedule
 
 LORA_MIXTURES = {"molora", "hydralora", "topk_moelora", "adamole"}
@@ -97,16 +97,20 @@ def test_generation_is_the_published_one(dataset):
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize(
-    "typed", [[], ["--batch_size", "1"], ["--accum_iter=1"], ["--model_parallel_size", "2", "--batch_size", "2"]]
+    "typed",
+    [
+        *([], ["--batch_size", "1"], ["--accum_iter=1"], ["--model_parallel_size", "2", "--batch_size", "2"]),
+        ["--batch_size", "auto"],
+    ],
 )
 def test_a_step_has_32_rows_whatever_the_processes(processes, typed):
     ranks = processes // (2 if "--model_parallel_size" in typed else 1)
-    if not ranks:
-        with pytest.raises(ValueError, match="--model_parallel_size 2"):
+    if not ranks or ranks * BATCH_SIZE * ("auto" in typed) > 32:
+        with pytest.raises(ValueError, match="--model_parallel_size 2|--batch_size 4"):
             train_flags("lora", "math_14k", processes, typed)
         return
     train = settings("lora", [*train_flags("lora", "math_14k", processes, typed), *typed]).train
-    assert ranks * train.batch_size * train.accum_iter == 32
+    assert ranks * train.rows_per_rank == 32
 
 
 def test_what_is_typed_takes_the_place_of_the_recipe():

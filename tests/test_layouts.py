@@ -99,6 +99,15 @@ def test_a_dry_run_counts_the_mode_that_is_asked_for(tmp_path):
     assert used == [totals["full"], totals["selective"], totals["none"]] == sorted(used) and len(set(used)) == 3
 
 
+def test_a_dry_run_says_what_micro_batches_would_be(tmp_path, monkeypatch):
+    given = config(tmp_path, "--batch_size", "auto", "--accum_iter", 4)
+    for free, rows, micro_batches in ((None, 16, 1), (0, 1, 16)):
+        monkeypatch.setattr("training.memory.free_memory", lambda _, free=free: free)
+        result = dry_run(given)
+        assert (result["batch_size"], result["rows_per_step"]) == (rows, 16)
+        assert result["exchanged_per_step"]["micro_batches"] == micro_batches
+
+
 def test_rows_are_shared_out_more_evenly_than_in_turn():
     generator = torch.Generator().manual_seed(0)
     for ranks in (2, 4, 8):

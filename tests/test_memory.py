@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def estimate(free, requested="auto"):
     """Of a run that takes 20, 12 and 8 GiB."""
     by_mode = {mode: {"base": 0, "total": n * GB} for mode, n in zip(CHECKPOINTING_MODES, (20, 12, 8), strict=True)}
-    return MemoryEstimate(by_mode, requested, free * GB)
+    return MemoryEstimate(by_mode, 1, requested, free * GB)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,57 @@ def test_more_is_kept_back_on_a_gpu(monkeypatch):
 
 def test_one_process_is_all():
     init_distributed(torch.device("cpu"))
-    assert [estimate(free).agree_on_mode() for free in (math.inf, 15, 3)] == ["none", "selective", "full"]
+    estimates = [estimate(free) for free in (math.inf, 15, 3)]
+    for memory in estimates:
+        memory.agree()
+    assert [memory.mode for memory in estimates] == ["none", "selective", "full"]
+
+
+@pytest.mark.parametrize(
+    ("free", "accum_iter", "rows", "mode"),
+    [
+        (math.inf, 1, 4, "none"),
+        (math.inf, 8, 32, "none"),
+        (math.inf, 9, 18, "none"),  # of 36 rows; no micro-batch has more than 32
+        (90, 8, 16, "none"),
+        (29, 8, 4, "none"),  # rather than 8 rows and recomputation
+        (27, 8, 8, "selective"),
+        (14.5, 9, 9, "full"),
+        (10.6, 8, 1, "full"),
+        (9, 8, 1, "full"),
+    ],
+)
+def test_micro_batches_are_as_large_as_fits(free, accum_iter, rows, mode, monkeypatch):
+    """First comes as little recomputation as four rows need. A row takes 4.5, 2 or 0.5 GiB beside 10."""
+
+    def memory_by_mode(model, lengths, device):
+        sizes = (10 + len(lengths) * size for size in (4.5, 2, 0.5))
+        return {mode: {"total": size * GB} for mode, size in zip(CHECKPOINTING_MODES, sizes, strict=True)}
+
+    monkeypatch.setattr(training.memory, "memory_by_mode", memory_by_mode)
+    flags = TrainConfig(batch_size=None, accum_iter=accum_iter)
+    memory = training.memory.fit_memory(None, flags, torch.device("cuda"), free * GB)
+    assert (memory.batch_size, memory.mode) == (rows, mode) and f"of up to {rows} rows" in memory.report()
+
+
+def test_a_run_in_micro_batches_that_fit_learns_the_same(tmp_path, monkeypatch, capsys):
+    data, losses, chosen = write_rows(tmp_path / "rows.json"), {}, {}
+    for size, free in (("4", None), ("auto", None), ("auto", 0)):
+        monkeypatch.setattr(training.memory, "free_memory", lambda _, free=free: free)
+        out = tmp_path / f"{size}-{free}"
+        script("finetune.py", *train_flags(data, out, batch_size=size, max_steps=2, save_every=1))
+        (chosen[size, free],) = re.findall(r"of up to (\d) rows", capsys.readouterr().err)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses[size, free] = [entry["loss"] for entry in log]
+        assert [entry["rows"] for entry in log] == [8, 8]
+    assert list(chosen.values()) == ["4", "8", "1"]
+    for values in losses.values():
+        assert values == pytest.approx(losses["4", None], rel=1e-5)
+    # ... and goes on in micro-batches of another size
+    (out / "checkpoint-2.pth").unlink()
+    script("finetune.py", *train_flags(data, out, batch_size=3, accum_iter=None, max_steps=2), "--resume")
+    (entry,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+    assert entry["rows"] == 8 and entry["loss"] == pytest.approx(losses["4", None][1], rel=1e-5)
 
 
 def test_free_memory_of_the_system_and_of_control_groups(tmp_path, monkeypatch):

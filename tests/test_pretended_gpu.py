@@ -3,6 +3,7 @@ mixed devices, no copy while a graph is recorded; and, of tensors with numbers, 
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import llama.packing
+import training.loop
 from graph_stand_in import Graph, stand_in_for_graphs
+from launches import Launches
 from llama.accelerate import FastDecoding, restore_model
 from llama.data import IGNORE_INDEX, Example
 from llama.distributed import destroy_distributed, get_device, init_distributed
@@ -20,12 +23,27 @@ from llama.engine import Request, SamplingParams, generate
 from llama.machine import prepare_libraries
 from llama.model import Transformer
 from llama.packing import async_to_device
+from moa.config import AdapterConfig
 from moa.state import adapter_parameters
 from pretended_gpu import CUDA, Pretended
-from tiny import ARGS, BASELINES, METHODS, build, changed, config, float64, gradients, prompts, require_close
-from training.data import micro_batches
+from tiny import (
+    ARGS,
+    BASELINES,
+    METHODS,
+    build,
+    changed,
+    config,
+    float64,
+    gradients,
+    prompts,
+    require_close,
+    require_identical,
+)
+from training.config import CHECKPOINTING_MODES
+from training.data import local_micro_batches, micro_batches
 from training.estimate import meta_model
-from training.loop import clip_gradients, forward_backward, make_optimizer, reduce_step
+from training.loop import TrainState, clip_gradients, forward_backward, make_optimizer, reduce_step
+from training.schedule import Schedule
 
 ROWS = [Example(list(range(n)), [IGNORE_INDEX] * p + list(range(p, n)), p) for n, p in ((5, 2), (3, 2), (7, 3))]
 NAMES = [*METHODS, *BASELINES]
@@ -77,7 +95,8 @@ def test_training(name: str, accelerated: bool, gpu: Pretended) -> None:
     if not accelerated:
         restore_model(model)
     model.activation_checkpointing = "full"  # so that each forward runs also in the backward pass
-    losses = micro_batch_step(model)
+    micro_batch_step(model)
+    losses = micro_batch_step(model)  # from now on with all narrow copies made at once
     assert not gpu.waits
     adapters = list(adapter_parameters(model).values())
     assert losses.device == CUDA and all(entry.parameter.grad is not None for entry in adapters)
@@ -86,6 +105,47 @@ def test_training(name: str, accelerated: bool, gpu: Pretended) -> None:
     clip_gradients(adapters, 1.0)
     optimizer.step()
     assert not gpu.waits  # the loop's one comes after the step
+
+
+def test_a_step_waits_once_when_the_next_is_prepared(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*arguments: Any) -> Iterator[Any]:
+        gpu.waits.append("rows prepared")
+        return local_micro_batches(*arguments)
+
+    model, schedule, log = model_of("lora", gpu), Schedule(3, 3, 2, 0, 0.1, 0.0, True), []
+    monkeypatch.setattr(training.loop, "local_micro_batches", prepare)
+    training.loop.train(model, make_optimizer(model, 0.0), ROWS, schedule, 2, 0, TrainState(), log.append)
+    assert len(log) == 2 and [wait.partition(":")[0] for wait in gpu.waits] == [
+        *("rows prepared", "rows prepared", "a copy of memory that is not pinned at loop.py"),
+        *("rows prepared", "a copy of memory that is not pinned at loop.py"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "most"), [("lora", 68), ("soft_moa", 166), ("sparse_moa", 144), ("molora", 120), ("adamole", 275)]
+)
+def test_launches_of_a_training_block(method: str, most: int, gpu: Pretended) -> None:
+    """Forward and backward: what a step of two blocks more takes."""
+    totals = []
+    for n_layers in (3, 5):
+        args = replace(ARGS, n_layers=n_layers)
+        model = meta_model(args, AdapterConfig.from_dict({"method": method}, n_layers), bf16=True)
+        micro_batch_step(model)
+        model.zero_grad()
+        with Launches() as launches:
+            micro_batch_step(model)
+        totals.append(launches.counts.total())
+    assert 0 < totals[1] - totals[0] <= 2 * most
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_narrow_copies_made_at_once_change_no_bit(name: str) -> None:
+    model, rows = build(name, bf16=True).model.train(), ROWS[:1] * 3
+    with Pretended("cpu"):
+        losses, grads = micro_batch_step(model, rows=rows), gradients(model)
+        for model.activation_checkpointing in CHECKPOINTING_MODES:
+            assert torch.equal(micro_batch_step(model, rows=rows), losses)
+            require_identical(gradients(model), grads)
 
 
 def test_training_on_rows_of_equal_length(gpu: Pretended) -> None:

@@ -58,6 +58,7 @@ WRONG = {
     "--method sofd_moa": "got 'sofd_moa' (nearest: soft_moa)",
     "--lr fast": "--lr: expected a number or None, got 'fast'",
     "--batch_size 0": "--batch_size must be at least 1, not 0",
+    "--batch_size all": "--batch_size: expected a whole number or auto, got 'all'",
     "--lora_targets Q,X": "lora_targets: 'X' is none of",
     "--lora_layers 3": "lora_layers: '3' is not a range",
     "--method lora --swi_x 2": "--swi_x has no effect with method lora",

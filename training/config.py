@@ -17,6 +17,7 @@ from moa.reading import parse_json, read_text, short_repr
 
 CHECKPOINTING_MODES = ("none", "selective", "full")  # of --activation_checkpointing; each saves less than the last
 _OLD_MODES = {"off": "none", "False": "none", "ffn": "selective", "all": "full", "True": "full"}  # earlier names
+BATCH_SIZE, LARGEST_BATCH_SIZE = 4, 32  # rows of a micro-batch: the default, and at most with --batch_size auto
 TRACKERS = ("trackio", "wandb")  # packages of which one may be installed
 DATA, RUN, STEPS, MACHINE = "data and model", "the run", "optimisation", "machine"
 
@@ -72,7 +73,14 @@ class TrainConfig:
     dry_run: bool = flag(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
     epochs: float = flag(2.0, above=0, help="passes over the data", group=STEPS)
     max_steps: int | None = flag(None, least=1, help="stop after this many optimizer steps instead", group=STEPS)
-    batch_size: int = flag(4, least=1, help="rows per data-parallel rank and micro-batch", group=STEPS)
+    batch_size: int | None = flag(
+        BATCH_SIZE,
+        least=1,
+        none="auto",
+        help=f"rows per data-parallel rank and micro-batch; auto: a step has the rows of --batch_size {BATCH_SIZE}, in "
+        f"the largest micro-batches, of at most {LARGEST_BATCH_SIZE} rows, that fit into free memory",
+        group=STEPS,
+    )
     accum_iter: int = flag(1, least=1, help="micro-batches per optimizer step", group=STEPS)
     lr: float | None = flag(None, above=0, help="peak learning rate; default: blr * rows per step / 256", group=STEPS)
     blr: float = flag(6e-3, above=0, help="peak learning rate per 256 rows", group=STEPS)
@@ -94,6 +102,7 @@ class TrainConfig:
         None, help="hold the base's matrices in 4 bits (needs bitsandbytes)", choices=QUANTIZATIONS, group=MACHINE
     )
     flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
+    compile: bool = flag(False, help="fuse small operations with torch.compile", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
     model_parallel_size: int = flag(1, least=1, help="processes that share one copy of the model", group=MACHINE)
     activation_checkpointing: str = flag(
@@ -131,6 +140,11 @@ class TrainConfig:
             raise ValueError(f"--report_to {self.report_to}: the package {self.report_to} is not installed")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Rows of an optimizer step on each data-parallel rank."""
+        return (self.batch_size or BATCH_SIZE) * self.accum_iter
 
 
 ADAPTER_GROUP = "adapters (default: the method's)"

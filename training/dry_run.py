@@ -4,6 +4,7 @@ The number of processes is torchrun's, or the environment's WORLD_SIZE; else as 
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from training.estimate import (
     comm_bytes_of_step,
     fake_rank,
     longest_batch,
-    memory_by_mode,
     meta_model,
     trace_step,
 )
+from training.memory import fit_memory, room_of
 from training.schedule import Schedule
 
 GENERATION = {"max_batch_size": 32, "max_seq_len": 512}  # generate.py's defaults
@@ -42,6 +43,7 @@ def print_dry_run(config: RunConfig) -> None:
         print(f"{slot:>14}  {n:>14,}")
     if layout["processes"] > 1:
         print(f"each of {layout['processes']} processes, {layout['model_parallel_size']} to a model:")
+    print(f"micro-batches of up to {result['batch_size']} rows")
     for title, sizes in (
         ("memory", result["memory_bytes"]),
         ("total by --activation_checkpointing", result["activation_checkpointing"]),
@@ -70,16 +72,18 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     if args.vocab_size == -1:
         args, _ = load_params_and_tokenizer(flags.ckpt_dir)
     adapter_config = config.adapter_config(args)
-    processes, lengths = _processes(flags), longest_batch(flags.batch_size, flags.max_seq_len)
-    # What is free when the run starts is not known here
-    mode = "none" if flags.activation_checkpointing == "auto" else flags.activation_checkpointing
+    processes = _processes(flags)
+    # What is free when the run starts is not known here; --batch_size auto goes by what is free now
+    room = math.inf if planned or flags.batch_size else room_of(device)
     with fake_rank(processes, flags.model_parallel_size) as messages:
         model = meta_model(args, adapter_config, bf16, flags.quantize)
         n_rows, n_val_rows = _rows(flags)
         known = n_rows is not None
         schedule = Schedule.from_config(flags, n_rows or 1, dp_size())
-        memory = memory_by_mode(model, lengths, device)
-        model.activation_checkpointing = mode
+        memory = fit_memory(model, flags, device, room)
+        lengths = longest_batch(memory.batch_size, flags.max_seq_len)
+        model.activation_checkpointing = memory.mode
+        micro_batches = -(-flags.rows_per_rank // memory.batch_size)
         leaks = known and flags.leak_tests is not None
         return {
             "method": adapter_config.method,
@@ -90,9 +94,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
                 "model_parallel_size": flags.model_parallel_size,
                 "data_parallel_size": dp_size(),
             },
-            "memory_bytes": memory[mode],
-            "activation_checkpointing": {mode: parts["total"] for mode, parts in memory.items()},
-            "exchanged_per_step": comm_bytes_of_step(*trace_step(model, lengths, messages), flags.accum_iter),
+            "batch_size": memory.batch_size,
+            "memory_bytes": memory.by_mode[memory.mode],
+            "activation_checkpointing": {mode: parts["total"] for mode, parts in memory.by_mode.items()},
+            "exchanged_per_step": comm_bytes_of_step(*trace_step(model, lengths, messages), micro_batches),
             "generation": GENERATION | {"kv_cache_bytes": cache_bytes(model, *GENERATION.values())},
             "bf16": bf16,
             "rows": n_rows,

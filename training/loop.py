@@ -8,8 +8,9 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ class Stopped(SystemExit):
     def __init__(self, signum: int):
         super().__init__(128 + signum)
         self.name = signal.Signals(signum).name
+
+
+def step_batches(
+    examples: Sequence[Example], schedule: Schedule, seed: int, first: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[list[int], int, int, list[MicroBatch | None]]]:
+    """Rows of each step from `first` on, how many tokens and labels they have, and this rank's micro-batches."""
+    for step in count(first):
+        rows = schedule.rows(step, seed)
+        batch = [examples[row] for row in rows]
+        num_tokens, num_labels = sum(len(example.tokens) for example in batch), sum(map(label_count, batch))
+        yield rows, num_tokens, num_labels, [*local_micro_batches(batch, batch_size, device, dp_rank(), dp_size())]
 
 
 def make_optimizer(model: nn.Module, weight_decay: float, beta2: float = 0.95) -> torch.optim.AdamW:
@@ -99,12 +111,13 @@ def train(
     adapters = list(adapter_parameters(model).values())
     parameters, balancing = [entry.parameter for entry in adapters], self_balancing(model)
     device = parameters[0].device
+    batches = step_batches(examples, schedule, seed, state.done, batch_size, device)
+    next_batch = next(batches)
     model.train()
     while not state.is_complete(schedule.steps):
         step, begin = state.done, time.perf_counter()
-        rows, lr = schedule.rows(step, seed), schedule.learning_rate(step)
-        batch = [examples[row] for row in rows]
-        num_tokens, num_labels = sum(len(example.tokens) for example in batch), sum(map(label_count, batch))
+        rows, num_tokens, num_labels, micro_batches = next_batch
+        lr = schedule.learning_rate(step)
         # Randomness follows from the step's number: a resumed run needs no generator's state
         torch.manual_seed((seed * schedule.steps + step) * dp_size() + dp_rank())
 
@@ -112,7 +125,7 @@ def train(
         for module in balancing:
             module.token_counts.zero_()
         losses = torch.zeros(2, device=device)  # cross-entropy; auxiliary
-        for micro_batch in local_micro_batches(batch, batch_size, device, dp_rank(), dp_size()):
+        for micro_batch in micro_batches:
             if micro_batch is not None:
                 losses += forward_backward(model, micro_batch, num_labels, num_tokens)
             elif uses_load_balancing(model):
@@ -125,6 +138,7 @@ def train(
             group["lr"] = lr * group["lr_scale"]
         optimizer.found_inf = result[2]  # where it is 1, the fused step changes nothing
         optimizer.step()
+        next_batch = next(batches)  # while a GPU is at work on this step
         ce_loss, aux_loss, not_finite, signum = result.tolist()  # a step's one wait for a GPU
         skipped = None
         if not_finite:

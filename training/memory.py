@@ -12,8 +12,9 @@ import torch.distributed as dist
 from cli import out_of_memory
 from llama.args import ModelArgs
 from llama.machine import free_memory
+from llama.model import Transformer
 from moa.config import AdapterConfig
-from training.config import CHECKPOINTING_MODES, TrainConfig
+from training.config import BATCH_SIZE, CHECKPOINTING_MODES, LARGEST_BATCH_SIZE, TrainConfig
 from training.estimate import fake_rank, longest_batch, memory_by_mode, meta_model
 
 RESERVED = {"cpu": 2**30, "cuda": 2 * 2**30}  # bytes of free memory left to the libraries and to fragmentation
@@ -23,10 +24,12 @@ RESERVED = {"cpu": 2**30, "cuda": 2 * 2**30}  # bytes of free memory left to the
 class MemoryEstimate:
     """Bytes of one process. by_mode: checkpointing mode -> bytes by what takes them (`training.estimate`).
 
-    requested: --activation_checkpointing. room: bytes that a step can have; infinite where that is not known.
+    batch_size: rows of the micro-batch. requested: --activation_checkpointing. room: bytes that a step can have;
+    infinite where that is not known.
     """
 
     by_mode: dict[str, dict[str, int]]
+    batch_size: int
     requested: str
     room: float
 
@@ -35,12 +38,11 @@ class MemoryEstimate:
         """What was requested; for "auto" the first mode that fits, else the one that needs least."""
         return (self.fitting() or CHECKPOINTING_MODES[-1:])[0] if self.requested == "auto" else self.requested
 
-    def agree_on_mode(self) -> str:
-        """`mode` with the room of the process that has least. All processes must call it."""
-        rooms = [self.room] * dist.get_world_size()
-        dist.all_gather_object(rooms, self.room)
-        self.room = min(rooms)
-        return self.mode
+    def agree(self) -> None:
+        """Become the estimate of the process that has least room. All processes must call it."""
+        estimates = [self] * dist.get_world_size()
+        dist.all_gather_object(estimates, self)
+        vars(self).update(vars(min(estimates, key=lambda estimate: estimate.room)))
 
     def fitting(self) -> list[str]:
         return [mode for mode in CHECKPOINTING_MODES if self.by_mode[mode]["total"] <= self.room]
@@ -55,7 +57,7 @@ class MemoryEstimate:
 
     def report(self) -> str:
         """What a run says of it; on a second line why "auto" chose a mode other than "none"."""
-        text = f"estimated memory {self.summary()}"
+        text = f"estimated memory {self.summary()}, micro-batches of up to {self.batch_size} rows"
         if self.requested == "auto" and self.mode != "none":
             free = f"{self.total('none')} without, of {max(0, self.room) / 2**30:.2f} GiB that are free"
             text += f"\n--activation_checkpointing {self.mode}: a step would take {free}"
@@ -67,10 +69,34 @@ def estimate_memory(flags: TrainConfig, args: ModelArgs, config: AdapterConfig, 
     """Estimate what this process will need, before any process group or model exists. `bf16` must be decided."""
     with fake_rank(int(os.environ.get("WORLD_SIZE", 1)), flags.model_parallel_size):
         model = meta_model(args, config, flags.bf16, flags.quantize)
-        by_mode = memory_by_mode(model, longest_batch(flags.batch_size, flags.max_seq_len), device)
+        return fit_memory(model, flags, device, room_of(device))
+
+
+def room_of(device: torch.device) -> float:
+    """Bytes that a step can have now; infinite where that is not known."""
     free = free_memory(device)
-    room = math.inf if free is None else free - RESERVED[device.type]
-    return MemoryEstimate(by_mode, flags.activation_checkpointing, room)
+    return math.inf if free is None else free - RESERVED[device.type]
+
+
+def fit_memory(model: Transformer, flags: TrainConfig, device: torch.device, room: float) -> MemoryEstimate:
+    """Estimate a step of a model on the meta device; with --batch_size auto, of the largest micro-batches that fit.
+
+    That is, with as little recomputation as --batch_size 4 needs, for this costs more time than small micro-batches do;
+    then the number of micro-batches is doubled until they fit.
+    """
+
+    def estimate(rows: int) -> MemoryEstimate:
+        by_mode = memory_by_mode(model, longest_batch(rows, flags.max_seq_len), device)
+        return MemoryEstimate(by_mode, rows, flags.activation_checkpointing, room)
+
+    if flags.batch_size is not None:
+        return estimate(flags.batch_size)
+    mode, micro_batches = estimate(BATCH_SIZE).mode, -(-flags.rows_per_rank // LARGEST_BATCH_SIZE)
+    while True:
+        chosen = estimate(-(-flags.rows_per_rank // micro_batches))
+        if chosen.batch_size == 1 or chosen.by_mode[mode]["total"] <= room:
+            return chosen
+        micro_batches *= 2
 
 
 @contextmanager
@@ -83,8 +109,10 @@ def oom_hint(flags: TrainConfig, estimate: MemoryEstimate) -> Iterator[None]:
             raise
         problem = (str(error).splitlines() or ["out of memory"])[0].rstrip(".")
         hints = [f"lower --max_seq_len ({flags.max_seq_len})"]
-        if flags.batch_size > 1:
-            hints.insert(0, f"lower --batch_size ({flags.batch_size}; a larger --accum_iter keeps the rows of a step)")
+        if estimate.batch_size > 1:
+            hints.insert(
+                0, f"lower --batch_size ({estimate.batch_size}; a larger --accum_iter keeps the rows of a step)"
+            )
         lighter = CHECKPOINTING_MODES[CHECKPOINTING_MODES.index(estimate.mode) + 1 :]
         fitting = [f"{mode} ({estimate.total(mode)})" for mode in lighter if mode in estimate.fitting()]
         if fitting:

@@ -8,7 +8,7 @@ from typing import Any
 from cli import flags_of
 from moa.config import AdapterConfig
 from moa.reading import parse_json, read_text
-from training.config import RESUMABLE_FIELDS, RunConfig, TrainConfig
+from training.config import BATCH_SIZE, RESUMABLE_FIELDS, RunConfig, TrainConfig
 
 # Flags whose files must be the same for a run to go on: name of the flag, and of the hash in the record.
 HASHED_FILES = {
@@ -104,9 +104,9 @@ def record_to_resume(config: RunConfig, hashes: dict[str, str], ranks: int) -> d
             file = getattr(flags, name)
             raise ValueError(f"{file}: is not the --{name} that the run in {folder} was started with, by its contents")
     rows = record["rows_per_step"]
-    if "accum_iter" in config.explicit and rows != flags.batch_size * flags.accum_iter * ranks:
+    if "accum_iter" in config.explicit and rows != flags.rows_per_rank * ranks:
         raise ValueError(
-            f"{folder}: the run takes {rows} rows per step, not --batch_size {flags.batch_size} x --accum_iter "
-            f"{flags.accum_iter} x {ranks} data-parallel ranks; leave --accum_iter out"
+            f"{folder}: the run takes {rows} rows per step, not --batch_size {flags.batch_size or BATCH_SIZE} x "
+            f"--accum_iter {flags.accum_iter} x {ranks} data-parallel ranks; leave --accum_iter out"
         )
     return record | {"has_checkpoint": bool(existing)}

@@ -27,7 +27,7 @@ class Schedule:
 
         record: of a run that is resumed, on whatever ranks it was: rows per step and warm-up stay.
         """
-        rows_per_step = record["rows_per_step"] if record else flags.batch_size * flags.accum_iter * ranks
+        rows_per_step = record["rows_per_step"] if record else flags.rows_per_rank * ranks
         per_epoch = -(-n_rows // rows_per_step)
         steps = flags.max_steps or max(1, round(flags.epochs * per_epoch))
         if record:

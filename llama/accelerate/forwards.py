@@ -53,12 +53,13 @@ def install(model: Transformer, cache: WeightCache, flash: bool = False) -> None
             module.forward = partial(block_router, cache, module)
     model.output.forward = partial(output, cache, model.output)
     model.cross_entropy = partial(cross_entropy, model)
+    model.run_blocks = partial(run_blocks, cache, model)
 
 
 def uninstall(model: Transformer) -> None:
     """Bring the plain forwards back."""
     for module in model.modules():
-        for name in ("forward", "causal_attention", "decode_attention", "ffn_half", "cross_entropy"):
+        for name in ("forward", "causal_attention", "decode_attention", "ffn_half", "cross_entropy", "run_blocks"):
             module.__dict__.pop(name, None)
 
 
@@ -71,6 +72,13 @@ def rms_norm(self: RMSNorm, x: Tensor) -> Tensor:
 
 def cross_entropy(self: Transformer, hidden: Tensor, labels: Tensor) -> Tensor:
     return chunked_cross_entropy(hidden, self.output.weight, labels)
+
+
+def run_blocks(
+    cache: WeightCache, self: Transformer, tokens: Tensor, context: ForwardContext
+) -> tuple[Tensor, list[RouterStats]]:
+    cache.copies.refresh()
+    return Transformer.run_blocks(self, tokens, context)
 
 
 def output(cache: WeightCache, self: ColumnParallelLinear, x: Tensor) -> Tensor:
@@ -87,12 +95,9 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
     k = apply(cache, adapters, "wk", k, x, downs, routing)
     v = apply(cache, adapters, "wv", v, x, downs, routing)
     q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-    q, k = self.q_norm(q), self.k_norm(k)
-    freqs_cis = context.freqs_cis
-    if torch.is_grad_enabled():
-        q, k = RotaryFunction.apply(q, freqs_cis), RotaryFunction.apply(k, freqs_cis)
-    else:  # fewer launches
-        q, k = apply_rotary_emb(torch.cat([q, k], 1), freqs_cis).split([q.shape[1], k.shape[1]], 1)
+    rotate = RotaryFunction.apply if torch.is_grad_enabled() else apply_rotary_emb
+    both = torch.cat([self.q_norm(q), self.k_norm(k)], 1)  # fewer launches
+    q, k = rotate(both, context.freqs_cis).split([q.shape[1], k.shape[1]], 1)
     heads = self.attend(q, k, v, context)
     heads = apply(cache, adapters, "attention", heads, x, downs, routing, q).flatten(1)
     (out,), downs = fused_linear(cache, adapters, heads, [self.wo], fusable(adapters.at("wo")))
@@ -109,7 +114,7 @@ def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates
     standing, readers = with_routers(ffn.adapters.at("w2")), fusable(ffn.adapters.at("w2"))
     hidden = None
     if torch.is_grad_enabled() and gate.requires_grad and readers and set(standing) <= set(readers) and plain(ffn.w2):
-        trained = stack(down_weights(readers), gate.dtype)
+        trained = cache.copies.stacked(down_weights(readers), gate.dtype)
         products = FusedSwiGLULinearFunction.apply(gate, up, trained, ffn.w2.weight)
         out, product = map(reduce_from_model_parallel_region, products)
         down = split(product, readers)
@@ -127,9 +132,10 @@ def block_router(cache: WeightCache, self: SoftRouter, x: Tensor) -> Gates:
     first = [proj] if hasattr(proj, "weight") else [proj.w1, proj.w3]
     linears = first + ([threshold] if threshold is not None else [])
     dtype = cache.narrow_dtype(x)
-    weights = cache.get(self, dtype, lambda: stack([linear.weight for linear in linears], dtype))
-    products = F.linear(x.to(dtype), weights).split([len(linear.weight) for linear in linears], -1)
-    values = [linear.add_bias(y) for linear, y in zip(linears, products, strict=True)]
+    weights = cache.get(self, dtype, lambda: cache.copies.stacked([linear.weight for linear in linears], dtype))
+    biases = [linear.bias for linear in linears]
+    bias = cache.get(self, "bias", lambda: cache.copies.stacked(biases, biases[0].dtype))
+    values = (F.linear(x.to(dtype), weights) + bias).split([len(linear.weight) for linear in linears], -1)
     logits = values[0] if len(first) == 1 else proj.w2(F.silu(values[0]) * values[1])
     if isinstance(self, SparseRouter):
         gates = self.sparse_gates(logits, values[-1] if threshold is not None else None)
@@ -168,14 +174,11 @@ def down_weights(modules: Sequence[AdapterModule]) -> list[Tensor]:
     return [weight for module in modules for weight in DOWN_WEIGHTS[type(module)](module)]
 
 
-def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return (weights[0] if len(weights) == 1 else torch.cat(list(weights))).to(dtype)
-
-
 def split(product: Tensor, modules: Sequence[AdapterModule]) -> Downs:
     """A product (N, sum of k) with the down-projections of all modules -> the products of each."""
     widths = [[len(weight) for weight in DOWN_WEIGHTS[type(module)](module)] for module in modules]
-    pieces = iter(product.split([k for ks in widths for k in ks], -1))
+    ks = [k for ks in widths for k in ks]
+    pieces = iter(product.split(ks, -1) if len(ks) > 1 else [product])  # the gradient of one piece would be a copy
     return {module: tuple(next(pieces) for _ in ks) for module, ks in zip(modules, widths, strict=True)}
 
 
@@ -201,7 +204,7 @@ def fused_linear(
         outputs, down = joint_product(cache, layers, readers, x)(x)
         return outputs.split(widths, -1), split(down, readers) if readers else {}
     if torch.is_grad_enabled() and x.requires_grad and readers:
-        trained = stack(down_weights(readers), x.dtype)
+        trained = cache.copies.stacked(down_weights(readers), x.dtype)
         *outputs, down = FusedLinearFunction.apply(x, trained, column and mp_size() > 1, *weights)
         if not column:
             outputs, down = (
@@ -235,7 +238,8 @@ def joint_product(
         joint = joint_weight(layers)
         product = partial(F.linear, weight=joint)
     if readers and not joined:
-        down = cache.get(layers[0], ("downs", narrow, *readers), lambda: stack(down_weights(readers), narrow))
+        stack = partial(cache.copies.stacked, down_weights(readers), narrow)
+        down = cache.get(layers[0], ("downs", narrow, *readers), stack)
 
     def run(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if residual is not None and not cache.prepack:
@@ -274,7 +278,8 @@ def project_down(
     if not readers:
         return {}
     dtype = cache.narrow_dtype(x)
-    weights = cache.get(layers[0], ("downs", dtype, *readers), lambda: stack(down_weights(readers), dtype))
+    stack = partial(cache.copies.stacked, down_weights(readers), dtype)
+    weights = cache.get(layers[0], ("downs", dtype, *readers), stack)
     product = F.linear(x.to(dtype), weights)
     row = isinstance(layers[0], RowParallelLinear)
     return split(reduce_from_model_parallel_region(product) if row else product, readers)
@@ -321,7 +326,7 @@ def lora(cache: WeightCache, self: LoRA, output: Tensor, a: Tensor, gate: Tensor
     dtype = cache.narrow_dtype(a)
     if gate is not None:
         a = gated(a, gate, self.rank)
-    up = cache.get(self, dtype, lambda: contiguous(self.lora_B.T, dtype))  # its gradient is the faster product
+    up = cache.get(self, dtype, lambda: transposed(cache, self.lora_B, dtype))
     return add_product(output, self.target, a, up, self.scale)
 
 
@@ -329,7 +334,7 @@ def parallel_adapter(
     cache: WeightCache, self: ParallelAdapter, output: Tensor, down: Tensor, gate: Tensor | None
 ) -> Tensor:
     """down = V x, (N, E size) or (N, size)."""
-    bias = cache.get(self, ("bias", down.dtype), lambda: self.down_proj_bias.to(down.dtype))
+    bias = cache.get(self, ("bias", down.dtype), lambda: cache.copies.stacked([self.down_proj_bias], down.dtype))
     hidden = self.activation(down + bias)
     if gate is None:
         gate = down.new_ones(1, 1).expand(len(down), -1)
@@ -352,7 +357,7 @@ def prompt(cache: WeightCache, self: Prompt, output: Tensor, gate: Tensor | None
         one_batch = (query.transpose(0, 1)[None], keys[None], values[None])
         heads = F.scaled_dot_product_attention(*one_batch, scale=1.0, enable_gqa=True)[0]
         return torch.addcmul(output, heads.transpose(0, 1), weight)
-    weight = self.gate.to(query.dtype)[:, None, None]
+    weight = cache.copies.stacked([self.gate], query.dtype)[:, None, None]
     if gate is not None:
         weight = weight * copy_to_model_parallel_region(gate.to(query.dtype)).T  # (H, E, N)
     else:
@@ -364,7 +369,7 @@ def prompt_keys(cache: WeightCache, self: Prompt, head_dim: int, dtype: torch.dt
     """Keys, divided by sqrt(h), and values (K, E L, h)."""
 
     def keys_and_values() -> tuple[Tensor, Tensor]:
-        keys, values = self.keys_and_values(head_dim, dtype)
+        keys, values = self.keys_and_values(cache.copies.stacked([self.prompt], dtype), head_dim)
         return keys.transpose(0, 1) / head_dim**0.5, values.transpose(0, 1)
 
     return cache.get(self, dtype, keys_and_values)
@@ -376,6 +381,11 @@ def gated(a: Tensor, gate: Tensor, width: int) -> Tensor:
 
 def contiguous(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def transposed(cache: WeightCache, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight (out, k) -> (k, out); on a CPU contiguous, whose gradient is the faster product."""
+    return cache.copies.stacked([weight], dtype).T if weight.is_cuda else contiguous(weight.T, dtype)
 
 
 def add_product(output: Tensor, target: Target, a: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:

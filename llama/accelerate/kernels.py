@@ -3,7 +3,8 @@
 Every function equals the plain formula of `llama.model` or `moa`; `llama.accelerate.forwards` puts them in its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,32 @@ from llama.model import apply_rotary_emb
 from moa.parallel import all_reduce
 
 aten = torch.ops.aten
+
+
+class Fusable:
+    """A function of small operations. `fuse_small_operations` lets torch.compile make them one kernel."""
+
+    enabled = False
+
+    def __init__(self, plain: Callable[..., Any]):
+        self.plain, self._compiled = plain, None
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not Fusable.enabled:
+            return self.plain(*inputs)
+        self._compiled = self._compiled or torch.compile(self.plain, dynamic=True)
+        return self._compiled(*inputs)
+
+
+def fuse_small_operations(device: torch.device) -> None:
+    """From now on in this process. ValueError where torch.compile does not work."""
+    Fusable.enabled = True
+    try:
+        swiglu(*torch.ones(2, 16, 16, device=device))
+    except Exception as error:
+        Fusable.enabled = False
+        reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
+        raise ValueError(f"--compile needs a C++ compiler on a CPU, Triton on a GPU ({reason})") from None
 
 
 def upcast_on_cpu(t: Tensor) -> Tensor:
@@ -52,19 +79,45 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * scale).mul_(weight).to(x.dtype), scale
 
 
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """`apply_rotary_emb`; where it is fused in real numbers, as torch.compile knows no complex ones."""
+    return rotate_pairs(x, torch.view_as_real(freqs_cis)) if Fusable.enabled else apply_rotary_emb(x, freqs_cis)
+
+
+@Fusable
+def rotate_pairs(x: Tensor, rotations: Tensor) -> Tensor:
+    """x (N, heads, h), rotations (N, h/2, 2)."""
+    a, b = x.to(rotations.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotations[:, None].unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
 class RotaryFunction(torch.autograd.Function):
     """Rotates x (N, heads, h) by freqs_cis (N, h/2); the backward pass rotates back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, freqs_cis: Tensor) -> Tensor:
         ctx.freqs_cis = freqs_cis
-        return apply_rotary_emb(x, freqs_cis)
+        return rotate(x, freqs_cis)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return apply_rotary_emb(grad, ctx.freqs_cis.conj()), None
+        return rotate(grad, ctx.freqs_cis.conj().resolve_conj()), None
 
 
+@Fusable
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+@Fusable
+def swiglu_parts(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate), and the whole."""
+    silu_gate = F.silu(gate)
+    return silu_gate, silu_gate * up
+
+
+@Fusable
 def swiglu_backward(gate: Tensor, up: Tensor, silu_gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up. silu_gate is overwritten."""
     return aten.silu_backward(grad * up, gate), silu_gate.mul_(grad)
@@ -76,7 +129,7 @@ class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return swiglu(gate, up)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,14 +206,14 @@ class FusedSwiGLULinearFunction(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, trained: Tensor, frozen: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gate, up, trained)
         ctx.frozen = frozen
-        x = F.silu(gate).mul_(up)
+        x = swiglu(gate, up)
         return F.linear(x, frozen), F.linear(x, trained)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, trained = ctx.saved_tensors
-        silu_gate = F.silu(gate)
-        grad_x, grad_trained = _linear_backward(silu_gate * up, [ctx.frozen], trained, grads)
+        silu_gate, x = swiglu_parts(gate, up)
+        grad_x, grad_trained = _linear_backward(x, [ctx.frozen], trained, grads)
         return *swiglu_backward(gate, up, silu_gate, grad_x), grad_trained, None
 
 

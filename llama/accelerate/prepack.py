@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llama.accelerate.narrow import NarrowCopies
+
 T = TypeVar("T")
 
 DECODE_MAX_TOKENS = 64
@@ -26,6 +28,7 @@ class WeightCache:
     def __init__(self, decode_max_tokens: int = DECODE_MAX_TOKENS) -> None:
         self.frozen, self.prepack, self.decode_max_tokens = False, False, decode_max_tokens
         self.entries: dict[Hashable, Any] = {}
+        self.copies = NarrowCopies()  # for training
 
     def get(self, owner: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
         if not self.frozen:
