@@ -32,6 +32,8 @@ class Predictions:
         if overwrite:
             return
         settings_file = self._beside("settings.json")
+        if not path.exists() and not any(part.stat().st_size for part in self._parts()):
+            return  # a start that ended before the first answer
         if settings_file.exists():
             before = read_json(settings_file)
             for name in sorted(before.keys() | settings.keys()):
@@ -40,7 +42,7 @@ class Predictions:
                         f"{path}: was made with {safe_name(name)} {short_repr(before.get(name))}, now it is "
                         f"{short_repr(settings.get(name))}; give --overwrite to begin anew, or another --save_path"
                     )
-        elif path.exists() or self._parts():
+        else:
             raise ValueError(f"{path}: exists, but {settings_file.name} does not: give --overwrite to begin anew")
         self._read_file()
         self._read_parts()

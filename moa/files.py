@@ -19,9 +19,12 @@ from moa.reading import parse_json, read_text
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. OSError naming it (disk full, read-only) leaves what was there before."""
+    """Write a file whole or not at all, in a folder that is made if it is missing. OSError naming the file (disk full,
+    read-only) leaves what was there before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
