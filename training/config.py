@@ -69,7 +69,7 @@ class TrainConfig:
     )
     resume: bool = flag(False, help="go on from the output folder's last whole checkpoint, if it has one", group=RUN)
     overwrite: bool = flag(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
-    dry_run: bool = flag(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
+    dry_run: bool = flag(False, help="print parameters, steps and memory, last as JSON, and stop", group=RUN)
     epochs: float = flag(2.0, above=0, help="passes over the data", group=STEPS)
     max_steps: int | None = flag(None, least=1, help="stop after this many optimizer steps instead", group=STEPS)
     batch_size: int = flag(4, least=1, help="rows per data-parallel rank and micro-batch", group=STEPS)
