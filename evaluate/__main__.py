@@ -41,7 +41,7 @@ class Flags:
     """The flags of `python -m evaluate`."""
 
     suite: str | None = flag(
-        None, help=f"{', '.join(TASKS)}, in any case{_ALIASES}; default: by the file's name", positional=True
+        None, help=f"{', '.join(TASKS)}, upper or lower case{_ALIASES}; default: by the file's name", positional=True
     )
     predict_file: str | None = flag(None, help="prediction file: JSONL, or a JSON list, of test rows with `generate`")
     predict_files: str | None = flag(None, help="one FILE per suite, several after one another, each named after it")

@@ -171,7 +171,7 @@ def test_another_base_of_the_same_shape_is_told(trained, data, tmp_path, other_b
     save_path = tmp_path / "AddSub.jsonl"
     assert run("generate.py", *generate_flags(data, trained, save_path, max_rows=2)).returncode == 0
     again = run("generate.py", *generate_flags(data, trained, save_path, ckpt_dir=other_base))
-    refused(again, "base_fingerprint", "--overwrite")
+    refused(again, "was made with another --ckpt_dir, by its contents", "--overwrite")
 
 
 @pytest.mark.parametrize("temperature", [0, 0.5])
