@@ -63,7 +63,7 @@ class Flags:
         if self.timeout is not None and self.timeout > _MAX_SECONDS:
             raise ValueError(f"--timeout must be at most {_MAX_SECONDS}, not {self.timeout}")
         if (self.predict_file is None) == (self.predict_files is None):
-            raise ValueError("give --predict_file or --predict_files, not both")
+            raise ValueError("give one of --predict_file and --predict_files")
         if self.predict_files and self.suite:
             raise ValueError(f"--predict_files takes each suite from its file's name: leave out {self.suite[:80]!r}")
         self.files()

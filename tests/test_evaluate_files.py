@@ -125,8 +125,8 @@ SUMS = "--predict_file AddSub.jsonl"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "give --predict_file or --predict_files"),
-        (f"{SUMS} --predict_files AQuA.jsonl", "not both"),
+        ("", "give one of --predict_file and --predict_files"),
+        (f"{SUMS} --predict_files AQuA.jsonl", "give one of --predict_file and --predict_files"),
         ("--predict_fil x", "--predict_file"),
         (f"{SUMS} --verdict=y", "--verdicts"),
         ("adsub --predict_file x", "no suite is named 'adsub' (nearest: AddSub)"),
