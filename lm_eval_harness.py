@@ -47,9 +47,7 @@ class Flags:
     num_fewshot: int | None = flag(None, least=0, help="examples before a question; default: the task's", group=TASKS)
     limit: float | None = flag(None, above=0, help="rows of each task; below 1: this share of them", group=TASKS)
     include_path: str | None = flag(None, help="folder with task files of your own", group=TASKS)
-    gen_kwargs: str | None = flag(
-        None, help="over a task's own options, as temperature=0.7,max_gen_toks=64", group=TASKS
-    )
+    gen_kwargs: str | None = flag(None, help="over a task's own, as temperature=0.7,max_gen_toks=64", group=TASKS)
     seed: int = flag(0, help="seed of the draws, where a task draws", group=TASKS)
     save_path: str | None = flag(None, help="file for the results, JSON", group=TASKS)
     log_samples: bool = flag(False, help="write each row and its answer into --save_path too", group=TASKS)

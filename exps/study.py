@@ -266,6 +266,7 @@ class Worker:
         missing = [name for name in wanted if not (run.path / name).is_file()]
         if not missing:
             return
+        run.path.mkdir(parents=True, exist_ok=True)
         write_json(record, self.identity)
         if run.line and not (run.path / "adapter.pth").is_file() and not self.train(run):
             write_json(run.path / "val.json", {"losses": [], "labels": []})  # diverged
