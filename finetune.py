@@ -110,7 +110,7 @@ def fine_tune(config: RunConfig) -> None:
                 )
         if validation:
             log_rank0(f"the run ends after step {state.done}; {state.best}")
-        log_rank0(f"{run.path}/checkpoint-{state.done}.pth: done; python extract_adapter.py writes the adapter")
+        log_rank0(f"{run.path}/checkpoint-{state.done}.pth: done; next: python extract_adapter.py {run.path}")
 
 
 def with_demo(config: RunConfig) -> RunConfig:

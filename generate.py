@@ -116,6 +116,7 @@ def run(flags: Flags) -> None:
                 quantize=flags.quantize,
                 cuda_graphs=flags.cuda_graphs,
             )
+            require_template(llm.tokenizer, template)
         if is_rank0():
             predictions.start()
         dist.barrier()
@@ -136,7 +137,6 @@ def answer_rows(flags: Flags, template: str, llm, rows: list[dict], share: list[
     from llama.distributed import is_rank0
     from moa.parallel import mp_rank
 
-    require_template(llm.tokenizer, template)
     room = flags.max_seq_len - flags.min_gen_len
     prompts = {}
     for i in share:

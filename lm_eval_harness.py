@@ -50,7 +50,7 @@ class Flags:
     gen_kwargs: str | None = flag(None, help="over a task's own, as do_sample=True,temperature=0.7", group=TASKS)
     seed: int = flag(0, help="seed of the draws, where a task draws", group=TASKS)
     save_path: str | None = flag(None, help="file for the results, JSON", group=TASKS)
-    log_samples: bool = flag(False, help="with each row and its answer in it", group=TASKS)
+    log_samples: bool = flag(False, help="write each row and its answer into --save_path too", group=TASKS)
     batch_size: int = flag(16, least=1, help="rows that are computed at once", group=MACHINE)
     bf16: bool | None = flag(None, help="base in bf16; default: where the hardware multiplies bf16", group=MACHINE)
     quantize: str | None = flag(

@@ -48,6 +48,8 @@ class Flags(common.SideBySide):
 
     def __post_init__(self):
         common.methods_named(self.methods)
+        if self.peft:
+            peers.require_package("peft")
 
     def kinds(self) -> list[str]:
         """Return all kinds of work that are measured."""

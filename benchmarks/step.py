@@ -38,6 +38,8 @@ class Flags(common.SideBySide):
 
     def __post_init__(self):
         common.methods_named(self.methods)
+        if self.peft:
+            peers.require_package("peft")
 
 
 def measure(kind: str, flags: Flags, examples: list[Example]) -> Figures:

@@ -39,7 +39,7 @@ class MergeFlags(_Output):
 
     ckpt_dir: str = flag(help="the base, in Meta's layout; it stays as it is")
     adapter_path: str = flag(help="adapter.pth, ours or the authors'; its adapter_params.json lies beside it")
-    dtype: str | None = flag(None, help="number format of the written tensors (None: the base's)", choices=DTYPES)
+    dtype: str | None = flag(None, help="number format of the written tensors (default: the base's)", choices=DTYPES)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class ReshardFlags(_Output):
 
     ckpt_dir: str = flag(help="the checkpoint, in Meta's layout; it stays as it is")
     shards: int = flag(help="how many files consolidated.NN.pth to cut it into", least=1)
-    dtype: str | None = flag(None, help="number format of the written tensors (None: as they are)", choices=DTYPES)
+    dtype: str | None = flag(None, help="number format of the written tensors (default: as they are)", choices=DTYPES)
 
 
 @dataclass

@@ -49,7 +49,6 @@ def fetch(
     checked = check_rows(data_set, kept)
     if checked.faults:
         raise ValueError(f"{url}: not what was expected: {checked.faults[0]}")
-    file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, ("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n").encode())
     return Fetched(file, len(kept), len(rows) - len(kept))
 

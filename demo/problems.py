@@ -165,7 +165,6 @@ def ensure_data(folder: str | Path = DATA_FOLDER) -> tuple[Path, Path]:
     from moa.files import atomic_write  # late: it loads torch
 
     paths = Path(folder, "train.json"), Path(folder, "test.json")
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     for path, rows in zip(paths, make_problems(), strict=True):
         content = ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode()
         if not path.is_file() or path.read_bytes() != content:

@@ -41,7 +41,7 @@ class Flags:
     """The flags of `python -m evaluate`."""
 
     suite: str | None = flag(
-        None, help=f"{', '.join(TASKS)}, in any case{_ALIASES}; None: from the file's name", positional=True
+        None, help=f"{', '.join(TASKS)}, upper or lower case{_ALIASES}; default: by the file's name", positional=True
     )
     predict_file: str | None = flag(None, help="prediction file: JSONL, or a JSON list, of test rows with `generate`")
     predict_files: str | None = flag(None, help="one FILE per suite, several after one another, each named after it")
@@ -52,9 +52,9 @@ class Flags:
         False, help="run generated programs; nothing generated is ever run without it", group=_CODE
     )
     timeout: float | None = flag(
-        None, help=f"CPU seconds of a program under the robust rule; None: {SECONDS:g}", group=_CODE, above=0
+        None, help=f"CPU seconds of a program under the robust rule; default: {SECONDS:g}", group=_CODE, above=0
     )
-    jobs: int | None = flag(None, help="programs run at once; None: one per CPU", group=_CODE, least=1)
+    jobs: int | None = flag(None, help="programs run at once; default: one per CPU", group=_CODE, least=1)
     weak_sandbox: bool = flag(
         False, help="where the kernel cannot keep programs in, do with guards inside their interpreter", group=_CODE
     )
@@ -63,7 +63,7 @@ class Flags:
         if self.timeout is not None and self.timeout > _MAX_SECONDS:
             raise ValueError(f"--timeout must be at most {_MAX_SECONDS}, not {self.timeout}")
         if (self.predict_file is None) == (self.predict_files is None):
-            raise ValueError("give --predict_file or --predict_files, not both")
+            raise ValueError("give one of --predict_file and --predict_files")
         if self.predict_files and self.suite:
             raise ValueError(f"--predict_files takes each suite from its file's name: leave out {self.suite[:80]!r}")
         self.files()

@@ -17,7 +17,6 @@ PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
 def write_peft_results(folder: Path, results: Sequence[Any], quiet_machine: bool) -> None:
     """Write FOLDER/METHOD--MODEL-lrRATE-sSEED.json of each run of the finished lines."""
-    folder.mkdir(parents=True, exist_ok=True)
     for result in results:
         for i in range(len(result.folders)):
             content = peft_result(result, i, quiet_machine)

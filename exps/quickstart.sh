@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on a small real model: score the base, fine-tune it with a mixture of adapters, score it again.
 #   exps/quickstart.sh [METHOD]          (default soft_moa; `make quickstart` calls it with its own Python)
-# Takes 10 to 15 minutes on two cores. What is there already is reused: a second call prints the table at once.
+# Takes about ten minutes on two cores. What is there already is reused: a second call only prints the table.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 method=${1:-soft_moa}

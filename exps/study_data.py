@@ -27,7 +27,6 @@ def write_rows(folder: Path, file: str | None, flags: Any, tokenizer: Any) -> Pa
     parts = dict(zip(SPLITS, (rows[: flags.train_rows], rows[flags.train_rows :], test), strict=True))
     questions = [_question(row) for part in parts.values() for row in part]
     assert len({*questions}) == len(questions), "a question stands in two of the parts"
-    folder.mkdir(parents=True, exist_ok=True)
     for split, part in parts.items():
         path, content = folder / f"{split}.json", ("[\n" + ",\n".join(map(json.dumps, part)) + "\n]\n").encode()
         if path.is_file() and path.read_bytes() != content and not flags.redo:

@@ -59,7 +59,6 @@ def image(figure: Any, kind: str) -> bytes:
 
 def save(figure: Any, path: Path) -> None:
     """Write PATH.svg and PATH.png."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("svg", "png"):
         atomic_write(path.with_name(f"{path.name}.{kind}"), image(figure, kind))
 

@@ -38,5 +38,4 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     page = environment.get_template(template).render(values)
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, page.encode("utf-8", "backslashreplace"))

@@ -22,7 +22,7 @@ class ModelFlags:
     adapter_path: str = flag(help="adapter.pth, beside its adapter_params.json, or their folder", group=WHAT)
     ckpt_dir: str = flag(help="base model, a folder in Meta's layout", group=WHAT)
     method: str | None = flag(
-        None, help="method of a reference adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
+        None, help="method of an authors' adapter whose flags do not tell", choices=tuple(METHODS), group=WHAT
     )
     max_seq_len: int = flag(512, least=1, help="longest prompt with its answer, in tokens", group=WHAT)
     max_batch_size: int = flag(32, least=1, help="rows that are read at once", group=MACHINE)

@@ -105,7 +105,7 @@ def runs_table(groups: list[RunGroup]) -> Table:
     caption += (
         "time is the median, and compares methods only where nothing ran beside them; memory is the main process's."
     )
-    return Table(caption, ["method", "seeds", "steps", *(QUANTITIES[name].label for name in SHOWN)], rows)
+    return Table(caption, ["method", "seed", "steps", *(QUANTITIES[name].label for name in SHOWN)], rows)
 
 
 def losses_section(groups: list[RunGroup]) -> list[Section]:

@@ -69,7 +69,6 @@ def main(argv: Sequence[str], prog: str) -> None:
                     "processes": dp_size(),
                 }
                 result = statistics.result(source)
-                Path(flags.save_path).parent.mkdir(parents=True, exist_ok=True)
                 write_json(Path(flags.save_path), result)
                 print("\n".join(summary(result)))
 

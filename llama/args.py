@@ -120,6 +120,9 @@ class ModelArgs:
     def from_file(cls, path: str | Path) -> "ModelArgs":
         """Read a `params.json`. ValueError naming the file too."""
         path = Path(path)
+        if path.with_name("config.json").is_file() and not path.is_file():
+            hint = f"python -m convert hf --input {path.parent} makes it from a Hugging Face folder"
+            raise ValueError(f"{path}: no such file; {hint}")
         raw = parse_json(read_text(path), str(path))
         try:
             args = cls.from_dict(raw)

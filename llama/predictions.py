@@ -14,6 +14,9 @@ from moa.files import atomic_write, lock, read_json, remove_stale_temp_files, wr
 from moa.reading import numbered_rows, safe_name, short_repr
 
 Answer = str | list[str]
+# Settings that are contents of files -> the flag that names these
+HASHED = {"base_fingerprint": "--ckpt_dir", "data_sha256": "--data_path"}
+HASHED |= dict.fromkeys(("adapter_sha256", "adapter_params_sha256"), "--adapter_path")
 
 
 class Predictions:
@@ -32,15 +35,19 @@ class Predictions:
         if overwrite:
             return
         settings_file = self._beside("settings.json")
+        if not path.exists() and not any(part.stat().st_size for part in self._parts()):
+            return  # a start that ended before the first answer
         if settings_file.exists():
             before = read_json(settings_file)
             for name in sorted(before.keys() | settings.keys()):
                 if before.get(name) != settings.get(name):
+                    was, now = (short_repr(values.get(name)) for values in (before, settings))
+                    change = f"{safe_name(name)} {was}, now it is {now}"
+                    change = f"another {HASHED[name]}, by its contents" if name in HASHED else change
                     raise ValueError(
-                        f"{path}: was made with {safe_name(name)} {short_repr(before.get(name))}, now it is "
-                        f"{short_repr(settings.get(name))}; give --overwrite to begin anew, or another --save_path"
+                        f"{path}: was made with {change}; give --overwrite to begin anew, or another --save_path"
                     )
-        elif path.exists() or self._parts():
+        else:
             raise ValueError(f"{path}: exists, but {settings_file.name} does not: give --overwrite to begin anew")
         self._read_file()
         self._read_parts()

@@ -29,7 +29,8 @@ def bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes.functional
     except ImportError:
-        raise ValueError("quantize: the package bitsandbytes is not installed (pip install bitsandbytes)") from None
+        message = "--quantize needs the package bitsandbytes, which is not installed (pip install bitsandbytes==0.50.2)"
+        raise ValueError(message) from None
     return bitsandbytes.functional
 
 

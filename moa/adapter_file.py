@@ -29,7 +29,6 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], params: Mapping[str,
         text = json.dumps(dict(params), indent=1, allow_nan=False) + "\n"
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"the adapter's settings are damaged ({error})") from None
-    folder.mkdir(parents=True, exist_ok=True)
     write_torch(folder / "adapter.pth", dict(state))
     atomic_write(folder / PARAMS, text.encode())
     return folder / "adapter.pth"
@@ -41,9 +40,12 @@ def adapter_params(config: AdapterConfig, base: Mapping[str, Any]) -> dict[str, 
 
 
 def adapter_file(path: str | Path) -> Path:
-    """The file itself, or the adapter.pth of a folder."""
+    """The file itself, or the adapter.pth of a folder. ValueError where there is none."""
     path = Path(path)
-    return path / "adapter.pth" if path.is_dir() else path
+    file = path / "adapter.pth" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; extract_adapter.py takes an adapter out of a run's checkpoint")
+    return file
 
 
 def recorded_template(path: str | Path | None, default: str) -> str:
@@ -61,7 +63,6 @@ def save_reference_adapter(folder: Path, state: Mapping[str, Tensor], config: Ad
     """As `save_adapter`, in the reference format. ValueError, before anything is written, for a mixture
     that theirs cannot express."""
     params, theirs = reference_format.to_reference_params(config), reference_format.to_reference_state(state, config)
-    folder.mkdir(parents=True, exist_ok=True)
     write_torch(folder / "adapter.pth", theirs)
     write_json(folder / PARAMS, params)
     return folder / "adapter.pth"

@@ -15,13 +15,16 @@ import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 
-from moa.reading import parse_json, read_text
+from moa.reading import parse_json, read_text, require_file
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. OSError naming it (disk full, read-only) leaves what was there before."""
+    """Write a file whole or not at all, in a folder that is made if it is missing. OSError naming the file (disk full,
+    read-only) leaves what was there before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -82,8 +85,7 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
     All checksums are compared, which torch does not do. mmap: leave the tensors in the file until they are used, and
     notice only that the file was cut short.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = None if mmap else archive.testzip()
@@ -109,7 +111,6 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, in hex. ValueError where there is none."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+    require_file(Path(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -113,7 +113,7 @@ class VeRAConfig(LinearAdapterOptions):
     """Two trained vectors per layer around random matrices that all layers share."""
 
     rank: int = option(256, "rank of the shared matrices")
-    seed: int = option(0, "the shared matrices follow from it", bounds=(0, 2**31))
+    seed: int = option(0, "seed of the shared matrices", bounds=(0, 2**31))
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class MixtureConfig:
     gate_activation: str = option(
         "sigmoid", "gates from the router's outputs: each by itself, or (softmax) sharing 1", ("sigmoid", "softmax")
     )
-    swi_x: int = option(4, "SwiGLU router with swi_x hidden units per adapter; 0: a linear router", bounds=(0, 2**16))
+    swi_x: int = option(4, "hidden units of the SwiGLU router per adapter; 0: a linear router", bounds=(0, 2**16))
     max_threshold: float = option(0.5, "sparse router: the largest threshold, G_max", bounds=(1e-9, 1))
     const_threshold: bool = option(False, "sparse router: every threshold is G_max instead of learned")
     threshold_gradient: str = option(

@@ -17,10 +17,15 @@ def safe_name(name: str) -> str:
     return name if len(name) <= 60 and name.isprintable() else short_repr(name)
 
 
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 file. ValueError naming the file where it is not there or not text; OSError."""
+def require_file(path: Path) -> None:
+    """ValueError unless there is such a file."""
     if not path.is_file():
         raise ValueError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file. ValueError naming the file where it is not there or not text; OSError."""
+    require_file(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -150,7 +150,8 @@ def test_missing_and_malformed_adapter_files(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:-100])
     refused(saved, "adapter.pth", "damaged, cut short")
     saved.unlink()
-    refused(saved, "adapter.pth", "no such file")
+    for path in (saved, saved.parent):
+        refused(path, "adapter.pth: no such file; extract_adapter.py takes an adapter out of a run's checkpoint")
 
 
 # The authors' format

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import common, gpu, gpu_checks, models, peers
+from benchmarks import common, generation, gpu, gpu_checks, models, peers, step
 from benchmarks.common import PEFT, TINY, TRANSFORMERS
 from benchmarks.compare import same_task, summary
 from benchmarks.generation import agreement
@@ -258,3 +258,6 @@ def test_a_peer_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"{package} is not installed"):
         peers.new_lora(peers.transformers_on(*scaled))
+    for command in (step, generation) if package == "peft" else ():
+        with pytest.raises(ValueError, match="peft is not installed"):
+            command.Flags(peft=True)

@@ -103,6 +103,8 @@ def test_missing_folder_and_files(folder: Path, tmp_path: Path) -> None:
     refused(folder, "tokenizer.model", "no such file")
     (folder / "params.json").unlink()
     refused(folder, "params.json", "no such file")
+    (folder / "config.json").touch()
+    refused(folder, f"params.json: no such file; python -m convert hf --input {folder} makes it")
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

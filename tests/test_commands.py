@@ -117,7 +117,9 @@ def test_dry_run_needs_params_json_alone(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(LLAMA_3_1["8B"]))
     result = run("finetune.py", "--dry_run", "--ckpt_dir", tmp_path, "--max_steps", 7, "--batch_size", 8)
     assert result.returncode == 0, result.stderr
-    plan = json.loads(result.stdout.splitlines()[-1])
+    *lines, last = result.stdout.splitlines()
+    assert "7 steps of 8 rows, peak learning rate 0.0001875" in lines
+    plan = json.loads(last)
     assert plan["trainable_parameters"]["total"] == 24_520_288 and plan["base_parameters"] == 8_030_261_248
     assert plan["steps"] == 7 and plan["lr"] == 6e-3 * 8 / 256
     assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
@@ -169,7 +171,7 @@ def test_another_base_of_the_same_shape_is_told(trained, data, tmp_path, other_b
     save_path = tmp_path / "AddSub.jsonl"
     assert run("generate.py", *generate_flags(data, trained, save_path, max_rows=2)).returncode == 0
     again = run("generate.py", *generate_flags(data, trained, save_path, ckpt_dir=other_base))
-    refused(again, "base_fingerprint", "--overwrite")
+    refused(again, "was made with another --ckpt_dir, by its contents", "--overwrite")
 
 
 @pytest.mark.parametrize("temperature", [0, 0.5])

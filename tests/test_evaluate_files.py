@@ -125,8 +125,8 @@ SUMS = "--predict_file AddSub.jsonl"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "give --predict_file or --predict_files"),
-        (f"{SUMS} --predict_files AQuA.jsonl", "not both"),
+        ("", "give one of --predict_file and --predict_files"),
+        (f"{SUMS} --predict_files AQuA.jsonl", "give one of --predict_file and --predict_files"),
         ("--predict_fil x", "--predict_file"),
         (f"{SUMS} --verdict=y", "--verdicts"),
         ("adsub --predict_file x", "no suite is named 'adsub' (nearest: AddSub)"),
@@ -204,9 +204,11 @@ def test_json_and_verdicts(tmp_path: Path) -> None:
 def test_an_unwritable_place_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, folder = write_rows(tmp_path / "AddSub.jsonl", [row("4", "4")]), tmp_path / "folder"
     folder.mkdir()
-    for output in (folder, tmp_path / "none" / "x.json", path / "x.json"):
+    for output in (folder, path / "x.json"):
         assert refusal(capsys, 1, "--predict_file", path, "--save_path", output).startswith(f"error: {output}: ")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["AddSub.jsonl", "folder"]
+    main(["--predict_file", str(path), "--save_path", str(folder / "new" / "x.json")])
+    assert (folder / "new" / "x.json").is_file()
 
 
 def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,14 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path: Path) -> No
     assert set(tmp_path.iterdir()) == kept
 
 
+def test_a_missing_folder_is_made(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a" / "b" / "c.json", b"{}")
+    assert read_json(tmp_path / "a" / "b" / "c.json") == {}
+    with pytest.raises(OSError) as caught:
+        atomic_write(tmp_path / "a" / "b" / "c.json" / "d.json", b"{}")
+    assert caught.value.filename == str(tmp_path / "a" / "b" / "c.json" / "d.json")
+
+
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     atomic_write(path, b"{}")

@@ -38,8 +38,9 @@ def test_a_model_sharded_over_eight_needs_one_process(tmp_path, capsys):
     exchanged = result["exchanged_per_step"]
     assert exchanged["gradients"]["messages"] == 0 and exchanged["micro_batches"] == 2
     assert exchanged["micro_batch"]["bytes"] > 2 * 2 * 32 * 4 * 299 * 4096 * 2
+    assert "steps of 8 rows, peak learning rate 0.0001875" in lines
     assert any("8 processes, 8 to a model" in line for line in lines)
-    assert any(line.startswith("each of 2 micro-batches: ") for line in lines)
+    assert any(line.startswith("a micro-batch, of 2 in a step: ") for line in lines)
     assert any(line.startswith("total by --activation_checkpointing: none ") for line in lines)
 
 

@@ -112,6 +112,15 @@ def test_other_settings_are_refused_and_overwrite_begins_anew(path):
     assert again.missing == list(range(6)) and not path.exists()
 
 
+def test_a_start_that_ended_before_the_first_answer_binds_nobody(path):
+    crash(start(path))
+    predictions = start(path, SETTINGS | {"seed": 1})
+    predictions.add(0, "x")
+    crash(predictions)
+    with pytest.raises(ValueError, match="made with seed 1, now it is 0"):
+        reopen(path)
+
+
 def test_a_file_of_unknown_origin_is_not_added_to(path):
     path.parent.mkdir()
     path.write_text(json.dumps(ROWS[0] | {"generate": "x"}))

@@ -71,7 +71,7 @@ def test_what_is_refused(monkeypatch) -> None:
     with pytest.raises(ValueError, match="quantize needs model_parallel_size 1, not 2"):
         build(None, quantize="nf4", model_parallel_size=2)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(ValueError, match="quantize: the package bitsandbytes is not installed"):
+    with pytest.raises(ValueError, match="--quantize needs the package bitsandbytes, which is not installed"):
         build(None, quantize="nf4")
 
 

@@ -72,7 +72,7 @@ def test_every_run_is_there_and_what_it_lacks(page: Page) -> None:
     runs = page.table("Means over seeds")
     methods = "base lora soft_moa sparse_moa adamole prompt molora hydralora unipeft"
     assert sorted(runs) == sorted(methods.split())
-    assert runs["prompt"]["steps"] == "7" and runs["lora"]["steps"] == "20" and runs["lora"]["seeds"] == "0, 1"
+    assert runs["prompt"]["steps"] == "7" and runs["lora"]["steps"] == "20" and runs["lora"]["seed"] == "0, 1"
     assert runs["base"]["final loss"] == page.table("Percent right")["molora"]["AddSub (3 of 395), robust %"] == "–"
     missing = page.missing()
     for name, sentences in {

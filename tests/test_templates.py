@@ -126,7 +126,7 @@ def test_a_chat_is_trained_on_and_answered_by_its_template(tmp_path: Path) -> No
     data.write_text("".join(json.dumps(row_of(chat)) + "\n" for chat in CHATS * 3))
     shape = {"lora_rank": 4, "p_adapter_size": None, "prompt_len": None}
     flags = train_flags(data, out, method="lora", max_steps=2, warmup_epochs=0, **shape)
-    refused(run("finetune.py", *flags), "is a chat; give --template llama3, chatml, qwen3")
+    refused(run("finetune.py", *flags), "is a chat; give --template llama3 or chatml or qwen3")
     refused(run("finetune.py", *flags, "--template", "chatml"), "--template chatml needs the token <|im_start|>")
     script("finetune.py", *flags, "--template", "llama3")
     script("extract_adapter.py", out)

@@ -363,7 +363,7 @@ def test_two_processes_agree_with_one(model_parallel_size, data, scored, suite_p
 
 def test_other_validation_than_at_the_start_is_refused(data, undisturbed, tmp_path, capsys):
     flags = ["--data_path", data, "--ckpt_dir", BASE, "--output_dir", undisturbed, "--resume", "--device", "cpu"]
-    other = {("--val_share", 0.5): "--val_share 0.25, not 0.5", ("--patience", 3): "--patience None, not 3"}
+    other = {("--val_share", 0.5): "--val_share 0.25, not 0.5", ("--patience", 3): "--patience left out, not 3"}
     for words, message in other.items():
         with pytest.raises(SystemExit):
             script("finetune.py", *flags, *words)

@@ -36,16 +36,16 @@ class TrainConfig:
     )
     val_data_path: str | None = flag(None, help="validation rows, like --data_path; default: none", group=DATA)
     val_share: float | None = flag(
-        None, above=0, help="share of the training rows that the seed takes out for validation instead", group=DATA
+        None, above=0, help="share of the training rows to validate on instead; the seed draws them", group=DATA
     )
     val_suite: str | None = flag(
-        None, help="also answer test rows at each validation, and score the answers as python -m evaluate", group=DATA
+        None, help="suite of python -m evaluate to answer and score at each validation too", group=DATA
     )
-    val_suite_path: str | None = flag(None, help="its rows; default: those of --val_data_path", group=DATA)
-    val_suite_rows: int = flag(32, least=1, help="only the first so many of them", group=DATA)
+    val_suite_path: str | None = flag(None, help="its test rows; default: those of --val_data_path", group=DATA)
+    val_suite_rows: int = flag(32, least=1, help="how many of them, from the first on", group=DATA)
     template: str = flag("alpaca", help="how rows become prompts; chats need another", choices=TEMPLATES, group=DATA)
     leak_tests: str | None = flag(
-        None, help="test files, or folders of them, to look for among the training rows first; commas", group=DATA
+        None, help="test files or folders, with commas: are their rows among the training rows?", group=DATA
     )
     max_seq_len: int = flag(
         300, least=1, help="longest row in tokens, prompt and answer; longer ones are cut or left out", group=DATA
@@ -57,7 +57,7 @@ class TrainConfig:
     seed: int = flag(0, least=0, help="seed of the adapters' start and of the order of rows", group=RUN)
     save_every: int | None = flag(None, least=1, help="steps between checkpoints; default: one per epoch", group=RUN)
     keep_checkpoints: int | None = flag(
-        None, least=1, help="only the newest so many, and the best, stay; default: all", group=RUN
+        None, least=1, help="how many of the newest to keep, beside the best; default: all", group=RUN
     )
     eval_every: int | None = flag(
         None, least=1, help="steps between validations; default: one per epoch; always one at the end", group=RUN
@@ -70,7 +70,7 @@ class TrainConfig:
     )
     resume: bool = flag(False, help="go on from the output folder's last whole checkpoint, if it has one", group=RUN)
     overwrite: bool = flag(False, help="delete the checkpoints of an earlier run in the output folder", group=RUN)
-    dry_run: bool = flag(False, help="print parameters, memory, steps and learning rate as JSON, and stop", group=RUN)
+    dry_run: bool = flag(False, help="print parameters, steps and memory, last as JSON, and stop", group=RUN)
     epochs: float = flag(2.0, above=0, help="passes over the data", group=STEPS)
     max_steps: int | None = flag(None, least=1, help="stop after this many optimizer steps instead", group=STEPS)
     batch_size: int | None = flag(
@@ -107,8 +107,8 @@ class TrainConfig:
     model_parallel_size: int = flag(1, least=1, help="processes that share one copy of the model", group=MACHINE)
     activation_checkpointing: str = flag(
         "auto",
-        help="what the backward pass recomputes to save memory: nothing, the blocks' feed-forward parts, or whole "
-        "blocks (also the flag alone); auto: the least that fits into free memory; the others are earlier names",
+        help="what the backward pass recomputes to save memory: none; selective, the blocks' feed-forward parts; full "
+        "(or the flag alone), whole blocks; auto, the least that fits into free memory. The rest are earlier names",
         choices=("auto", *CHECKPOINTING_MODES, *_OLD_MODES),
         alone="full",
         group=MACHINE,

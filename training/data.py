@@ -74,7 +74,7 @@ def read_training_rows(path: str | Path, template: str) -> list[tuple[str, dict[
     rows = numbered_rows(read_text(Path(path)), str(path))
     if template == ALPACA:
         if "messages" in rows[0][1] or "conversations" in rows[0][1]:
-            raise ValueError(f"{path}: {rows[0][0]} is a chat; give --template {', '.join(CHAT_TEMPLATES)}")
+            raise ValueError(f"{path}: {rows[0][0]} is a chat; give --template {' or '.join(CHAT_TEMPLATES)}")
         for number, row in rows:
             require_text_fields(row, FIELDS, f"{path}: {number}")
     return rows

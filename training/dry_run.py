@@ -41,6 +41,8 @@ def print_dry_run(config: RunConfig) -> None:
     layout, exchanged = result["layout"], result["exchanged_per_step"]
     for slot, n in result["trainable_parameters"].items():
         print(f"{slot:>14}  {n:>14,}")
+    steps = f"{result['steps']} steps" if result["steps"] else "steps"  # not known without rows
+    print(f"{steps} of {result['rows_per_step']} rows, peak learning rate {result['lr']:g}")
     if layout["processes"] > 1:
         print(f"each of {layout['processes']} processes, {layout['model_parallel_size']} to a model:")
     print(f"micro-batches of up to {result['batch_size']} rows")
@@ -51,7 +53,7 @@ def print_dry_run(config: RunConfig) -> None:
         print(f"{title}: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items()))
     for title, part in (
         ("gradients between replicas, once a step", exchanged["gradients"]),
-        (f"each of {exchanged['micro_batches']} micro-batches", exchanged["micro_batch"]),
+        (f"a micro-batch, of {exchanged['micro_batches']} in a step", exchanged["micro_batch"]),
     ):
         if part["messages"]:
             print(f"{title}: {part['messages']} messages, {part['bytes'] / 2**20:.1f} MiB")

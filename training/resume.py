@@ -47,8 +47,9 @@ def merge_with_previous_run(config: RunConfig) -> RunConfig:
     now = adapter.to_dict() | typed
     for name in [*(typed.keys() - RESUMABLE_FIELDS), *config.adapter]:
         if now[name] != before[name]:
+            value = "left out" if before[name] is None else before[name]
             raise ValueError(
-                f"{config.folder}: the run was started with --{name} {before[name]}, not {now[name]} "
+                f"{config.folder}: the run was started with --{name} {value}, not {now[name]} "
                 "(--overwrite in the place of --resume begins anew)"
             )
     # Each is asked for once, and the folder is the one whose record was read

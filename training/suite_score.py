@@ -56,7 +56,6 @@ class SuiteScore:
 
     def score(self, answers: list[str]) -> float:
         """Write the answers down and score them."""
-        self.file.parent.mkdir(exist_ok=True)
         lines = [json.dumps(row | {"generate": text}) + "\n" for row, text in zip(self.rows, answers, strict=True)]
         atomic_write(self.file, "".join(lines).encode())
         return score_file(self.file, self.task).robust.percent
