@@ -38,9 +38,9 @@ def test_compiled_steps_are_those_of_the_formulas(method: str | None, bf16: bool
     counters.clear()
     llm, rows = build(method, bf16), prompts(9, 4, 12)
     fast, cpu = FastDecoding(llm.model, prepack_from=1, compile=True), torch.device("cpu")
+    cache = llm.model.new_cache(1, 12)  # before inference mode, as the engine does
     with fast.running(5, hooked=False) as step, torch.inference_mode():
         expected = llm.model(torch.tensor([rows[2]]), [7])[0, -6:]
-        cache = llm.model.new_cache(1, 12)
         logits = [prefill(llm.model, cache, [rows[2][:7]], cpu)]
         logits += [step(llm.model, cache, torch.tensor([token])) for token in rows[2][7:]]
     assert relative(torch.cat(logits).float(), expected) < (0.08 if bf16 else 1e-5)
