@@ -55,12 +55,14 @@ class Flags:
     )
     flash_attention2: bool = flag(False, help="attention by flash-attn 2 (if installed; a GPU and bf16)", group=MACHINE)
     cuda_graphs: bool = flag(False, help="record a decode step's kernels, start them together (a GPU)", group=MACHINE)
+    compile: bool = flag(False, help="compile decode steps of one row (a CPU and a C++ compiler)", group=MACHINE)
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N", group=MACHINE)
     model_parallel_size: int = flag(1, least=1, help="processes that share one copy of the model", group=MACHINE)
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_p)
-        check_machine(self.device, self.bf16, self.flash_attention2, self.cuda_graphs, self.model_parallel_size)
+        recorded, shared = self.cuda_graphs, self.model_parallel_size
+        check_machine(self.device, self.bf16, self.flash_attention2, recorded, shared, self.compile)
         if self.adapter_path == "":
             raise ValueError("--adapter_path is empty; leave it out for the base alone")
         if not 0 <= self.min_new_tokens <= self.max_gen_len:
@@ -115,6 +117,7 @@ def run(flags: Flags) -> None:
                 flash_attention2=flags.flash_attention2,
                 quantize=flags.quantize,
                 cuda_graphs=flags.cuda_graphs,
+                compile=flags.compile,
             )
             require_template(llm.tokenizer, template)
         if is_rank0():
@@ -189,6 +192,7 @@ def settings_of(flags: Flags, ckpt_dir: str, data_path: str, device) -> dict:
     named = {"save_path", "ckpt_dir", "adapter_path", "data_path"}
     free = named | {"overwrite", "max_rows", "max_batch_size", "device", "model_parallel_size", "cuda_graphs"}
     settings = {name: value for name, value in asdict(flags).items() if name not in free}
+    settings["compile"] = flags.compile or None  # as in files from before this flag
     settings["bf16"] = bf16_is_fast(device) if flags.bf16 is None else flags.bf16
     adapter = adapter_file(flags.adapter_path) if flags.adapter_path else None
     return settings | {

@@ -27,6 +27,7 @@ Cell = Callable[[Figures], str]
 CPU = torch.device("cpu")
 REPO = Path(__file__).resolve().parent.parent
 BASE, TRANSFORMERS, PEFT = "base", "transformers", "PEFT lora"  # kinds of work beside our methods
+LLAMA_CPP = "llama.cpp"
 PEERS = (TRANSFORMERS, PEFT)
 ALL_METHODS = [method for method in METHODS if method != "custom"]
 

@@ -1,7 +1,7 @@
 """Training steps or generation of this checkout beside another one's, in alternating runs.
 
     python -m benchmarks.compare --base DIR --what step [--methods soft_moa,lora] [--rounds 5] [--json FILE]
-    python -m benchmarks.compare --base DIR --what generation
+    python -m benchmarks.compare --base DIR --what generation [--prompts 1 --compile]
 
 Each run is a process of its own in its checkout's folder, in the order ABBA, so that what else the machine does falls
 on both. Both get the same base, rows and seed, and only what their users have is used. Only ratios mean anything: of
@@ -44,7 +44,8 @@ for module, function in (("machine", "prepare_libraries"), ("machine", "prepare_
 from llama import Llama
 task = json.load(open(sys.argv[1]))
 prompts, n = task["prompts"], task["new_tokens"]
-llm = Llama.build(*task["paths"], max_seq_len=task["max_seq_len"], max_batch_size=len(prompts), bf16=task["bf16"])
+more = {"max_batch_size": len(prompts), "bf16": task["bf16"]} | json.loads(sys.argv[2])
+llm = Llama.build(*task["paths"], max_seq_len=task["max_seq_len"], **more)
 seconds = []
 for _ in range(1 + task["calls"]):
     begin = time.perf_counter()
@@ -68,6 +69,7 @@ class Flags(common.SideBySide):
     batch_size: int = flag(4, least=1, help="step: rows of a step")
     prompts: int = flag(16, least=1, help="generation: prompts, answered at once")
     new_tokens: int = flag(64, least=1, help="generation: tokens of each answer")
+    compile: bool = flag(False, help="generation: as of generate.py, in this checkout alone")
 
     def __post_init__(self):
         common.methods_named(self.methods)
@@ -109,7 +111,8 @@ def generation_task(flags: Flags, method: str, scratch: Path, tree: Path) -> Pat
 
 def run_generation(flags: Flags, task: Path, tree: Path) -> Figures:
     """Measure calls of generation in one process of a checkout."""
-    return json.loads(run_process(["-c", GENERATE, task], flags.threads, tree).splitlines()[-1])
+    more = {"compile": True} if flags.compile and tree == REPO else {}
+    return json.loads(run_process(["-c", GENERATE, task, json.dumps(more)], flags.threads, tree).splitlines()[-1])
 
 
 def same_task(what: str, runs: dict[str, list[Figures]]) -> str:

@@ -1,7 +1,8 @@
-"""Time and memory of generation: our base and methods, and transformers with and without PEFT's LoRA.
+"""Time and memory of generation: our base and methods, transformers with and without PEFT's LoRA, and llama.cpp.
 
     python -m benchmarks.generation [--methods soft_moa,lora | all] [--peft] [--prompts 16] [--new_tokens 64]
     python -m benchmarks.generation --methods "" --peft --natural_stops --prompts 200 [--batch_size 32] [--json FILE]
+    python -m benchmarks.generation --methods soft_moa --compile --llama_cpp --batch_size 1 --prompts 2 --new_tokens 128
 
 Greedy, on the same weights and prompts, with new adapters. Each kind answers in a process of its own, once to warm up
 and then --repeats times, and --rounds such processes take turns, in the order ABBA. Times are medians over processes of
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, models, peers
-from benchmarks.common import BASE, CPU, PEERS, PEFT, TRANSFORMERS, Figures, median, multiple, number, timed
+from benchmarks.common import BASE, CPU, LLAMA_CPP, PEERS, PEFT, TRANSFORMERS, Figures, median, multiple, number, timed
 from cli import cli_errors, flag, parse
 from llama import Llama
 from llama.checkpoint import load_params_and_tokenizer
@@ -39,6 +40,8 @@ ANY_LENGTH = 10**6  # tokens: room for any prompt
 class Flags(common.SideBySide):
     methods: str = flag("soft_moa,lora", help="methods with new adapters, with commas, or all")
     peft: bool = flag(False, help="also transformers, and PEFT's LoRA on it (if installed)")
+    llama_cpp: bool = flag(False, help="also llama.cpp by the package xllamacpp (needs --batch_size 1)")
+    compile: bool = flag(False, help="as of generate.py, for the base and the methods")
     prompts: int = flag(16, least=1, help="prompts, the first of the rows")
     natural_stops: bool = flag(False, help="answers end where the model ends them")
     new_tokens: int = flag(64, least=1, help="tokens of each answer, with --natural_stops at most")
@@ -50,10 +53,12 @@ class Flags(common.SideBySide):
         common.methods_named(self.methods)
         if self.peft:
             peers.require_package("peft")
+        if self.llama_cpp and (self.batch_size != 1 or self.natural_stops):
+            raise ValueError("--llama_cpp needs --batch_size 1, and no --natural_stops")
 
     def kinds(self) -> list[str]:
         """Return all kinds of work that are measured."""
-        return [BASE, *common.methods_named(self.methods), *(PEERS if self.peft else ())]
+        return [BASE, *common.methods_named(self.methods), *(PEERS if self.peft else ()), *[LLAMA_CPP] * self.llama_cpp]
 
     def lengths(self) -> tuple[int, int]:
         """Return new tokens at most and at least."""
@@ -77,8 +82,12 @@ def answerer(kind: str, prompts: Answers, flags: Flags) -> Callable[[int, int], 
         model = peers.transformers_model(ckpt_dir, bf16)
         model = peers.new_lora(model) if kind == PEFT else model
         return lambda most, least: peers.padded_answers(model, tokenizer.stop_ids, prompts, most, least, batch_size)
-    config, longest = models.config_of(kind, args.n_layers), max(map(len, prompts)) + flags.new_tokens
-    llm = Llama.build(ckpt_dir, config=config, max_seq_len=longest, max_batch_size=batch_size, bf16=bf16)
+    longest = max(map(len, prompts)) + flags.new_tokens
+    if kind == LLAMA_CPP:
+        server = peers.llama_cpp_server(ckpt_dir, bf16, longest, flags.threads)
+        return lambda most, _: peers.llama_cpp_answers(server, tokenizer.stop_ids, prompts, most)
+    config, sizes = models.config_of(kind, args.n_layers), {"max_seq_len": longest, "max_batch_size": batch_size}
+    llm = Llama.build(ckpt_dir, config=config, bf16=bf16, compile=flags.compile, **sizes)
     return lambda most, least: llm.generate(prompts, most, least)
 
 
@@ -130,6 +139,7 @@ def report(flags: Flags, results: dict[str, list[Figures]]) -> None:
         ("x base", multiple("seconds_per_token", figures[BASE])),
         ("x transformers", multiple("seconds_per_token", figures.get(TRANSFORMERS))),
         ("x PEFT", multiple("seconds_per_token", figures.get(PEFT))),
+        ("x llama.cpp", multiple("seconds_per_token", figures.get(LLAMA_CPP))),
         ("prefill, s", number("prefill")),
         ("decode step, ms", number("decode_step", 1, 1e-3)),
         ("first, s", number("first")),

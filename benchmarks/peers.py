@@ -1,5 +1,7 @@
-"""What a user would install instead: transformers' LLaMA with PEFT's LoRA, on the same weights, rows and prompts."""
+"""What a user would install instead: transformers' LLaMA with PEFT's LoRA, and llama.cpp, on the same weights, rows and
+prompts."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.common import CPU, timed
 from benchmarks.models import Trainer, schedule_of
-from convert.meta_format import HF, source_names, unpermute_rope
+from convert.meta_format import GGUF, HF, source_names, unpermute_rope
 from llama.args import ModelArgs
 from llama.checkpoint import load_params_and_tokenizer, open_shard, shard_files
 from llama.data import IGNORE_INDEX, Example
@@ -27,7 +29,7 @@ def require_package(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError:
-        raise ValueError(f"{name} is not installed (pip install -r requirements-dev.txt)") from None
+        raise ValueError(f"{name} is not installed (pip install {name})") from None
 
 
 def transformers_on(args: ModelArgs, base: Mapping[str, Tensor]) -> nn.Module:
@@ -72,14 +74,19 @@ def copied_bytes(base: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for key, tensor in base.items() if key.endswith(PERMUTED))
 
 
-def transformers_model(ckpt_dir: str, bf16: bool) -> nn.Module:
-    """Load the base of a checkpoint of one shard as transformers' model. ValueError without transformers."""
+def base_of(ckpt_dir: str, bf16: bool) -> tuple[ModelArgs, dict[str, Tensor]]:
+    """Load the weights of a checkpoint of one shard, in Meta's names."""
     args, _ = load_params_and_tokenizer(ckpt_dir)
     shards = [open_shard(file) for file in shard_files(Path(ckpt_dir))]
     if len(shards) != 1:
         raise ValueError(f"{ckpt_dir}: {len(shards)} shards; python -m convert reshard makes one of them")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return transformers_on(args, {key: tensor.to(dtype) for key, tensor in shards[0].items()})
+    return args, {key: tensor.to(dtype) for key, tensor in shards[0].items()}
+
+
+def transformers_model(ckpt_dir: str, bf16: bool) -> nn.Module:
+    """Load the base of a checkpoint of one shard as transformers' model. ValueError without transformers."""
+    return transformers_on(*base_of(ckpt_dir, bf16))
 
 
 def new_lora(model: nn.Module, rank: int = 16) -> nn.Module:
@@ -164,3 +171,59 @@ def padded_answers(
             end = next((position for position, token in enumerate(row) if token in stop_ids), None)
             answers[i] = row[:end]
     return [answers[i] for i in range(len(prompts))]
+
+
+def write_gguf(file: Path, args: ModelArgs, base: Mapping[str, Tensor]) -> None:
+    """Write a LLaMA as GGUF, in the type of its weights. A token's text is its number and a comma, for all tokens."""
+    gguf = require_package("gguf")
+    writer, head_dim = gguf.GGUFWriter(file, "llama"), args.head_dim
+    writer.add_context_length(16 * args.rope_original_max_seq_len)
+    writer.add_embedding_length(args.dim)
+    writer.add_block_count(args.n_layers)
+    writer.add_feed_forward_length(args.ffn_dim)
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.n_kv_heads)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(args.rope_theta)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_vocab_size(args.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"{i}," for i in range(args.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * args.vocab_size)
+    writer.add_token_merges(["0 ,"])
+    for key, name in source_names(args.n_layers, GGUF).items():
+        if key in base:
+            as_bf16 = base[key].dtype == torch.bfloat16 and base[key].dim() > 1
+            data = base[key].view(torch.uint8) if as_bf16 else base[key].float()
+            writer.add_tensor(name, data.numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16 if as_bf16 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp_server(ckpt_dir: str, bf16: bool, longest: int, threads: int) -> Any:
+    """Load the base of a checkpoint of one shard in llama.cpp. ValueError without xllamacpp or gguf."""
+    xllamacpp = require_package("xllamacpp")
+    args, base = base_of(ckpt_dir, bf16)
+    if args.qk_norm or args.use_scaled_rope:
+        raise ValueError(f"{ckpt_dir}: --llama_cpp writes plain LLaMAs, without scaled angles or norms of queries")
+    params = xllamacpp.CommonParams()
+    params.n_ctx, params.n_parallel, params.verbosity = longest + 1, 1, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        write_gguf(file := Path(folder, "base.gguf"), args, base)
+        params.model.path = str(file)
+        return xllamacpp.Server(params)  # which keeps the file open
+
+
+def llama_cpp_answers(
+    server: Any, stop_ids: Sequence[int], prompts: list[list[int]], new_tokens: int
+) -> list[list[int]]:
+    """Answer prompts one by one by so many tokens, greedily."""
+    answers, never = [], [[token, False] for token in stop_ids]
+    for prompt in prompts:
+        request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "cache_prompt": False}
+        text = server.handle_completions(request | {"logit_bias": never})["choices"][0]["text"]
+        answers.append([int(number) for number in text.split(",")[:-1]])
+    return answers

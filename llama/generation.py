@@ -53,6 +53,7 @@ class Llama:
         model_parallel_size: int = 1,
         flash_attention2: bool = False,
         cuda_graphs: bool = False,
+        compile: bool = False,
         accelerate: bool = True,
         quantize: str | None = None,
     ) -> "Llama":
@@ -60,14 +61,15 @@ class Llama:
         alone. The base does not train; adapters are float32 whatever the type of the base.
 
         method: of an adapter in the reference format, where its flags do not tell. accelerate: False runs the plain
-        formulas. quantize: "nf4" holds the matrices of the blocks in 4 bits. Raises ValueError naming the file, tensor
+        formulas. compile: on a CPU, decode steps of one sequence are compiled (`llama.accelerate.compile`).
+        quantize: "nf4" holds the matrices of the blocks in 4 bits. Raises ValueError naming the file, tensor
         or setting that is wrong.
         """
         for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         torch_device = get_device(device)
-        check_machine(torch_device.type, bf16, flash_attention2, cuda_graphs, model_parallel_size)
+        check_machine(torch_device.type, bf16, flash_attention2, cuda_graphs, model_parallel_size, compile)
         if quantize:
             require_quantization(model_parallel_size)
         args, tokenizer = load_params_and_tokenizer(ckpt_dir)
@@ -84,7 +86,7 @@ class Llama:
             state.reset_adapters(model, seed)
         state.freeze_base(model)
         model.eval()
-        fast_decoding = FastDecoding(model, cuda_graphs, flash_attention2) if accelerate else None
+        fast_decoding = FastDecoding(model, cuda_graphs, flash_attention2, compile=compile) if accelerate else None
         return cls(model, tokenizer, max_seq_len, max_batch_size, fast_decoding)
 
     def generate(

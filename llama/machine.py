@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ def check_machine(
     flash_attention2: bool = False,
     cuda_graphs: bool = False,
     model_parallel_size: int = 1,
+    compile: bool = False,
 ) -> None:
     """ValueError naming a flag that this machine cannot satisfy, as far as that is known without torch."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
@@ -34,6 +36,10 @@ def check_machine(
         raise ValueError("--flash_attention2 needs a GPU and bf16")
     if cuda_graphs and (device == "cpu" or model_parallel_size > 1):
         raise ValueError("--cuda_graphs needs a GPU and --model_parallel_size 1")
+    if compile and (device.startswith("cuda") or model_parallel_size > 1):
+        raise ValueError("--compile needs --device cpu and --model_parallel_size 1")
+    if compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ValueError("--compile needs a C++ compiler: neither g++ nor one that CXX names is installed")
     if flash_attention2 and find_spec("flash_attn") is None:
         raise ValueError("--flash_attention2: the package flash-attn is not installed")
 

@@ -102,6 +102,7 @@ def test_answers_end_where_the_model_ends_them(tmp_path: Path, command: Run, mon
         (["step", "--methods", "lora,lora"], "--methods: lora is there twice"),
         (["step", "--rows", 0], "--rows must be at least 1, not 0"),
         (["generation", "--methods", "lorra"], "--methods: 'lorra' is none of soft_moa, "),
+        (["generation", "--llama_cpp"], "--llama_cpp needs --batch_size 1"),
         (["gpu", "--parts", "step,all"], "--parts: all is none of "),
         (["gpu", "--decode_rows", "1,x"], "--decode_rows: expected whole numbers above 0"),
         (["compare", "--base", "/nowhere", "--what", "step"], "--base /nowhere: no finetune.py there"),
@@ -251,12 +252,22 @@ def test_peers_answer_as_our_base_does(scaled: tuple[ModelArgs, dict[str, Tensor
         assert peers.padded_answers(model, [0], prompts, 12, 12, 3) == answers
 
 
-@pytest.mark.parametrize("package", ["transformers", "peft"])
+def test_llama_cpp_answers_as_our_base_does(tmp_path: Path, command: Run) -> None:
+    pytest.importorskip("xllamacpp")
+    words = ["--ckpt_dir", BASE, "--data_path", write_rows(tmp_path / "rows.json", 3), "--methods", "", "--llama_cpp"]
+    words += ["--batch_size", 1, "--prompts", 3, "--new_tokens", 8, "--rounds", 1, "--repeats", 1, "--threads", 1]
+    kinds = command("generation", *words, "--bf16", "False")[0]["kinds"]
+    assert kinds[common.LLAMA_CPP]["same_tokens"] == {"first": 1.0, "all": 1.0}
+
+
+@pytest.mark.parametrize("package", ["xllamacpp", "transformers", "peft"])
 def test_a_peer_that_is_missing_is_named(
     monkeypatch, package: str, scaled: tuple[ModelArgs, dict[str, Tensor]]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"{package} is not installed"):
+        if package == "xllamacpp":
+            peers.llama_cpp_server(str(BASE), False, 64, 1)
         peers.new_lora(peers.transformers_on(*scaled))
     for command in (step, generation) if package == "peft" else ():
         with pytest.raises(ValueError, match="peft is not installed"):

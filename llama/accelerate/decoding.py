@@ -34,8 +34,10 @@ class FastDecoding:
         flash: bool = False,
         prepack_from: int = PREPACK_FROM,
         decode_max_tokens: int = DECODE_MAX_TOKENS,
+        compile: bool = False,
     ):
         self._model, self._cuda_graphs, self._prepack_from = model, cuda_graphs, prepack_from
+        self._compile = compile
         self._cache, self._versions = WeightCache(decode_max_tokens), None
         self._on_gpu = model.output.weight.device.type == "cuda"
         install(model, self._cache, flash)
@@ -57,13 +59,20 @@ class FastDecoding:
         try:
             if fused:
                 with torch.inference_mode():
-                    self._model.decode = cache.get(self._model, "decode", lambda: FusedDecode(self._model, cache))
+                    self._model.decode = cache.get(self._model, "decode", self._fused_decode)
             yield CUDAGraphRunner().decode if self._cuda_graphs and not hooked else decode
         finally:
             cache.frozen = False
             self._model.__dict__.pop("decode", None)
             if versions is None:
                 cache.entries, cache.prepack = {}, False
+
+    def _fused_decode(self) -> FusedDecode:
+        if not self._compile:
+            return FusedDecode(self._model, self._cache)
+        from llama.accelerate.compile import CompiledDecode  # takes seconds to load
+
+        return CompiledDecode(self._model, self._cache)
 
     def _prepack_pays(self, steps: int) -> bool:
         weights = [p for p in self._model.parameters() if not p.requires_grad]

@@ -7,7 +7,8 @@ prompts and parallel adapters of one expert, under any router of blocks; other m
 Shapes: R sequences, D model width, H query heads, K key/value heads, h head width, k columns of down-projections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from moa.lora import LoRA
 from moa.parallel import mp_size
 from moa.parallel_adapter import ParallelAdapter
 from moa.prompt import Prompt
-from moa.routers import SoftRouter, SparseRouter
+from moa.routers import Gates, SoftRouter, SparseRouter
 
 
 def is_known(model: Transformer) -> bool:
@@ -49,8 +50,11 @@ class FusedDecode:
     """`Transformer.decode` of a model whose weights are frozen in `cache`."""
 
     def __init__(self, model: Transformer, cache: WeightCache):
-        self._model = model
-        self._blocks = [FusedBlock(block, cache, model.output.weight.dtype) for block in model.layers]
+        self._model, self._cache = model, cache
+
+    @cached_property
+    def _blocks(self) -> list["FusedBlock"]:
+        return [FusedBlock(block, JointLinear, self._cache) for block in self._model.layers]
 
     def __call__(
         self, tokens: Tensor, kv_cache: KVCache, seq_lens: Tensor, max_seqlen: int, equal_lengths: bool
@@ -67,79 +71,87 @@ class FusedDecode:
 class FusedBlock:
     """A block's decode step. narrow: the type of what adapters compute (`WeightCache.narrow_dtype`)."""
 
-    def __init__(self, block: TransformerBlock, cache: WeightCache, dtype: torch.dtype):
+    linear = staticmethod(F.linear)
+
+    def __init__(self, block: TransformerBlock, linear_type: type["JointLinear"], cache: WeightCache):
         attention, ffn = block.attention, block.feed_forward
-        device = attention.wq.weight.device
-        self.block, self.head_dim, like = block, attention.head_dim, attention.wq.weight[:1]
-        self.narrow = cache.narrow_dtype(like)
+        like = attention.wq.weight[:1]
+        self.layer, self.head_dim, self.narrow = block.layer, attention.head_dim, cache.narrow_dtype(like)
+        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
+        self.q_norm, self.k_norm = (
+            None if isinstance(norm, nn.Identity) else norm for norm in (attention.q_norm, attention.k_norm)
+        )
         self.heads, self.kv_heads = (len(layer.weight) // self.head_dim for layer in (attention.wq, attention.wk))
         prompts, parallel = attention.adapters.at("attention"), block.adapters.at("block")
         make = (cache, like, self.narrow)
-        self.qkv = JointLinear(*make, attention.adapters, ["wq", "wk", "wv"])
-        self.wo = JointLinear(*make, attention.adapters, ["wo"])
-        self.up_gate = JointLinear(*make, ffn.adapters, ["w3", "w1"], beside=parallel)
+        self.qkv = linear_type(*make, attention.adapters, ["wq", "wk", "wv"])
+        self.wo = linear_type(*make, attention.adapters, ["wo"])
+        self.up_gate = linear_type(*make, ffn.adapters, ["w3", "w1"], beside=parallel)
         # The parallel adapter's up-projection and bias go with the LoRA's of w2
-        added = [rows for adapter in parallel for rows in (adapter.up_proj.T, adapter.up_proj_bias)]
-        self.w2 = JointLinear(*make, ffn.adapters, ["w2"], added=added)
+        added = [columns for adapter in parallel for columns in (adapter.up_proj, adapter.up_proj_bias.T)]
+        self.w2 = linear_type(*make, ffn.adapters, ["w2"], added=added)
         self.activation = parallel[0].activation if parallel else None
         self.down_bias = parallel[0].down_proj_bias.to(self.narrow) if parallel else None
-        self.one = torch.ones(1, 1, dtype=self.narrow, device=device)
+        self.one = torch.ones(1, 1, dtype=self.narrow, device=like.device)
         self.prompt = None
         if prompts:
-            keys, values = prompt_keys(cache, prompts[0], self.head_dim, dtype)
-            self.prompt = keys[None], values[None], prompts[0].gate.to(dtype)
+            keys, values = prompt_keys(cache, prompts[0], self.head_dim, like.dtype)
+            self.prompt = keys, values, prompts[0].gate.to(like.dtype)
         self.parts = [self.qkv, self.wo, self.up_gate, self.w2]
         # What a slot's gate multiplies: a prompt's heads, and the columns of each part
         columns = [(p, p.gate.to(self.narrow)) for p in prompts]
         columns += [(lora, self.one[0].expand(len(lora.lora_A))) for part in self.parts for lora in part.loras]
         columns += [(p, self.one[0].expand(p.size + 1)) for p in parallel]
         self.widths = [*(len(p.gate) for p in prompts), *(part.rank for part in self.parts)]
-        self.router = block.router
-        if self.router is not None:
+        self.spread = self.router = None
+        if block.router is not None:
             slots = _slots(block)
-            self.slots = getattr(self.router, "slots", list(slots.values()))
-            spread = torch.zeros(len(self.slots), sum(self.widths), dtype=self.narrow, device=device)
+            self.slots = getattr(block.router, "slots", list(slots.values()))
+            self.spread = torch.zeros(sum(self.widths), len(self.slots), dtype=self.narrow, device=like.device)
             ends = 0
             for adapter, values in columns:
-                spread[self.slots.index(slots[adapter]), ends : ends + len(values)] = values
+                self.spread[ends : ends + len(values), self.slots.index(slots[adapter])] = values
                 ends += len(values)
-            self.spread = spread
-            if type(self.router) in (SoftRouter, SparseRouter):
-                self.router_weights = RouterWeights(self.router, self.narrow)
+            self.per_sequence = block.router.per_sequence
+            if not self.per_sequence:
+                self.router = RouterWeights(block.router, self.narrow, self.linear)
 
     def __call__(self, x: Tensor, kv_cache: KVCache, freqs_cis: Tensor) -> Tensor:
         """x (R, D) -> (R, D). freqs_cis (R, 1, h/2)."""
-        block, rows = self.block, len(x)
+        rows = len(x)
         prompt_gate, *gates = self.spread_gates(x, kv_cache)
-        out, _ = self.qkv(block.attention_norm(x), gates[0])
-        qkv = out.view(rows, -1, self.head_dim)
-        self.rotate(qkv[:, : self.heads + self.kv_heads], freqs_cis)
-        query = qkv[:, : self.heads]
-        keys, values = kv_cache.append_joint(block.layer, qkv[:, self.heads :])
-        heads = decode_attention(query, keys, values, kv_cache.mask)
-        if self.prompt is not None:
-            keys, values, gate = self.prompt
-            gate = gate if prompt_gate is None else prompt_gate.to(x.dtype)
-            part = F.scaled_dot_product_attention(
-                query.unflatten(1, (self.kv_heads, -1)),
-                *(t.expand(rows, -1, -1, -1) for t in (keys, values)),
-                scale=1.0,
-            )
-            heads = torch.addcmul(heads, part.flatten(1, 2), gate[..., None])
+        out, _ = self.qkv(self.attention_norm(x), gates[0])
+        heads = self.attend(out.view(rows, -1, self.head_dim), kv_cache, freqs_cis, prompt_gate)
         y, _ = self.wo(heads.flatten(1), gates[1], residual=x)
-        out, downs = self.up_gate(block.ffn_norm(y), gates[2])
+        out, downs = self.up_gate(self.ffn_norm(y), gates[2])
         up, gate = out.chunk(2, 1)
         added = []
         if self.activation is not None:
             added = [self.activation(downs + self.down_bias), self.one.expand(rows, 1)]
         return self.w2(F.silu(gate).mul_(up), gates[3], added, residual=y)[0]
 
+    def attend(self, qkv: Tensor, kv_cache: KVCache, freqs_cis: Tensor, prompt_gate: Tensor | None) -> Tensor:
+        """qkv (R, H + 2 K, h), not yet rotated -> (R, H, h), with the prompt's part. prompt_gate (R, H)."""
+        self.rotate(qkv[:, : self.heads + self.kv_heads], freqs_cis)
+        query = qkv[:, : self.heads]
+        keys, values = kv_cache.append_joint(self.layer, qkv[:, self.heads :])
+        heads = decode_attention(query, keys, values, kv_cache.mask)
+        if self.prompt is None:
+            return heads
+        keys, values, gate = self.prompt
+        part = F.scaled_dot_product_attention(
+            query.unflatten(1, (self.kv_heads, -1)),
+            *(t.expand(len(qkv), -1, -1, -1) for t in (keys, values)),
+            scale=1.0,
+        )
+        gate = gate if prompt_gate is None else prompt_gate.to(qkv.dtype)
+        return torch.addcmul(heads, part.flatten(1, 2), gate[..., None])
+
     def rotate(self, qk: Tensor, freqs_cis: Tensor) -> None:
         """Norm queries and keys (R, H + K, h), where the model does, and rotate them, in place."""
-        attention = self.block.attention
-        if not isinstance(attention.q_norm, nn.Identity):
-            qk[:, : self.heads] = attention.q_norm(qk[:, : self.heads])
-            qk[:, self.heads :] = attention.k_norm(qk[:, self.heads :])
+        if self.q_norm is not None:
+            qk[:, : self.heads] = self.q_norm(qk[:, : self.heads])
+            qk[:, self.heads :] = self.k_norm(qk[:, self.heads :])
         wide = qk if qk.dtype.itemsize >= 4 else qk.float()
         torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(freqs_cis)
         if wide is not qk:
@@ -147,23 +159,27 @@ class FusedBlock:
 
     def spread_gates(self, x: Tensor, kv_cache: KVCache) -> Sequence[Tensor | None]:
         """The gates of the prompt's heads (R, H), and of the columns of each part (R, k); None: not gated."""
-        if self.router is None:
+        if self.spread is None:
             return [None] * 5
-        if self.router.per_sequence:
-            by_slot = kv_cache.load_gates(self.block.layer)
+        if self.router is None:
+            by_slot = self.stored_gates(kv_cache)
             gates = torch.cat([by_slot[slot] for slot in self.slots], 1).to(self.narrow)
         else:
-            gates = self.router_weights(x.to(self.narrow))
-        spread = (gates @ self.spread).split(self.widths, 1)
+            gates = self.router(x.to(self.narrow))
+        spread = self.linear(gates, self.spread).split(self.widths, 1)
         return spread if self.prompt is not None else [None, *spread]
+
+    def stored_gates(self, kv_cache: KVCache) -> Gates:
+        """Those of a per-sequence router."""
+        return kv_cache.load_gates(self.layer)
 
 
 class RouterWeights:
     """A router of blocks per token, x (R, D) -> gates (R, slots): products whose biases are added in them."""
 
-    def __init__(self, router: SoftRouter, dtype: torch.dtype):
+    def __init__(self, router: SoftRouter, dtype: torch.dtype, linear: Callable[..., Tensor]):
         proj, threshold = router.proj, getattr(router, "threshold", None)
-        self.router, self.has_threshold = router, threshold is not None
+        self.router, self.linear, self.has_threshold = router, linear, threshold is not None
         self.is_swiglu = not hasattr(proj, "weight")
         linears = [*([proj.w1, proj.w3] if self.is_swiglu else [proj]), *([threshold] if self.has_threshold else [])]
         self.widths = [len(linear.bias) for linear in linears]
@@ -171,9 +187,9 @@ class RouterWeights:
         self.second = [proj.w2.weight.to(dtype), proj.w2.bias.to(dtype)] if self.is_swiglu else []
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits, *rest = F.linear(x, *self.first).split(self.widths, 1)
+        logits, *rest = self.linear(x, *self.first).split(self.widths, 1)
         if self.is_swiglu:
-            logits = F.linear(F.silu(logits) * rest[0], *self.second)
+            logits = self.linear(F.silu(logits) * rest[0], *self.second)
         if isinstance(self.router, SparseRouter):
             return self.router.sparse_gates(logits, rest[-1] if self.has_threshold else None)
         return self.router.activate(logits)
@@ -182,7 +198,7 @@ class RouterWeights:
 class JointLinear:
     """Frozen layers that share an input, with their LoRAs.
 
-    beside: adapters whose down-projections read the input too. added (k, out) each: further up-projections.
+    beside: adapters whose down-projections read the input too. added (out, k) each: further up-projections.
     """
 
     def __init__(
@@ -195,19 +211,23 @@ class JointLinear:
         beside: Sequence[AdapterModule] = (),
         added: Sequence[Tensor] = (),
     ):
-        layers = [adapters.targets[name].layers[0] for name in names]
+        self.layers = [adapters.targets[name].layers[0] for name in names]
         self.narrow, self.loras = narrow, adapters.at(*names)
-        self.product = joint_product(cache, layers, [*self.loras, *beside], like)
+        self.readers = [*self.loras, *beside]
         self.down_rank = sum(len(lora.lora_A) for lora in self.loras)
-        self.rank = self.down_rank + sum(map(len, added))
+        self.rank = self.down_rank + sum(up.shape[1] for up in added)
         ups, begin = [], 0
-        width = sum(len(layer.weight) for layer in layers)
-        for name, layer in zip(names, layers, strict=True):
+        width = sum(len(layer.weight) for layer in self.layers)
+        for name, layer in zip(names, self.layers, strict=True):
+            end = begin + len(layer.weight)
             for lora in adapters.at(name):  # zeros beside the outputs of the other layers
-                up = F.pad(lora.scale * lora.lora_B.T, (begin, width - begin - len(layer.weight)))
-                ups.append(up)
-            begin += len(layer.weight)
-        self.up = torch.cat([*ups, *added]).to(narrow) if self.rank else None  # (k, out)
+                ups.append(F.pad(lora.scale * lora.lora_B, (0, 0, begin, width - end)))
+            begin = end
+        self.up = torch.cat([*ups, *added], 1).to(narrow) if self.rank else None  # (out, k)
+        self.prepare(cache, like)
+
+    def prepare(self, cache: WeightCache, like: Tensor) -> None:
+        self.product = joint_product(cache, self.layers, self.readers, like)
 
     def __call__(
         self, x: Tensor, gates: Tensor | None, added: Sequence[Tensor] = (), residual: Tensor | None = None
@@ -219,7 +239,10 @@ class JointLinear:
             beside = None if downs is None else downs[:, self.down_rank :]
             columns = [*([downs[:, : self.down_rank]] if self.down_rank else []), *added]
             columns = torch.cat(columns, 1) if len(columns) > 1 else columns[0]
-            columns = columns.to(self.narrow) if gates is None else columns * gates
-            out = out.addmm_(columns, self.up) if out.dtype == self.narrow else out.add_(columns @ self.up)
-            return out, beside
+            return self.add_up(out, columns.to(self.narrow) if gates is None else columns * gates), beside
         return out, downs
+
+    def add_up(self, out: Tensor, columns: Tensor) -> Tensor:
+        """out (R, out) plus the up-projections of columns (R, k)."""
+        up = self.up.T
+        return out.addmm_(columns, up) if out.dtype == self.narrow else out.add_(columns @ up)
