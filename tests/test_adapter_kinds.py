@@ -93,3 +93,6 @@ def test_a_new_router_needs_one_registration(routers, module, flat, count, monke
     moved = [key for key, grad in gradients(llm.model).items() if key.endswith("router.factor") and grad.any()]
     assert len(moved) == count
     require_saved_and_loaded(llm, tmp_path / "out")
+    answers = llm.generate([[256, 3, 4]], 8)
+    llm.fast_decoding._prepack_from = 1
+    assert llm.generate([[256, 3, 4]], 8) == answers

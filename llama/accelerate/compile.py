@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.accelerate.forwards import down_weights, stack
+from llama.accelerate.forwards import down_weights
 from llama.accelerate.fused_decode import FusedBlock, FusedDecode, JointLinear
 from llama.accelerate.prepack import WeightCache
 from llama.kv_cache import KVCache
@@ -109,7 +109,7 @@ class Norm:
 
 class CompiledLinear(JointLinear):
     def prepare(self, cache: WeightCache, like: Tensor) -> None:
-        self.down = stack(down_weights(self.readers), torch.float32) if self.readers else None
+        self.down = torch.cat(down_weights(self.readers)) if self.readers else None
 
     def product(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         out = product(x, self.weight)

@@ -82,10 +82,10 @@ class FastDecoding:
         return free is not None and PREPACK_MEMORY * sum(p.numel() * p.element_size() for p in weights) <= free
 
     def _weight_versions(self) -> list[Hashable] | None:
-        """Address, version and sum of each weight: writes through `.data` count no version."""
+        """Address, version and sum of each weight, for writes through `.data` count no version; scales of adapters."""
         if self._model.output.weight.device.type != "cpu" or mp_size() > 1:
             return None
         return [
             (w.data_ptr(), 0 if w.is_inference() else w._version, w.detach().sum(dtype=torch.float32).item())
             for w in self._model.parameters()
-        ]
+        ] + [getattr(module, "scale", None) for module in self._model.modules()]

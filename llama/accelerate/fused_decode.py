@@ -25,7 +25,9 @@ from moa.lora import LoRA
 from moa.parallel import mp_size
 from moa.parallel_adapter import ParallelAdapter
 from moa.prompt import Prompt
-from moa.routers import Gates, SoftRouter, SparseRouter
+from moa.routers import Gates, InstanceRouter, SoftRouter, SparseRouter, UniPELTRouter
+
+KNOWN_ROUTERS = (type(None), SoftRouter, SparseRouter, InstanceRouter, UniPELTRouter)
 
 
 def is_known(model: Transformer) -> bool:
@@ -38,7 +40,7 @@ def _is_known_block(block: TransformerBlock) -> bool:
     layers = (attention.wq, attention.wk, attention.wv, attention.wo, ffn.w1, ffn.w2, ffn.w3)
     adapters = _slots(block)
     known = all(type(a) in (LoRA, Prompt, ParallelAdapter) and a.expert_router is None for a in adapters)
-    return known and all(map(plain, layers))
+    return known and type(block.router) in KNOWN_ROUTERS and all(map(plain, layers))
 
 
 def _slots(block: TransformerBlock) -> dict[AdapterModule, str]:
