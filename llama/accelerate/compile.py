@@ -20,6 +20,7 @@ from moa.routers import Gates
 
 STREAMS = 4  # rows of a large matrix that are read at the same time: a CPU waits less for memory
 LARGE = 2**17  # numbers
+ALIGNMENT = 64  # bytes
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum are one instruction
     "realize_acc_reads_threshold": 2,  # a norm's result is computed once, not for each row of the matrix
@@ -32,7 +33,7 @@ class CompiledDecode(FusedDecode):
     def __init__(self, model: Transformer, cache: WeightCache):
         super().__init__(model, cache)
         frozen = [p for p in model.parameters() if not p.requires_grad]
-        pages = HugePages(sum(4 * p.numel() for p in frozen))
+        pages = HugePages(sum(p.nbytes + ALIGNMENT for p in frozen))
         self._compiled_blocks = [CompiledBlock(block, cache, pages) for block in model.layers]
         self._head = Head(Norm(model.norm), pages.stack([model.output.weight]))
 
@@ -77,7 +78,7 @@ class HugePages:
         dtype = torch.bfloat16 if all(torch.equal(w, w.bfloat16()) for w in weights) else torch.float32
         rows, width = sum(map(len, weights)), weights[0].shape[1]
         size = rows * width * dtype.itemsize
-        taken, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        taken, self._free = self._free[:size], self._free[-(-size // ALIGNMENT) * ALIGNMENT :]
         copy = taken.view(dtype).view(rows, width)
         for part, weight in zip(copy.split([len(w) for w in weights]), weights, strict=True):
             part.copy_(weight)
