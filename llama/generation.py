@@ -105,7 +105,7 @@ class Llama:
         left out. Results are in the prompts' order.
 
         An answer also ends where prompt and answer fill `max_seq_len`. Up to `max_batch_size` sequences run at once.
-        In float32 a result depends on its prompt, `seed` and its sample's number alone.
+        In float32 a result depends on its prompt, `seed` and its sample's number, and on neighbours by rounding alone.
 
         min_new_tokens: the end token is not chosen before this many. temperature 0: greedy. samples: number of each
         prompt's sample (default 0), for several draws from one prompt. on_finish(index, tokens): called as answers end.
