@@ -17,7 +17,7 @@ from demo.model import ensure_model
 from demo.problems import ensure_data
 from llama.data import encode_prompt
 from llama.machine import QUANTIZATIONS, check_machine, check_sampling, prepare_libraries
-from llama.templates import ALPACA, TEMPLATES, require_template
+from llama.templates import ALPACA, TEMPLATES, prompt_fields, require_template
 from moa.methods import METHODS
 from moa.reading import read_rows
 
@@ -61,8 +61,9 @@ class Flags:
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_p)
-        recorded, shared = self.cuda_graphs, self.model_parallel_size
-        check_machine(self.device, self.bf16, self.flash_attention2, recorded, shared, self.compile)
+        check_machine(
+            self.device, self.bf16, self.flash_attention2, self.cuda_graphs, self.model_parallel_size, self.compile
+        )
         if self.adapter_path == "":
             raise ValueError("--adapter_path is empty; leave it out for the base alone")
         if not 0 <= self.min_new_tokens <= self.max_gen_len:
@@ -99,7 +100,7 @@ def run(flags: Flags) -> None:
     device = get_device(flags.device)
     with distributed_run(device, flags.model_parallel_size):
         template = flags.template or recorded_template(flags.adapter_path, ALPACA)
-        rows = read_rows(data_path, ("instruction", "input") if template == ALPACA else ())[: flags.max_rows]
+        rows = read_rows(data_path, prompt_fields(template))[: flags.max_rows]
         settings = settings_of(flags, ckpt_dir, data_path, device)
         predictions = Predictions(Path(flags.save_path), rows, settings, dp_rank(), flags.overwrite)
         missing = predictions.missing

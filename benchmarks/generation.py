@@ -52,7 +52,7 @@ class Flags(common.SideBySide):
     def __post_init__(self):
         common.methods_named(self.methods)
         if self.peft:
-            peers.require_package("peft")
+            peers.require_installed("peft")
         if self.llama_cpp and (self.batch_size != 1 or self.natural_stops):
             raise ValueError("--llama_cpp needs --batch_size 1, and no --natural_stops")
 

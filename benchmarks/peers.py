@@ -4,6 +4,7 @@ prompts."""
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,12 +25,16 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]  # as Q, K, V, O
 PERMUTED = ("wq.weight", "wk.weight")  # their rows stand in another order
 
 
+def require_installed(name: str) -> None:
+    """ValueError unless a package is there. It is not loaded: that takes time and memory, which are measured."""
+    if find_spec(name) is None:
+        raise ValueError(f"{name} is not installed (pip install {name})")
+
+
 def require_package(name: str) -> ModuleType:
     """Return a package. ValueError where it is not installed."""
-    try:
-        return import_module(name)
-    except ImportError:
-        raise ValueError(f"{name} is not installed (pip install {name})") from None
+    require_installed(name)
+    return import_module(name)
 
 
 def transformers_on(args: ModelArgs, base: Mapping[str, Tensor]) -> nn.Module:

@@ -39,7 +39,7 @@ class Flags(common.SideBySide):
     def __post_init__(self):
         common.methods_named(self.methods)
         if self.peft:
-            peers.require_package("peft")
+            peers.require_installed("peft")
 
 
 def measure(kind: str, flags: Flags, examples: list[Example]) -> Figures:

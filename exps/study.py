@@ -267,7 +267,6 @@ class Worker:
         missing = [name for name in wanted if not (run.path / name).is_file()]
         if not missing:
             return
-        run.path.mkdir(parents=True, exist_ok=True)
         write_json(record, identity)
         if run.line and not (run.path / PARAMS).is_file() and not self.train(run):  # written last
             write_json(run.path / "val.json", {"losses": [], "labels": []})  # diverged

@@ -195,7 +195,8 @@ def _difference_cells(name: str, difference: Difference, p: float, form: str) ->
 
 def _rates(study: Study, result: Result) -> dict[str, str]:
     cells = {run.lr: f"{run.loss('val'):.4f}" for run in study.candidates(result.line)}
-    cells[study.best(result.line).lr] = f"**{cells[study.best(result.line).lr]}**"
+    best = study.best(result.line).lr
+    cells[best] = f"**{cells[best]}**"
     return {"method": result.name} | {f"{lr:g}": cells[lr] for lr in sorted(cells)}
 
 

@@ -39,6 +39,11 @@ CHAT_TEMPLATES = {
 TEMPLATES = (ALPACA, *CHAT_TEMPLATES)
 
 
+def prompt_fields(template: str) -> tuple[str, ...]:
+    """The text fields that every row to answer has; a chat's are checked by `messages_of`."""
+    return ("instruction", "input") if template == ALPACA else ()
+
+
 def messages_of(row: dict[str, Any], with_answer: bool) -> list[Message]:
     """The messages of a row of `messages` (role, content), `conversations` (from, value), or Alpaca's fields.
 

@@ -10,7 +10,7 @@ from evaluate.tasks import task_named
 from llama import Llama
 from llama.data import encode_prompt
 from llama.distributed import broadcast_from_rank0, dp_rank, dp_size
-from llama.templates import ALPACA
+from llama.templates import prompt_fields
 from moa.files import atomic_write
 from moa.reading import read_rows
 from training.config import TrainConfig
@@ -26,8 +26,7 @@ class SuiteScore:
 
     def __init__(self, llm: Llama, flags: TrainConfig, folder: Path):
         path, self.task = flags.val_suite_path or flags.val_data_path, task_named(flags.val_suite)
-        fields = ("instruction", "input") if flags.template == ALPACA else ()
-        self.rows, self.prompts = read_rows(path, fields)[: flags.val_suite_rows], []
+        self.rows, self.prompts = read_rows(path, prompt_fields(flags.template))[: flags.val_suite_rows], []
         for number, row in enumerate(self.rows, 1):
             self.task.answer_of(row, f"{path}: row {number}")
             try:

@@ -90,7 +90,7 @@ def output(cache: WeightCache, self: ColumnParallelLinear, x: Tensor) -> Tensor:
 def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
     adapters = self.adapters
     readers = fusable(adapters.at("wq", "wk", "wv", "attention"))
-    (q, k, v), downs = fused_linear(cache, adapters, x, [self.wq, self.wk, self.wv], readers)
+    (q, k, v), downs = fused_linear(cache, x, [self.wq, self.wk, self.wv], readers)
     q = apply(cache, adapters, "wq", q, x, downs, routing)
     k = apply(cache, adapters, "wk", k, x, downs, routing)
     v = apply(cache, adapters, "wv", v, x, downs, routing)
@@ -100,7 +100,7 @@ def attention(cache: WeightCache, self: Attention, x: Tensor, routing: Routing, 
     q, k = rotate(both, context.freqs_cis).split([q.shape[1], k.shape[1]], 1)
     heads = self.attend(q, k, v, context)
     heads = apply(cache, adapters, "attention", heads, x, downs, routing, q).flatten(1)
-    (out,), downs = fused_linear(cache, adapters, heads, [self.wo], fusable(adapters.at("wo")))
+    (out,), downs = fused_linear(cache, heads, [self.wo], fusable(adapters.at("wo")))
     return apply(cache, adapters, "wo", out, heads, downs, routing)
 
 
@@ -108,7 +108,7 @@ def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates
     routing, x, ffn = Routing(gates), self.ffn_norm(y), self.feed_forward
     beside = fusable(self.adapters.at("block"))
     readers = [*fusable(ffn.adapters.at("w3", "w1")), *beside]
-    (up, gate), downs = fused_linear(cache, ffn.adapters, x, [ffn.w3, ffn.w1], readers)
+    (up, gate), downs = fused_linear(cache, x, [ffn.w3, ffn.w1], readers)
     up = apply(cache, ffn.adapters, "w3", up, x, downs, routing)
     gate = apply(cache, ffn.adapters, "w1", gate, x, downs, routing)
     standing, readers = with_routers(ffn.adapters.at("w2")), fusable(ffn.adapters.at("w2"))
@@ -120,7 +120,7 @@ def ffn_half(cache: WeightCache, self: TransformerBlock, y: Tensor, gates: Gates
         down = split(product, readers)
     else:
         hidden = SwiGLUFunction.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
-        (out,), down = fused_linear(cache, ffn.adapters, hidden, [ffn.w2], readers)
+        (out,), down = fused_linear(cache, hidden, [ffn.w2], readers)
     out = apply(cache, ffn.adapters, "w2", out, hidden, down, routing)
     out = apply(cache, ffn.adapters, "FFN", out, x, downs, routing, gate, up)
     return apply(cache, self.adapters, "block", y + out, x, downs, routing), routing.stats
@@ -174,20 +174,24 @@ def down_weights(modules: Sequence[AdapterModule]) -> list[Tensor]:
     return [weight for module in modules for weight in DOWN_WEIGHTS[type(module)](module)]
 
 
+def stacked_down_weights(
+    cache: WeightCache, layers: list[nn.Module], readers: Sequence[AdapterModule], dtype: torch.dtype
+) -> Tensor:
+    """The down-projections (sum of k, in) of adapters that read what `layers` read."""
+    key = ("downs", dtype, *readers)
+    return cache.get(layers[0], key, lambda: cache.copies.stacked(down_weights(readers), dtype))
+
+
 def split(product: Tensor, modules: Sequence[AdapterModule]) -> Downs:
     """A product (N, sum of k) with the down-projections of all modules -> the products of each."""
     widths = [[len(weight) for weight in DOWN_WEIGHTS[type(module)](module)] for module in modules]
-    ks = [k for ks in widths for k in ks]
-    pieces = iter(product.split(ks, -1) if len(ks) > 1 else [product])  # the gradient of one piece would be a copy
+    flat = [k for ks in widths for k in ks]
+    pieces = iter(product.split(flat, -1) if len(flat) > 1 else [product])  # the gradient of one piece would be a copy
     return {module: tuple(next(pieces) for _ in ks) for module, ks in zip(modules, widths, strict=True)}
 
 
 def fused_linear(
-    cache: WeightCache,
-    adapters: AdapterDict,
-    x: Tensor,
-    layers: list[nn.Module],
-    readers: list[AdapterModule],
+    cache: WeightCache, x: Tensor, layers: list[nn.Module], readers: list[AdapterModule]
 ) -> tuple[Sequence[Tensor], Downs]:
     """Apply frozen layers and the down-projections of their adapters to a shared input x (N, in).
 
@@ -197,7 +201,7 @@ def fused_linear(
     column = isinstance(layers[0], ColumnParallelLinear)
     if not all(map(plain, layers)):
         shared = copy_to_model_parallel_region(x) if column else x
-        return [layer(shared) for layer in layers], project_down(cache, adapters, x, layers, readers)
+        return [layer(shared) for layer in layers], project_down(cache, x, layers, readers)
     weights = [layer.weight for layer in layers]
     widths = [len(weight) for weight in weights]
     if cache.frozen and cache.prepack:
@@ -218,7 +222,7 @@ def fused_linear(
     else:
         outputs = [linear(shared, weight) for weight in weights]
         outputs = outputs if column else [reduce_from_model_parallel_region(t) for t in outputs]
-    return outputs, project_down(cache, adapters, x, layers, readers)
+    return outputs, project_down(cache, x, layers, readers)
 
 
 def joint_product(
@@ -238,8 +242,7 @@ def joint_product(
         joint = joint_weight(layers)
         product = partial(F.linear, weight=joint)
     if readers and not joined:
-        stack = partial(cache.copies.stacked, down_weights(readers), narrow)
-        down = cache.get(layers[0], ("downs", narrow, *readers), stack)
+        down = stacked_down_weights(cache, layers, readers, narrow)
 
     def run(x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if residual is not None and not cache.prepack:
@@ -271,16 +274,12 @@ def joint_weight(layers: list[nn.Module]) -> Tensor:
     return joint
 
 
-def project_down(
-    cache: WeightCache, adapters: AdapterDict, x: Tensor, layers: list[nn.Module], readers: list[AdapterModule]
-) -> Downs:
+def project_down(cache: WeightCache, x: Tensor, layers: list[nn.Module], readers: list[AdapterModule]) -> Downs:
     """The products of x (N, in) with the down-projections of `readers`, as one."""
     if not readers:
         return {}
     dtype = cache.narrow_dtype(x)
-    stack = partial(cache.copies.stacked, down_weights(readers), dtype)
-    weights = cache.get(layers[0], ("downs", dtype, *readers), stack)
-    product = F.linear(x.to(dtype), weights)
+    product = F.linear(x.to(dtype), stacked_down_weights(cache, layers, readers, dtype))
     row = isinstance(layers[0], RowParallelLinear)
     return split(reduce_from_model_parallel_region(product) if row else product, readers)
 
